@@ -1,0 +1,49 @@
+"""Small files written whole or not at all: a reader never meets a half-written result, even after kill -9."""
+
+import json
+import os
+import pathlib
+import tempfile
+from typing import Any
+
+from listopd_jax.errors import UserError
+
+
+def write_text(path: str | os.PathLike, text: str) -> None:
+    """Write `text` (UTF-8) to `path` atomically: temporary file beside it, fsync, rename.
+
+    Raises UserError if the folder cannot be written (full disk, read-only).
+    """
+    path = pathlib.Path(path)
+    temporary = None
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile(
+            "w", encoding="utf-8", dir=path.parent, prefix=f".{path.name}.", delete=False
+        ) as f:
+            temporary = f.name
+            f.write(text)
+            f.flush()
+            os.fsync(f.fileno())
+        os.replace(temporary, path)
+    except OSError as e:
+        if temporary and os.path.exists(temporary):
+            os.unlink(temporary)
+        raise UserError(
+            f"{path}: cannot be written ({e.strerror or e}); free space or choose another --workdir"
+        ) from e
+
+
+def write_json(path: str | os.PathLike, value: Any) -> None:
+    """Write `value` as indented JSON, atomically; NaN and infinities are refused (they are not JSON)."""
+    write_text(path, json.dumps(value, indent=2, allow_nan=False, ensure_ascii=False) + "\n")
+
+
+def read_json(path: str | os.PathLike) -> Any:
+    """Read a JSON file; UserError if it is missing or broken."""
+    try:
+        return json.loads(pathlib.Path(path).read_text(encoding="utf-8"))
+    except FileNotFoundError as e:
+        raise UserError(f"{path}: no such file") from e
+    except (OSError, ValueError) as e:
+        raise UserError(f"{path}: not readable as JSON ({e}); delete it to have it made again") from e

@@ -1,0 +1,55 @@
+"""Packaging of listopd_jax: run-time dependencies as few as serve; backends and test oracles are extras."""
+
+import pathlib
+
+from setuptools import find_packages, setup
+
+ORACLES = [
+    "pytest>=8",
+    "hypothesis>=6.100",
+    "ruff>=0.9",
+    "jsonschema>=4.20",
+    "mpmath>=1.3",
+    "ranx>=0.3.20",
+    "scikit-learn>=1.5",
+    "scipy>=1.13",
+    "torch>=2.4",
+    "trl>=0.20",
+]
+
+setup(
+    name="listopd_jax",
+    version="0.1.0",
+    description="On-policy distillation of structured outputs with reward extrapolation, in JAX",
+    long_description=pathlib.Path(__file__).with_name("README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    python_requires=">=3.11",
+    packages=find_packages(include=["listopd_jax", "listopd_jax.*"]),
+    package_data={"listopd_jax.analysis": ["*.jinja"]},
+    install_requires=[
+        "jax>=0.10,<0.12",
+        "flax>=0.12",
+        "optax>=0.2.5",
+        "orbax-checkpoint>=0.11.20",
+        "transformers>=5.0",
+        "tokenizers>=0.22",
+        "safetensors>=0.5",
+        "tensorflow-datasets>=4.9.9",
+        "importlib_resources>=6.4",  # tensorflow-datasets imports it and does not ask for it
+        "grain>=0.2.11",
+        "numpy>=2.0",
+        "absl-py>=2.1",
+        "ml-collections>=1.0",
+        "jaxtyping>=0.3",
+        "tqdm>=4.66",
+        "matplotlib>=3.9",
+        "jinja2>=3.1",
+        "tensorboardX>=2.6",
+    ],
+    extras_require={
+        "cuda": ["jax[cuda13]>=0.10,<0.12"],
+        "tpu": ["jax[tpu]>=0.10,<0.12"],
+        "test": ORACLES,
+    },
+)
