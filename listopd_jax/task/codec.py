@@ -1,0 +1,50 @@
+"""Between token ids and the text that the contract judges."""
+
+from collections.abc import Sequence
+
+import numpy as np
+from jaxtyping import Bool, Int
+from transformers import PreTrainedTokenizerBase
+
+from listopd_jax.task.contract import STRUCTURAL, TOKEN_CLASSES, token_classes
+
+_IS_STRUCTURAL = np.array([name in STRUCTURAL for name in TOKEN_CLASSES])
+
+
+class Codec:
+    """A tokenizer with what decoding needs: `vocab` size, `eos` and `pad` ids, and the text of each token."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase):
+        self.tokenizer = tokenizer
+        self.vocab = len(tokenizer)
+        self.eos = tokenizer.eos_token_id
+        self.pad = tokenizer.pad_token_id
+        self._pieces = [tokenizer.decode([i], clean_up_tokenization_spaces=False) for i in range(self.vocab)]
+        self._pieces[self.eos] = ""  # what token_classes takes for the end
+
+    def text(self, tokens: Sequence[int]) -> str:
+        """The text of one completion, its closing EOS left out; other special tokens stay visible."""
+        tokens = list(tokens)
+        tokens = tokens[:-1] if tokens and tokens[-1] == self.eos else tokens
+        return self.tokenizer.decode(tokens, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+
+    def texts(self, tokens: Int[np.ndarray, "*s T"], lengths: Int[np.ndarray, "*s"]) -> list[str]:
+        """The texts of a batch of completions, flattened."""
+        rows = zip(tokens.reshape(-1, tokens.shape[-1]), lengths.reshape(-1), strict=True)
+        return [self.text(row[:n].tolist()) for row, n in rows]
+
+    def classes(
+        self, tokens: Int[np.ndarray, "N T"], lengths: Int[np.ndarray, "N"]
+    ) -> Int[np.ndarray, "N T"]:
+        """Index into TOKEN_CLASSES of each completion token; −1 after the end."""
+        out = np.full(tokens.shape, -1)
+        for row, (ids, n) in enumerate(zip(tokens, lengths, strict=True)):
+            out[row, :n] = token_classes([self._pieces[i] for i in ids[:n].tolist()])
+        return out
+
+    def structural(
+        self, tokens: Int[np.ndarray, "N T"], lengths: Int[np.ndarray, "N"]
+    ) -> Bool[np.ndarray, "N T"]:
+        """True at tokens that the contract dictates (everything but score digits and stray text)."""
+        classes = self.classes(tokens, lengths)
+        return (classes >= 0) & _IS_STRUCTURAL[classes]

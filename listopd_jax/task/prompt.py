@@ -1,0 +1,57 @@
+"""How a list of reviews is put to the model, and how its answer is written (EC, arXiv:2605.08737)."""
+
+import json
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+# Control characters break the line structure; lone surrogates have no UTF-8 form, so tokenizers refuse them.
+_UNPRINTABLE = re.compile(r"[\x00-\x1f\x7f-\x9f\ud800-\udfff]")
+
+
+@dataclass(frozen=True)
+class ListExample:
+    """K reviews of one product with their true helpfulness.
+
+    Attributes:
+      key: unique name of the list.
+      product_id: the product; splits never put one product on both sides.
+      title: product title, as the source has it.
+      reviews: K review texts, as the source has them.
+      scores: K integers in 0..10, the label of each review.
+    """
+
+    key: str
+    product_id: str
+    title: str
+    reviews: tuple[str, ...]
+    scores: tuple[int, ...]
+
+
+def review_ids(k: int) -> tuple[str, ...]:
+    """The ids by which a prompt of `k` reviews names them: ('r1', …, 'rk')."""
+    return tuple(f"r{i}" for i in range(1, k + 1))
+
+
+def render_prompt(title: str, reviews: Sequence[str]) -> str:
+    """The user's message: title, one line a review, and the form of the answer. Ends in a newline.
+
+    Titles and reviews are put on one line each, so that only real reviews start a line with `[Review n]`.
+    Special tokens spelt out in a review (`<|im_end|>`) are the tokenizer's business, not handled here.
+    """
+    k = len(reviews)
+    head = f"Product: {_one_line(title)}. Below are {k} reviews. Score each 0-10 for helpfulness."
+    named = zip(review_ids(k), reviews, strict=True)
+    lines = [f"[Review {n}] id={name} {_one_line(text)}" for n, (name, text) in enumerate(named, 1)]
+    tail = f'Return JSON list of {k} objects: [{{"review_id":"r1","score":7}},...]'
+    return "\n".join([head, *lines, tail, ""])
+
+
+def render_answer(scores: Sequence[int]) -> str:
+    """The right answer for `scores`, in the order of the ids, as compact JSON: what SFT trains on."""
+    items = [{"review_id": name, "score": s} for name, s in zip(review_ids(len(scores)), scores, strict=True)]
+    return json.dumps(items, separators=(",", ":"))
+
+
+def _one_line(text: str) -> str:
+    return " ".join(_UNPRINTABLE.sub(" ", text).split())
