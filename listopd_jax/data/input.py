@@ -1,0 +1,282 @@
+"""Examples to batches: prompts and answers as ids, prompts in length buckets, a resumable iterator.
+
+A batch is a dict of arrays (B rows, P the bucket, T the split's answer width, K reviews a list):
+prompt int32 [B,P] and answer int32 [B,T], right-padded with the pad id; prompt_length and answer_length
+int32 [B] (the answer's counts its EOS); scores float32 [B,K]; index int32 [B], the row in the split; weight
+float32 [B], 0 for the rows that only fill up the last evaluation batch.
+"""
+
+import dataclasses
+import functools
+import sys
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+import grain
+import numpy as np
+import transformers
+from absl import logging
+from jaxtyping import Float32, Int32, Int64
+from tqdm import tqdm
+
+from listopd_jax.data.reviews import first_words, hash64
+from listopd_jax.errors import UserError
+from listopd_jax.task.prompt import ListExample, render_answer, render_prompt, review_ids
+
+Batch = dict[str, np.ndarray]
+
+
+class AnswerNoise(NamedTuple):
+    """Shares of SFT answers that break the contract: both are failures that EC's SFT models have (EC §5; method.md §4).
+
+    truncation: a well-formed list of K−1 objects. duplicate: the last object repeats the id before it.
+    """
+
+    truncation: float = 0.0
+    duplicate: float = 0.0
+    seed: int = 0
+
+
+NO_NOISE = AnswerNoise()
+
+
+@dataclasses.dataclass(frozen=True)
+class EncodedSplit:
+    """A split as ids. `cut_prompts` counts the prompts whose reviews were cut to fit `max_prompt`."""
+
+    prompts: tuple[Int32[np.ndarray, " prompt"], ...]
+    answers: tuple[Int32[np.ndarray, " answer"], ...]
+    scores: Float32[np.ndarray, "N K"]
+    pad_id: int
+    cut_prompts: int
+
+    @functools.cached_property
+    def prompt_lengths(self) -> Int32[np.ndarray, " N"]:
+        return np.array([len(p) for p in self.prompts], np.int32)
+
+    @functools.cached_property
+    def answer_width(self) -> int:
+        """The longest answer, rounded up to a multiple of 16."""
+        return _round_up(max(map(len, self.answers)), 16)
+
+
+def encode_split(
+    examples: Sequence[ListExample],
+    tokenizer: transformers.PreTrainedTokenizerBase,
+    *,
+    max_prompt: int,
+    max_answer: int,
+    chat_template: bool = False,
+    noise: AnswerNoise = NO_NOISE,
+) -> EncodedSplit:
+    """Encode prompts and SFT answers.
+
+    A prompt above `max_prompt` tokens has its reviews cut to the largest number of words with which it
+    fits; the list and its answer stay whole. With `chat_template` the prompt is one user turn with the
+    assistant's turn opened and thinking switched off. `noise` breaks the contract in a share of the answers.
+
+    Raises:
+      UserError: no chat template though one is asked for, a prompt that cannot be cut enough, an answer above
+        `max_answer` tokens (EOS included).
+    """
+    if chat_template and not tokenizer.chat_template:
+        raise UserError(
+            "task.chat_template=True, but this tokenizer has none; set it to False or use another tokenizer"
+        )
+    prompts, answers, cut = [], [], 0
+    for example in tqdm(examples, desc="encoding", unit="list", leave=False, disable=None):
+        ids = prompt_ids(example.title, example.reviews, tokenizer, chat_template)
+        if len(ids) > max_prompt:
+            ids, cut = _cut_prompt(example, tokenizer, max_prompt, chat_template), cut + 1
+        prompts.append(ids)
+        answers.append(answer_ids(example, tokenizer, noise))
+    longest = max(map(len, answers))
+    if longest > max_answer:
+        raise UserError(
+            f"an answer takes {longest} tokens, above the limit of {max_answer}; raise it or lower task.k"
+        )
+    scores = np.array([example.scores for example in examples], np.float32)
+    return EncodedSplit(tuple(prompts), tuple(answers), scores, tokenizer.pad_token_id, cut)
+
+
+def prompt_ids(
+    title: str, reviews: Sequence[str], tokenizer: transformers.PreTrainedTokenizerBase, chat_template: bool
+) -> Int32[np.ndarray, " prompt"]:
+    """Ids of the rendered prompt; without a chat template, with the BOS that some tokenizers add."""
+    text = render_prompt(title, reviews)
+    if chat_template:
+        turns = [{"role": "user", "content": text}]
+        text = tokenizer.apply_chat_template(
+            turns, tokenize=False, add_generation_prompt=True, enable_thinking=False
+        )
+    return np.array(tokenizer(text, add_special_tokens=not chat_template)["input_ids"], np.int32)
+
+
+def answer_ids(
+    example: ListExample, tokenizer: transformers.PreTrainedTokenizerBase, noise: AnswerNoise = NO_NOISE
+) -> Int32[np.ndarray, " answer"]:
+    """Ids of the right answer, or of one that `noise` broke, and EOS."""
+    text = noisy_answer(example, noise)
+    return np.array(
+        [*tokenizer(text, add_special_tokens=False)["input_ids"], tokenizer.eos_token_id], np.int32
+    )
+
+
+def noisy_answer(example: ListExample, noise: AnswerNoise) -> str:
+    """The right answer, or one that breaks the contract in a way that EC's SFT models do.
+
+    Which examples are broken depends on their key and `noise.seed` alone, so it is the same in every epoch.
+    """
+    draw = hash64(example.key, str(noise.seed)) / 2**64
+    if draw < noise.truncation:
+        return render_answer(example.scores[:-1])
+    answer = render_answer(example.scores)
+    if draw < noise.truncation + noise.duplicate:
+        before, last = review_ids(len(example.scores))[-2:]
+        return answer.replace(f'"{last}"', f'"{before}"')
+    return answer
+
+
+def rendered(examples: Sequence[ListExample]) -> Iterator[str]:
+    """Prompts and answers as text: what a tokenizer for these examples is trained on."""
+    for example in examples:
+        yield render_prompt(example.title, example.reviews)
+        yield render_answer(example.scores)
+
+
+def _cut_prompt(
+    example: ListExample, tokenizer, max_prompt: int, chat_template: bool
+) -> Int32[np.ndarray, " prompt"]:
+    """Bisect the number of words a review: more words never make a shorter prompt."""
+
+    def cut(words: int) -> np.ndarray:
+        return prompt_ids(
+            example.title, [first_words(r, words) for r in example.reviews], tokenizer, chat_template
+        )
+
+    fits, too_many = 0, max(r.count(" ") + 1 for r in example.reviews)
+    while too_many - fits > 1:
+        middle = (fits + too_many) // 2
+        fits, too_many = (middle, too_many) if len(cut(middle)) <= max_prompt else (fits, middle)
+    if fits == 0:
+        raise UserError(
+            f"list {example.key}: its prompt is above {max_prompt} tokens even with one word a review; "
+            "raise the prompt limit or lower task.k"
+        )
+    return cut(fits)
+
+
+def choose_buckets(lengths: Sequence[int], count: int = 4) -> tuple[int, ...]:
+    """At most `count` prompt widths: quantiles of the lengths, rounded up to 64s (16s up to 512 tokens).
+
+    Few, because each is compiled once; at quantiles, because then each is used about equally often.
+    """
+    multiple = 64 if max(lengths) > 512 else 16
+    quantiles = np.quantile(lengths, np.arange(1, count + 1) / count)
+    return tuple(sorted({_round_up(int(np.ceil(q)), multiple) for q in quantiles}))
+
+
+def plan_epoch(
+    lengths: Int32[np.ndarray, " N"], buckets: Sequence[int], batch_size: int, seed: int, epoch: int
+) -> list[tuple[int, Int64[np.ndarray, " B"]]]:
+    """The batches of one epoch as (bucket, rows), shuffled; a pure function of its arguments.
+
+    Every row goes to the smallest bucket that holds it. What does not fill a batch there moves up to the
+    next bucket, so only the last N mod B rows of the largest are left out, others in each epoch. With fewer
+    rows than one batch, the batch is filled by going through the rows again.
+    """
+    rng = np.random.default_rng((seed, epoch))
+    order = rng.permutation(len(lengths))
+    order = np.resize(order, max(len(order), batch_size))
+    bucket_of = np.searchsorted(buckets, lengths[order])
+    plan, rest = [], order[:0]
+    for i, bucket in enumerate(buckets):
+        pool = np.concatenate([rest, order[bucket_of == i]])
+        whole = len(pool) - len(pool) % batch_size
+        plan += [(bucket, rows) for rows in pool[:whole].reshape(-1, batch_size)]
+        rest = pool[whole:]
+    return [plan[i] for i in rng.permutation(len(plan))]
+
+
+class PlannedBatches:
+    """Batch number i of an endless run over epochs, by random access, so that one number resumes it."""
+
+    def __init__(self, split: EncodedSplit, buckets: Sequence[int], batch_size: int, seed: int):
+        self._split, self._batch_size = split, batch_size
+        self._per_epoch = max(1, len(split.prompts) // batch_size)
+        plan = functools.partial(plan_epoch, split.prompt_lengths, tuple(buckets), batch_size, seed)
+        self._plan = functools.lru_cache(maxsize=2)(plan)
+
+    def __len__(self) -> int:
+        return sys.maxsize
+
+    def __getitem__(self, i: int) -> Batch:
+        epoch, position = divmod(i, self._per_epoch)
+        bucket, rows = self._plan(epoch)[position]
+        return make_batch(self._split, rows, bucket, np.ones(self._batch_size, np.float32))
+
+    def __repr__(self) -> str:
+        return f"PlannedBatches({len(self._split.prompts)} rows, {self._batch_size} a batch)"
+
+
+def train_batches(
+    split: EncodedSplit, *, buckets: Sequence[int], batch_size: int, seed: int
+) -> grain.DatasetIterator:
+    """An endless iterator over shuffled batches; `get_state()` is a small JSON dict, `set_state` resumes.
+
+    Raises UserError if the largest bucket is shorter than the longest prompt. Says so if the split has
+    fewer rows than a batch, which then holds some rows more than once.
+    """
+    _check_buckets(split, buckets)
+    if len(split.prompts) < batch_size:
+        logging.warning(
+            "%d lists do not fill a batch of %d: rows are repeated within it", len(split.prompts), batch_size
+        )
+    source = grain.MapDataset.source(PlannedBatches(split, buckets, batch_size, seed))
+    return iter(source.to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=2)))
+
+
+def evaluation_batches(split: EncodedSplit, *, buckets: Sequence[int], batch_size: int) -> Iterator[Batch]:
+    """Every row once, from short prompts to long; the last batch is filled up with repeats of weight 0."""
+    _check_buckets(split, buckets)
+    order = np.argsort(split.prompt_lengths, kind="stable")
+    for start in range(0, len(order), batch_size):
+        rows = order[start : start + batch_size]
+        bucket = buckets[int(np.searchsorted(buckets, split.prompt_lengths[rows[-1]]))]
+        weight = (np.arange(batch_size) < len(rows)).astype(np.float32)
+        yield make_batch(split, np.pad(rows, (0, batch_size - len(rows)), mode="edge"), bucket, weight)
+
+
+def make_batch(
+    split: EncodedSplit, rows: np.ndarray, bucket: int, weight: Float32[np.ndarray, " B"]
+) -> Batch:
+    """The rows as one batch (see the module's docstring), prompts padded to `bucket`."""
+    prompts, answers = [split.prompts[i] for i in rows], [split.answers[i] for i in rows]
+    return {
+        "prompt": _pad(prompts, bucket, split.pad_id),
+        "prompt_length": split.prompt_lengths[rows],
+        "answer": _pad(answers, split.answer_width, split.pad_id),
+        "answer_length": np.array([len(a) for a in answers], np.int32),
+        "scores": split.scores[rows],
+        "index": rows.astype(np.int32),
+        "weight": weight,
+    }
+
+
+def _pad(sequences: Sequence[np.ndarray], width: int, pad_id: int) -> Int32[np.ndarray, "B width"]:
+    padded = np.full((len(sequences), width), pad_id, np.int32)
+    for row, sequence in zip(padded, sequences, strict=True):
+        row[: len(sequence)] = sequence
+    return padded
+
+
+def _check_buckets(split: EncodedSplit, buckets: Sequence[int]) -> None:
+    longest = int(split.prompt_lengths.max())
+    if not buckets or list(buckets) != sorted(set(buckets)) or longest > buckets[-1]:
+        raise UserError(
+            f"buckets {tuple(buckets)} must increase and end at {longest} or above, the longest prompt"
+        )
+
+
+def _round_up(value: int, multiple: int) -> int:
+    return -(-value // multiple) * multiple

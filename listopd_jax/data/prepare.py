@@ -1,0 +1,199 @@
+"""The prepare stage: reviews of any source to a data set of lists with a report, built once and reused."""
+
+import hashlib
+import json
+import math
+import operator
+import pathlib
+import types
+from collections import Counter
+from collections.abc import Callable, Collection, Iterator
+from typing import Any
+
+import numpy as np
+
+from listopd_jax import files
+from listopd_jax.data import builder, manifest
+from listopd_jax.data.groups import plan_lists
+from listopd_jax.data.labels import LabelFile, score_from_votes
+from listopd_jax.data.readers import read_reviews, read_titles
+from listopd_jax.data.report import summarize
+from listopd_jax.data.reviews import Review, first_words
+from listopd_jax.data.synthetic import synthetic_reviews
+from listopd_jax.data.table import fetch, scan
+from listopd_jax.errors import UserError
+
+FORMAT = 1
+"""Part of the fingerprint: raise it when the same config and files give another data set."""
+SOURCES = ("synthetic", "clothing", "amazon2018", "amazon2023")
+_DATA_FIELDS = (
+    "source",
+    "vote_cap",
+    "max_broken",
+    "max_reviews_per_product",
+    "validation_share",
+    "max_lists",
+    "seed",
+)
+_HUB = "amazon-fashion-2023"
+
+
+def prepare(data: Any, task: Any, folder: str | pathlib.Path) -> dict:
+    """Build the data set that the config asks for in `folder`, unless it is there, and return its report.
+
+    Args:
+      data: the config's data section (fields: see `configs`; `source`, `path`, `meta_path`, `labels`,
+        `vote_cap`, `max_broken`, `max_reviews_per_product`, `validation_share`, `max_lists`, `seed`,
+        `verify`, `synthetic`).
+      task: the config's task section, of which `k` and `max_review_words` are read.
+      folder: receives the TFDS data set and, when it is whole, `report.json`. A build that was interrupted,
+        or that was made from another config or other files, is replaced.
+
+    Returns:
+      The report: counts of rows read and dropped by reason, lists, label histograms, notes for the reader.
+
+    Raises:
+      UserError: for a field out of range, a file that cannot be used, or too few reviews for a split.
+    """
+    check_config(data, task)
+    folder = pathlib.Path(folder)
+    inputs = _inputs(data)
+    fingerprint = _fingerprint(data, task, inputs)
+    report = _finished(folder, fingerprint)
+    if report is None:
+        report = _build(data, task, inputs, folder) | {"fingerprint": fingerprint}
+        files.write_json(folder / builder.REPORT, report)
+    return report
+
+
+def check_config(data: Any, task: Any) -> None:
+    """Raise UserError for the first field of the data and task sections that no data set can be made with."""
+    cap = data.max_reviews_per_product
+    rules = {
+        "data.source": (data.source in SOURCES, f"one of {', '.join(SOURCES)}"),
+        "data.path": (data.path or data.source in ("synthetic", "amazon2023"), "the file of reviews"),
+        "data.vote_cap": (data.vote_cap >= 1, "at least 1"),
+        "data.max_broken": (0 <= data.max_broken <= 1, "a share from 0 to 1"),
+        "data.max_reviews_per_product": (cap == 0 or cap >= task.k, "0 (all) or at least task.k"),
+        "data.validation_share": (0 < data.validation_share < 1, "a share between 0 and 1"),
+        "data.max_lists": (data.max_lists == 0 or data.max_lists >= 2, "0 (all) or at least 2"),
+        "data.seed": (data.seed >= 0, "at least 0"),
+        "data.synthetic.products": (data.synthetic.products >= 2, "at least 2"),
+        "data.synthetic.reviews_per_product": (data.synthetic.reviews_per_product >= 1, "at least 1"),
+        "data.synthetic.noise": (0 <= data.synthetic.noise < math.inf, "at least 0"),
+        "task.k": (task.k >= 2, "at least 2"),
+        "task.max_review_words": (task.max_review_words >= 0, "0 (uncut) or more"),
+    }
+    for field, (good, wanted) in rules.items():
+        if not good:
+            value = operator.attrgetter(field)(types.SimpleNamespace(data=data, task=task))
+            raise UserError(f"{field}={value!r}: must be {wanted}")
+
+
+def _inputs(data: Any) -> dict[str, pathlib.Path]:
+    """The files to read, by config field, downloaded if need be and present; not yet verified."""
+    paths = {name: getattr(data, name) for name in ("path", "meta_path", "labels") if getattr(data, name)}
+    if data.source == "synthetic":
+        paths = {name: path for name, path in paths.items() if name == "labels"}
+    if data.source == "amazon2023" and not data.path:
+        paths["path"] = manifest.download(_HUB, "raw/review_categories/Amazon_Fashion.jsonl")
+        if "meta_path" not in paths:
+            paths["meta_path"] = manifest.download(_HUB, "raw/meta_categories/meta_Amazon_Fashion.jsonl")
+    for name, path in paths.items():
+        if not pathlib.Path(path).is_file():
+            kind = "is a folder; name the file in it" if pathlib.Path(path).is_dir() else "no such file"
+            raise UserError(f"data.{name}={path}: {kind}")
+    return {name: pathlib.Path(path) for name, path in paths.items()}
+
+
+def _fingerprint(data: Any, task: Any, inputs: dict[str, pathlib.Path]) -> str:
+    """SHA-256 of all that decides the data set: format, fields, each file's name, size and time of change."""
+    stats = {name: (path.name, path.stat().st_size, path.stat().st_mtime_ns) for name, path in inputs.items()}
+    fields = {name: getattr(data, name) for name in _DATA_FIELDS}
+    fields |= {"k": task.k, "max_review_words": task.max_review_words}
+    if data.source == "synthetic":
+        fields |= {"synthetic": _synthetic_fields(data)}
+    return hashlib.sha256(json.dumps([FORMAT, fields, stats], sort_keys=True).encode()).hexdigest()
+
+
+def _synthetic_fields(data: Any) -> dict:
+    return {name: getattr(data.synthetic, name) for name in ("products", "reviews_per_product", "noise")}
+
+
+def _finished(folder: pathlib.Path, fingerprint: str) -> dict | None:
+    """The report of a whole data set with that fingerprint, or None. report.json is written last."""
+    if not (folder / builder.REPORT).is_file():
+        return None
+    report = files.read_json(folder / builder.REPORT)
+    same = report.get("fingerprint") == fingerprint and report.get("files") == builder.built_files(folder)
+    return report if same else None
+
+
+def _build(data: Any, task: Any, inputs: dict[str, pathlib.Path], folder: pathlib.Path) -> dict:
+    if data.verify:
+        for path in inputs.values():
+            manifest.verify(path)
+    tally: Counter = Counter()
+    score = _scorer(data, inputs)
+    table = scan(_reviews(data, inputs, tally), score, task.max_review_words, tally)
+    tally["usable"] = len(table.product)
+    if isinstance(score, LabelFile):
+        score.check(data.max_broken)
+    plan = plan_lists(
+        table,
+        task.k,
+        validation_share=data.validation_share,
+        max_lists=data.max_lists,
+        max_per_product=data.max_reviews_per_product,
+        seed=data.seed,
+    )
+    chosen = {"train": plan.train, "validation": plan.validation}
+    wanted = {row for lists in chosen.values() for row in lists.ravel().tolist()}
+    reviews = fetch(_reviews(data, inputs, Counter()), score, table, wanted)
+    titles = _titles(data, inputs, reviews.values(), tally)
+    rows = {
+        split: [
+            _row([reviews[i] for i in members.tolist()], table.score[members], titles, task.max_review_words)
+            for members in lists
+        ]
+        for split, lists in chosen.items()
+    }
+    built = builder.build(rows, folder)
+    labels = f"file {inputs['labels'].name}" if "labels" in inputs else f"votes, capped at {data.vote_cap}"
+    sources = {name: {"file": path.name, "bytes": path.stat().st_size} for name, path in inputs.items()}
+    head = {"source": data.source, "inputs": sources, "labels": labels}
+    return head | summarize(rows, dict(tally), plan.counts, data.max_lists) | {"files": built}
+
+
+def _reviews(data: Any, inputs: dict[str, pathlib.Path], tally: Counter) -> Iterator[Review]:
+    if data.source == "synthetic":
+        return synthetic_reviews(**_synthetic_fields(data), vote_cap=data.vote_cap, seed=data.seed)
+    return read_reviews(data.source, inputs["path"], data.max_broken, tally)
+
+
+def _scorer(data: Any, inputs: dict[str, pathlib.Path]) -> Callable[[Review], int | None]:
+    if "labels" in inputs:
+        return LabelFile(inputs["labels"])
+    return lambda review: score_from_votes(review.votes, data.vote_cap)
+
+
+def _titles(data: Any, inputs: dict, reviews: Collection[Review], tally: Counter) -> dict[str, str]:
+    """A title for each product: of the metadata file, else of the reviews, else made of its id."""
+    titles = {review.product: review.title for review in reviews if review.title}
+    products = {review.product for review in reviews}
+    if "meta_path" in inputs:
+        titles |= read_titles(inputs["meta_path"], products, data.max_broken, tally)
+    tally["products_without_title"] = len(products) - len(titles)
+    return {product: titles.get(product, f"item {product}") for product in products}
+
+
+def _row(reviews: list[Review], scores: np.ndarray, titles: dict[str, str], max_words: int) -> dict:
+    keys = [review.key for review in reviews]
+    return {
+        "key": hashlib.sha1("".join(keys).encode()).hexdigest()[:16],
+        "product_id": reviews[0].product,
+        "title": titles[reviews[0].product],
+        "reviews": [first_words(review.text, max_words) for review in reviews],
+        "review_keys": keys,
+        "scores": scores.tolist(),
+    }

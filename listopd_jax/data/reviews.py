@@ -1,0 +1,52 @@
+"""The one record that every reader yields, and the text cleaning that all of them share."""
+
+import dataclasses
+import hashlib
+import html
+import re
+
+_BREAK = re.compile(r"<br\s*/?>", re.IGNORECASE)
+_UNESCAPES = 8
+_UNPRINTABLE = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Review:
+    """One review as read: text cleaned but not cut; the product's title, '' if unknown; helpful votes."""
+
+    user: str
+    product: str
+    title: str
+    text: str
+    votes: int
+
+    @property
+    def key(self) -> str:
+        """Stable name of the review, the key of a labels file.
+
+        The first 16 hex digits of the SHA-1 of product, user and cleaned text (UTF-8) joined by NUL: it
+        depends on nothing but the review itself, not on its row, the other rows or any setting.
+        """
+        return hashlib.sha1("\0".join((self.product, self.user, self.text)).encode()).hexdigest()[:16]
+
+
+def clean_text(text: str) -> str:
+    """HTML unescaped, `<br />` and control characters to spaces, whitespace runs to one space.
+
+    Entities are unescaped up to 8 times, since real reviews hold even `&amp;amp;amp;amp;#39;`.
+    `<|` becomes `< |`, so that no review can spell a tokenizer's control token such as `<|im_end|>`.
+    """
+    for _ in range(_UNESCAPES if "&" in text else 0):
+        text = html.unescape(text)
+    text = _UNPRINTABLE.sub(" ", _BREAK.sub(" ", text))
+    return " ".join(text.split()).replace("<|", "< |")
+
+
+def first_words(text: str, count: int) -> str:
+    """The first `count` words of a cleaned text; all of them if `count` is 0."""
+    return " ".join(text.split(" ", count)[:count]) if count else text
+
+
+def hash64(*parts: str) -> int:
+    """64-bit hash of some strings: two million of them collide with probability 1e-7, in 8 bytes each."""
+    return int.from_bytes(hashlib.blake2b("\0".join(parts).encode(), digest_size=8).digest(), "little")

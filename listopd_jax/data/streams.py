@@ -1,0 +1,83 @@
+"""Lines of a file that may be plain, gzip or zip, and may be broken: each failure is one line to the user."""
+
+import contextlib
+import gzip
+import os
+import pathlib
+import zipfile
+import zlib
+from collections.abc import Iterator
+from typing import IO
+
+from tqdm import tqdm
+
+from listopd_jax.errors import UserError
+
+MAX_LINE = 1 << 26
+"""Bytes: no line of a review file is longer, so one that is would only fill the memory."""
+
+
+def read_lines(path: str | os.PathLike) -> Iterator[bytes]:
+    """Yield the file's lines one at a time, with a progress bar over its bytes.
+
+    The kind of compression is read from the file's first bytes, not from its name.
+
+    Raises:
+      UserError: the file is missing, a folder, unreadable, a broken or truncated archive, an archive of
+        several files, or has a line above `MAX_LINE`.
+    """
+    path = pathlib.Path(path)
+    with _readable(path), open(path, "rb") as raw, _decompressed(raw, path) as stream:
+        size = os.fstat(raw.fileno()).st_size
+        with tqdm(
+            total=size, desc=f"reading {path.name}", unit="B", unit_scale=True, leave=False, disable=None
+        ) as bar:
+            for number, line in enumerate(iter(lambda: stream.readline(MAX_LINE), b""), 1):
+                if len(line) == MAX_LINE:
+                    raise UserError(
+                        f"{path}: line {number} is longer than {MAX_LINE} bytes; is this a file of reviews?"
+                    )
+                if number % 4096 == 0:
+                    bar.update(raw.tell() - bar.n)
+                yield line
+
+
+@contextlib.contextmanager
+def _readable(path: pathlib.Path) -> Iterator[None]:
+    """Turn what goes wrong while a file is read into a UserError that names it."""
+    try:
+        yield
+    except FileNotFoundError as e:
+        raise UserError(
+            f"{path}: no such file; set data.path (or data.meta_path, data.labels) to an existing one"
+        ) from e
+    except IsADirectoryError as e:
+        raise UserError(f"{path}: is a folder; name the file in it") from e
+    except (EOFError, zlib.error, zipfile.BadZipFile, gzip.BadGzipFile) as e:
+        raise UserError(f"{path}: truncated or damaged archive ({e}); download it again") from e
+    except (NotImplementedError, RuntimeError) as e:  # zipfile: unknown compression, password
+        raise UserError(
+            f"{path}: this kind of zip file cannot be read ({e}); unpack it and name the file inside"
+        ) from e
+    except OSError as e:
+        raise UserError(f"{path}: cannot be read ({e.strerror or e})") from e
+
+
+def _decompressed(raw: IO[bytes], path: pathlib.Path) -> IO[bytes]:
+    magic = raw.read(4)
+    raw.seek(0)
+    if magic.startswith(b"\x1f\x8b"):
+        return gzip.open(raw)
+    if magic == b"PK\x03\x04":
+        archive = zipfile.ZipFile(raw)
+        return archive.open(_sole_member(archive, path))
+    return raw
+
+
+def _sole_member(archive: zipfile.ZipFile, path: pathlib.Path) -> zipfile.ZipInfo:
+    members = [m for m in archive.infolist() if not m.is_dir() and not m.filename.startswith("__MACOSX/")]
+    if len(members) != 1:
+        raise UserError(
+            f"{path}: holds {len(members)} files where one is expected; unpack it and name the right one"
+        )
+    return members[0]
