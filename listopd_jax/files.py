@@ -25,6 +25,9 @@ def write_text(path: str | os.PathLike, text: str) -> None:
             f.write(text)
             f.flush()
             os.fsync(f.fileno())
+        os.chmod(
+            temporary, 0o666 & ~_umask()
+        )  # NamedTemporaryFile makes files that only their owner can read
         os.replace(temporary, path)
     except OSError as e:
         if temporary and os.path.exists(temporary):
@@ -32,6 +35,13 @@ def write_text(path: str | os.PathLike, text: str) -> None:
         raise UserError(
             f"{path}: cannot be written ({e.strerror or e}); free space or choose another --workdir"
         ) from e
+
+
+def _umask() -> int:
+    """The process's file mode mask, which can only be read by setting it."""
+    mask = os.umask(0o077)
+    os.umask(mask)
+    return mask
 
 
 def write_json(path: str | os.PathLike, value: Any) -> None:

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 from listopd_jax.data import input as data_input
 from listopd_jax.data.input import (
+    AnswerNoise,
     answer_ids,
     choose_buckets,
     encode_split,
@@ -211,26 +212,34 @@ def test_long_prompts_lose_words_not_reviews(examples, tokenizer):
         encode_split(examples, tokenizer, max_prompt=512, max_answer=42)
 
 
-def test_truncated_teacher_answers(tokenizer):
+def test_noise_truncates_and_duplicates_the_asked_share(tokenizer):
     examples = make_examples(400)
-    stops = {}
-    for rate in (0.0, 0.3, 1.0):
-        answers = [tokenizer.decode(answer_ids(e, tokenizer, rate, seed=1)[:-1]) for e in examples]
-        parsed = [json.loads(a) for a in answers]
-        for example, objects in zip(examples, parsed, strict=True):
-            assert [o["score"] for o in objects] == list(example.scores[: len(objects)]) and len(objects) in (
-                3,
-                4,
-            )
-        stops[rate] = {e.key for e, objects in zip(examples, parsed, strict=True) if len(objects) == 3}
-    assert len(stops[0.0]) == 0 and len(stops[1.0]) == 400 and 0.23 < len(stops[0.3]) / 400 < 0.37
-    again = {
-        e.key
-        for e in reversed(examples)
-        if len(answer_ids(e, tokenizer, 0.3, 1)) < len(answer_ids(e, tokenizer))
-    }
-    other = {e.key for e in examples if len(answer_ids(e, tokenizer, 0.3, 2)) < len(answer_ids(e, tokenizer))}
-    assert again == stops[0.3] != other, "the same in every epoch and order, another for another seed"
+
+    def objects(noise):
+        return [json.loads(tokenizer.decode(answer_ids(e, tokenizer, noise)[:-1])) for e in examples]
+
+    def broken(noise):
+        right = objects(AnswerNoise())
+        return {e.key for e, got, want in zip(examples, objects(noise), right, strict=True) if got != want}
+
+    for noise in (
+        AnswerNoise(truncation=0.3, seed=1),
+        AnswerNoise(truncation=1.0),
+        AnswerNoise(duplicate=0.3, seed=1),
+    ):
+        for example, got in zip(examples, objects(noise), strict=True):
+            assert [o["score"] for o in got] == list(example.scores[: len(got)])
+            if noise.truncation:
+                assert len(got) in (3, 4)
+            else:
+                assert [o["review_id"] for o in got] in (["r1", "r2", "r3", "r4"], ["r1", "r2", "r3", "r3"])
+    assert not broken(AnswerNoise())
+    assert len(broken(AnswerNoise(truncation=1.0))) == len(broken(AnswerNoise(duplicate=1.0))) == 400
+    some = broken(AnswerNoise(truncation=0.3, seed=1))
+    assert 0.23 < len(some) / 400 < 0.37
+    examples.reverse()
+    assert some == broken(AnswerNoise(truncation=0.3, seed=1)), "the same in every epoch and order"
+    assert some != broken(AnswerNoise(truncation=0.3, seed=2))
 
 
 def check_batch(batch, split, buckets, size):

@@ -2,10 +2,7 @@
 
 import hashlib
 import json
-import math
-import operator
 import pathlib
-import types
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator
 from typing import Any
@@ -25,7 +22,6 @@ from listopd_jax.errors import UserError
 
 FORMAT = 1
 """Part of the fingerprint: raise it when the same config and files give another data set."""
-SOURCES = ("synthetic", "clothing", "amazon2018", "amazon2023")
 _DATA_FIELDS = (
     "source",
     "vote_cap",
@@ -42,9 +38,7 @@ def prepare(data: Any, task: Any, folder: str | pathlib.Path) -> dict:
     """Build the data set that the config asks for in `folder`, unless it is there, and return its report.
 
     Args:
-      data: the config's data section (fields: see `configs`; `source`, `path`, `meta_path`, `labels`,
-        `vote_cap`, `max_broken`, `max_reviews_per_product`, `validation_share`, `max_lists`, `seed`,
-        `verify`, `synthetic`).
+      data: the data section of a validated config.
       task: the config's task section, of which `k` and `max_review_words` are read.
       folder: receives the TFDS data set and, when it is whole, `report.json`. A build that was interrupted,
         or that was made from another config or other files, is replaced.
@@ -53,9 +47,8 @@ def prepare(data: Any, task: Any, folder: str | pathlib.Path) -> dict:
       The report: counts of rows read and dropped by reason, lists, label histograms, notes for the reader.
 
     Raises:
-      UserError: for a field out of range, a file that cannot be used, or too few reviews for a split.
+      UserError: for a file that cannot be used, or too few reviews for a split.
     """
-    check_config(data, task)
     folder = pathlib.Path(folder)
     inputs = _inputs(data)
     fingerprint = _fingerprint(data, task, inputs)
@@ -64,30 +57,6 @@ def prepare(data: Any, task: Any, folder: str | pathlib.Path) -> dict:
         report = _build(data, task, inputs, folder) | {"fingerprint": fingerprint}
         files.write_json(folder / builder.REPORT, report)
     return report
-
-
-def check_config(data: Any, task: Any) -> None:
-    """Raise UserError for the first field of the data and task sections that no data set can be made with."""
-    cap = data.max_reviews_per_product
-    rules = {
-        "data.source": (data.source in SOURCES, f"one of {', '.join(SOURCES)}"),
-        "data.path": (data.path or data.source in ("synthetic", "amazon2023"), "the file of reviews"),
-        "data.vote_cap": (data.vote_cap >= 1, "at least 1"),
-        "data.max_broken": (0 <= data.max_broken <= 1, "a share from 0 to 1"),
-        "data.max_reviews_per_product": (cap == 0 or cap >= task.k, "0 (all) or at least task.k"),
-        "data.validation_share": (0 < data.validation_share < 1, "a share between 0 and 1"),
-        "data.max_lists": (data.max_lists == 0 or data.max_lists >= 2, "0 (all) or at least 2"),
-        "data.seed": (data.seed >= 0, "at least 0"),
-        "data.synthetic.products": (data.synthetic.products >= 2, "at least 2"),
-        "data.synthetic.reviews_per_product": (data.synthetic.reviews_per_product >= 1, "at least 1"),
-        "data.synthetic.noise": (0 <= data.synthetic.noise < math.inf, "at least 0"),
-        "task.k": (task.k >= 2, "at least 2"),
-        "task.max_review_words": (task.max_review_words >= 0, "0 (uncut) or more"),
-    }
-    for field, (good, wanted) in rules.items():
-        if not good:
-            value = operator.attrgetter(field)(types.SimpleNamespace(data=data, task=task))
-            raise UserError(f"{field}={value!r}: must be {wanted}")
 
 
 def _inputs(data: Any) -> dict[str, pathlib.Path]:

@@ -1,0 +1,334 @@
+"""The one configuration object: every field with its default, checked once at the start.
+
+Experiments live in `configs/*.py`; each starts from `defaults()` and sets what differs. A field that is not
+here does not exist: ml_collections refuses misspelt names and wrong types, `validate` refuses impossible
+combinations.
+"""
+
+import difflib
+import hashlib
+import json
+import math
+import pathlib
+import subprocess
+from collections.abc import Iterator
+from typing import Any
+
+import ml_collections
+
+from listopd_jax.errors import UserError
+
+RATIOS = ("teacher_student", "trainer_rollout", "aspo", "none")
+ADVANTAGES = ("base_relative", "no_base")
+ESTIMATORS = ("sampled", "full_vocab")
+AGGREGATES = ("token", "sequence")
+SOURCES = ("synthetic", "clothing", "amazon2018", "amazon2023")
+DTYPES = ("float32", "bfloat16")
+REMATS = ("none", "full", "dots")
+
+
+def _section(**fields: Any) -> ml_collections.ConfigDict:
+    return ml_collections.ConfigDict(fields)
+
+
+def _model() -> ml_collections.ConfigDict:
+    return _section(
+        weights="",  # folder with safetensors or hub id; empty: random weights of `architecture`
+        architecture="custom",  # a name of listopd_jax.models.config, or custom = the dimensions below
+        hidden_size=64,
+        intermediate_size=192,
+        num_layers=2,
+        num_heads=4,
+        num_kv_heads=2,
+        head_dim=16,
+        rope_theta=1e4,
+        qk_norm=True,
+        tied=True,
+    )
+
+
+def _sft() -> ml_collections.ConfigDict:
+    return _section(
+        steps=0,  # 0: as many as `epochs` give
+        epochs=5.0,
+        batch_size=128,
+        lr=1e-5,
+        warmup_steps=0,
+        truncation_rate=0.0,  # share of training answers with K-1 objects only (EC's SFT teacher cuts ~42 %)
+        duplicate_rate=0.0,  # share of training answers whose last object repeats the id before it
+        seed=0,
+    )
+
+
+def defaults() -> ml_collections.ConfigDict:
+    """Every field of a run, with EC's recipe as the default where EC gives one."""
+    return _section(
+        preset="paper",
+        seed=0,
+        notes=(),  # sentences shown in the report: what was chosen for this experiment, and why
+        task=_section(
+            k=0,  # reviews a list; 0: 8, EC's, but 4 for the synthetic source, which two cores learn in minutes
+            max_prompt=2048,  # tokens
+            max_response=512,  # tokens
+            max_review_words=200,  # 0: uncut
+            prompt_buckets=4,  # prompt widths to compile for
+            chat_template=False,
+            ndcg_gain="linear",
+        ),
+        tokenizer=_section(
+            path="", vocab_size=512
+        ),  # empty path: train a byte-level BPE on the training prompts
+        data=_section(
+            source="synthetic",
+            path="",
+            meta_path="",
+            labels="",  # JSONL of review key -> score 0..10; empty: from votes
+            vote_cap=50,  # votes that mean a score of 10
+            max_broken=0.05,
+            max_reviews_per_product=0,  # 0: all
+            max_lists=0,  # 0: all
+            validation_share=0.1,
+            seed=0,
+            verify=True,
+            synthetic=_section(products=450, reviews_per_product=16, noise=0.5),
+        ),
+        teacher=_model(),
+        student=_model(),
+        dtype=_section(param="float32", compute="float32", frozen="float32"),
+        remat="none",
+        sft=_section(teacher=_sft(), student=_sft()),
+        optimizer=_section(b1=0.9, b2=0.95, weight_decay=0.0, max_grad_norm=1.0),
+        opd=_section(
+            lambdas=(1.0, 1.05, 1.1, 1.15, 1.2, 1.25),
+            seeds=(0,),
+            steps=0,  # 0: as many as `epochs` give
+            epochs=3.0,
+            batch_size=128,  # prompts a step
+            rollouts=1,  # completions a prompt
+            microbatch=0,  # prompts a gradient pass; 0: the whole batch
+            updates_per_batch=1,
+            lr=1e-6,
+            temperature=1.0,
+            clip=5.0,  # c of EC Eq. 3; inf: no clip
+            ratio="teacher_student",
+            advantage="base_relative",
+            estimator="sampled",
+            aggregate="token",
+            kl_to_base=0.0,
+            entropy_bonus=0.0,
+            lambda_warmup_steps=0,
+            ppo_clip=0.0,  # 0: off
+            head_chunk=1024,  # completion positions whose logits exist at one time
+        ),
+        evaluation=_section(batch_size=64, max_lists=0, bootstrap=2000, examples=3),
+        train=_section(checkpoint_every=50, keep_checkpoints=2, export=True),
+    )
+
+
+def auto_preset() -> str:
+    """`tiny` on a CPU, `paper` on a GPU or TPU."""
+    import jax
+
+    return "tiny" if jax.default_backend() == "cpu" else "paper"
+
+
+def unknown_name(field: str, value: str, known: tuple[str, ...]) -> UserError:
+    """The error for a name that is not in a closed set, with the closest one that is."""
+    close = difflib.get_close_matches(value, known, n=1)
+    hint = f"did you mean {close[0]!r}? " if close else ""
+    return UserError(f"{field}={value!r} is unknown; {hint}known: {', '.join(known)}")
+
+
+def flatten(config: ml_collections.ConfigDict, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Dotted field names and values, in order."""
+    for name in sorted(config):
+        value = config[name]
+        if isinstance(value, ml_collections.ConfigDict):
+            yield from flatten(value, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}", value
+
+
+_NAMES = {
+    "opd.ratio": RATIOS,
+    "opd.advantage": ADVANTAGES,
+    "opd.estimator": ESTIMATORS,
+    "opd.aggregate": AGGREGATES,
+    "data.source": SOURCES,
+    "task.ndcg_gain": ("linear", "exponential"),
+    "remat": REMATS,
+    "dtype.param": DTYPES,
+    "dtype.compute": DTYPES,
+    "dtype.frozen": DTYPES,
+}
+
+_POSITIVE = """
+task.max_prompt task.max_response task.prompt_buckets tokenizer.vocab_size data.vote_cap
+data.synthetic.reviews_per_product sft.teacher.batch_size sft.teacher.lr sft.student.batch_size sft.student.lr
+opd.batch_size opd.rollouts opd.updates_per_batch opd.lr opd.temperature opd.head_chunk
+evaluation.batch_size evaluation.bootstrap train.checkpoint_every train.keep_checkpoints
+""".split()
+
+_NOT_NEGATIVE = """
+seed task.max_review_words data.max_broken data.max_reviews_per_product data.max_lists data.seed data.synthetic.noise
+sft.teacher.steps sft.teacher.epochs sft.teacher.warmup_steps sft.teacher.seed
+sft.student.steps sft.student.epochs sft.student.warmup_steps sft.student.seed
+opd.steps opd.epochs opd.microbatch opd.kl_to_base opd.entropy_bonus opd.lambda_warmup_steps opd.ppo_clip
+evaluation.max_lists evaluation.examples optimizer.weight_decay optimizer.max_grad_norm
+""".split()
+
+_SHARES = """
+data.validation_share sft.teacher.truncation_rate sft.teacher.duplicate_rate
+sft.student.truncation_rate sft.student.duplicate_rate
+""".split()
+
+
+def _require(condition: bool, message: str) -> None:
+    if not condition:
+        raise UserError(message)
+
+
+def _validate_fields(values: dict[str, Any]) -> None:
+    for field, value in values.items():
+        numbers = value if isinstance(value, tuple) else (value,)
+        for x in numbers:
+            _require(not isinstance(x, float) or not math.isnan(x), f"{field}={value}: must not be NaN")
+            _require(
+                field == "opd.clip" or not isinstance(x, float) or math.isfinite(x),
+                f"{field}={value}: must be finite",
+            )
+    for field, known in _NAMES.items():
+        if values[field] not in known:
+            raise unknown_name(field, values[field], known)
+    for field in _POSITIVE:
+        _require(values[field] > 0, f"{field}={values[field]}: must be > 0")
+    for field in _NOT_NEGATIVE:
+        _require(values[field] >= 0, f"{field}={values[field]}: must be >= 0")
+    for field in _SHARES:
+        _require(0 <= values[field] < 1, f"{field}={values[field]}: must be in [0, 1)")
+
+
+def _validate_grid(config: ml_collections.ConfigDict) -> None:
+    lambdas, seeds = config.opd.lambdas, config.opd.seeds
+    _require(len(lambdas) > 0, "opd.lambdas is empty: give at least one lambda, e.g. (1.0,)")
+    _require(len(seeds) > 0, "opd.seeds is empty: give at least one seed, e.g. (0,)")
+    for x in lambdas:
+        is_number = isinstance(x, int | float) and not isinstance(x, bool)
+        _require(is_number and x >= 0, f"opd.lambdas={lambdas}: every lambda is a number >= 0, not {x!r}")
+    for x in seeds:
+        _require(
+            isinstance(x, int) and x >= 0, f"opd.seeds={seeds}: every seed is a whole number >= 0, not {x!r}"
+        )
+    _require(len(set(lambdas)) == len(lambdas), f"opd.lambdas={lambdas}: a value stands twice")
+    _require(len(set(seeds)) == len(seeds), f"opd.seeds={seeds}: a value stands twice")
+
+
+def _validate_combinations(config: ml_collections.ConfigDict) -> None:
+    opd = config.opd
+    _require(
+        config.task.k == 0 or config.task.k >= 2,
+        f"task.k={config.task.k}: a list to rank has at least 2 reviews",
+    )
+    _require(
+        config.task.max_response >= 2, f"task.max_response={config.task.max_response}: must be >= 2 tokens"
+    )
+    _require(opd.clip > 1, f"opd.clip={opd.clip}: the clip c must be > 1 (inf for none), EC Eq. 3")
+    _require(opd.ppo_clip < 1, f"opd.ppo_clip={opd.ppo_clip}: must be in [0, 1); 0 turns it off")
+    _require(
+        opd.microbatch == 0 or opd.batch_size % opd.microbatch == 0,
+        f"opd.microbatch={opd.microbatch} must divide opd.batch_size={opd.batch_size}",
+    )
+    _require(
+        opd.estimator == "sampled" or (opd.ratio == "none" and opd.ppo_clip == 0),
+        "opd.estimator='full_vocab' is exact, without importance ratios: set opd.ratio='none' and opd.ppo_clip=0",
+    )
+    _require(
+        opd.steps > 0 or opd.epochs > 0, "opd.steps=0 and opd.epochs=0: nothing to train; set one of them"
+    )
+    _require(
+        config.tokenizer.path or not (config.teacher.weights or config.student.weights),
+        "tokenizer.path is empty: models with weights need their tokenizer, e.g. the same folder or hub id",
+    )
+    for role in ("teacher", "student"):
+        _validate_model(role, config[role])
+
+
+def _validate_data(config: ml_collections.ConfigDict) -> None:
+    data, k = config.data, config.task.k
+    cap = data.max_reviews_per_product
+    _require(
+        bool(data.path) or data.source in ("synthetic", "amazon2023"),
+        f"data.path is empty: data.source={data.source!r} needs a file, e.g. --config.data.path=FILE",
+    )
+    _require(k == 0 or k >= 2, f"task.k={k}: a list to rank has at least 2 reviews")
+    _require(
+        cap == 0 or cap >= max(k, 2),
+        f"data.max_reviews_per_product={cap}: must be 0 (all) or at least task.k",
+    )
+    _require(data.max_broken <= 1, f"data.max_broken={data.max_broken}: a share from 0 to 1")
+    _require(data.validation_share > 0, "data.validation_share=0.0: policies are evaluated on held-out lists")
+    _require(data.max_lists != 1, "data.max_lists=1: must be 0 (all) or at least 2")
+    _require(data.synthetic.products >= 2, f"data.synthetic.products={data.synthetic.products}: must be >= 2")
+
+
+def _validate_model(role: str, model: ml_collections.ConfigDict) -> None:
+    if model.weights or model.architecture != "custom":
+        return
+    for field in (
+        "hidden_size",
+        "intermediate_size",
+        "num_layers",
+        "num_heads",
+        "num_kv_heads",
+        "head_dim",
+        "rope_theta",
+    ):
+        _require(model[field] > 0, f"{role}.{field}={model[field]}: must be > 0")
+    _require(
+        model.head_dim % 2 == 0, f"{role}.head_dim={model.head_dim}: rotary embeddings need an even head_dim"
+    )
+    _require(
+        model.num_heads % model.num_kv_heads == 0,
+        f"{role}.num_kv_heads={model.num_kv_heads} must divide {role}.num_heads={model.num_heads}",
+    )
+
+
+def validate(config: ml_collections.ConfigDict) -> ml_collections.FrozenConfigDict:
+    """The checked, frozen config; UserError names the first field that is wrong, its value and the fix."""
+    _validate_fields(dict(flatten(config)))
+    _validate_grid(config)
+    _validate_data(config)
+    _validate_combinations(config)
+    if config.task.k == 0:
+        config.task.k = 4 if config.data.source == "synthetic" else 8
+    return ml_collections.FrozenConfigDict(config)
+
+
+def to_json(config: ml_collections.ConfigDict | ml_collections.FrozenConfigDict) -> dict[str, Any]:
+    """The config as plain JSON values (infinities as the string "inf"), field order fixed."""
+    return json.loads(json.dumps(_plain(config.to_dict()), sort_keys=True, allow_nan=False))
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {k: _plain(v) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(v) for v in value]
+    return str(value) if isinstance(value, float) and math.isinf(value) else value
+
+
+def digest(config: ml_collections.ConfigDict | ml_collections.FrozenConfigDict) -> str:
+    """SHA-256 of the config's canonical JSON."""
+    return hashlib.sha256(json.dumps(to_json(config), sort_keys=True).encode()).hexdigest()
+
+
+def code_revision() -> str:
+    """Git commit of the code that runs, with "+changes" if the tree differs; "unknown" outside a checkout."""
+    git = ["git", "-C", str(pathlib.Path(__file__).resolve().parent)]
+    head = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
+    if head.returncode != 0:
+        return "unknown"
+    status = subprocess.run(
+        [*git, "status", "--porcelain", "-uno"], capture_output=True, text=True, check=False
+    )
+    return head.stdout.strip() + ("+changes" if status.stdout.strip() else "")

@@ -1,0 +1,88 @@
+"""The configuration: presets, overrides, and one line for whatever cannot be run."""
+
+import json
+import math
+
+import pytest
+
+from configs import fashion
+from listopd_jax import config as config_module
+from listopd_jax.errors import UserError
+
+
+@pytest.mark.parametrize("preset", ["tiny", "paper", "paper_8b"])
+def test_presets_are_valid_and_are_json(preset):
+    config = config_module.validate(fashion.get_config(preset))
+    assert config.preset == preset
+    assert json.loads(json.dumps(config_module.to_json(config)))["opd"]["clip"] == 5.0
+
+
+def test_paper_is_the_recipe_of_the_paper():
+    config = fashion.get_config("paper")
+    assert (config.student.weights, config.teacher.weights) == ("Qwen/Qwen3-1.7B", "Qwen/Qwen3-4B")
+    opd = config.opd
+    assert (opd.lr, opd.batch_size, opd.steps, opd.clip, opd.temperature) == (1e-6, 128, 42, 5.0, 1.0)
+    assert (config.task.max_prompt, config.task.max_response) == (2048, 512)
+    big = fashion.get_config("paper_8b")
+    assert (big.student.weights, big.teacher.weights) == ("Qwen/Qwen3-8B", "Qwen/Qwen3-32B")
+
+
+def test_k_follows_the_source():
+    config = fashion.get_config("tiny")
+    assert config_module.validate(config).task.k == 4
+    config = fashion.get_config("tiny")
+    config.data.update(source="clothing", path="reviews.csv")
+    assert config_module.validate(config).task.k == 8
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"opd.lambdas": ()}, "opd.lambdas is empty"),
+        ({"opd.lambdas": (1.0, 1.0)}, "stands twice"),
+        ({"opd.lambdas": (1.0, math.nan)}, "must not be NaN"),
+        ({"opd.lambdas": (1.0, math.inf)}, "must be finite"),
+        ({"opd.lambdas": (-0.5,)}, "every lambda is a number >= 0"),
+        ({"opd.seeds": (0.5,)}, "every seed is a whole number"),
+        ({"opd.clip": 0.9}, "must be > 1"),
+        ({"opd.lr": 0.0}, "opd.lr=0.0: must be > 0"),
+        ({"opd.steps": 0, "opd.epochs": 0.0}, "nothing to train"),
+        ({"opd.ppo_clip": 1.0}, "opd.ppo_clip=1.0"),
+        ({"opd.estimator": "full_vocab"}, "opd.ratio='none'"),
+        ({"opd.advantage": "no_bass"}, "did you mean 'no_base'?"),
+        ({"opd.microbatch": 5}, "must divide"),
+        ({"sft.teacher.truncation_rate": 1.0}, "must be in [0, 1)"),
+        ({"data.source": "clothing"}, "data.path is empty"),
+        ({"data.source": "yelp"}, "data.source='yelp' is unknown"),
+        ({"data.vote_cap": 0}, "data.vote_cap=0: must be > 0"),
+        ({"data.max_broken": 1.5}, "data.max_broken=1.5"),
+        ({"data.validation_share": 0.0}, "data.validation_share=0.0"),
+        ({"data.max_lists": 1}, "data.max_lists=1"),
+        ({"task.k": 1}, "task.k=1"),
+        ({"task.k": 4, "data.max_reviews_per_product": 3}, "data.max_reviews_per_product=3"),
+        ({"data.synthetic.noise": math.nan}, "data.synthetic.noise=nan"),
+        ({"student.weights": "folder"}, "tokenizer.path is empty"),
+        ({"student.head_dim": 15}, "even head_dim"),
+        ({"teacher.num_kv_heads": 3}, "must divide teacher.num_heads"),
+        ({"remat": "some"}, "remat='some' is unknown"),
+    ],
+)
+def test_what_cannot_be_run_is_one_line_that_names_the_field(changes, message):
+    config = fashion.get_config("tiny")
+    config.update_from_flattened_dict(changes)
+    with pytest.raises(UserError) as error:
+        config_module.validate(config)
+    assert message in str(error.value) and "\n" not in str(error.value)
+
+
+def test_no_clip_is_infinity_and_survives_json():
+    config = fashion.get_config("tiny")
+    config.opd.clip = math.inf
+    assert config_module.to_json(config_module.validate(config))["opd"]["clip"] == "inf"
+
+
+def test_the_digest_changes_with_any_field():
+    a, b = fashion.get_config("tiny"), fashion.get_config("tiny")
+    assert config_module.digest(a) == config_module.digest(b)
+    b.opd.lr *= 2
+    assert config_module.digest(a) != config_module.digest(b)
