@@ -1,0 +1,54 @@
+"""A decoder from the configuration: weights from Hugging Face, or random ones of a named or custom shape."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import ml_collections
+from flax import nnx
+
+from listopd_jax.errors import UserError
+from listopd_jax.models.config import ModelConfig, named_config
+from listopd_jax.models.decoder import Decoder, abstract
+from listopd_jax.models.hf import load_hf, read_config, resolve
+
+CUSTOM = """
+hidden_size intermediate_size num_layers num_heads num_kv_heads head_dim rope_theta qk_norm tied
+""".split()
+
+
+def model_config(model: ml_collections.FrozenConfigDict, vocab: int) -> ModelConfig:
+    """The dimensions of config section `model`; a custom shape has exactly the tokenizer's `vocab` rows.
+
+    Raises UserError if the model has fewer embedding rows than the tokenizer has tokens.
+    """
+    if model.weights:
+        config = read_config(resolve(model.weights))
+    elif model.architecture != "custom":
+        config = named_config(model.architecture)
+    else:
+        config = ModelConfig(vocab_size=vocab, **{name: model[name] for name in CUSTOM})
+    if config.vocab_size < vocab:
+        raise UserError(
+            f"{model.weights or model.architecture}: {config.vocab_size} embedding rows for a tokenizer of {vocab} "
+            "tokens; set tokenizer.path to this model's tokenizer"
+        )
+    return config
+
+
+def graph_of(config: ModelConfig, compute_dtype: str, remat: str) -> nnx.GraphDef:
+    """The static half of a decoder."""
+    return abstract(config, dtype=jnp.dtype(compute_dtype), remat=remat)[0]
+
+
+def initial_params(model: ml_collections.FrozenConfigDict, config: ModelConfig, seed: int, dtype: str) -> Any:
+    """The weights of config section `model` in `dtype`: read, or drawn from `seed`."""
+    if model.weights:
+        return load_hf(model.weights, jnp.dtype(dtype))[1]
+    make = lambda: Decoder(config, rngs=nnx.Rngs(seed), param_dtype=jnp.dtype(dtype))  # noqa: E731
+    return nnx.split(jax.jit(make)())[1]
+
+
+def cast(params: Any, dtype: str) -> Any:
+    """The same parameters in `dtype`; no copy of those that have it already."""
+    return jax.tree.map(lambda x: x.astype(jnp.dtype(dtype)), params)

@@ -1,0 +1,144 @@
+"""The shape of a decoder: one frozen, hashable record, and the published shapes by name."""
+
+import dataclasses
+import difflib
+
+from listopd_jax.errors import UserError
+
+
+@dataclasses.dataclass(frozen=True)
+class RopeScaling:
+    """Llama 3.1's stretching of the low rotary frequencies, in the field names of its published config."""
+
+    factor: float
+    low_freq_factor: float
+    high_freq_factor: float
+    original_max_position_embeddings: int
+
+    def __post_init__(self):
+        for field in dataclasses.fields(self):
+            _check_field(field, getattr(self, field.name))
+        if not (self.factor >= 1 and self.high_freq_factor > self.low_freq_factor > 0):
+            raise UserError(
+                f"rope_scaling: needs factor >= 1 and high_freq_factor > low_freq_factor > 0, got {self}"
+            )
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelConfig:
+    """Dimensions of a pre-norm decoder with grouped-query attention, SwiGLU and rotary positions.
+
+    `head_dim` is independent of `hidden_size / num_heads`; `qk_norm` is Qwen3's RMSNorm on each query and
+    key head; `tied` uses the embedding as the LM head; `max_positions` is only a record for exports.
+    UserError if the values are impossible.
+    """
+
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    rope_theta: float = 1e6
+    rope_scaling: RopeScaling | None = None
+    norm_eps: float = 1e-6
+    qk_norm: bool = True
+    tied: bool = True
+    max_positions: int = 32768
+
+    def __post_init__(self):
+        for field in dataclasses.fields(self):
+            _check_field(field, getattr(self, field.name))
+        if self.num_heads % self.num_kv_heads:
+            raise UserError(
+                f"model config: num_heads={self.num_heads} must be a multiple of num_kv_heads={self.num_kv_heads}"
+            )
+        if self.head_dim % 2:
+            raise UserError(f"model config: head_dim={self.head_dim} must be even (rotary positions)")
+
+
+def _check_field(field: dataclasses.Field, value: object) -> None:
+    if field.type is bool and not isinstance(value, bool):
+        raise UserError(f"model config: {field.name} must be true or false, got {value!r}")
+    if field.type not in (int, float):
+        return
+    allowed = (int,) if field.type is int else (int, float)
+    if isinstance(value, bool) or not isinstance(value, allowed) or not 0 < value < 2**31:
+        raise UserError(
+            f"model config: {field.name} must be a positive {field.type.__name__} below 2^31, got {value!r}"
+        )
+
+
+def _qwen3(hidden, intermediate, layers, heads, tied) -> ModelConfig:
+    return ModelConfig(
+        vocab_size=151936,
+        hidden_size=hidden,
+        intermediate_size=intermediate,
+        num_layers=layers,
+        num_heads=heads,
+        num_kv_heads=8,
+        head_dim=128,
+        tied=tied,
+        max_positions=40960,
+    )
+
+
+def _llama3_2(hidden, layers, heads, head_dim) -> ModelConfig:
+    return ModelConfig(
+        vocab_size=128256,
+        hidden_size=hidden,
+        intermediate_size=8192,
+        num_layers=layers,
+        num_heads=heads,
+        num_kv_heads=8,
+        head_dim=head_dim,
+        rope_theta=5e5,
+        rope_scaling=RopeScaling(32.0, 1.0, 4.0, 8192),
+        norm_eps=1e-5,
+        qk_norm=False,
+        max_positions=131072,
+    )
+
+
+NAMED_CONFIGS = {
+    "qwen3_0_6b": _qwen3(1024, 3072, 28, 16, tied=True),
+    "qwen3_1_7b": _qwen3(2048, 6144, 28, 16, tied=True),
+    "qwen3_4b": _qwen3(2560, 9728, 36, 32, tied=True),
+    "qwen3_8b": _qwen3(4096, 12288, 36, 32, tied=False),
+    "qwen3_14b": _qwen3(5120, 17408, 40, 40, tied=False),
+    "qwen3_32b": _qwen3(5120, 25600, 64, 64, tied=False),
+    "llama3_2_1b": _llama3_2(2048, 16, 32, 64),
+    "llama3_2_3b": _llama3_2(3072, 28, 24, 128),
+    "smollm2_135m": ModelConfig(
+        vocab_size=49152,
+        hidden_size=576,
+        intermediate_size=1536,
+        num_layers=30,
+        num_heads=9,
+        num_kv_heads=3,
+        head_dim=64,
+        rope_theta=1e5,
+        norm_eps=1e-5,
+        qk_norm=False,
+        max_positions=8192,
+    ),
+}
+
+
+def named_config(name: str) -> ModelConfig:
+    """The published dimensions of `name`, such as 'qwen3_1_7b'; UserError with the known names if unknown."""
+    if name in NAMED_CONFIGS:
+        return NAMED_CONFIGS[name]
+    close = difflib.get_close_matches(name, NAMED_CONFIGS, n=1, cutoff=0.4)
+    hint = f"; did you mean '{close[0]}'?" if close else ""
+    raise UserError(f"model '{name}' is not known{hint} (known: {', '.join(NAMED_CONFIGS)})")
+
+
+def num_params(config: ModelConfig) -> int:
+    """Number of distinct parameters (a tied head counts once)."""
+    c = config
+    heads = c.head_dim * (2 * c.num_heads + 2 * c.num_kv_heads)
+    norms = 2 * c.hidden_size + (2 * c.head_dim if c.qk_norm else 0)
+    layer = c.hidden_size * (heads + 3 * c.intermediate_size) + norms
+    return c.num_layers * layer + c.hidden_size * (1 + c.vocab_size * (1 if c.tied else 2))

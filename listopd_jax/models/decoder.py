@@ -1,0 +1,255 @@
+"""One decoder (Qwen3 and, by switches, Llama): a single layer body serves scoring, prefill and decoding."""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jaxtyping import Array, Float, Int
+
+from listopd_jax.errors import UserError
+from listopd_jax.models.config import ModelConfig
+from listopd_jax.ops.attention import attention
+
+REMAT = {
+    "none": None,
+    "full": jax.checkpoint_policies.nothing_saveable,
+    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+}
+
+
+class KVCache(NamedTuple):
+    """Rotated keys and values of all layers: [L,B,P,KV,H] of prompts, [L,B,n,C,KV,H] of completions."""
+
+    k: Array
+    v: Array
+
+
+def rms_norm(x: Float[Array, "*r D"], weight: Float[Array, " D"], eps: float) -> Float[Array, "*r D"]:
+    """x / rms(x) · weight over the last axis, in float32; the result has x's dtype."""
+    y = x.astype(jnp.float32)
+    y = y * jax.lax.rsqrt(jnp.mean(y * y, axis=-1, keepdims=True) + eps)
+    return (y * weight.astype(jnp.float32)).astype(x.dtype)
+
+
+def rope_frequencies(config: ModelConfig) -> np.ndarray:
+    """Rotary angles per position, float32 [H/2]: θ^(-2i/H), stretched by `rope_scaling` if there is one."""
+    frequencies = 1 / config.rope_theta ** (
+        np.arange(0, config.head_dim, 2, dtype=np.float32) / config.head_dim
+    )
+    s = config.rope_scaling
+    if s is None:
+        return frequencies
+    turns = s.original_max_position_embeddings * frequencies / (2 * np.pi)
+    keep = np.clip((turns - s.low_freq_factor) / (s.high_freq_factor - s.low_freq_factor), 0, 1)
+    return (frequencies * (keep + (1 - keep) / s.factor)).astype(np.float32)
+
+
+def rotate(
+    x: Float[Array, "*r N H"], cos: Float[Array, "*r 1 H/2"], sin: Float[Array, "*r 1 H/2"]
+) -> Float[Array, "*r N H"]:
+    """Rotary positions: the first and second half of a head are the two coordinates of its planes."""
+    a, b = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+    return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x.dtype)
+
+
+class Layer(nnx.Module):
+    """Pre-norm attention and SwiGLU, with weights of `param_dtype` cast to the activations' dtype at use."""
+
+    def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs, param_dtype=jnp.float32):
+        c, D, F = config, config.hidden_size, config.intermediate_size
+
+        def weight(*shape, fan_in, residual=False):
+            return _normal(rngs, shape, fan_in * (2 * c.num_layers if residual else 1), param_dtype)
+
+        def ones(size):
+            return nnx.Param(jnp.ones(size, param_dtype))
+
+        self.config = config
+        self.attn_norm = ones(D)
+        self.q = weight(D, c.num_heads, c.head_dim, fan_in=D)
+        self.k = weight(D, c.num_kv_heads, c.head_dim, fan_in=D)
+        self.v = weight(D, c.num_kv_heads, c.head_dim, fan_in=D)
+        self.o = weight(c.num_heads, c.head_dim, D, fan_in=c.num_heads * c.head_dim, residual=True)
+        self.q_norm = ones(c.head_dim) if c.qk_norm else None
+        self.k_norm = ones(c.head_dim) if c.qk_norm else None
+        self.mlp_norm = ones(D)
+        self.gate = weight(D, F, fan_in=D)
+        self.up = weight(D, F, fan_in=D)
+        self.down = weight(F, D, fan_in=F, residual=True)
+
+    def __call__(self, x: Float[Array, "B n T D"], rope: tuple[Array, Array], attend: Callable):
+        """One layer. `attend(q, k, v) -> (mixed values, extra)` is what a pass does with keys and values."""
+        c, shape = self.config, x.shape
+        # Flat, because XLA's CPU backward pass through products of more axes is half as fast.
+        x = x.reshape(-1, c.hidden_size)
+        y = rms_norm(x, self.attn_norm[...], c.norm_eps)
+        q, k, v = (_dense(y, w).reshape(*shape[:3], -1, c.head_dim) for w in (self.q, self.k, self.v))
+        if c.qk_norm:
+            q, k = rms_norm(q, self.q_norm[...], c.norm_eps), rms_norm(k, self.k_norm[...], c.norm_eps)
+        mixed, extra = attend(rotate(q, *rope), rotate(k, *rope), v)
+        x = x + _dense(mixed.reshape(len(x), -1), self.o)
+        y = rms_norm(x, self.mlp_norm[...], c.norm_eps)
+        x = x + _dense(jax.nn.silu(_dense(y, self.gate)) * _dense(y, self.up), self.down)
+        return x.reshape(shape), extra
+
+
+class Decoder(nnx.Module):
+    """A stack of `config.num_layers` layers, stored with a leading layer axis and run by `jax.lax.scan`.
+
+    Prompts are right-padded; positions are true positions: token t of a completion is at prompt_length + t.
+    Hidden states have the final norm applied: logits = hidden @ head_weight().T. Parameters are functional
+    state: `graphdef, params = nnx.split(decoder)` and `nnx.merge(graphdef, params)`.
+
+    dtype: of the activations (norms, rotary positions and softmax are float32 inside).
+    param_dtype: of the weights, which are cast to `dtype` at use.
+    remat: what of a layer the backward pass finds stored: 'none' (no remat: everything), 'full' (nothing but
+        its input), 'dots' (the results of the matrix products with weights).
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        *,
+        rngs: nnx.Rngs,
+        dtype=jnp.float32,
+        param_dtype=jnp.float32,
+        remat: str = "none",
+    ):
+        if remat not in REMAT:
+            raise UserError(f"remat: '{remat}' is not a policy (known: {', '.join(REMAT)})")
+        self.config, self.dtype, self.remat = config, jnp.dtype(dtype), remat
+        table = (config.vocab_size, config.hidden_size)
+
+        self.embed = _normal(rngs, table, config.hidden_size, param_dtype)
+        self.layers = _stacked(config, rngs, param_dtype)
+        self.final_norm = nnx.Param(jnp.ones(config.hidden_size, param_dtype))
+        self.head = None if config.tied else _normal(rngs, table, config.hidden_size, param_dtype)
+
+    def __call__(self, tokens: Int[Array, "B T"], lengths: Int[Array, " B"]) -> Float[Array, "B T D"]:
+        """Hidden states of whole sequences; zero at the padding."""
+        hidden, _ = self._causal(tokens, keep_kv=False)
+        valid = jnp.arange(tokens.shape[1]) < lengths[:, None]
+        return jnp.where(valid[..., None], self._final(hidden), 0)
+
+    def prefill(
+        self, tokens: Int[Array, "B P"], lengths: Int[Array, " B"]
+    ) -> tuple[Float[Array, "B D"], KVCache]:
+        """Read prompts (lengths ≥ 1): the state after each last token, and the KV that completions share."""
+        hidden, kv = self._causal(tokens, keep_kv=True)
+        last = jnp.take_along_axis(hidden, (lengths - 1)[:, None, None], axis=1)[:, 0]
+        return self._final(last), kv
+
+    def extend(
+        self, prompt: KVCache, prompt_lengths: Int[Array, " B"], completions: Int[Array, "B n T"]
+    ) -> Float[Array, "B n T D"]:
+        """States after reading completions[..., t], for n completions of each prompt."""
+        T = completions.shape[-1]
+        mask = jnp.tril(jnp.ones((T, T), bool))
+
+        def body(layer, x, rope, kv):
+            return layer(
+                x, rope, lambda q, k, v: (attention(q, k, v, mask, kv.k, kv.v, prompt_lengths), None)
+            )
+
+        positions = (prompt_lengths[:, None] + jnp.arange(T))[:, None]
+        hidden, _ = self._run(completions, positions, body, prompt)
+        return self._final(hidden)
+
+    def init_cache(self, B: int, n: int, C: int) -> KVCache:
+        """Empty KV for C tokens of n completions of B prompts: zeros [L,B,n,C,KV,H] in the compute dtype."""
+        c = self.config
+        zeros = jnp.zeros((c.num_layers, B, n, C, c.num_kv_heads, c.head_dim), self.dtype)
+        return KVCache(zeros, zeros)
+
+    def decode_step(
+        self,
+        prompt: KVCache,
+        prompt_lengths: Int[Array, " B"],
+        cache: KVCache,
+        step: Int[Array, ""],
+        tokens: Int[Array, "B n"],
+    ) -> tuple[Float[Array, "B n D"], KVCache]:
+        """Read a token of every completion, at position prompt_length + step: its state and the new cache."""
+        mask = (jnp.arange(cache.k.shape[3]) <= step)[None]
+
+        def put(own, new, axis):
+            return jax.lax.dynamic_update_slice_in_dim(own, new, step, axis)
+
+        def body(layer, x, rope, kvs):
+            kv, own = kvs
+
+            def attend(q, k, v):
+                mixed = attention(q, put(own.k, k, 2), put(own.v, v, 2), mask, kv.k, kv.v, prompt_lengths)
+                return mixed, KVCache(k, v)
+
+            return layer(x, rope, attend)
+
+        positions = (prompt_lengths + step)[:, None, None]
+        hidden, new = self._run(tokens[..., None], positions, body, (prompt, cache))
+        return self._final(hidden)[:, :, 0], KVCache(put(cache.k, new.k, 3), put(cache.v, new.v, 3))
+
+    def head_weight(self) -> Float[Array, "V D"]:
+        """The LM head in the parameters' dtype: the embedding if tied."""
+        return (self.embed if self.config.tied else self.head)[...]
+
+    def _causal(self, tokens, keep_kv: bool):
+        """Unnormalised hidden states [B,T,D] of whole sequences and, if asked, their KV [L,B,T,KV,H]."""
+        T = tokens.shape[1]
+        # Padding is on the right, so causality alone keeps it from every valid token.
+        mask = jnp.tril(jnp.ones((T, T), bool))
+
+        def body(layer, x, rope, _):
+            return layer(
+                x,
+                rope,
+                lambda q, k, v: (attention(q, k, v, mask), KVCache(k[:, 0], v[:, 0]) if keep_kv else None),
+            )
+
+        hidden, kv = self._run(tokens[:, None], jnp.arange(T)[None, None], body, None)
+        return hidden[:, 0], kv
+
+    def _run(self, tokens: Int[Array, "B n T"], positions: Int[Array, "b m T"], body: Callable, per_layer):
+        """Embed, then scan body(layer, x, rope, per_layer[l]) → (x, extra[l]) over the layers."""
+        angles = positions[..., None, None].astype(jnp.float32) * rope_frequencies(self.config)
+        rope = jnp.cos(angles), jnp.sin(angles)
+        graphdef, weights = nnx.split(self.layers)
+
+        def step(x, scanned):
+            layer_weights, rest = scanned
+            return body(nnx.merge(graphdef, layer_weights), x, rope, rest)
+
+        if self.remat != "none":
+            step = jax.checkpoint(step, policy=REMAT[self.remat], prevent_cse=False)
+        return jax.lax.scan(step, self.embed[...][tokens].astype(self.dtype), (weights, per_layer))
+
+    def _final(self, x: Float[Array, "*r D"]) -> Float[Array, "*r D"]:
+        return rms_norm(x, self.final_norm[...], self.config.norm_eps)
+
+
+def abstract(config: ModelConfig, **options) -> tuple[nnx.GraphDef, nnx.State]:
+    """`nnx.split(Decoder(config, **options))` with shapes for arrays: nothing is computed or allocated."""
+    return nnx.split(nnx.eval_shape(lambda: Decoder(config, rngs=nnx.Rngs(0), **options)))
+
+
+def _dense(x: Float[Array, "M inputs"], weight: nnx.Param) -> Float[Array, "M outputs"]:
+    """x @ weight in x's dtype, the weight seen as [inputs, outputs]."""
+    return x @ weight[...].astype(x.dtype).reshape(x.shape[1], -1)
+
+
+def _normal(rngs: nnx.Rngs, shape: tuple[int, ...], fan_in: int, dtype) -> nnx.Param:
+    """Normal weights of standard deviation fan_in^-½: 0.022 at width 2048, more for narrower models."""
+    return nnx.Param(jax.random.normal(rngs.params(), shape, dtype) * jnp.asarray(fan_in**-0.5, dtype))
+
+
+def _stacked(config: ModelConfig, rngs: nnx.Rngs, param_dtype) -> Layer:
+    """All layers as one Layer whose parameters have a leading layer axis."""
+
+    @nnx.split_rngs(splits=config.num_layers)
+    @nnx.vmap
+    def create(rngs):
+        return Layer(config, rngs=rngs, param_dtype=param_dtype)
+
+    return create(rngs)
