@@ -1,0 +1,66 @@
+"""From hidden states to log-probabilities over the tokens that exist, a chunk of positions at a time.
+
+Only completion positions meet the head, and logits of at most `chunk` positions exist at one time, forward or
+backward. `vocab` is the tokenizer's size: models pad their vocabulary differently (151,936 against 152,064 for
+Qwen), so every distribution here is over the first `vocab` rows of the head, for student, teacher and base alike.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+
+def log_distribution(
+    hidden: Float[Array, "*s D"], head: Float[Array, "V D"], vocab: int
+) -> Float[Array, "*s vocab"]:
+    """log softmax of hidden·headᵀ over the first `vocab` tokens; float32 accumulation and output.
+
+    The logits are cut, not the head: a cut head would be copied for every chunk and every decoded token.
+    """
+    logits = jnp.einsum(
+        "...d,vd->...v", hidden, head.astype(hidden.dtype), preferred_element_type=jnp.float32
+    )
+    return jax.nn.log_softmax(logits[..., :vocab])
+
+
+def pick(logp: Float[Array, "*s V"], tokens: Int[Array, "*s"]) -> Float[Array, "*s"]:
+    """The entry of each row of `logp` that `tokens` names."""
+    return jnp.take_along_axis(logp, tokens[..., None], -1)[..., 0]
+
+
+def entropy_of(logp: Float[Array, "*s V"]) -> Float[Array, "*s"]:
+    """Entropy in nats of each row of log-probabilities."""
+    return -(jnp.exp(logp) * logp).sum(-1)
+
+
+def map_positions(f: Callable[..., Any], arrays: Any, chunk: int) -> Any:
+    """`f` over the leading axis N of every array in `arrays`, `chunk` rows at a time, recomputed in the backward pass.
+
+    `f(rows)` maps a pytree of [chunk, …] to a pytree of [chunk, …]; the result has leading axis N.
+    """
+    n = jax.tree.leaves(arrays)[0].shape[0]
+    chunk = min(chunk, n)
+    pad = -n % chunk
+    padded = jax.tree.map(lambda x: jnp.pad(x, [(0, pad)] + [(0, 0)] * (x.ndim - 1)), arrays)
+    chunks = jax.tree.map(lambda x: x.reshape(-1, chunk, *x.shape[1:]), padded)
+    out = jax.lax.map(jax.checkpoint(f), chunks)
+    return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:])[:n], out)
+
+
+def token_logprobs(
+    hidden: Float[Array, "*s D"], head: Float[Array, "V D"], tokens: Int[Array, "*s"], vocab: int, chunk: int
+) -> tuple[Float[Array, "*s"], Float[Array, "*s"]]:
+    """log π(token) and the entropy of π at each position, float32, differentiable."""
+
+    head = head.astype(hidden.dtype)  # once, not in every chunk
+
+    def rows(xs):
+        logp = log_distribution(xs[0], head, vocab)
+        return pick(logp, xs[1]), entropy_of(logp)
+
+    flat = (hidden.reshape(-1, hidden.shape[-1]), tokens.reshape(-1))
+    logprob, entropy = map_positions(rows, flat, chunk)
+    return logprob.reshape(tokens.shape), entropy.reshape(tokens.shape)

@@ -1,0 +1,123 @@
+"""The extrapolated on-policy distillation objective: advantages, importance ratios, losses (EC §2).
+
+Per sampled token a_t ~ π_S, with π_T the teacher and π_B the base (all log-probabilities float32):
+
+    A_t = λ(log π_T − log π_B) − (log π_S − log π_B)        EC Eq. 2, `base_relative`
+    A_t = λ log π_T − log π_S                                `no_base`
+    ρ_t = min(c, π_T/π_S)                                    EC Eq. 3, `teacher_student`
+    L   = −Σ_t sg(ρ_t A_t) log π_S(a_t)
+
+`full_vocab` replaces the sampled estimate by the exact reverse KL per position to the same target,
+log target = λ log π_T + (1−λ) log π_B − log Z. Everything a sweep varies is a traced number in `Hyper`; what
+changes the program is static in `Variant`.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from listopd_jax.ops.head import entropy_of, pick
+
+
+class Hyper(NamedTuple):
+    """Traced scalars of the objective: a sweep over them never recompiles."""
+
+    lam: Float[Array, ""]
+    clip: Float[Array, ""]  # c, may be inf
+    kl_to_base: Float[Array, ""]  # β
+    entropy_bonus: Float[Array, ""]  # γ
+    ppo_clip: Float[Array, ""]  # ε; only read where Variant.ppo
+
+
+class Variant(NamedTuple):
+    """Static choices of the objective; the names are those of method.md §2."""
+
+    ratio: str = "teacher_student"
+    advantage: str = "base_relative"
+    estimator: str = "sampled"
+    aggregate: str = "token"
+    ppo: bool = False
+
+
+def warmed_up_lambda(lam: float, step: int, warmup_steps: int) -> float:
+    """λ at 0-based `step`: linear from 1 (plain distillation) to `lam` over `warmup_steps`, then constant."""
+    return lam if step >= warmup_steps else 1.0 + (lam - 1.0) * step / warmup_steps
+
+
+def advantage(student, teacher, base, lam, kind: str) -> Float[Array, "*s"]:
+    """A_t of EC Eq. 2 (`base_relative`) or without the base (`no_base`), from the sampled tokens' log-probabilities."""
+    if kind == "base_relative":
+        return lam * (teacher - base) - (student - base)
+    return lam * teacher - student
+
+
+def importance_ratio(student, teacher, rollout, adv, clip, kind: str) -> Float[Array, "*s"]:
+    """The clipped weight ρ_t ≤ c of each token.
+
+    `teacher_student`: min(c, π_T/π_S), EC Eq. 3. `trainer_rollout`: min(c, π_S/π_rollout), the mismatch between the
+    training and the sampling program. `aspo`: with w = π_T/π_S, min(c, 1/w) where A > 0 and min(c, w) elsewhere.
+    `none`: 1.
+    """
+    if kind == "none":
+        return jnp.ones_like(student)
+    log_ratio = student - rollout if kind == "trainer_rollout" else teacher - student
+    if kind == "aspo":
+        log_ratio = jnp.where(adv > 0, -log_ratio, log_ratio)
+    # min in log space: exp would overflow for a token that the student finds far less likely than the teacher
+    return jnp.exp(jnp.minimum(log_ratio, jnp.log(clip)))
+
+
+def sampled_loss(student, entropy, teacher, base, rollout, hyper: Hyper, variant: Variant):
+    """Per-token loss and metrics from log-probabilities of the sampled tokens, all of one shape.
+
+    `student` and `entropy` carry the gradient; teacher, base and rollout are constants. β enters as the sampled
+    (score-function) gradient of KL(π_S‖π_B), without the ratio, γ as the exact entropy.
+    Returns (loss, {"advantage", "ratio"}).
+    """
+    detached = jax.lax.stop_gradient(student)
+    adv = advantage(detached, teacher, base, hyper.lam, variant.advantage)
+    ratio = importance_ratio(detached, teacher, rollout, adv, hyper.clip, variant.ratio)
+    weight = ratio * adv - hyper.kl_to_base * (detached - base)
+    if variant.ppo:
+        change = jnp.exp(student - rollout)
+        bounded = jnp.clip(change, 1 - hyper.ppo_clip, 1 + hyper.ppo_clip)
+        loss = -jnp.minimum(weight * change, weight * bounded)
+    else:
+        loss = -weight * student
+    return loss - hyper.entropy_bonus * entropy, {"advantage": adv, "ratio": ratio}
+
+
+def target_log_distribution(teacher, base, lam, kind: str) -> Float[Array, "*s V"]:
+    """log of the normalised target of the flow, π_B(π_T/π_B)^λ, or π_T^λ for `no_base`."""
+    return jax.nn.log_softmax(lam * teacher + (1 - lam) * base if kind == "base_relative" else lam * teacher)
+
+
+def full_vocab_loss(student, teacher, base, tokens, hyper: Hyper, variant: Variant):
+    """Exact per-position loss KL(π_S‖target) + β KL(π_S‖π_B) − γ H(π_S) from log-distributions [*s, V].
+
+    Zero variance given the visited prefix. Returns (loss [*s], {"advantage", "ratio"}): the advantage of the
+    visited `tokens`, for the same metrics as the sampled estimator; the ratio is 1.
+    """
+    p = jnp.exp(student)
+    target = target_log_distribution(teacher, base, hyper.lam, variant.advantage)
+    loss = (p * (student - target)).sum(-1)
+    loss = (
+        loss + hyper.kl_to_base * (p * (student - base)).sum(-1) - hyper.entropy_bonus * entropy_of(student)
+    )
+    at = [jax.lax.stop_gradient(pick(x, tokens)) for x in (student, teacher, base)]
+    adv = advantage(*at, hyper.lam, variant.advantage)
+    return loss, {"advantage": adv, "ratio": jnp.ones_like(adv)}
+
+
+def token_weights(mask: Float[Array, "B n T"], aggregate: str) -> Float[Array, "B n T"]:
+    """Weights that turn per-token losses into the loss by a sum: they add up to 1 over the whole batch.
+
+    `token`: the mean over all completion tokens of the global batch. `sequence`: the mean over sequences of each
+    sequence's token mean.
+    """
+    if aggregate == "token":
+        return mask / jnp.maximum(mask.sum(), 1.0)
+    lengths = mask.sum(-1, keepdims=True)
+    return mask / jnp.maximum(lengths, 1.0) / jnp.maximum((lengths > 0).sum(), 1)
