@@ -1,0 +1,127 @@
+"""What every stage of a run shares: checked config, workdir, tokenizer, encoded lists, and the shapes of the models."""
+
+import dataclasses
+import functools
+import pathlib
+from collections.abc import Iterator
+from typing import Any
+
+import ml_collections
+from absl import logging
+from flax import nnx
+
+from listopd_jax import files
+from listopd_jax.data import input as data_input
+from listopd_jax.data.builder import read_split
+from listopd_jax.data.prepare import prepare
+from listopd_jax.data.tokenizer import check_tokenizers_agree, load_tokenizer, train_tokenizer
+from listopd_jax.models.build import graph_of, model_config
+from listopd_jax.models.config import ModelConfig
+from listopd_jax.task.codec import Codec
+from listopd_jax.task.prompt import ListExample
+
+
+@dataclasses.dataclass(frozen=True)
+class Job:
+    """Everything but parameters. `examples` are the lists by split (train, validation)."""
+
+    config: ml_collections.FrozenConfigDict
+    workdir: pathlib.Path
+    codec: Codec
+    examples: dict[str, list[ListExample]]
+
+    @functools.cached_property
+    def shapes(self) -> dict[str, ModelConfig]:
+        """Dimensions of teacher and student."""
+        return {role: model_config(self.config[role], self.codec.vocab) for role in ("teacher", "student")}
+
+    @functools.cached_property
+    def graphs(self) -> dict[str, nnx.GraphDef]:
+        """Static halves of teacher and student; the base has the student's."""
+        compute, remat = self.config.dtype.compute, self.config.remat
+        return {role: graph_of(shape, compute, remat) for role, shape in self.shapes.items()}
+
+    def encoded(
+        self, split: str, noise: data_input.AnswerNoise = data_input.NO_NOISE
+    ) -> data_input.EncodedSplit:
+        """A split as ids, a share of its answers broken by `noise`."""
+        task = self.config.task
+        return data_input.encode_split(
+            self.examples[split], self.codec.tokenizer, max_prompt=task.max_prompt, max_answer=task.max_response,
+            chat_template=task.chat_template, noise=noise,
+        )  # fmt: skip
+
+    @functools.cached_property
+    def train(self) -> data_input.EncodedSplit:
+        """The training lists with their right answers."""
+        return self.encoded("train")
+
+    @functools.cached_property
+    def validation(self) -> data_input.EncodedSplit:
+        """The lists that policies are evaluated on: the first `evaluation.max_lists` (0: all)."""
+        limit = self.config.evaluation.max_lists or None
+        return dataclasses.replace(
+            self, examples={"validation": self.examples["validation"][:limit]}
+        ).encoded("validation")
+
+    def steps(self, epochs: float, batch_size: int) -> int:
+        """Optimisation steps in `epochs` passes over the training lists; an epoch is of whole batches, at least one.
+
+        EC's 1795 lists in batches of 128 are 14 steps an epoch.
+        """
+        return max(1, round(epochs * max(1, len(self.train.prompts) // batch_size))) if epochs else 0
+
+    @functools.cached_property
+    def buckets(self) -> tuple[int, ...]:
+        """The prompt widths that programs are compiled for."""
+        both = [*self.train.prompt_lengths, *self.validation.prompt_lengths]
+        return data_input.choose_buckets(both, self.config.task.prompt_buckets)
+
+    def sft_batches(self, role: str) -> Any:
+        """Endless shuffled batches for the SFT of `role`, with the noise that its section asks for."""
+        sft = self.config.sft[role]
+        noise = data_input.AnswerNoise(sft.truncation_rate, sft.duplicate_rate, seed=sft.seed)
+        split = self.encoded("train", noise) if noise.truncation or noise.duplicate else self.train
+        return data_input.train_batches(split, buckets=self.buckets, batch_size=sft.batch_size, seed=sft.seed)
+
+    def opd_batches(self, seed: int) -> Any:
+        """Endless shuffled batches of prompts for OPD."""
+        return data_input.train_batches(
+            self.train, buckets=self.buckets, batch_size=self.config.opd.batch_size, seed=seed
+        )
+
+    def evaluation_batches(self) -> Iterator[dict[str, Any]]:
+        """Every validation list once."""
+        return data_input.evaluation_batches(
+            self.validation, buckets=self.buckets, batch_size=self.config.evaluation.batch_size
+        )
+
+
+def open_job(config: ml_collections.FrozenConfigDict, workdir: pathlib.Path) -> Job:
+    """The prepare stage: build or find data set and tokenizer; UserError for whatever cannot be used."""
+    report = prepare(config.data, config.task, workdir / "data")
+    for note in report["notes"]:
+        logging.warning("data: %s", note)
+    examples = {split: read_split(workdir / "data", split) for split in ("train", "validation")}
+    return Job(
+        config,
+        workdir,
+        Codec(_tokenizer(config, workdir, report["fingerprint"], examples["train"])),
+        examples,
+    )
+
+
+def _tokenizer(config, workdir: pathlib.Path, fingerprint: str, examples: list[ListExample]):
+    """The tokenizer of the config, checked against the models' own; or one trained on `examples`, once."""
+    if config.tokenizer.path:
+        tokenizer = load_tokenizer(config.tokenizer.path)
+        for role in ("student", "teacher"):
+            if config[role].weights and config[role].weights != config.tokenizer.path:
+                check_tokenizers_agree(tokenizer, load_tokenizer(config[role].weights))
+        return tokenizer
+    folder, stamp = workdir / "tokenizer", workdir / "tokenizer.json"
+    made_from = {"data": fingerprint, "vocab_size": config.tokenizer.vocab_size}
+    if not stamp.exists() or files.read_json(stamp) != made_from:
+        train_tokenizer(data_input.rendered(examples), config.tokenizer.vocab_size, folder)
+        files.write_json(stamp, made_from)
+    return load_tokenizer(folder)

@@ -1,0 +1,158 @@
+"""Numbers of a run as it goes: rows in metrics.jsonl, TensorBoard events, and a progress bar with ETA.
+
+A run that was killed and goes on from step s first loses its rows after s, so that the log of an interrupted
+run reads like that of an uninterrupted one.
+"""
+
+import json
+import math
+import pathlib
+import sys
+import time
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import tensorboardX
+from tqdm import tqdm
+
+from listopd_jax import files
+from listopd_jax.errors import UserError
+
+FILE = "metrics.jsonl"
+
+
+class MetricsLog:
+    """Context manager that appends the metrics of one run to metrics.jsonl and its TensorBoard events.
+
+    Args:
+      workdir: has metrics.jsonl, shared by all runs; rows of other runs are kept.
+      run: unique name of the run, e.g. "opd_lambda1.2_seed0"; also its folder under `workdir`/tensorboard.
+      stage: e.g. "opd".
+      fixed: what identifies the run in every row, e.g. {"lambda": 1.2, "seed": 0}.
+      resume_step: updates completed before this start; 0 starts the run anew. Rows count steps from 1.
+
+    Raises UserError if the log is broken before its last line, or cannot be written.
+    """
+
+    def __init__(
+        self,
+        workdir: str | pathlib.Path,
+        run: str,
+        stage: str,
+        fixed: Mapping[str, Any] = {},
+        resume_step: int = 0,
+    ):
+        self._workdir = pathlib.Path(workdir)
+        self._head = {"run": run, "stage": stage, **fixed}
+        self._resume_step = resume_step
+
+    def __enter__(self) -> "MetricsLog":
+        path = self._workdir / FILE
+        forget_after(self._workdir, self._head["run"], self._resume_step)
+        try:
+            self._file = path.open("a", encoding="utf-8")
+            self._events = tensorboardX.SummaryWriter(
+                str(self._workdir / "tensorboard" / self._head["run"]),
+                purge_step=self._resume_step + 1 if self._resume_step else 0,
+                filename_suffix=f".from{self._resume_step}",  # else starts within a second share a name
+            )
+        except OSError as e:
+            raise _not_writable(path, e) from e
+        return self
+
+    def log(self, step: int, metrics: Mapping[str, Any]) -> None:
+        """Append one row: names and scalars (Python, NumPy or JAX). NaN and infinities become null."""
+        values = {name: float(value) for name, value in metrics.items()}
+        finite = {name: value if math.isfinite(value) else None for name, value in values.items()}
+        row = {**self._head, "step": int(step), **finite}
+        try:
+            self._file.write(_line(row))
+            self._file.flush()
+            for name, value in values.items():
+                self._events.add_scalar(name, value, int(step))
+        except OSError as e:
+            raise _not_writable(self._workdir / FILE, e) from e
+
+    def __exit__(self, *_: object) -> None:
+        self._file.close()
+        self._events.close()
+
+
+def forget_after(workdir: str | pathlib.Path, run: str, step: int) -> None:
+    """Drop the rows of `run` after `step` (all of them if 0) and a half-written last line, atomically."""
+    path = pathlib.Path(workdir) / FILE
+    kept = [row for row in read_metrics(workdir) if row["run"] != run or 0 < step >= row["step"]]
+    text = "".join(map(_line, kept))
+    if not path.exists() or path.read_bytes() != text.encode():
+        files.write_text(path, text)
+
+
+def read_metrics(workdir: str | pathlib.Path) -> list[dict[str, Any]]:
+    """The rows of `workdir`/metrics.jsonl in order, [] if there is none.
+
+    A broken last line, left by a run killed while it wrote, is passed over; one before it is a UserError.
+    """
+    path = pathlib.Path(workdir) / FILE
+    if not path.exists():
+        return []
+    try:
+        lines = path.read_bytes().rstrip(b"\n").split(b"\n")
+    except OSError as e:
+        raise UserError(f"{path}: cannot be read ({e.strerror or e})") from e
+    rows = [_row(line) for line in lines]
+    if None in rows[:-1]:
+        raise UserError(f"{path}:{rows.index(None) + 1}: not a row of metrics; delete that line")
+    return [row for row in rows if row is not None]
+
+
+def _row(line: bytes) -> dict[str, Any] | None:
+    """The row that `line` spells, None if it spells none."""
+    try:
+        row = json.loads(line)
+    except (ValueError, RecursionError):
+        return None
+    is_row = isinstance(row, dict) and isinstance(row.get("run"), str) and isinstance(row.get("step"), int)
+    return row if is_row else None
+
+
+def _line(row: Mapping[str, Any]) -> str:
+    return json.dumps(row, allow_nan=False) + "\n"
+
+
+def _not_writable(path: pathlib.Path, e: OSError) -> UserError:
+    return UserError(f"{path}: cannot be written ({e.strerror or e}); free space or choose another --workdir")
+
+
+def progress(iterable_or_total: Iterable | int, description: str, initial: int = 0) -> tqdm:
+    """A progress bar with ETA on stderr: iterate over it, or give a total and call `update()`.
+
+    `initial` is how many of the total were done before this start. Show key metrics with
+    `bar.set_postfix(loss=…, refresh=False)`. Where stderr is no terminal, lines are printed, one every 10 s
+    at most between the first and the last.
+    """
+    bar = tqdm if sys.stderr.isatty() else _Lines
+    source = (
+        {"total": iterable_or_total}
+        if isinstance(iterable_or_total, int)
+        else {"iterable": iterable_or_total}
+    )
+    return bar(**source, desc=description, initial=initial, dynamic_ncols=True)
+
+
+class _Lines(tqdm):
+    """A progress bar for log files: whole lines, one at the start, one at the end, few between."""
+
+    SECONDS_BETWEEN_LINES = 10.0
+    _printed = -math.inf  # monotonic time of the last line
+
+    def display(self, msg: str | None = None, pos: int | None = None) -> None:
+        now = time.monotonic()
+        if msg is None and now - self._printed >= self.SECONDS_BETWEEN_LINES:
+            self._printed = now
+            print(self, file=self.fp, flush=True)
+
+    def close(self) -> None:
+        if not self.disable:
+            print(self, file=self.fp, flush=True)
+            self.leave = False  # tqdm would print the last state once more
+        super().close()

@@ -1,0 +1,28 @@
+"""Exact gradients in microbatches: the loss is a weighted sum over tokens whose weights are known beforehand."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from listopd_jax.train.optimizer import tree_add
+
+
+def accumulated_grad(loss_of: Callable, params: Any, batch: Any, microbatch: int) -> tuple[Any, Any, Any]:
+    """Loss, gradient and auxiliary output of `loss_of(params, rows) → (loss, aux)` summed over microbatches of rows.
+
+    `batch` is a pytree of arrays with a leading row axis B that `microbatch` divides (0: all rows at once). The
+    losses of the microbatches must add up to the loss of the batch; `aux` is a pytree with a leading row axis.
+    """
+    size = microbatch or jax.tree.leaves(batch)[0].shape[0]
+    parts = jax.tree.map(lambda x: x.reshape(-1, size, *x.shape[1:]), batch)
+    grad = jax.value_and_grad(loss_of, has_aux=True)
+
+    def one(total, rows):
+        (loss, aux), grads = grad(params, rows)
+        return tree_add(total, (loss, grads)), aux
+
+    zero = (jnp.float32(0), jax.tree.map(jnp.zeros_like, params))
+    (loss, grads), aux = jax.lax.scan(one, zero, parts)
+    return loss, grads, jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), aux)

@@ -1,0 +1,112 @@
+"""The OPD stage: sample from the student, score with teacher and base, update; one run for each λ and seed."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from listopd_jax.job import Job
+from listopd_jax.models.build import cast
+from listopd_jax.ops.objective import Hyper, Variant, warmed_up_lambda
+from listopd_jax.rollout.decode import Rollout, generate
+from listopd_jax.task.codec import Codec
+from listopd_jax.task.contract import strict_parse
+from listopd_jax.task.prompt import review_ids
+from listopd_jax.train.loop import Run, train
+from listopd_jax.train.opd_step import Frozen, Models, OpdBatch, make_opd_step
+from listopd_jax.train.optimizer import adamw, init_state
+from listopd_jax.train.preflight import answer_logprobs, check_models
+
+
+def opd_run(job: Job, lam: float, seed: int) -> Run:
+    """The OPD run at λ and seed."""
+    opd = job.config.opd
+    steps = opd.steps or job.steps(opd.epochs, opd.batch_size)
+    return Run(f"opd_lambda{float(lam)}_seed{seed}", "opd", {"lambda": float(lam), "seed": seed}, steps)
+
+
+def preflight(job: Job, frozen: Frozen) -> None:
+    """Look at teacher and student on the first batch of answers; UserError if they cannot be distilled."""
+    batch, chunk = next(iter(job.evaluation_batches())), job.config.opd.head_chunk
+    pairs = (("teacher", frozen.teacher), ("student", frozen.base))
+    check_models(
+        *(answer_logprobs(job.graphs[r], p, batch, job.codec.vocab, chunk) for r, p in pairs), job.codec.vocab
+    )
+
+
+def make_step(job: Job) -> Callable:
+    """The update program, to be shared by every λ and seed: they are data to it."""
+    opd, graphs = job.config.opd, job.graphs
+    models = Models(student=graphs["student"], teacher=graphs["teacher"], base=graphs["student"])
+    variant = Variant(opd.ratio, opd.advantage, opd.estimator, opd.aggregate, opd.ppo_clip > 0)
+    return make_opd_step(
+        models,
+        adamw(job.config.optimizer),
+        variant,
+        vocab=job.codec.vocab,
+        chunk=opd.head_chunk,
+        microbatch=opd.microbatch,
+    )
+
+
+def train_opd(job: Job, frozen: Frozen, student: Any, lam: float, seed: int, opd_step: Callable) -> Any:
+    """Distil from `student` (the SFT parameters) at λ, or load the run if it is done; parameters in `dtype.param`."""
+    config, opd, run = job.config, job.config.opd, opd_run(job, lam, seed)
+    key = jax.random.key(seed)
+
+    def update(state, batch, step):
+        prompts, lengths = jnp.asarray(batch["prompt"]), jnp.asarray(batch["prompt_length"])
+        rollout = sample(job, state.params, prompts, lengths, jax.random.fold_in(key, step))
+        hyper = hyper_at(config, lam, step)
+        for _ in range(opd.updates_per_batch):
+            state, metrics, per_token = opd_step(
+                state, frozen, OpdBatch(prompts, lengths, rollout), hyper, jnp.float32(opd.lr)
+            )
+        tokens = {"tokens": int(rollout.lengths.sum()) + opd.rollouts * int(lengths.sum())}
+        return state, metrics | tokens | contract_metrics(
+            rollout, per_token["advantage"], job.codec, config.task.k
+        )
+
+    every, keep = config.train.checkpoint_every, config.train.keep_checkpoints
+    state = init_state(student, adamw(config.optimizer))
+    return train(job.workdir, run, state, job.opd_batches(seed), update, every, keep).params
+
+
+def hyper_at(config, lam: float, step: int) -> Hyper:
+    """The traced scalars of the objective at 0-based `step`."""
+    opd = config.opd
+    now = warmed_up_lambda(lam, step, opd.lambda_warmup_steps)
+    return Hyper(*map(jnp.float32, (now, opd.clip, opd.kl_to_base, opd.entropy_bonus, opd.ppo_clip)))
+
+
+def sample(job: Job, params: Any, prompts, lengths, key) -> Rollout:
+    """`opd.rollouts` completions of each prompt by the student, cut to the longest (in quarters of the budget)."""
+    opd, codec, budget = job.config.opd, job.codec, job.config.task.max_response
+    rollout = generate(
+        (job.graphs["student"],), (cast(params, job.config.dtype.compute),), jnp.ones((1, opd.rollouts)),
+        prompts, lengths, key, max_tokens=budget, vocab=codec.vocab, eos=codec.eos, pad=codec.pad,
+        temperature=opd.temperature,
+    )  # fmt: skip
+    quarter = -(-budget // 4)  # few shapes, so few compilations of the update
+    size = min(budget, -(-int(rollout.lengths.max()) // quarter) * quarter)
+    return Rollout(rollout.tokens[..., :size], rollout.logprobs[..., :size], rollout.lengths)
+
+
+def contract_metrics(rollout: Rollout, advantage, codec: Codec, k: int) -> dict[str, float]:
+    """What the sampled completions say of the contract: strict parse rate, and advantage by kind of token."""
+    tokens = np.asarray(rollout.tokens).reshape(-1, rollout.tokens.shape[-1])
+    lengths = np.asarray(rollout.lengths).reshape(-1)
+    parsed = [strict_parse(text, review_ids(k)).failure == "ok" for text in codec.texts(tokens, lengths)]
+    structural, values = codec.structural(tokens, lengths), np.asarray(advantage).reshape(tokens.shape)
+    content = (np.arange(tokens.shape[1]) < lengths[:, None]) & ~structural
+    return {
+        "parse": np.mean(parsed),
+        "advantage_structural": _mean(values[structural]),
+        "advantage_content": _mean(values[content]),
+    }
+
+
+def _mean(values: np.ndarray) -> float:
+    return float(values.mean()) if values.size else float("nan")

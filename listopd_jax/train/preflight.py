@@ -1,0 +1,53 @@
+"""What must hold before the first OPD update, each a failure that other systems train through in silence."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from listopd_jax.errors import UserError
+from listopd_jax.rollout.decode import completion_mask
+from listopd_jax.rollout.scoring import completion_logprobs
+
+UNIFORM = 1e-3  # nats: log-probabilities of −log V to this closeness everywhere are no model's opinion
+SAME = 1e-6  # nats: two models that agree to this everywhere are one model
+
+
+def answer_logprobs(
+    graphdef: nnx.GraphDef, params: Any, batch: dict[str, np.ndarray], vocab: int, chunk: int
+):
+    """log π of each token of the right answers of `batch`, [tokens] float32."""
+
+    @jax.jit
+    def score(params, batch):
+        decoder, answers = nnx.merge(graphdef, params), batch["answer"][:, None]
+        logprobs, _ = completion_logprobs(
+            decoder, batch["prompt"], batch["prompt_length"], answers, vocab, chunk
+        )
+        return logprobs, completion_mask(batch["answer_length"][:, None], answers.shape[-1])
+
+    logprobs, mask = score(params, {k: jnp.asarray(v) for k, v in batch.items()})
+    return np.asarray(logprobs)[np.asarray(mask)]
+
+
+def check_models(teacher: np.ndarray, student: np.ndarray, vocab: int) -> None:
+    """Refuse to start from the log-probabilities that teacher and student give the same right answers.
+
+    Raises UserError if either is not finite or uniform over the vocabulary (blank weights), or if student and
+    teacher are the same model (nothing to distil).
+    """
+    for role, logprobs in (("teacher", teacher), ("student", student)):
+        if not np.isfinite(logprobs).all():
+            raise UserError(
+                f"{role}: log-probabilities are not finite on the first batch; its weights are broken"
+            )
+        if np.abs(logprobs + np.log(vocab)).max() < UNIFORM:
+            raise UserError(
+                f"{role}: every log-probability is -log {vocab}; its weights are blank, load real ones"
+            )
+    if np.abs(teacher - student).max() < SAME:
+        raise UserError(
+            "student and teacher give the same log-probabilities everywhere: they are the same model"
+        )

@@ -1,0 +1,136 @@
+"""The workdir's lock and the SIGTERM flag, with real processes and real signals."""
+
+import os
+import pathlib
+import signal
+import subprocess
+import sys
+import threading
+
+import pytest
+
+from listopd_jax.errors import UserError
+from listopd_jax.lifecycle import locked, sigterm_flag
+
+HOLD = """
+import pathlib, subprocess, sys
+from listopd_jax.lifecycle import locked
+with locked(pathlib.Path(sys.argv[1])):
+    child = subprocess.Popen(["sleep", "60"], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    print(child.pid, flush=True)
+    sys.stdin.read()
+"""
+"""A process that holds a lock and has a child of its own, until its input is closed."""
+
+
+@pytest.fixture
+def holder(tmp_path):
+    """(process that holds tmp_path/'run', pid of its child)."""
+    command = [sys.executable, "-c", HOLD, str(tmp_path / "run")]
+    process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    child = int(process.stdout.readline())
+    yield process
+    process.kill()
+    process.wait()
+    process.stdin.close()
+    process.stdout.close()
+    os.kill(child, signal.SIGKILL)
+
+
+def refused(workdir) -> str:
+    """The one line with which `workdir` is refused."""
+    with pytest.raises(UserError) as error, locked(workdir):
+        pass
+    message = str(error.value)
+    assert str(workdir) in message and "\n" not in message
+    return message
+
+
+def test_a_second_process_is_kept_out_and_says_why(tmp_path, holder):
+    assert "another run" in refused(tmp_path / "run")
+    with locked(tmp_path / "other"):
+        pass
+
+
+def test_a_killed_process_leaves_nothing_to_clean_up(tmp_path, holder):
+    """Its own children, which live on, do not hold the lock either."""
+    holder.send_signal(signal.SIGKILL)
+    holder.wait()
+    with locked(tmp_path / "run"):
+        pass
+
+
+def test_a_finished_process_frees_the_workdir(tmp_path, holder):
+    holder.stdin.close()
+    assert holder.wait(timeout=30) == 0
+    with locked(tmp_path / "run"):
+        pass
+
+
+def test_within_one_process_the_lock_holds_too(tmp_path):
+    with locked(tmp_path):
+        assert "another run" in refused(tmp_path)
+    with locked(tmp_path):
+        pass
+
+
+def test_a_failure_inside_frees_the_workdir(tmp_path):
+    with pytest.raises(KeyError), locked(tmp_path):
+        raise KeyError
+    with locked(tmp_path):
+        pass
+
+
+def test_the_workdir_is_made_and_its_files_are_left_alone(tmp_path):
+    workdir = tmp_path / "a" / "b"
+    with locked(workdir):
+        (workdir / "results.json").write_text("[]")
+    with locked(workdir):
+        assert (workdir / "results.json").read_text() == "[]"
+
+
+def test_a_workdir_that_cannot_be_written_is_one_line(tmp_path):
+    file = tmp_path / "file"
+    file.write_text("")
+    for workdir in (file, file / "below", pathlib.Path("/proc/listopd"), tmp_path / ("x" * 300)):
+        refused(workdir)
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
+def test_a_read_only_workdir_is_one_line(tmp_path):
+    tmp_path.chmod(0o500)
+    refused(tmp_path)
+    refused(tmp_path / "below")
+
+
+# ---- SIGTERM
+
+
+def test_sigterm_sets_the_flag_and_nothing_else():
+    before = signal.getsignal(signal.SIGTERM)
+    with sigterm_flag() as stop:
+        assert not stop.is_set()
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert stop.wait(10)
+        os.kill(os.getpid(), signal.SIGTERM)  # an impatient second one does not kill either
+    assert signal.getsignal(signal.SIGTERM) is before
+
+
+def test_the_handler_is_put_back_after_a_failure():
+    before = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(KeyError), sigterm_flag():
+        raise KeyError
+    assert signal.getsignal(signal.SIGTERM) is before
+
+
+def test_outside_the_main_thread_the_flag_stays_down():
+    seen = []
+
+    def work():
+        with sigterm_flag() as stop:
+            seen.append(stop.is_set())
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    thread.join()
+    assert seen == [False]
