@@ -14,7 +14,7 @@ ORACLES = [
     "scikit-learn>=1.5",
     "scipy>=1.13",
     "torch>=2.4",
-    "trl>=0.20",
+    "trl>=1.16,<1.17",  # the oracles call functions of trl.experimental
 ]
 
 setup(
@@ -34,7 +34,7 @@ setup(
         "orbax-checkpoint>=0.11.20",
         "transformers>=5.0",
         "tokenizers>=0.22",
-        "safetensors>=0.5",
+        "safetensors>=0.8",
         "tensorflow-datasets>=4.9.9",
         "importlib_resources>=6.4",  # tensorflow-datasets imports it and does not ask for it
         "grain>=0.2.11",

@@ -52,6 +52,7 @@ def _sft() -> ml_collections.ConfigDict:
         steps=0,  # 0: as many as `epochs` give
         epochs=5.0,
         batch_size=128,
+        microbatch=0,  # lists a gradient pass; 0: the whole batch
         lr=1e-5,
         warmup_steps=0,
         truncation_rate=0.0,  # share of training answers with K-1 objects only (EC's SFT teacher cuts ~42 %)
@@ -157,7 +158,7 @@ _NAMES = {
     "data.source": SOURCES,
     "task.ndcg_gain": ("linear", "exponential"),
     "remat": REMATS,
-    "dtype.param": DTYPES,
+    "dtype.param": ("float32",),  # in bfloat16, p - lr*u rounds back to p at these learning rates
     "dtype.compute": DTYPES,
     "dtype.frozen": DTYPES,
 }
@@ -171,8 +172,8 @@ evaluation.batch_size evaluation.bootstrap train.checkpoint_every train.keep_che
 
 _NOT_NEGATIVE = """
 seed task.max_review_words data.max_broken data.max_reviews_per_product data.max_lists data.seed data.synthetic.noise
-sft.teacher.steps sft.teacher.epochs sft.teacher.warmup_steps sft.teacher.seed
-sft.student.steps sft.student.epochs sft.student.warmup_steps sft.student.seed
+sft.teacher.steps sft.teacher.epochs sft.teacher.warmup_steps sft.teacher.seed sft.teacher.microbatch
+sft.student.steps sft.student.epochs sft.student.warmup_steps sft.student.seed sft.student.microbatch
 opd.steps opd.epochs opd.microbatch opd.kl_to_base opd.entropy_bonus opd.lambda_warmup_steps opd.ppo_clip
 evaluation.max_lists evaluation.examples optimizer.weight_decay optimizer.max_grad_norm
 """.split()
@@ -234,10 +235,15 @@ def _validate_combinations(config: ml_collections.ConfigDict) -> None:
     )
     _require(opd.clip > 1, f"opd.clip={opd.clip}: the clip c must be > 1 (inf for none), EC Eq. 3")
     _require(opd.ppo_clip < 1, f"opd.ppo_clip={opd.ppo_clip}: must be in [0, 1); 0 turns it off")
-    _require(
-        opd.microbatch == 0 or opd.batch_size % opd.microbatch == 0,
-        f"opd.microbatch={opd.microbatch} must divide opd.batch_size={opd.batch_size}",
-    )
+    for name, part in (
+        ("opd", opd),
+        ("sft.teacher", config.sft.teacher),
+        ("sft.student", config.sft.student),
+    ):
+        _require(
+            part.microbatch == 0 or part.batch_size % part.microbatch == 0,
+            f"{name}.microbatch={part.microbatch} must divide {name}.batch_size={part.batch_size}",
+        )
     _require(
         opd.estimator == "sampled" or (opd.ratio == "none" and opd.ppo_clip == 0),
         "opd.estimator='full_vocab' is exact, without importance ratios: set opd.ratio='none' and opd.ppo_clip=0",

@@ -1,0 +1,68 @@
+"""Strict evaluation of one policy: greedy answers to every validation prompt, judged by the contract."""
+
+from collections.abc import Iterable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from listopd_jax.rollout.decode import generate
+from listopd_jax.task.codec import Codec
+from listopd_jax.task.contract import Parsed, strict_parse
+from listopd_jax.task.metrics import summarize
+from listopd_jax.task.prompt import review_ids
+
+
+class Answer(NamedTuple):
+    """One judged answer; `index` is the row of the evaluated split."""
+
+    index: int
+    text: str
+    parsed: Parsed
+    true_scores: tuple[float, ...]
+
+
+def greedy_answers(
+    graphdef: nnx.GraphDef,
+    params: Any,
+    batches: Iterable[dict[str, np.ndarray]],
+    codec: Codec,
+    max_tokens: int,
+) -> list[Answer]:
+    """The greedy answer to each prompt of `batches` (filler rows of weight 0 left out), judged."""
+    answers = []
+    for batch in batches:
+        rollout = generate(
+            (graphdef,), (params,), jnp.ones((1, 1)), batch["prompt"], batch["prompt_length"], jax.random.key(0),
+            max_tokens=max_tokens, vocab=codec.vocab, eos=codec.eos, pad=codec.pad, greedy=True,
+        )  # fmt: skip
+        texts = codec.texts(np.asarray(rollout.tokens), np.asarray(rollout.lengths))
+        ids = review_ids(batch["scores"].shape[1])
+        for row in np.flatnonzero(batch["weight"]):
+            parsed = strict_parse(texts[row], ids)
+            answers.append(
+                Answer(int(batch["index"][row]), texts[row], parsed, tuple(batch["scores"][row].tolist()))
+            )
+    return answers
+
+
+def result_record(
+    answers: Sequence[Answer], identity: dict[str, Any], gain: str, bootstrap: int
+) -> dict[str, Any]:
+    """One entry of results.json: `identity` (stage, lambda, seed, steps) and the metrics with intervals."""
+    return identity | summarize([(a.parsed, a.true_scores) for a in answers], gain=gain, bootstrap=bootstrap)
+
+
+def pick_examples(answers: Sequence[Answer], count: int) -> list[Answer]:
+    """Up to `count` good and `count` bad answers, in order; one of each failure class before a second of any."""
+    good = [a for a in answers if a.parsed.failure == "ok"][:count]
+    by_class: dict[str, list[Answer]] = {}
+    for a in answers:
+        if a.parsed.failure != "ok":
+            by_class.setdefault(a.parsed.failure, []).append(a)
+    ranked = sorted(
+        ((i, name, a) for name, group in by_class.items() for i, a in enumerate(group)), key=lambda x: x[:2]
+    )
+    return good + [a for _, _, a in ranked[:count]]

@@ -1,0 +1,301 @@
+"""What the evaluated policies say, in numbers and plain words: who parses, which λ is best, where it broke.
+
+Pure functions of the records of results.json (one per policy, seed and budget). A sentence claims no more
+than the 95 % intervals over lists allow, and says when there is nothing to claim.
+"""
+
+import statistics
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from listopd_jax.analysis.wording import NBSP, at, number, percent
+
+CONTRACT_HOLDS = (
+    0.8  # parse rate from which the contract counts as kept: EC's onset is the largest λ with parse ≥ .80
+)
+LITTLE_HEADROOM = 0.95  # parse rate of the base above which distillation has little to mend
+
+FLAT = 0.05  # range of NDCG@1 over λ below which the ranking counts as unmoved
+
+STAGES = {"sft_teacher": "SFT teacher", "sft_student": "SFT student", "opd": "OPD"}
+FAILURES = {
+    "ok": "parses",
+    "no_json": "no JSON",
+    "truncated_k_minus_1": "K−1 truncation",
+    "wrong_length": "wrong length",
+    "duplicate_id": "duplicate id",
+    "unknown_id": "unknown id",
+    "bad_score": "bad score",
+}
+
+Record = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Policy:
+    """One evaluated policy: a stage and, for distillation, a λ. Its records differ in the seed."""
+
+    stage: str
+    lam: float | None
+    records: tuple[Record, ...]
+
+    @property
+    def name(self) -> str:
+        """How the report calls it, e.g. "OPD, λ = 1.2"."""
+        stage = STAGES.get(self.stage, self.stage)
+        return stage if self.lam is None else f"{stage}, {at(self.lam)}"
+
+    def mean(self, metric: str) -> float | None:
+        """Mean of `metric` over the seeds that define it, None if none does."""
+        return mean(record.get(metric) for record in self.records)
+
+    def interval(self, metric: str) -> tuple[float, float] | None:
+        """95 % bootstrap interval over lists, its ends averaged over the seeds; None if there is none."""
+        ends = [
+            record["intervals"][metric] for record in self.records if record.get("intervals", {}).get(metric)
+        ]
+        return (mean(low for low, _ in ends), mean(high for _, high in ends)) if ends else None
+
+    def failure_shares(self) -> dict[str, float]:
+        """Share of the lists of all seeds in each failure class, 'ok' among them."""
+        counts = defaultdict(float)
+        for record in self.records:
+            for failure, count in record.get("failures", {}).items():
+                counts[failure] += count
+        total = sum(counts.values())
+        return {failure: count / total for failure, count in counts.items()} if total else {}
+
+
+@dataclass(frozen=True)
+class Cliff:
+    """Where the contract broke on the grid of λ; `held` and `broken` are ascending."""
+
+    held: tuple[Policy, ...]
+    broken: tuple[Policy, ...]
+
+    @property
+    def last_held(self) -> Policy | None:
+        return self.held[-1] if self.held else None
+
+    @property
+    def first_broken(self) -> Policy | None:
+        """The smallest broken λ above the largest that held; None where nothing held or the largest λ did."""
+        above = [p for p in self.broken if self.held and p.lam > self.last_held.lam]
+        return above[0] if above else None
+
+
+@dataclass(frozen=True)
+class Findings:
+    """The policies that the report compares, each None or empty where it was not evaluated."""
+
+    teacher: Policy | None
+    student: Policy | None
+    opd: tuple[Policy, ...]  # ascending λ
+    best: Policy | None
+    cliff: Cliff
+
+
+def policies(records: Iterable[Record]) -> list[Policy]:
+    """Records grouped by stage and λ, SFT first, λ ascending; of one seed only its longest training."""
+    longest = {}
+    for record in sorted(records, key=lambda r: r.get("steps") or 0):
+        longest[record["stage"], record.get("lambda"), record.get("seed")] = record
+    groups = defaultdict(list)
+    for (stage, lam, _), record in longest.items():
+        groups[stage, lam].append(record)
+    ordered = sorted(groups, key=lambda key: (*_stage_order(key[0]), key[1] is not None, key[1]))
+    return [Policy(*key, tuple(sorted(groups[key], key=_seed))) for key in ordered]
+
+
+def find(records: Iterable[Record]) -> Findings:
+    """Read the findings off the records of results.json."""
+    everyone = policies(records)
+    single = {policy.stage: policy for policy in everyone}
+    opd = tuple(p for p in everyone if p.stage == "opd" and p.lam is not None and p.mean("parse") is not None)
+    best = max(opd, key=_usefulness, default=None)
+    held = tuple(p for p in opd if p.mean("parse") >= CONTRACT_HOLDS)
+    broken = tuple(p for p in opd if p.mean("parse") < CONTRACT_HOLDS)
+    return Findings(single.get("sft_teacher"), single.get("sft_student"), opd, best, Cliff(held, broken))
+
+
+def headline(found: Findings) -> str:
+    """One sentence that says what happened."""
+    if found.best is None:
+        trained = found.teacher or found.student
+        return (
+            "SFT is done; no distilled policy has been evaluated yet"
+            if trained
+            else "No policy has been evaluated yet"
+        )
+    return _lift(found.student, found.best) + _break(found)
+
+
+def sentences(found: Findings) -> list[str]:
+    """The findings behind the headline, one plain sentence or two each; [] if nothing was evaluated."""
+    said = [_sft(found), _best(found), _contract(found), _ranking(found), _evidence(found)]
+    return [sentence for sentence in said if sentence]
+
+
+def only_format_breaks(found: Findings) -> bool:
+    """Whether the contract broke while NDCG@1 of the lists that parse stayed within FLAT over λ."""
+    values = _parsed_ndcg(found)
+    return found.cliff.first_broken is not None and len(values) > 1 and max(values) - min(values) < FLAT
+
+
+def main_failure(policy: Policy) -> tuple[str, float] | None:
+    """The most frequent failure class of `policy` and its share of failures, None if none fails."""
+    shares = {failure: share for failure, share in policy.failure_shares().items() if failure != "ok"}
+    failed = sum(shares.values())
+    if not failed:
+        return None
+    main = max(sorted(shares), key=shares.get)
+    return FAILURES.get(main, main), shares[main] / failed
+
+
+def mean(values: Iterable[float | None]) -> float | None:
+    """Mean of the values that are there, None if there are none."""
+    there = [value for value in values if value is not None]
+    return statistics.fmean(there) if there else None
+
+
+def _stage_order(stage: str) -> tuple[int, str]:
+    return (list(STAGES).index(stage) if stage in STAGES else len(STAGES), stage)
+
+
+def _seed(record: Record) -> float:
+    return record.get("seed") or 0
+
+
+def _usefulness(policy: Policy) -> tuple[float, float]:
+    """Useful, and parse where useful is undefined or equal."""
+    return (policy.mean("useful") or 0.0, policy.mean("parse"))
+
+
+def _compare(a: Policy, b: Policy) -> int:
+    """1 if a parses more than b by intervals that do not overlap, −1 if less, 0 if they do not tell."""
+    low_a, high_a = a.interval("parse") or (a.mean("parse"),) * 2
+    low_b, high_b = b.interval("parse") or (b.mean("parse"),) * 2
+    return (low_a > high_b) - (high_a < low_b)
+
+
+def _lift(student: Policy | None, best: Policy) -> str:
+    after, where = percent(best.mean("parse")), at(best.lam)
+    if best.mean("parse") == 0:
+        return "No distilled policy parses a single list"
+    if student is None or student.mean("parse") is None:
+        return f"Distillation parses {after} of lists at {where}"
+    before = percent(student.mean("parse"))
+    change = _compare(best, student)
+    if change > 0:
+        return f"Distillation lifts parse from {before} to {after} at {where}"
+    if change < 0:
+        return f"Distillation lowers parse from {before} to {after}, even at its best, {where}"
+    if student.mean("parse") >= LITTLE_HEADROOM:
+        return f"The SFT student already parses {before}: no headroom for distillation ({after} at {where})"
+    return f"Distillation leaves parse near SFT's {before}, within the intervals ({after} at {where})"
+
+
+def _break(found: Findings) -> str:
+    last, first = found.cliff.last_held, found.cliff.first_broken
+    if len(found.opd) == 1 or found.best.mean("parse") == 0:
+        return ""
+    if last is None:
+        return f"; no λ tested keeps the contract in {percent(CONTRACT_HOLDS)} of lists"
+    if first is None:
+        return f"; no cliff up to {at(last.lam)}"
+    return f"; the contract breaks between {at(last.lam)} and {number(first.lam)}"
+
+
+def _sft(found: Findings) -> str:
+    trained = [("the teacher", found.teacher), ("the student, which is also the base,", found.student)]
+    known = [(who, policy.mean("parse")) for who, policy in trained if policy is not None]
+    parts = [f"{who} parses {percent(parse)}" for who, parse in known if parse is not None]
+    return f"After SFT, {' and '.join(parts)} of lists." if parts else ""
+
+
+def _best(found: Findings) -> str:
+    best, student = found.best, found.student
+    if best is None or not best.mean("useful"):
+        return ""
+    text = (
+        f"The most useful distilled policy is {at(best.lam)}: useful {best.mean('useful'):.3f} "
+        f"(a failed list counts 0), parse {percent(best.mean('parse'))}."
+    )
+    if student is not None and student.mean("useful") is not None:
+        text += f" The SFT student’s useful is {student.mean('useful'):.3f}."
+    return text + (
+        " It was chosen on the lists that score it, which flatters it a little." if len(found.opd) > 1 else ""
+    )
+
+
+def _contract(found: Findings) -> str:
+    cliff, threshold = found.cliff, percent(CONTRACT_HOLDS)
+    if not found.opd:
+        return ""
+    if len(found.opd) == 1:
+        return "Only one λ was run, so nothing can be said about where the contract breaks."
+    if cliff.last_held is None:
+        return f"No λ reaches {threshold} parse, so there is no cliff to locate: SFT or budget is the limit."
+    if cliff.first_broken is None:
+        largest = number(cliff.last_held.lam)
+        held = f"No cliff: parse is at least {threshold} at the largest λ tested, {largest}"
+        return (
+            f"{held}; {_lambdas(cliff.broken)} fell short."
+            if cliff.broken
+            else f"{held}, and at every other."
+        )
+    return _fall(cliff) + _main_failure(cliff.broken[-1])
+
+
+def _fall(cliff: Cliff) -> str:
+    last, first, threshold = cliff.last_held, cliff.first_broken, percent(CONTRACT_HOLDS)
+    text = (
+        f"{number(last.lam)} is the largest λ with parse of {threshold} or more "
+        f"({percent(last.mean('parse'), 1)}); at {at(first.lam)} it is {percent(first.mean('parse'), 1)}."
+    )
+    low, high = first.interval("parse") or (0.0, 0.0)
+    if high >= CONTRACT_HOLDS:
+        reach = f"{percent(low)} to {percent(high)}"
+        text += f" The interval there, {reach}, still reaches {threshold}: the place is uncertain."
+    earlier = [policy for policy in cliff.broken if policy.lam < last.lam]
+    if earlier:
+        text += f" The curve is not monotone: {_lambdas(earlier)} fell short too."
+    return text
+
+
+def _lambdas(some: Sequence[Policy]) -> str:
+    return f"λ{NBSP}={NBSP}" + ", ".join(number(policy.lam) for policy in some)
+
+
+def _main_failure(policy: Policy) -> str:
+    failure, share = main_failure(policy) or ("", 0.0)
+    of_all = f"{percent(share)} of the lists that fail are of one class: {failure}"
+    return f" At {at(policy.lam)}, {of_all}." if failure else ""
+
+
+def _ranking(found: Findings) -> str:
+    values = _parsed_ndcg(found)
+    if len(values) < 2:
+        return ""
+    spread = f"NDCG@1 on the lists that parse lies between {min(values):.3f} and {max(values):.3f} over all λ"
+    return spread + (": what breaks is the format, not the ranking." if only_format_breaks(found) else ".")
+
+
+def _parsed_ndcg(found: Findings) -> list[float]:
+    values = [p.mean("ndcg@1") for p in found.opd]
+    return [value for value in values if value is not None]
+
+
+def _evidence(found: Findings) -> str:
+    shown = [p for p in (found.teacher, found.student, *found.opd) if p is not None]
+    sizes = sorted({r["n"] for p in shown for r in p.records if r.get("n") is not None})
+    if not sizes:
+        return ""
+    seeds = len({r.get("seed") for p in found.opd for r in p.records})
+    lists = f"{sizes[0]}" if len(sizes) == 1 else f"{sizes[0]} to {sizes[-1]}"
+    text = f"Evidence: greedy decoding of {lists} held-out lists"
+    if seeds == 1:
+        return text + ", one seed: how much another seed would differ is not known."
+    return text + (f", {seeds} seeds." if seeds else ".")

@@ -1,0 +1,56 @@
+"""report.html: what a workdir holds, as one self-contained page for people.
+
+The page loads nothing, runs no script, and treats every text it shows (outputs, titles, names) as hostile.
+The same workdir gives the same bytes.
+"""
+
+import importlib.resources
+import pathlib
+from typing import Any
+
+import jinja2
+from markupsafe import Markup
+
+from listopd_jax import files
+from listopd_jax.analysis import findings, plots
+from listopd_jax.analysis.inputs import Inputs, read_inputs
+from listopd_jax.analysis.sections import SECTIONS, key_figures
+from listopd_jax.analysis.wording import visible
+
+_TEMPLATE = importlib.resources.files("listopd_jax.analysis") / "report.html.jinja"
+
+
+def write_report(workdir: str | pathlib.Path) -> pathlib.Path:
+    """Write `workdir`/report.html from whatever the run has produced so far, and return its path.
+
+    Raises UserError if the workdir does not exist or one of its files is broken.
+    """
+    path = pathlib.Path(workdir) / "report.html"
+    files.write_text(path, render(read_inputs(workdir)))
+    return path
+
+
+def render(inputs: Inputs) -> str:
+    """The page as text."""
+    dark = "".join(f"--c{light[1:]}:{shade};" for light, shade in plots.DARK.items())
+    environment = jinja2.Environment(
+        autoescape=True,
+        finalize=_show,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    made = [section(inputs) for section in SECTIONS]
+    return environment.from_string(_TEMPLATE.read_text("utf-8")).render(
+        headline=findings.headline(inputs.found),
+        sentences=findings.sentences(inputs.found),
+        figures=key_figures(inputs.found),
+        sections=[section for section in made if section is not None],
+        run=[str(inputs.config[name]) for name in ("preset", "device") if inputs.config.get(name)],
+        dark=Markup(dark),
+    )
+
+
+def _show(value: Any) -> Any:
+    """What the template writes for `value`: text with nothing hidden in it, escaped after that."""
+    return visible(value) if isinstance(value, str) and not isinstance(value, Markup) else value

@@ -1,0 +1,60 @@
+"""results.json and examples.json: one record per evaluated policy, written as soon as it is known."""
+
+import pathlib
+from collections.abc import Sequence
+from typing import Any
+
+from listopd_jax import files
+from listopd_jax.analysis.evaluate import Answer, greedy_answers, pick_examples, result_record
+from listopd_jax.job import Job
+from listopd_jax.train.loop import Run
+
+RESULTS, EXAMPLES = "results.json", "examples.json"
+
+
+def evaluated(workdir: pathlib.Path, run: Run) -> dict[str, Any] | None:
+    """The record of `run` in results.json, None if it is not there."""
+    return next((r for r in _read(workdir / RESULTS) if _identity(r) == _identity(_head(run))), None)
+
+
+def evaluate(job: Job, role: str, params: Any, run: Run) -> dict[str, Any]:
+    """Evaluate the policy that `run` ended in and add its record and examples; a run done before is only looked up."""
+    done = evaluated(job.workdir, run)
+    if done is not None:
+        return done
+    evaluation, task = job.config.evaluation, job.config.task
+    answers = greedy_answers(job.graphs[role], params, job.evaluation_batches(), job.codec, task.max_response)
+    record = result_record(answers, _head(run), task.ndcg_gain, evaluation.bootstrap)
+    examples = [_example(job, run, a) for a in pick_examples(answers, evaluation.examples)]
+    _replace(job.workdir / EXAMPLES, run, examples)
+    _replace(job.workdir / RESULTS, run, [record])
+    return record
+
+
+def _head(run: Run) -> dict[str, Any]:
+    return {"run": run.name, "stage": run.stage, **run.fixed, "steps": run.steps}
+
+
+def _identity(record: dict[str, Any]) -> tuple:
+    return tuple(record[name] for name in ("stage", "lambda", "seed", "steps"))
+
+
+def _read(path: pathlib.Path) -> list[dict[str, Any]]:
+    return files.read_json(path) if path.exists() else []
+
+
+def _replace(path: pathlib.Path, run: Run, records: Sequence[dict[str, Any]]) -> None:
+    """Rewrite a list file with `records` in place of those that `run` had."""
+    others = [r for r in _read(path) if _identity(r) != _identity(_head(run))]
+    files.write_json(path, [*others, *records])
+
+
+def _example(job: Job, run: Run, answer: Answer) -> dict[str, Any]:
+    return _head(run) | {
+        "key": job.examples["validation"][answer.index].key,
+        "prompt": job.codec.text(job.validation.prompts[answer.index]),
+        "output": answer.text,
+        "failure": answer.parsed.failure,
+        "true_scores": list(answer.true_scores),
+        "scores": answer.parsed.scores,
+    }

@@ -1,0 +1,358 @@
+"""The report's sections: each a function from what the workdir holds to text, figures and tables.
+
+A new section (calibration, forecast) is one more function in SECTIONS that returns None while it has nothing
+to say; the template needs no change. A forecast is one more `plots.Series` in `_parse_plot`.
+"""
+
+import json
+import statistics
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+from markupsafe import Markup
+
+from listopd_jax.analysis import findings, plots
+from listopd_jax.analysis.curves import opd_section, sft_section
+from listopd_jax.analysis.findings import FAILURES, Findings, Policy
+from listopd_jax.analysis.inputs import METRICS, Inputs
+from listopd_jax.analysis.page import Cell, Example, Listing, Plot, Section, Table
+from listopd_jax.analysis.wording import (
+    at,
+    capital,
+    cut,
+    decimal,
+    fact,
+    interval,
+    label,
+    number,
+    percent,
+    words,
+)
+
+MAX_OUTPUT, MAX_PROMPT = 1500, 4000  # characters of an example shown
+GOOD_EXAMPLES, BAD_EXAMPLES = 1, 2  # shown a policy
+_ORIGIN = ("fingerprint", "inputs", "files")  # of the data report: for machines, folded away
+
+
+def key_figures(found: Findings) -> list[tuple[str, str, str]]:
+    """(value, what it is, remark) of the few numbers to remember."""
+    shown = [policy for policy in (found.teacher, found.student, found.best) if policy is not None]
+    figures = [
+        (percent(p.mean("parse")), f"{p.name} parses", interval(p.interval("parse"), percent, " to "))
+        for p in shown
+    ]
+    if found.best is not None and found.best.mean("useful") is not None:
+        ends = interval(found.best.interval("useful"), to=" to ")
+        figures.append((decimal(found.best.mean("useful")), f"peak useful, at {at(found.best.lam)}", ends))
+    if found.cliff.last_held is not None and len(found.opd) > 1:
+        rule = f"parses {percent(findings.CONTRACT_HOLDS)} or more"
+        figures.append((at(found.cliff.last_held.lam), "largest λ that keeps the contract", rule))
+    return figures
+
+
+def contract_section(inputs: Inputs) -> Section:
+    """Parse, ranking quality and useful against λ."""
+    title, found = "Where the contract breaks", inputs.found
+    if not found.opd:
+        return Section("contract", title, "No distilled policy has been evaluated yet.")
+    lead = (
+        "A dot is one seed, its bar the 95 % interval over lists; the line joins the means. "
+        "Horizontal lines are the policies before distillation."
+    )
+    return Section("contract", title, lead, plots=[_parse_plot(found), _quality_plot(found)])
+
+
+def policies_section(inputs: Inputs) -> Section:
+    """Every evaluated policy with its intervals; means over seeds first where there are several."""
+    if not inputs.results:
+        return Section("policies", "Policies compared", "No policy has been evaluated yet.")
+    many = any(len(policy.records) > 1 for policy in inputs.policies)
+    runs = _runs_table(inputs, collapsed=many)
+    tables = [_seeds_table(inputs), runs] if many else [runs]
+    return Section("policies", "Policies compared", _how_to_read(inputs), tables=tables)
+
+
+def failures_section(inputs: Inputs) -> Section | None:
+    """Failure classes of every policy, as a picture and as counts; None where no record has them."""
+    shown = [policy for policy in inputs.policies if policy.failure_shares()]
+    if not shown:
+        return None
+    names = _failure_names(shown)
+    absent = [name for failure, name in FAILURES.items() if failure not in names]
+    lead = "A list with several faults counts once."
+    lead += f" No list shows: {', '.join(absent)}." if absent else ""
+    plot, table = _failure_plot(shown, names), _failure_table(shown, names)
+    return Section("failures", "How lists fail", lead, plots=[plot], tables=[table], layout="beside")
+
+
+def examples_section(inputs: Inputs) -> Section | None:
+    """Outputs good and bad of every policy; None before there are any."""
+    if not inputs.examples:
+        return None
+    chosen = _choose(inputs.examples)
+    lead = (
+        f"{len(chosen)} of {len(inputs.examples)} saved outputs, greedy decoding, as the model wrote them; "
+        "control characters are spelt out and very long texts cut."
+    )
+    return Section("examples", "Outputs, good and bad", lead, examples=[_example(e) for e in chosen])
+
+
+def data_section(inputs: Inputs) -> Section | None:
+    """What was read and dropped, how the lists were split, any baseline, and the builder's remarks."""
+    if not inputs.data:
+        return None
+    shown = {name: value for name, value in inputs.data.items() if name not in (*_ORIGIN, "notes")}
+    nested = {name: value for name, value in shown.items() if isinstance(value, Mapping) and value}
+    plain = {name: value for name, value in shown.items() if name not in nested}
+    tables = [_facts("overview", plain)] if plain else []
+    tables += [_facts(name, value) for name, value in nested.items()]
+    origin = _lines({name: inputs.data[name] for name in _ORIGIN if name in inputs.data}, " = ")
+    listings = [Listing("Fingerprint and files", origin)] if origin else []
+    points = [str(note) for note in inputs.data.get("notes", ())]
+    return Section("data", "Data", points=points, tables=tables, listings=listings)
+
+
+def choices_section(inputs: Inputs) -> Section | None:
+    """Why the experiment is set up as it is, in its author's words; None without such words."""
+    notes = [str(note) for note in inputs.config.get("notes", ())]
+    return Section("choices", "What was chosen, and why", points=notes) if notes else None
+
+
+def reproduce_section(inputs: Inputs) -> Section | None:
+    """The command, the revision, the versions and every field of the config."""
+    if not inputs.config:
+        return None
+    facts = {name: inputs.config.get(name, "unknown") for name in ("preset", "device", "revision")}
+    listings = [
+        Listing("Command", str(inputs.config.get("command", "unknown")), is_open=True),
+        Listing("Versions", _lines(inputs.config.get("versions", {}), " ")),
+        Listing("Config, every field", _lines(inputs.config.get("config", {}), " = ")),
+    ]
+    shown = [listing for listing in listings if listing.text]
+    return Section("reproduce", "To reproduce", tables=[_facts("run", facts)], listings=shown)
+
+
+SECTIONS: tuple[Callable[[Inputs], Section | None], ...] = (
+    contract_section,
+    policies_section,
+    failures_section,
+    opd_section,
+    sft_section,
+    examples_section,
+    data_section,
+    choices_section,
+    reproduce_section,
+)
+
+
+def _parse_plot(found: Findings) -> Plot:
+    last, first = found.cliff.last_held, found.cliff.first_broken
+    if len(found.opd) == 1:
+        title = f"Parse at the one λ tested, {number(found.opd[0].lam)}"
+    elif first is not None:
+        title = f"Parse falls between {at(last.lam)} and {number(first.lam)}"
+    else:
+        title = "Parse never reaches the contract" if last is None else f"Parse holds up to {at(last.lam)}"
+    svg = plots.versus_lambda(
+        [plots.Series("OPD", _points(found, "parse"), plots.BLUE)],
+        _levels(found, "parse", percent),
+        ylabel="lists that parse",
+        in_percent=True,
+        description=f"Strict parse rate against λ. {_spoken(found, 'parse')}",
+        broken=(last.lam, first.lam) if first is not None else None,
+    )
+    return Plot(title, Markup(svg))
+
+
+def _quality_plot(found: Findings) -> Plot:
+    series = [
+        plots.Series("NDCG@1, parsed lists", _points(found, "ndcg@1"), plots.PURPLE, "s"),
+        plots.Series("useful, all lists", _points(found, "useful"), plots.GREEN),
+    ]
+    svg = plots.versus_lambda(
+        [one for one in series if one.points],
+        _levels(replace(found, teacher=None), "useful", decimal),
+        ylabel="NDCG@1 or useful",
+        description=f"NDCG@1 and useful against λ. {_spoken(found, 'ndcg@1')} {_spoken(found, 'useful')}",
+    )
+    flat = findings.only_format_breaks(found)
+    title = "Useful falls with parse; ranking does not" if flat else "Useful, and ranking where lists parse"
+    return Plot(title, Markup(svg))
+
+
+def _points(found: Findings, metric: str) -> list[plots.Point]:
+    """One point a seed that defines `metric`."""
+    runs = [(policy.lam, run) for policy in found.opd for run in policy.records]
+    return [
+        plots.Point(lam, run[metric], run.get("intervals", {}).get(metric))
+        for lam, run in runs
+        if run.get(metric) is not None
+    ]
+
+
+def _levels(found: Findings, metric: str, form: Callable[[float], str]) -> list[plots.Level]:
+    """The policies before distillation, where they define `metric`."""
+    styles = ((found.teacher, plots.ORANGE, "-."), (found.student, plots.MUTED, "--"))
+    return [
+        plots.Level(f"{p.name}, {form(p.mean(metric))}", p.mean(metric), colour, dash, p.interval(metric))
+        for p, colour, dash in styles
+        if p is not None and p.mean(metric) is not None
+    ]
+
+
+def _spoken(found: Findings, metric: str) -> str:
+    """The numbers of a figure, for those who cannot see it."""
+    shown = [p for p in (found.teacher, found.student, *found.opd) if p is not None]
+    return "; ".join(f"{p.name}: {METRICS[metric]} {decimal(p.mean(metric))}" for p in shown) + "."
+
+
+def _how_to_read(inputs: Inputs) -> str:
+    gains = sorted({str(record["gain"]) for record in inputs.results if record.get("gain")})
+    text = (
+        "Strict parse, greedy decoding. Parse and useful (parse · NDCG@1) count every list; the other "
+        "metrics only lists that parse, “–” where none does. Small print: 95 % bootstrap intervals over "
+        "lists; one of zero width only means that all lists agree."
+    )
+    return text + (f" NDCG gain: {', '.join(gains)}." if gains else "")
+
+
+def _runs_table(inputs: Inputs, collapsed: bool) -> Table:
+    """One row a record: metrics with intervals, lists, steps, seed."""
+    places = {(policy.stage, policy.lam): i for i, policy in enumerate(inputs.policies)}
+    runs = sorted(
+        inputs.results,
+        key=lambda r: (places[r["stage"], r.get("lambda")], r.get("seed") or 0, r.get("steps") or 0),
+    )
+    rows = [_run_row(run) for run in runs]
+    marked = inputs.found.best is not None and not collapsed
+    best = runs.index(inputs.found.best.records[0]) if marked else None
+    head = ("policy", *METRICS.values(), "lists", "steps", "seed")
+    return Table("Every run" if collapsed else "", head, rows, best=best, collapsed=collapsed)
+
+
+def _run_row(run: Mapping[str, Any]) -> tuple[Cell, ...]:
+    name = Policy(run["stage"], run.get("lambda"), ()).name
+    ends = run.get("intervals", {})
+    metrics = [Cell(decimal(run.get(metric)), interval(ends.get(metric))) for metric in METRICS]
+    return (Cell(name), *metrics, *(Cell(fact(run.get(field))) for field in ("n", "steps", "seed")))
+
+
+def _seeds_table(inputs: Inputs) -> Table:
+    """One row a policy: means over its seeds."""
+    rows = [
+        (Cell(policy.name), *(_spread(policy, metric) for metric in METRICS), Cell(fact(len(policy.records))))
+        for policy in inputs.policies
+    ]
+    best = inputs.policies.index(inputs.found.best) if inputs.found.best is not None else None
+    head = ("policy", *METRICS.values(), "seeds")
+    return Table("Mean over seeds ± their standard deviation", head, rows, best=best)
+
+
+def _spread(policy: Policy, metric: str) -> Cell:
+    values = [record[metric] for record in policy.records if record.get(metric) is not None]
+    return Cell(
+        decimal(policy.mean(metric)), f"± {decimal(statistics.stdev(values))}" if len(values) > 1 else ""
+    )
+
+
+def _failure_names(shown: Iterable[Policy]) -> dict[str, str]:
+    """The classes that occur and their names, those of the contract first."""
+    occur = {failure for policy in shown for failure, share in policy.failure_shares().items() if share}
+    known = {failure: name for failure, name in FAILURES.items() if failure in occur}
+    return known | {failure: label(failure) for failure in sorted(occur - set(FAILURES))}
+
+
+def _failure_plot(shown: Sequence[Policy], names: Mapping[str, str]) -> Plot:
+    distilled = [policy for policy in shown if policy.stage == "opd"]
+    main = findings.main_failure(distilled[-1]) if distilled else None
+    title = f"{capital(main[0])} is the main failure at the largest λ" if main else "Failure classes"
+    rows = [(label(policy.name.removeprefix("OPD, ")), policy.failure_shares()) for policy in shown]
+    said = [
+        f"{name}: {', '.join(f'{names[f]} {percent(s)}' for f, s in row.items() if s)}" for name, row in rows
+    ]
+    description = f"Share of lists by failure class. {'; '.join(said)}."
+    return Plot(title, Markup(plots.failure_bars(rows, names, description=description)))
+
+
+def _failure_table(shown: Sequence[Policy], names: Mapping[str, str]) -> Table:
+    rows = []
+    for policy in shown:
+        counts = [sum(record.get("failures", {}).get(f, 0) for record in policy.records) for f in names]
+        rows.append((Cell(policy.name), *(Cell(fact(count)) for count in counts)))
+    return Table("Lists, all seeds together", ("policy", *names.values()), rows)
+
+
+def _choose(examples: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    """A few good and bad outputs a policy, in the order of the policies."""
+    groups = defaultdict(list)
+    for example in examples:
+        groups[example["stage"], example.get("lambda")].append(example)
+    chosen = []
+    for policy in findings.policies({"stage": stage, "lambda": lam} for stage, lam in groups):
+        group = groups[policy.stage, policy.lam]
+        good = [e for e in group if e.get("failure") == "ok"]
+        bad = _varied([e for e in group if e.get("failure") != "ok"])
+        chosen += good[:GOOD_EXAMPLES] + bad[:BAD_EXAMPLES]
+    return chosen
+
+
+def _varied(failed: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    """`failed` with one of each class before a second of any."""
+    classes = [str(e.get("failure")) for e in failed]
+    order = sorted(range(len(failed)), key=lambda i: classes[:i].count(classes[i]))
+    return [failed[i] for i in order]
+
+
+def _example(example: Mapping[str, Any]) -> Example:
+    failure = str(example.get("failure"))
+    return Example(
+        policy=Policy(example["stage"], example.get("lambda"), ()).name,
+        failure=FAILURES.get(failure, failure),
+        ok=failure == "ok",
+        key=str(example.get("key", "")),
+        output=cut(str(example.get("output", "")), MAX_OUTPUT),
+        prompt=cut(str(example.get("prompt", "")), MAX_PROMPT),
+        scores=_score_table(example.get("true_scores") or [], example.get("scores") or []),
+    )
+
+
+def _score_table(labels: Sequence[Any], scores: Sequence[Any]) -> Table | None:
+    """Labels and, where the answer parses, scores by review; None without labels."""
+    rows = [
+        (Cell(name), *(Cell(fact(value)) for value in values))
+        for name, values in (("label", labels), ("model", scores))
+        if values
+    ]
+    head = ("review", *(str(i + 1) for i in range(len(labels))))
+    return Table("", head, rows) if labels else None
+
+
+def _facts(name: str, values: Mapping[str, Any]) -> Table:
+    """Names and values; lists of one length (histograms) become numbered columns."""
+    caption = capital(words(name))
+    lengths = {len(value) if isinstance(value, list) else 0 for value in values.values()}
+    if len(lengths) == 1 and 0 not in lengths:
+        rows = [(Cell(words(row)), *(Cell(fact(x)) for x in value)) for row, value in values.items()]
+        return Table(caption, ("", *map(str, range(lengths.pop()))), rows)
+    rows = [(Cell(words(path)), Cell(fact(value))) for path, value in _leaves(values, " › ")]
+    return Table(caption, (), rows)
+
+
+def _lines(tree: Mapping[str, Any], between: str) -> str:
+    """One line a leaf: its dotted path and its JSON."""
+    return "\n".join(
+        f"{path}{between}{json.dumps(value, ensure_ascii=False)}" for path, value in _leaves(tree, ".")
+    )
+
+
+def _leaves(tree: Mapping[str, Any], separator: str) -> list[tuple[str, Any]]:
+    """(path, value) of every leaf, in the order of the mapping; an empty mapping is a leaf."""
+    leaves = []
+    for name, inner in tree.items():
+        if isinstance(inner, Mapping) and inner:
+            leaves += [(f"{name}{separator}{path}", value) for path, value in _leaves(inner, separator)]
+        else:
+            leaves.append((name, inner))
+    return leaves

@@ -1,0 +1,148 @@
+"""python -m listopd_jax.main --config=configs/fashion.py --workdir=runs/demo
+
+One run from reviews to report: prepare, SFT of teacher and student, OPD for each λ and seed, strict evaluation.
+Stopped at any moment, the same command goes on. Exit code 0: done (or saved on SIGTERM); 2: a mistake to mend.
+"""
+
+import importlib.metadata
+import pathlib
+import platform
+import re
+import shlex
+import sys
+from typing import Any
+
+from absl import flags
+from ml_collections import config_flags
+
+from listopd_jax import config as config_module
+from listopd_jax import files
+from listopd_jax.errors import Interrupted, UserError
+from listopd_jax.lifecycle import locked
+
+_CONFIG = config_flags.DEFINE_config_file(
+    "config", None, "configs/NAME.py[:PRESET]; override with --config.field=value"
+)
+_WORKDIR = flags.DEFINE_string(
+    "workdir", None, "folder for everything the run leaves; the same folder goes on"
+)
+
+
+def main(argv: list[str]) -> int:
+    """Run and return the exit code; a user's mistake is one line on stderr."""
+    try:
+        config, workdir = parse(argv)
+        with locked(workdir):
+            record_config(config, workdir, argv)
+            report = run(config, workdir)
+    except UserError as e:
+        print(f"error: {e}", file=sys.stderr)
+        return 2
+    except Interrupted as e:
+        print(e, file=sys.stderr)
+        return 0
+    except KeyboardInterrupt:
+        print("stopped; the same command goes on from the last checkpoint", file=sys.stderr)
+        return 130
+    print(f"report: {report}")
+    return 0
+
+
+def parse(argv: list[str]) -> tuple[Any, pathlib.Path]:
+    """The checked config and the workdir; UserError for an unknown flag, field, preset or a wrong value."""
+    try:
+        rest = flags.FLAGS(argv)
+        config, workdir = _CONFIG.value, _WORKDIR.value
+        if config is not None:
+            print(
+                f"preset {config.preset}; choose another with --config=configs/NAME.py:PRESET",
+                file=sys.stderr,
+            )
+    except UserError:
+        raise
+    except (AttributeError, KeyError) as e:
+        raise UserError(_unknown_field(argv, e)) from e
+    except (flags.Error, TypeError, ValueError, ImportError, OSError, SyntaxError) as e:
+        raise UserError(" ".join(str(e).split()) or type(e).__name__) from e
+    if len(rest) > 1:
+        raise UserError(f"{rest[1]!r} is not a flag; overrides are written --config.field=value")
+    for name, value in (("--config", config), ("--workdir", workdir)):
+        if not value:
+            raise UserError(f"{name} is missing: give --config=configs/fashion.py --workdir=runs/NAME")
+    return config_module.validate(config), pathlib.Path(workdir)
+
+
+def _unknown_field(argv: list[str], e: Exception) -> str:
+    """One line for an override whose field does not exist: ml_collections names only the last part, and a near one."""
+    message = str(e)
+    near = re.search(r'Did you mean \\?"([^"\\]+)', message)
+    names = [a.split("=")[0] for a in argv if a.startswith("--config.")]
+    where = next((n for n in names if n.rsplit(".", 1)[-1] in message), "--config")
+    hint = f"did you mean {near[1]}? " if near else ""
+    return f"{where}: there is no such field; {hint}listopd_jax/config.py has them all"
+
+
+def record_config(config: Any, workdir: pathlib.Path, argv: list[str]) -> None:
+    """Save what this run is; UserError if the workdir holds a run of another config."""
+    path, now = workdir / "config.json", config_module.to_json(config)
+    if path.exists():
+        before = files.read_json(path)["config"]
+        old, new = dict(_fields(before)), dict(_fields(now))
+        for field in sorted(old.keys() | new.keys()):
+            if old.get(field) != new.get(field):
+                raise UserError(
+                    f"{path}: this workdir holds a run with {field}={old.get(field)!r}, not {new.get(field)!r}; "
+                    "choose another --workdir"
+                )
+    files.write_json(path, {"config": now, **description(config, argv)})
+
+
+def _fields(tree: dict[str, Any], prefix: str = ""):
+    for name, value in tree.items():
+        if isinstance(value, dict):
+            yield from _fields(value, f"{prefix}{name}.")
+        else:
+            yield prefix + name, value
+
+
+def description(config: Any, argv: list[str]) -> dict[str, Any]:
+    """Where and with what a run is made: preset, command, code revision, device and versions."""
+    import jax
+
+    packages = (
+        "jax",
+        "flax",
+        "optax",
+        "orbax-checkpoint",
+        "transformers",
+        "grain",
+        "tensorflow-datasets",
+        "numpy",
+    )
+    device = jax.devices()[0]
+    return {
+        "preset": config.preset,
+        "notes": list(config.notes),
+        "command": shlex.join(["python", "-m", "listopd_jax.main", *argv[1:]]),
+        "revision": config_module.code_revision(),
+        "device": f"{len(jax.devices())} x {device.device_kind} ({device.platform}), {platform.machine()}",
+        "versions": {"python": platform.python_version()}
+        | {p: importlib.metadata.version(p) for p in packages},
+    }
+
+
+def run(config: Any, workdir: pathlib.Path) -> pathlib.Path:
+    """Every stage in order; returns the path of the report."""
+    import jax
+
+    from listopd_jax.analysis.report import write_report
+    from listopd_jax.pipeline import run_stages
+
+    jax.config.update("jax_compilation_cache_dir", str(workdir / "compile_cache"))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 1.0)
+    run_stages(config, workdir)
+    return write_report(workdir)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv))

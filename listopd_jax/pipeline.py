@@ -1,0 +1,49 @@
+"""The stages in order. Each leaves its result in the workdir and finds it there when called again."""
+
+import pathlib
+from typing import Any
+
+from absl import logging
+
+from listopd_jax.analysis.results import evaluate, evaluated
+from listopd_jax.job import Job, open_job
+from listopd_jax.models.build import cast
+from listopd_jax.models.hf import save_hf
+from listopd_jax.train.loop import Run
+from listopd_jax.train.opd import make_step, opd_run, preflight, train_opd
+from listopd_jax.train.opd_step import Frozen
+from listopd_jax.train.sft import sft_run, train_sft
+
+
+def run_stages(config: Any, workdir: pathlib.Path) -> None:
+    """prepare → SFT teacher → SFT student (= base) → OPD for each λ and seed, each policy evaluated and exported."""
+    job = open_job(config, workdir)
+    teacher, student = (sft_stage(job, role) for role in ("teacher", "student"))
+    frozen = Frozen(cast(teacher, config.dtype.frozen), cast(student, config.dtype.frozen))
+    del teacher
+    preflight(job, frozen)
+    opd_step = make_step(job)
+    for seed in config.opd.seeds:
+        for lam in config.opd.lambdas:
+            run = opd_run(job, lam, seed)
+            if evaluated(workdir, run) is None:
+                finish(job, "student", train_opd(job, frozen, student, lam, seed, opd_step), run)
+
+
+def sft_stage(job: Job, role: str) -> Any:
+    """Train, evaluate and export `role`; its parameters in `dtype.param`."""
+    params, run = train_sft(job, role), sft_run(job, role)
+    if evaluated(job.workdir, run) is None:
+        finish(job, role, params, run)
+    return params
+
+
+def finish(job: Job, role: str, params: Any, run: Run) -> None:
+    """Export and evaluate the policy that `run` ended in; its record in results.json says that both are done."""
+    if job.config.train.export:
+        save_hf(job.workdir / "export" / run.name, job.shapes[role], params, job.codec.tokenizer)
+    record = evaluate(job, role, params, run)
+    shown = ", ".join(
+        f"{name} {record[name]:.3f}" for name in ("parse", "useful", "ndcg@1") if record[name] is not None
+    )
+    logging.info("%s: %s", run.name, shown)
