@@ -1,0 +1,121 @@
+"""The verdict on a locked prediction, from the lock and results.json alone. A pass rule is data, never
+code.
+
+A rule is a list of checks, all of which must pass:
+
+    {"quantity": "onset", "threshold": 0.8, "reading": "grid", "within": "window"}
+    {"quantity": "midpoint", "reading": "interpolated", "within": "window"}
+    {"quantity": "parse", "at": "first" | "last" | "all", "at_least" | "at_most": 0.85}
+
+Readings and levels are those of `analysis.cliff`.
+"""
+
+import math
+from typing import Any
+
+import numpy as np
+
+from listopd_jax.analysis import cliff
+from listopd_jax.errors import UserError
+
+Json = dict[str, Any]
+
+_RATE = (int, float)
+
+
+def check_rule(check: Any, where: Any) -> None:
+    """UserError unless `check` is one of the forms above."""
+    quantity = check.get("quantity") if isinstance(check, dict) else None
+    if quantity == "parse":
+        bounds = [check[name] for name in ("at_least", "at_most") if name in check]
+        known = (
+            check.get("at") in ("first", "last", "all") and len(bounds) == 1 and isinstance(bounds[0], _RATE)
+        )
+    else:
+        readings = {"onset": ("grid", "interpolated", "isotonic"), "midpoint": ("interpolated", "isotonic")}
+        known = check.get("reading") in readings.get(quantity, ()) if isinstance(check, dict) else False
+        known = known and check.get("within") == "window"
+        known = known and isinstance(check.get("threshold"), _RATE) == (quantity == "onset")
+    if not known:
+        raise UserError(f"{where}: the rule {check} is none that a verdict can read")
+
+
+def select(lock: Json, records: Any) -> list[Json]:
+    """The records of results.json that the lock is about. UserError if one is missing, doubled or broken."""
+    if not isinstance(records, list) or not all(isinstance(r, dict) for r in records):
+        raise UserError("results.json: not a list of records")
+    chosen = []
+    for lam in lock["grid"]:
+        for seed in lock["seeds"]:
+            found = [r for r in records if _answers(r, lam, seed, lock["steps"])]
+            name = f"λ = {lam:g}, seed {seed}, {lock['steps']} steps"
+            if len(found) != 1:
+                raise UserError(
+                    f"results.json: {len(found)} records of {name}, one is needed; no verdict yet"
+                )
+            if not isinstance(found[0].get("parse"), int | float) or not 0 <= found[0]["parse"] <= 1:
+                raise UserError(f"results.json: parse of {name} is {found[0].get('parse')!r}, no rate")
+            chosen.append({"stage": "opd", "lambda": lam, "seed": seed, "parse": found[0]["parse"]})
+    return chosen
+
+
+def _answers(record: Json, lam: float, seed: int, steps: int) -> bool:
+    if record.get("stage") != "opd" or not isinstance(record.get("lambda"), int | float):
+        return False
+    return math.isclose(record["lambda"], lam) and record.get("seed") == seed and record.get("steps") == steps
+
+
+def judge(lock: Json, records: Any) -> Json:
+    """The verdict as JSON values, from the lock and the records alone: "pass" only if every check passes."""
+    lambdas, _, parse = cliff.table(select(lock, records))
+    thresholds = tuple(sorted({check["threshold"] for check in lock["rule"] if "threshold" in check}))
+    located, reason = None, None
+    try:
+        located = cliff.locate(lambdas, parse, thresholds=thresholds, midpoint=lock["midpoint"])
+    except cliff.NoCliff as e:
+        reason = str(e)
+    mean, checks = parse.mean(0), []
+    for check in lock["rule"]:
+        if check["quantity"] == "parse":
+            checks += _parse_checks(check, lambdas, mean)
+        else:
+            checks.append(_place_check(check, lock, located, reason))
+    return {
+        "verdict": "pass" if all(check["pass"] for check in checks) else "fail",
+        "checks": checks,
+        "mean_parse": {f"{lam:g}": float(y) for lam, y in zip(lambdas, mean, strict=True)},
+        "located": located,
+        "no_cliff": reason,
+        "lock_sha256": lock.get("sha256"),
+    }
+
+
+def _parse_checks(check: Json, lambdas: np.ndarray, mean: np.ndarray) -> list[Json]:
+    """Mean parse at one end of the grid, or at every λ, against a bound."""
+    chosen = {"first": slice(0, 1), "last": slice(-1, None), "all": slice(None)}[check["at"]]
+    low, high = check.get("at_least", 0.0), check.get("at_most", 1.0)
+    bound = f"≥ {low:g}" if "at_least" in check else f"≤ {high:g}"
+    return [
+        {"check": f"parse at λ = {lam:g} {bound}", "value": float(y), "pass": bool(low <= y <= high)}
+        for lam, y in zip(lambdas[chosen], mean[chosen], strict=True)
+    ]
+
+
+def _place_check(check: Json, lock: Json, located: Json | None, reason: str | None) -> Json:
+    """Onset or midpoint within the window; a cliff that is not there, or not bracketed by the grid, is a
+    miss.
+    """
+    low, high = lock["window"]
+    level = check.get("threshold", lock["midpoint"])
+    name = f"{check['quantity']} (parse {level:.2f}, {check['reading']}) in [{low:g}, {high:g}]"
+    miss = {"check": name, "value": None, "pass": False}
+    if located is None:
+        return miss | {"reason": reason}
+    place = located["onset"][f"{level:.2f}"] if "threshold" in check else located["midpoint"]
+    at, edge = place[check["reading"]]["at"], max(lock["grid"])
+    if at is None:
+        return miss | {"reason": f"parse reaches {level:.2f} nowhere on the grid"}
+    result = miss | {"value": at, "interval": place[check["reading"]]["interval"]}
+    if at >= edge:
+        return result | {"reason": f"parse still holds at the grid's end, λ = {edge:g}: only a lower bound"}
+    return result | {"pass": bool(low <= at <= high)}

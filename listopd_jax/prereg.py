@@ -1,0 +1,217 @@
+"""Pre-registration: lock a prediction before the run it predicts, and judge the run by the lock alone.
+
+    python -m listopd_jax.prereg lock --template=fine_grid --p=0.9993 --b=0.8105 --c=5 --out=prereg.json \\
+        --config=configs/fashion.py:paper --config.opd.lambdas="(1.18,1.2,1.22)" --grid=1.18,1.2,1.22
+    python -m listopd_jax.prereg verify  --lock=prereg.json [--config=runs/x/config.json]
+    python -m listopd_jax.prereg verdict --lock=prereg.json --workdir=runs/x [--json]
+
+A lock is a JSON file with grid, seeds, budget, window, pass rule (data, never code), the config's hash, the
+code revision and its own SHA-256 over canonical JSON. It is written once. The hash shows an accidental or
+careless change; against a determined one, commit the lock to git before the run. Exit codes: 0 passed or
+unchanged, 1 the prediction is refuted, 2 a mistake, or a lock or config that changed.
+
+Templates are EC's three tests (method.md §4), scaled to any pair of models: places on the λ axis are given
+in units of λ* − 1, where λ* is the predicted threshold. `window` and `grid` can also be given in full.
+"""
+
+import argparse
+import json
+import math
+import pathlib
+import sys
+from collections.abc import Sequence
+
+from listopd_jax import config as config_module
+from listopd_jax import files
+from listopd_jax.analysis import cliff
+from listopd_jax.analysis.lock import (
+    TEMPLATES,
+    Json,
+    check_config,
+    make_lock,
+    predicted_lambda,
+    read_lock,
+    write_lock,
+)
+from listopd_jax.analysis.verdict import judge
+from listopd_jax.errors import UserError
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str):
+        """A user's mistake is one line, not argparse's usage block."""
+        raise UserError(f"{message}; see --help")
+
+
+def _numbers(text: str) -> list[float]:
+    return [float(x) for x in text.split(",")]
+
+
+def _seeds(text: str) -> list[int]:
+    return [int(x) for x in text.split(",")]
+
+
+def _parser() -> _Parser:
+    parser = _Parser(
+        prog="python -m listopd_jax.prereg", description=__doc__.split("\n")[0], allow_abbrev=False
+    )
+    commands = parser.add_subparsers(dest="command", required=True)
+    lock = commands.add_parser("lock", allow_abbrev=False, help="write a prediction, once")
+    lock.add_argument("--template", choices=tuple(TEMPLATES), required=True)
+    lock.add_argument(
+        "--config", required=True, help="a run's config.json, or configs/NAME.py[:PRESET] with overrides"
+    )
+    lock.add_argument("--out", required=True, help="the lock to write; must not exist")
+    lock.add_argument("--predict", choices=("clip", "clip_base_neutral", "flip"), default="clip")
+    lock.add_argument("--p", type=float, help="teacher's probability of its modal token")
+    lock.add_argument("--b", type=float, help="base's probability of the same token")
+    lock.add_argument("--c", type=float, help="clip; default: the config's opd.clip")
+    lock.add_argument("--threshold", type=float, help="the predicted λ itself, instead of --p and --b")
+    lock.add_argument("--grid", type=_numbers, help="λ1,λ2,… instead of the template's")
+    lock.add_argument("--window", type=_numbers, help="LOW,HIGH instead of the template's")
+    lock.add_argument("--seeds", type=_seeds, help="default: the config's opd.seeds")
+    lock.add_argument("--steps", type=int, help="default: the config's opd.steps")
+    lock.add_argument("--midpoint", type=float, default=cliff.MIDPOINT, help="parse level of the midpoint")
+    verify = commands.add_parser("verify", allow_abbrev=False, help="is the lock, and the config, unchanged?")
+    verify.add_argument("--lock", required=True)
+    verify.add_argument("--config", help="a run's config.json")
+    verdict = commands.add_parser("verdict", allow_abbrev=False, help="judge a run by the lock")
+    verdict.add_argument("--lock", required=True)
+    verdict.add_argument(
+        "--workdir", required=True, type=pathlib.Path, help="folder with config.json and results.json"
+    )
+    verdict.add_argument("--json", action="store_true", help="print one JSON object")
+    return parser
+
+
+def load_config(source: str, overrides: Sequence[str] = ()) -> Json:
+    """The resolved config of a run's config.json, or of configs/NAME.py[:PRESET] with overrides."""
+    if source.endswith(".json"):
+        if overrides:
+            raise UserError(
+                f"{overrides[0]}: a run's config.json is as it is; overrides go with configs/NAME.py"
+            )
+        saved = files.read_json(source)
+        if not isinstance(saved, dict) or not isinstance(saved.get("config"), dict):
+            raise UserError(f"{source}: no run's config.json (it has no field config)")
+        return saved["config"]
+    from listopd_jax import main  # registers absl flags: only where they are needed
+
+    config, _ = main.parse(["prereg", f"--config={source}", *overrides, "--workdir=not-used"])
+    return config_module.to_json(config)
+
+
+def _prediction(args: argparse.Namespace, config: Json) -> Json:
+    """Where the predicted λ comes from; UserError if neither --threshold nor --p and --b are given."""
+    if args.threshold is not None:
+        return {"threshold": "given", "lambda": args.threshold}
+    if args.p is None or (args.b is None and args.predict != "clip_base_neutral"):
+        raise UserError("give --p and --b (see `calibrate`), or the predicted --threshold itself")
+    b = 0.5 if args.b is None else args.b
+    c = float(config.get("opd", {}).get("clip", math.inf)) if args.c is None else args.c
+    lam = predicted_lambda(args.predict, args.p, b, c)
+    return {
+        "threshold": args.predict,
+        "p": args.p,
+        "b": b,
+        "c": c if math.isfinite(c) else "inf",
+        "lambda": lam,
+    }
+
+
+def _lock(args: argparse.Namespace, overrides: Sequence[str]) -> tuple[str, int]:
+    config = load_config(args.config, overrides)
+    opd = config.get("opd", {})
+    steps = args.steps or opd.get("steps")
+    if not steps:
+        raise UserError(
+            "opd.steps=0 leaves the budget to the data: lock it with --steps=N or --config.opd.steps=N"
+        )
+    prediction = _prediction(args, config)
+    lock = make_lock(
+        args.template,
+        prediction["lambda"],
+        args.seeds or opd.get("seeds", []),
+        steps,
+        config,
+        grid=args.grid,
+        window=args.window,
+        prediction=prediction,
+        midpoint=args.midpoint,
+    )
+    _check_not_run_yet(pathlib.Path(args.config), lock)
+    write_lock(args.out, lock)
+    return f"{args.out}: locked, SHA-256 {lock['sha256']}; commit it before the run", 0
+
+
+def _check_not_run_yet(config_path: pathlib.Path, lock: Json) -> None:
+    """UserError if the workdir of a config.json already holds results that the lock is to predict."""
+    results = config_path.with_name("results.json")
+    if config_path.suffix != ".json" or not results.exists():
+        return
+    done = [
+        r for r in files.read_json(results) if r.get("stage") == "opd" and r.get("steps") == lock["steps"]
+    ]
+    if done:
+        raise UserError(
+            f"{results}: holds {len(done)} results at {lock['steps']} steps; a prediction comes before them"
+        )
+
+
+def _verify(args: argparse.Namespace) -> tuple[str, int]:
+    lock = read_lock(args.lock)
+    if args.config:
+        check_config(lock, load_config(args.config), args.config)
+    return f"{args.lock}: unchanged since {lock['locked_at']}" + (
+        ", and so is the config" if args.config else ""
+    ), 0
+
+
+def _verdict(args: argparse.Namespace) -> tuple[str, int]:
+    lock = read_lock(args.lock)
+    saved = files.read_json(args.workdir / "config.json")
+    check_config(lock, load_config(str(args.workdir / "config.json")), str(args.workdir / "config.json"))
+    result = judge(lock, files.read_json(args.workdir / "results.json"))
+    if saved.get("revision") != lock["code_revision"]:
+        result["note"] = f"locked with code {lock['code_revision']}, run with {saved.get('revision')}"
+    text = (
+        json.dumps(result, indent=2, ensure_ascii=False, allow_nan=False) if args.json else _in_words(result)
+    )
+    return text, 0 if result["verdict"] == "pass" else 1
+
+
+def _in_words(result: Json) -> str:
+    lines = [f"{'PASSED' if result['verdict'] == 'pass' else 'REFUTED'} (lock {result['lock_sha256'][:12]})"]
+    for check in result["checks"]:
+        value = "none" if check["value"] is None else f"{check['value']:.4f}"
+        interval = check.get("interval")
+        value += f" [{interval[0]:.4f}, {interval[1]:.4f}]" if interval else ""
+        reason = f" ({check['reason']})" if "reason" in check else ""
+        lines.append(f"  {'pass' if check['pass'] else 'FAIL'}  {check['check']}: {value}{reason}")
+    return "\n".join(lines + ([f"  note  {result['note']}"] if "note" in result else []))
+
+
+def run(argv: Sequence[str] | None = None) -> tuple[str, int]:
+    """What the command prints and its exit code; UserError for a user's mistake."""
+    args, rest = _parser().parse_known_args(argv)
+    strange = [x for x in rest if not (args.command == "lock" and x.startswith("--config."))]
+    if strange:
+        raise UserError(f"{strange[0]!r} is not known; see --help")
+    if args.command == "lock":
+        return _lock(args, rest)
+    return _verify(args) if args.command == "verify" else _verdict(args)
+
+
+def main() -> int:
+    """0 passed or unchanged, 1 refuted, 2 a mistake or a change."""
+    try:
+        text, code = run()
+    except UserError as e:
+        print(f"error: {e}", file=sys.stderr)
+        return 2
+    print(text)
+    return code
+
+
+if __name__ == "__main__":
+    sys.exit(main())
