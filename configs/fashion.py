@@ -41,6 +41,7 @@ def tiny() -> ml_collections.ConfigDict:
     config.sft.student.update(steps=200, batch_size=32, lr=3e-3, warmup_steps=30, duplicate_rate=0.55, seed=2)
     config.opd.update(lambdas=(1.0, 1.1, 1.2, 1.3, 1.5), steps=45, batch_size=16, rollouts=4, lr=7e-4)
     config.evaluation.update(max_lists=128)
+    config.forecast.update(lambdas=(1.05, 1.15, 1.25, 1.4, 2.0), batch_size=64)
     config.train.checkpoint_every = 25
     return config
 

@@ -10,6 +10,7 @@ import hashlib
 import json
 import math
 import pathlib
+import shutil
 import subprocess
 from collections.abc import Iterator
 from typing import Any
@@ -121,6 +122,7 @@ def defaults() -> ml_collections.ConfigDict:
             ppo_clip=0.0,  # 0: off
             head_chunk=1024,  # completion positions whose logits exist at one time
         ),
+        forecast=_section(lambdas=(), batch_size=8),  # lambdas besides opd.lambdas, decoded without training
         evaluation=_section(batch_size=64, max_lists=0, bootstrap=2000, examples=3),
         train=_section(checkpoint_every=50, keep_checkpoints=2, export=True),
     )
@@ -140,14 +142,13 @@ def unknown_name(field: str, value: str, known: tuple[str, ...]) -> UserError:
     return UserError(f"{field}={value!r} is unknown; {hint}known: {', '.join(known)}")
 
 
-def flatten(config: ml_collections.ConfigDict, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Dotted field names and values, in order."""
-    for name in sorted(config):
-        value = config[name]
-        if isinstance(value, ml_collections.ConfigDict):
-            yield from flatten(value, f"{prefix}{name}.")
+def flatten(tree: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Dotted field names and values of a config as nested dicts, in order."""
+    for name in sorted(tree):
+        if isinstance(tree[name], dict):
+            yield from flatten(tree[name], f"{prefix}{name}.")
         else:
-            yield f"{prefix}{name}", value
+            yield f"{prefix}{name}", tree[name]
 
 
 _NAMES = {
@@ -167,7 +168,7 @@ _POSITIVE = """
 task.max_prompt task.max_response task.prompt_buckets tokenizer.vocab_size data.vote_cap
 data.synthetic.reviews_per_product sft.teacher.batch_size sft.teacher.lr sft.student.batch_size sft.student.lr
 opd.batch_size opd.rollouts opd.updates_per_batch opd.lr opd.temperature opd.head_chunk
-evaluation.batch_size evaluation.bootstrap train.checkpoint_every train.keep_checkpoints
+forecast.batch_size evaluation.batch_size evaluation.bootstrap train.checkpoint_every train.keep_checkpoints
 """.split()
 
 _NOT_NEGATIVE = """
@@ -209,13 +210,21 @@ def _validate_fields(values: dict[str, Any]) -> None:
         _require(0 <= values[field] < 1, f"{field}={values[field]}: must be in [0, 1)")
 
 
+def _is_lambda(x: Any) -> bool:
+    return isinstance(x, int | float) and not isinstance(x, bool) and x >= 0
+
+
 def _validate_grid(config: ml_collections.ConfigDict) -> None:
     lambdas, seeds = config.opd.lambdas, config.opd.seeds
+    for x in config.forecast.lambdas:
+        _require(
+            _is_lambda(x),
+            f"forecast.lambdas={config.forecast.lambdas}: every lambda is a number >= 0, not {x!r}",
+        )
     _require(len(lambdas) > 0, "opd.lambdas is empty: give at least one lambda, e.g. (1.0,)")
     _require(len(seeds) > 0, "opd.seeds is empty: give at least one seed, e.g. (0,)")
     for x in lambdas:
-        is_number = isinstance(x, int | float) and not isinstance(x, bool)
-        _require(is_number and x >= 0, f"opd.lambdas={lambdas}: every lambda is a number >= 0, not {x!r}")
+        _require(_is_lambda(x), f"opd.lambdas={lambdas}: every lambda is a number >= 0, not {x!r}")
     for x in seeds:
         _require(
             isinstance(x, int) and x >= 0, f"opd.seeds={seeds}: every seed is a whole number >= 0, not {x!r}"
@@ -301,7 +310,7 @@ def _validate_model(role: str, model: ml_collections.ConfigDict) -> None:
 
 def validate(config: ml_collections.ConfigDict) -> ml_collections.FrozenConfigDict:
     """The checked, frozen config; UserError names the first field that is wrong, its value and the fix."""
-    _validate_fields(dict(flatten(config)))
+    _validate_fields(dict(flatten(config.to_dict())))
     _validate_grid(config)
     _validate_data(config)
     _validate_combinations(config)
@@ -330,6 +339,8 @@ def digest(config: ml_collections.ConfigDict | ml_collections.FrozenConfigDict) 
 
 def code_revision() -> str:
     """Git commit of the code that runs, with "+changes" if the tree differs; "unknown" outside a checkout."""
+    if shutil.which("git") is None:
+        return "unknown"
     git = ["git", "-C", str(pathlib.Path(__file__).resolve().parent)]
     head = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
     if head.returncode != 0:

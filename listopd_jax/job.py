@@ -90,10 +90,10 @@ class Job:
             self.train, buckets=self.buckets, batch_size=self.config.opd.batch_size, seed=seed
         )
 
-    def evaluation_batches(self) -> Iterator[dict[str, Any]]:
-        """Every validation list once."""
+    def evaluation_batches(self, batch_size: int = 0) -> Iterator[dict[str, Any]]:
+        """Every validation list once, `batch_size` (0: `evaluation.batch_size`) at a time."""
         return data_input.evaluation_batches(
-            self.validation, buckets=self.buckets, batch_size=self.config.evaluation.batch_size
+            self.validation, buckets=self.buckets, batch_size=batch_size or self.config.evaluation.batch_size
         )
 
 

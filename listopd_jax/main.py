@@ -87,7 +87,7 @@ def record_config(config: Any, workdir: pathlib.Path, argv: list[str]) -> None:
     path, now = workdir / "config.json", config_module.to_json(config)
     if path.exists():
         before = files.read_json(path)["config"]
-        old, new = dict(_fields(before)), dict(_fields(now))
+        old, new = (dict(config_module.flatten(tree)) for tree in (before, now))
         for field in sorted(old.keys() | new.keys()):
             if old.get(field) != new.get(field):
                 raise UserError(
@@ -95,14 +95,6 @@ def record_config(config: Any, workdir: pathlib.Path, argv: list[str]) -> None:
                     "choose another --workdir"
                 )
     files.write_json(path, {"config": now, **description(config, argv)})
-
-
-def _fields(tree: dict[str, Any], prefix: str = ""):
-    for name, value in tree.items():
-        if isinstance(value, dict):
-            yield from _fields(value, f"{prefix}{name}.")
-        else:
-            yield prefix + name, value
 
 
 def description(config: Any, argv: list[str]) -> dict[str, Any]:

@@ -5,6 +5,8 @@ from typing import Any
 
 from absl import logging
 
+from listopd_jax.analysis.calibrate import calibrate_stage
+from listopd_jax.analysis.forecast import forecast
 from listopd_jax.analysis.results import evaluate, evaluated
 from listopd_jax.job import Job, open_job
 from listopd_jax.models.build import cast
@@ -16,12 +18,14 @@ from listopd_jax.train.sft import sft_run, train_sft
 
 
 def run_stages(config: Any, workdir: pathlib.Path) -> None:
-    """prepare → SFT teacher → SFT student (= base) → OPD for each λ and seed, each policy evaluated and exported."""
+    """prepare → SFT teacher, SFT student (= base) → calibrate, forecast → OPD for each λ and seed, each evaluated and exported."""
     job = open_job(config, workdir)
     teacher, student = (sft_stage(job, role) for role in ("teacher", "student"))
     frozen = Frozen(cast(teacher, config.dtype.frozen), cast(student, config.dtype.frozen))
     del teacher
     preflight(job, frozen)
+    calibrate_stage(job, frozen)
+    forecast(job, frozen)
     opd_step = make_step(job)
     for seed in config.opd.seeds:
         for lam in config.opd.lambdas:

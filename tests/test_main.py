@@ -17,7 +17,7 @@ SMALL = (
     "--config.evaluation.bootstrap=50 --config.sft.teacher.steps=4 --config.sft.student.steps=3 "
     "--config.sft.teacher.batch_size=4 --config.sft.student.batch_size=4 --config.opd.batch_size=4 "
     "--config.opd.steps=3 --config.opd.lambdas=1.0,2.0 --config.train.checkpoint_every=1 "
-    "--config.task.max_response=64"
+    "--config.task.max_response=64 --config.forecast.lambdas=1.5"
 ).split()
 
 
@@ -53,7 +53,14 @@ def results(workdir):
 
 def test_every_policy_has_a_whole_record(finished):
     records = results(finished)
-    wanted = [("sft_teacher", None, 4), ("sft_student", None, 3), ("opd", 1.0, 3), ("opd", 2.0, 3)]
+    forecasts = [("forecast", lam, 0) for lam in (1.0, 1.5, 2.0)]
+    wanted = [
+        ("sft_teacher", None, 4),
+        ("sft_student", None, 3),
+        *forecasts,
+        ("opd", 1.0, 3),
+        ("opd", 2.0, 3),
+    ]
     assert [(r["stage"], r["lambda"], r["steps"]) for r in records] == wanted
     keys = {
         "seed",

@@ -5,9 +5,11 @@ import json
 import re
 import xml.etree.ElementTree as ElementTree
 
+import numpy as np
 import pytest
 
 from listopd_jax.analysis import findings, plots, wording
+from listopd_jax.analysis.calibrate import Positions, calibrate
 from listopd_jax.analysis.findings import FAILURES, headline, sentences
 from listopd_jax.analysis.report import write_report
 from listopd_jax.errors import UserError
@@ -417,3 +419,59 @@ def test_wording_of_numbers():
         "0.25",
         "1 2",
     ]
+
+
+def calibration(**changes):
+    """A calibration.json from positions made by hand."""
+    flips = np.array([1.15, np.inf, 1.4, np.inf, np.inf, 2.0])
+    at = (np.full(6, 6.5), np.full(6, 1.5), flips, np.array([2, 7, 2, 2, 2, 0]), np.array([0, 0, 1, 1, 2, 2]))
+    return calibrate(Positions(*at), 5.0, bootstrap=20) | changes
+
+
+def test_thresholds_before_training_stand_in_plain_words(tmp_path):
+    path = full(tmp_path / "run")
+    assert "Thresholds before training" not in page(path).text
+    (path / "calibration.json").write_text(json.dumps(calibration()))
+    parsed = page(path)
+    text = parsed.text.replace("\u00a0", " ")
+    assert parsed.balanced and len(parsed.ids) == len(set(parsed.ids))
+    for part in ("Thresholds before training", "λ*_typ: the clip-safe λ of a typical list", "Only 3 prompts"):
+        assert part in text
+    assert f"{calibration()['lambda_typ_measured']:.3f}" in text and "comma 4 4 0.9985" in text
+    assert "Structural tokens flip in 33 % of lists below λ = 1.2, in 100 % below λ = 3" in text
+    spoken = [value for name, value in parsed.attributes if name == "aria-label" and "mode flip" in value]
+    assert "λ*_safe, b measured at" in spoken[0]
+    assert write_report(path).read_text("utf-8") == write_report(path).read_text("utf-8")
+
+
+def test_thresholds_that_do_not_exist_say_why(tmp_path):
+    path = full(tmp_path / "run")
+    reasons = {"lambda_typ_measured": HOSTILE, "lambda_safe_measured": HOSTILE}
+    absent = dict.fromkeys((*reasons, "lambda_typ_implied", "lambda_safe_implied", "clip"))
+    (path / "calibration.json").write_text(
+        json.dumps(calibration(reasons=reasons, notes=[HOSTILE], **absent))
+    )
+    parsed = page(path)
+    assert "lambda typ measured, lambda safe measured: " in parsed.text and "no clip" in parsed.text
+    assert parsed.balanced and not {"script", "img"} & set(parsed.tags)
+    (path / "calibration.json").write_text('{"prompts": 3}')
+    assert "Thresholds before training" in page(path).text
+
+
+@pytest.mark.parametrize(
+    ("content", "says"),
+    [
+        ("[]", "must hold a JSON object"),
+        ('{"p_typ": "x"}', "field 'p_typ' must be a finite number or null"),
+        ('{"classes": [3]}', "must be an object"),
+        ('{"flips": [{"min": []}]}', "field 'min' must be a finite number"),
+        ('{"curve": [{"lambda": 1}]}', "field 'curve' must have numbers"),
+        ('{"intervals": {"p_typ": 1}}', "'intervals' must map"),
+    ],
+)
+def test_a_broken_calibration_is_named(tmp_path, content, says):
+    path = workdir(tmp_path / "run")
+    (path / "calibration.json").write_text(content)
+    with pytest.raises(UserError) as error:
+        write_report(path)
+    assert "calibration.json" in str(error.value) and says in str(error.value)

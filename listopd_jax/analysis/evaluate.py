@@ -4,9 +4,9 @@ from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jaxtyping import Array, Float
 
 from listopd_jax.rollout.decode import generate
 from listopd_jax.task.codec import Codec
@@ -25,26 +25,29 @@ class Answer(NamedTuple):
 
 
 def greedy_answers(
-    graphdef: nnx.GraphDef,
-    params: Any,
+    graphdefs: tuple[nnx.GraphDef, ...],
+    params: tuple[Any, ...],
+    weights: Float[Array, "m n"],
     batches: Iterable[dict[str, np.ndarray]],
     codec: Codec,
     max_tokens: int,
-) -> list[Answer]:
-    """The greedy answer to each prompt of `batches` (filler rows of weight 0 left out), judged."""
-    answers = []
+) -> list[list[Answer]]:
+    """For each of the n mixtures Σ_i weights[i, j] log π_i, its greedy answer to each prompt of `batches`, judged.
+
+    One model with weight 1 is a policy; filler rows of weight 0 in a batch are left out.
+    """
+    answers: list[list[Answer]] = [[] for _ in range(weights.shape[1])]
     for batch in batches:
         rollout = generate(
-            (graphdef,), (params,), jnp.ones((1, 1)), batch["prompt"], batch["prompt_length"], jax.random.key(0),
+            graphdefs, params, weights, batch["prompt"], batch["prompt_length"], jax.random.key(0),
             max_tokens=max_tokens, vocab=codec.vocab, eos=codec.eos, pad=codec.pad, greedy=True,
         )  # fmt: skip
-        texts = codec.texts(np.asarray(rollout.tokens), np.asarray(rollout.lengths))
+        tokens, lengths = np.asarray(rollout.tokens), np.asarray(rollout.lengths)
         ids = review_ids(batch["scores"].shape[1])
         for row in np.flatnonzero(batch["weight"]):
-            parsed = strict_parse(texts[row], ids)
-            answers.append(
-                Answer(int(batch["index"][row]), texts[row], parsed, tuple(batch["scores"][row].tolist()))
-            )
+            index, true = int(batch["index"][row]), tuple(batch["scores"][row].tolist())
+            for column, text in zip(answers, codec.texts(tokens[row], lengths[row]), strict=True):
+                column.append(Answer(index, text, strict_parse(text, ids), true))
     return answers
 
 

@@ -19,7 +19,12 @@ LITTLE_HEADROOM = 0.95  # parse rate of the base above which distillation has li
 
 FLAT = 0.05  # range of NDCG@1 over λ below which the ranking counts as unmoved
 
-STAGES = {"sft_teacher": "SFT teacher", "sft_student": "SFT student", "opd": "OPD"}
+STAGES = {
+    "sft_teacher": "SFT teacher",
+    "sft_student": "SFT student",
+    "forecast": "forecast, untrained",
+    "opd": "OPD",
+}
 FAILURES = {
     "ok": "parses",
     "no_json": "no JSON",
@@ -95,6 +100,7 @@ class Findings:
     opd: tuple[Policy, ...]  # ascending λ
     best: Policy | None
     cliff: Cliff
+    forecast: tuple[Policy, ...] = ()  # greedy from the untrained target, ascending λ
 
 
 def policies(records: Iterable[Record]) -> list[Policy]:
@@ -117,7 +123,16 @@ def find(records: Iterable[Record]) -> Findings:
     best = max(opd, key=_usefulness, default=None)
     held = tuple(p for p in opd if p.mean("parse") >= CONTRACT_HOLDS)
     broken = tuple(p for p in opd if p.mean("parse") < CONTRACT_HOLDS)
-    return Findings(single.get("sft_teacher"), single.get("sft_student"), opd, best, Cliff(held, broken))
+    forecast = tuple(p for p in everyone if p.stage == "forecast")
+    teacher, student = single.get("sft_teacher"), single.get("sft_student")
+    return Findings(teacher, student, opd, best, Cliff(held, broken), forecast)
+
+
+def forecast_error(found: Findings) -> float | None:
+    """Root mean square difference between forecast and trained parse rate over the λ that have both."""
+    forecast = {p.lam: p.mean("parse") for p in found.forecast}
+    squares = [(p.mean("parse") - forecast[p.lam]) ** 2 for p in found.opd if p.lam in forecast]
+    return mean(squares) ** 0.5 if squares else None
 
 
 def headline(found: Findings) -> str:
@@ -134,7 +149,7 @@ def headline(found: Findings) -> str:
 
 def sentences(found: Findings) -> list[str]:
     """The findings behind the headline, one plain sentence or two each; [] if nothing was evaluated."""
-    said = [_sft(found), _best(found), _contract(found), _ranking(found), _evidence(found)]
+    said = [_sft(found), _best(found), _contract(found), _ranking(found), _forecast(found), _evidence(found)]
     return [sentence for sentence in said if sentence]
 
 
@@ -286,6 +301,18 @@ def _ranking(found: Findings) -> str:
 def _parsed_ndcg(found: Findings) -> list[float]:
     values = [p.mean("ndcg@1") for p in found.opd]
     return [value for value in values if value is not None]
+
+
+def _forecast(found: Findings) -> str:
+    error = forecast_error(found)
+    if error is None:
+        return ""
+    broken = [p for p in found.forecast if p.mean("parse") < CONTRACT_HOLDS]
+    says = f"breaks at {at(broken[0].lam)}" if broken else f"holds up to {at(found.forecast[-1].lam)}"
+    return (
+        f"Before training, greedy decoding from the extrapolated target said that the contract {says}; over the λ that "
+        f"were trained, its parse rate is off by {percent(error)} (root mean square)."
+    )
 
 
 def _evidence(found: Findings) -> str:

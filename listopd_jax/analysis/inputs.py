@@ -26,6 +26,14 @@ METRICS = {
 
 _NUMBERS = ("lambda", "seed", "steps", "n", *METRICS)
 _CONFIG_PARTS = {"config": dict, "versions": dict, "notes": list}
+_CALIBRATION_PARTS = {
+    "reasons": dict,
+    "intervals": dict,
+    "classes": list,
+    "flips": list,
+    "curve": list,
+    "notes": list,
+}
 _Json = Mapping[str, Any]
 
 
@@ -38,6 +46,7 @@ class Inputs:
     results: Sequence[_Json] = ()
     metrics: Sequence[_Json] = ()
     examples: Sequence[_Json] = ()
+    calibration: _Json = field(default_factory=dict)
 
     @cached_property
     def found(self) -> findings.Findings:
@@ -52,12 +61,13 @@ class Inputs:
     @cached_property
     def colours(self) -> dict[float, str]:
         """λ -> colour, the same in every figure."""
-        lams = sorted({x["lambda"] for x in (*self.results, *self.metrics) if is_number(x.get("lambda"))})
+        distilled = [x for x in (*self.results, *self.metrics) if x.get("stage") == "opd"]
+        lams = sorted({x["lambda"] for x in distilled if is_number(x.get("lambda"))})
         return dict(zip(lams, plots.lambda_colours(len(lams)), strict=True))
 
 
 def read_inputs(workdir: str | pathlib.Path) -> Inputs:
-    """Read config.json, data/report.json, results.json, metrics.jsonl and examples.json of `workdir`.
+    """Read config.json, data/report.json, results.json, metrics.jsonl, examples.json and calibration.json.
 
     Raises UserError if there is no such folder, or a file in it is broken.
     """
@@ -72,7 +82,9 @@ def read_inputs(workdir: str | pathlib.Path) -> Inputs:
         _check_record(record, f"{workdir / 'results.json'}: record {i}")
     for i, example in enumerate(examples):
         _check_example(example, f"{workdir / 'examples.json'}: example {i}")
-    return Inputs(config, data, results, read_metrics(workdir), examples)
+    calibration = _read(workdir / "calibration.json", dict, _CALIBRATION_PARTS)
+    _check_calibration(calibration, str(workdir / "calibration.json"))
+    return Inputs(config, data, results, read_metrics(workdir), examples, calibration)
 
 
 def _read(path: pathlib.Path, kind: type, parts: Mapping[str, type] = {}) -> Any:
@@ -105,6 +117,22 @@ def _check_example(example: Any, where: str) -> None:
     _check_identity(example, where)
     for name in ("true_scores", "scores"):
         _require(isinstance(example.get(name) or [], list), where, f"field '{name}' must be a list or null")
+
+
+def _check_calibration(calibration: _Json, where: str) -> None:
+    """Numbers or null everywhere, but for the parts, the names of rows and the reasons."""
+    numbers = {name: value for name, value in calibration.items() if name not in _CALIBRATION_PARTS}
+    rows = [row for part in ("classes", "flips", "curve") for row in calibration.get(part, ())]
+    for row in (numbers, *rows):
+        _require(isinstance(row, dict), where, "every class, flip and point of the curve must be an object")
+        for name, value in row.items():
+            fits = value is None or is_number(value) or name in ("class", "positions", "reason")
+            _require(fits, where, f"field '{name}' must be a finite number or null")
+    pairs = all(x is None or _is_pair(x) for x in calibration.get("intervals", {}).values())
+    _require(pairs, where, "field 'intervals' must map fields to [low, high] or null")
+    points = calibration.get("curve", ())
+    drawn = all(is_number(row.get(name)) for row in points for name in ("lambda", "structural", "all"))
+    _require(drawn, where, "field 'curve' must have numbers 'lambda', 'structural' and 'all' at every point")
 
 
 def _check_identity(record: Any, where: str) -> None:

@@ -4,6 +4,8 @@ import pathlib
 from collections.abc import Sequence
 from typing import Any
 
+import jax.numpy as jnp
+
 from listopd_jax import files
 from listopd_jax.analysis.evaluate import Answer, greedy_answers, pick_examples, result_record
 from listopd_jax.job import Job
@@ -18,15 +20,19 @@ def evaluated(workdir: pathlib.Path, run: Run) -> dict[str, Any] | None:
 
 
 def evaluate(job: Job, role: str, params: Any, run: Run) -> dict[str, Any]:
-    """Evaluate the policy that `run` ended in and add its record and examples; a run done before is only looked up."""
-    done = evaluated(job.workdir, run)
-    if done is not None:
-        return done
-    evaluation, task = job.config.evaluation, job.config.task
-    answers = greedy_answers(job.graphs[role], params, job.evaluation_batches(), job.codec, task.max_response)
-    record = result_record(answers, _head(run), task.ndcg_gain, evaluation.bootstrap)
-    examples = [_example(job, run, a) for a in pick_examples(answers, evaluation.examples)]
-    _replace(job.workdir / EXAMPLES, run, examples)
+    """Evaluate the policy that `run` ended in and keep its record and examples; returns the record."""
+    batches, limit = job.evaluation_batches(), job.config.task.max_response
+    (answers,) = greedy_answers((job.graphs[role],), (params,), jnp.ones((1, 1)), batches, job.codec, limit)
+    return keep(job, run, answers)
+
+
+def keep(job: Job, run: Run, answers: Sequence[Answer], examples: bool = True) -> dict[str, Any]:
+    """Put the record of `answers` into results.json and, if asked, some into examples.json; returns the record."""
+    evaluation = job.config.evaluation
+    record = result_record(answers, _head(run), job.config.task.ndcg_gain, evaluation.bootstrap)
+    if examples:
+        shown = pick_examples(answers, evaluation.examples)
+        _replace(job.workdir / EXAMPLES, run, [_example(job, run, a) for a in shown])
     _replace(job.workdir / RESULTS, run, [record])
     return record
 

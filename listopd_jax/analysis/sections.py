@@ -1,6 +1,6 @@
 """The report's sections: each a function from what the workdir holds to text, figures and tables.
 
-A new section (calibration, forecast) is one more function in SECTIONS that returns None while it has nothing
+A new section is one more function in SECTIONS that returns None while it has nothing
 to say; the template needs no change. A forecast is one more `plots.Series` in `_parse_plot`.
 """
 
@@ -18,6 +18,7 @@ from listopd_jax.analysis.curves import opd_section, sft_section
 from listopd_jax.analysis.findings import FAILURES, Findings, Policy
 from listopd_jax.analysis.inputs import METRICS, Inputs
 from listopd_jax.analysis.page import Cell, Example, Listing, Plot, Section, Table
+from listopd_jax.analysis.threshold_section import threshold_section
 from listopd_jax.analysis.wording import (
     at,
     capital,
@@ -59,7 +60,8 @@ def contract_section(inputs: Inputs) -> Section:
         return Section("contract", title, "No distilled policy has been evaluated yet.")
     lead = (
         "A dot is one seed, its bar the 95 % interval over lists; the line joins the means. "
-        "Horizontal lines are the policies before distillation."
+        "Horizontal lines are the policies before distillation; the forecast is greedy decoding from the target "
+        "λ log π_T + (1−λ) log π_B without any training."
     )
     return Section("contract", title, lead, plots=[_parse_plot(found), _quality_plot(found)])
 
@@ -138,6 +140,7 @@ SECTIONS: tuple[Callable[[Inputs], Section | None], ...] = (
     contract_section,
     policies_section,
     failures_section,
+    threshold_section,
     opd_section,
     sft_section,
     examples_section,
@@ -155,8 +158,12 @@ def _parse_plot(found: Findings) -> Plot:
         title = f"Parse falls between {at(last.lam)} and {number(first.lam)}"
     else:
         title = "Parse never reaches the contract" if last is None else f"Parse holds up to {at(last.lam)}"
+    series = [
+        plots.Series("OPD", _points(found.opd, "parse"), plots.BLUE),
+        plots.Series("forecast, untrained", _points(found.forecast, "parse"), plots.GREEN, "D"),
+    ]
     svg = plots.versus_lambda(
-        [plots.Series("OPD", _points(found, "parse"), plots.BLUE)],
+        [one for one in series if one.points],
         _levels(found, "parse", percent),
         ylabel="lists that parse",
         in_percent=True,
@@ -168,8 +175,8 @@ def _parse_plot(found: Findings) -> Plot:
 
 def _quality_plot(found: Findings) -> Plot:
     series = [
-        plots.Series("NDCG@1, parsed lists", _points(found, "ndcg@1"), plots.PURPLE, "s"),
-        plots.Series("useful, all lists", _points(found, "useful"), plots.GREEN),
+        plots.Series("NDCG@1, parsed lists", _points(found.opd, "ndcg@1"), plots.PURPLE, "s"),
+        plots.Series("useful, all lists", _points(found.opd, "useful"), plots.GREEN),
     ]
     svg = plots.versus_lambda(
         [one for one in series if one.points],
@@ -182,9 +189,9 @@ def _quality_plot(found: Findings) -> Plot:
     return Plot(title, Markup(svg))
 
 
-def _points(found: Findings, metric: str) -> list[plots.Point]:
+def _points(policies: Iterable[Policy], metric: str) -> list[plots.Point]:
     """One point a seed that defines `metric`."""
-    runs = [(policy.lam, run) for policy in found.opd for run in policy.records]
+    runs = [(policy.lam, run) for policy in policies for run in policy.records]
     return [
         plots.Point(lam, run[metric], run.get("intervals", {}).get(metric))
         for lam, run in runs

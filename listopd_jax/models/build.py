@@ -1,5 +1,7 @@
 """A decoder from the configuration: weights from Hugging Face, or random ones of a named or custom shape."""
 
+import functools
+import pathlib
 from typing import Any
 
 import jax
@@ -7,6 +9,7 @@ import jax.numpy as jnp
 import ml_collections
 from flax import nnx
 
+from listopd_jax.data import manifest
 from listopd_jax.errors import UserError
 from listopd_jax.models.config import ModelConfig, named_config
 from listopd_jax.models.decoder import Decoder, abstract
@@ -23,7 +26,7 @@ def model_config(model: ml_collections.FrozenConfigDict, vocab: int) -> ModelCon
     Raises UserError if the model has fewer embedding rows than the tokenizer has tokens.
     """
     if model.weights:
-        config = read_config(resolve(model.weights))
+        config = read_config(weights_folder(model.weights))
     elif model.architecture != "custom":
         config = named_config(model.architecture)
     else:
@@ -36,6 +39,18 @@ def model_config(model: ml_collections.FrozenConfigDict, vocab: int) -> ModelCon
     return config
 
 
+@functools.cache
+def weights_folder(weights: str) -> pathlib.Path:
+    """The folder of a checkpoint: `weights` itself, or the pinned snapshot of a hub id, its known digests checked."""
+    if pathlib.Path(weights).is_dir():
+        return pathlib.Path(weights)
+    folder = resolve(weights, manifest.revision(weights))
+    if any(entry["name"] == weights for entry in manifest.artefacts()):
+        for file in sorted(folder.glob("*.safetensors")):
+            manifest.verify(file, weights)
+    return folder
+
+
 def graph_of(config: ModelConfig, compute_dtype: str, remat: str) -> nnx.GraphDef:
     """The static half of a decoder."""
     return abstract(config, dtype=jnp.dtype(compute_dtype), remat=remat)[0]
@@ -44,7 +59,7 @@ def graph_of(config: ModelConfig, compute_dtype: str, remat: str) -> nnx.GraphDe
 def initial_params(model: ml_collections.FrozenConfigDict, config: ModelConfig, seed: int, dtype: str) -> Any:
     """The weights of config section `model` in `dtype`: read, or drawn from `seed`."""
     if model.weights:
-        return load_hf(model.weights, jnp.dtype(dtype))[1]
+        return load_hf(weights_folder(model.weights), jnp.dtype(dtype))[1]
     make = lambda: Decoder(config, rngs=nnx.Rngs(seed), param_dtype=jnp.dtype(dtype))  # noqa: E731
     return nnx.split(jax.jit(make)())[1]
 

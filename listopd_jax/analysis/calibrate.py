@@ -1,0 +1,403 @@
+"""Calibration: the thresholds of λ read off the real teacher and base, before any update (method.md §3–5).
+
+`measure` decodes the teacher's greedy answers and looks at both models once along them; `calibrate` turns what it
+saw into EC's clip-safe thresholds (EC Prop. 4.3) and our mode-flip ones, in NumPy alone, so that a notebook can ask
+again with another clip or τ. `calibrate_stage` is the stage of a run: workdir/calibration.json, written once.
+
+Greedy decoding from the target leaves the teacher's answer at the first position whose λ_flip lies below λ, so the
+share of lists with a flip anywhere is exactly the share of lists that the target answers differently.
+
+EC = Li, Jiang, Wang, Zhang, Yuen, arXiv:2605.08737.
+"""
+
+import functools
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jaxtyping import Array, Bool, Float, Int
+
+from listopd_jax import files
+from listopd_jax.job import Job
+from listopd_jax.ops.head import log_distribution, map_positions, pick
+from listopd_jax.rollout.decode import generate
+from listopd_jax.rollout.scoring import completion_hidden
+from listopd_jax.task.codec import Codec
+from listopd_jax.task.contract import STRUCTURAL, TOKEN_CLASSES
+from listopd_jax.theory.checks import Undefined
+from listopd_jax.theory.thresholds import clip_safe_lambda_log_odds, probability
+from listopd_jax.train.opd_step import Frozen
+
+CALIBRATION = "calibration.json"
+ENOUGH_PROMPTS = 200  # EC's minimum
+LAMBDAS = tuple(round(1 + 0.05 * i, 2) for i in range(41))  # where the share of lists with a flip is read
+ANSWER_STEP = 64  # answers are cut to a multiple of this: few shapes, so few compilations
+_PERCENTILES = (1, 5, 25, 50)
+_IS_STRUCTURAL = np.array([name in STRUCTURAL for name in TOKEN_CLASSES])
+
+
+class Positions(NamedTuple):
+    """The positions of the teacher's greedy answers, one after another, about the teacher's modal token m of each.
+
+    Log-odds keep the digits that probabilities lose next to 1.
+    """
+
+    logit_p: Float[np.ndarray, "N"]  # of m under the teacher
+    logit_b: Float[np.ndarray, "N"]  # of m under the base
+    flip: Float[np.ndarray, "N"]  # λ_flip of m, ∞ if none
+    token_class: Int[np.ndarray, "N"]  # index into TOKEN_CLASSES
+    prompt: Int[np.ndarray, "N"]  # row of the split
+
+    @property
+    def p(self) -> Float[np.ndarray, "N"]:
+        """The teacher's maximum probability."""
+        return probability(self.logit_p)
+
+    @property
+    def b(self) -> Float[np.ndarray, "N"]:
+        """The base's probability of m."""
+        return probability(self.logit_b)
+
+    @property
+    def log_ratio(self) -> Float[np.ndarray, "N"]:
+        """log π_T(m) − log π_B(m)."""
+        return np.logaddexp(0, -self.logit_b) - np.logaddexp(0, -self.logit_p)
+
+    @property
+    def structural(self) -> Bool[np.ndarray, "N"]:
+        """Whether the contract dictates the token."""
+        return _IS_STRUCTURAL[self.token_class]
+
+    def where(self, mask: Bool[np.ndarray, "N"]) -> "Positions":
+        """The positions that `mask` selects."""
+        return Positions(*(x[mask] for x in self))
+
+
+# --- looking at the models ---
+
+
+def measure(
+    graphs: Mapping[str, nnx.GraphDef],
+    params_teacher: Any,
+    params_base: Any,
+    batches: Iterable[dict[str, np.ndarray]],
+    codec: Codec,
+    max_tokens: int,
+    chunk: int,
+) -> Positions:
+    """Teacher and base at every position of the teacher's greedy answers to the prompts of `batches`.
+
+    Args:
+      graphs: static halves by role, teacher and student (the base has the student's).
+      batches: evaluation batches; filler rows (weight 0) are left out.
+      max_tokens: the longest answer.
+      chunk: positions whose distributions over the vocabulary exist at one time.
+    """
+    graphdefs, params = (graphs["teacher"], graphs["student"]), (params_teacher, params_base)
+    parts = []
+    for batch in batches:
+        prompts = jnp.asarray(batch["prompt"]), jnp.asarray(batch["prompt_length"])
+        rollout = generate(
+            graphdefs[:1], params[:1], jnp.ones((1, 1)), *prompts, jax.random.key(0),
+            max_tokens=max_tokens, vocab=codec.vocab, eos=codec.eos, pad=codec.pad, greedy=True,
+        )  # fmt: skip
+        lengths = np.asarray(rollout.lengths)[:, 0]
+        size = min(max_tokens, -(-int(lengths.max()) // ANSWER_STEP) * ANSWER_STEP)
+        tokens = rollout.tokens[..., :size]
+        seen = _look(graphdefs, params, *prompts, tokens, vocab=codec.vocab, chunk=chunk)
+        written = (np.arange(size) < lengths[:, None]) & (batch["weight"] > 0)[:, None]
+        classes = codec.classes(np.asarray(tokens)[:, 0], lengths)
+        index = np.broadcast_to(np.asarray(batch["index"])[:, None], written.shape)
+        parts.append([*(np.asarray(x, np.float64)[written] for x in seen), classes[written], index[written]])
+    return Positions(*(np.concatenate(columns) for columns in zip(*parts, strict=True)))
+
+
+@functools.partial(jax.jit, static_argnames=("graphdefs", "vocab", "chunk"))
+def _look(
+    graphdefs: tuple[nnx.GraphDef, nnx.GraphDef],
+    params: tuple[Any, Any],
+    prompts: Int[Array, "B P"],
+    prompt_lengths: Int[Array, "B"],
+    answers: Int[Array, "B 1 T"],
+    *,
+    vocab: int,
+    chunk: int,
+) -> tuple[Float[Array, "B T"], Float[Array, "B T"], Float[Array, "B T"]]:
+    """logit p, logit b and λ_flip at every answer position, one pass of each model."""
+    decoders = [nnx.merge(g, p) for g, p in zip(graphdefs, params, strict=True)]
+    hiddens = [completion_hidden(d, prompts, prompt_lengths, answers) for d in decoders]
+    heads = [d.head_weight().astype(h.dtype) for d, h in zip(decoders, hiddens, strict=True)]
+
+    def rows(hiddens):
+        log_t, log_b = (log_distribution(h, head, vocab) for h, head in zip(hiddens, heads, strict=True))
+        mode = log_t.argmax(-1)
+        return _log_odds(log_t, mode), _log_odds(log_b, mode), _flip_lambda(log_t, log_b, mode)
+
+    flat = tuple(h.reshape(-1, h.shape[-1]) for h in hiddens)
+    shape = (answers.shape[0], answers.shape[-1])
+    return tuple(x.reshape(shape) for x in map_positions(rows, flat, chunk))
+
+
+def _log_odds(logp: Float[Array, "s V"], token: Int[Array, "s"]) -> Float[Array, "s"]:
+    """Log-odds of `token`; the complement is summed over the other tokens, so that p → 1 keeps its digits."""
+    is_token = jnp.arange(logp.shape[-1]) == token[:, None]
+    return pick(logp, token) - jax.nn.logsumexp(jnp.where(is_token, -jnp.inf, logp), axis=-1)
+
+
+def _flip_lambda(log_t: Float[Array, "s V"], log_b: Float[Array, "s V"], mode) -> Float[Array, "s"]:
+    """`theory.thresholds.flip_lambda_from_log_probs`, inside a compiled program."""
+    margin_t, margin_b = (pick(logp, mode)[:, None] - logp for logp in (log_t, log_b))
+    is_rival = (margin_b > margin_t) & (jnp.arange(log_t.shape[-1]) != mode[:, None])
+    gap = jnp.where(is_rival, margin_b - margin_t, 1.0)
+    quotient = jnp.where(jnp.isfinite(margin_b), margin_b / gap, 1.0)
+    return jnp.where(is_rival, quotient, jnp.inf).min(-1)
+
+
+# --- from positions to thresholds ---
+
+
+def calibrate(
+    positions: Positions,
+    clip: float,
+    tau: float = 0.9,
+    bootstrap: int = 2000,
+    seed: int = 0,
+    lambdas: Sequence[float] = LAMBDAS,
+) -> dict[str, Any]:
+    """The thresholds of `positions` at clip c, in JSON types; null, with its reason, where one does not exist.
+
+    Returns, over the positions with p ≥ `tau` (EC Prop. 4.3; means over prompts of within-prompt means):
+      p_typ, p_safe: mean and maximum over prompts of the within-prompt mean of p. p_max, p_mean, p_geometric_mean,
+        p_percentile_5, p_min: over the positions alone.
+      b_measured: mean of b. b_implied: p_typ·exp(−mean(log π_T − log π_B)).
+      lambda_typ_measured, lambda_typ_implied, lambda_safe_measured, lambda_safe_implied: λ*(p_typ or p_safe, b, c).
+      reasons: {field: why it is null}.
+      intervals: {field: [low, high] or null}, 95 % percentile bootstrap over prompts. A maximum is never above the
+        observed one in a resample: read the interval of p_safe as its lower end.
+    and over all positions, since the mode flips where the teacher is unsure:
+      classes: for each class that occurs {class, positions, kept; p, b, lambda, reason over kept positions (measured
+        b); flip_min, flip_percentile_q over all}.
+      flips: {positions: structural or all; min, percentile_q over lists of the list's smallest λ_flip; never: share
+        of lists without any}. null stands for ∞.
+      curve: [{lambda, structural, all}], the share of lists with a flip below λ.
+    besides clip (null: none), tau, prompts, positions, kept and notes. No positions, c ≤ 0 or τ outside (0, 1):
+    ValueError.
+    """
+    if not len(positions.p):
+        raise ValueError("no positions to calibrate on")
+    if not (clip > 0 and 0 < tau < 1):
+        raise ValueError(f"clip = {clip:g}, tau = {tau:g}: must be positive and strictly between 0 and 1")
+    kept = positions.where(positions.p >= tau)
+    table, prompts = _prompt_means(kept), len(np.unique(positions.prompt))
+    numbers, reasons = _thresholds(table, clip, tau)
+    intervals, notes = _intervals(table, clip, bootstrap, seed)
+    return {
+        "clip": _finite(clip),
+        "tau": tau,
+        "prompts": prompts,
+        "positions": len(positions.p),
+        "kept": len(kept.p),
+        **numbers,
+        **_spread(kept.p, kept.logit_p),
+        "reasons": reasons,
+        "intervals": intervals,
+        "classes": _class_rows(positions, clip, tau),
+        "flips": _flip_rows(positions),
+        "curve": _curve(positions, lambdas),
+        "notes": _notes(prompts, len(table), tau) + notes,
+    }
+
+
+def calibrate_stage(job: Job, frozen: Frozen) -> dict[str, Any]:
+    """Calibrate the pair on the validation lists and write workdir/calibration.json; only read it if it is there."""
+    path, config = job.workdir / CALIBRATION, job.config
+    if path.exists():
+        return files.read_json(path)
+    positions = measure(
+        job.graphs, frozen.teacher, frozen.base, job.evaluation_batches(), job.codec,
+        config.task.max_response, config.opd.head_chunk,
+    )  # fmt: skip
+    found = calibrate(positions, config.opd.clip, bootstrap=config.evaluation.bootstrap, seed=config.seed)
+    found["notes"] += _objective_notes(config.opd)
+    files.write_json(path, found)
+    return found
+
+
+def _prompt_means(kept: Positions) -> Float[np.ndarray, "n 5"]:
+    """Within-prompt means of p, 1−p, b, 1−b and log π_T/π_B; the complements are not taken from rounded ones."""
+    prompts, rows = np.unique(kept.prompt, return_inverse=True)
+    columns = (kept.p, probability(-kept.logit_p), kept.b, probability(-kept.logit_b), kept.log_ratio)
+    sums = [np.bincount(rows, column, len(prompts)) for column in columns]
+    return np.stack(sums, 1) / np.bincount(rows, minlength=len(prompts))[:, None]
+
+
+def _estimates(weights: Float[np.ndarray, "R n"], table: Float[np.ndarray, "n 5"]) -> dict[str, np.ndarray]:
+    """p_typ, p_safe and both b under R weightings of the prompts, [R] each, with their log-odds ("logit_…")."""
+    with np.errstate(invalid="ignore"):  # an infinite log-ratio (b = 0) that a resample leaves out: NaN
+        p, tail, b, b_tail, log_ratio = (weights @ table / weights.sum(1, keepdims=True)).T
+    safest = np.where(weights > 0, table[:, 1], np.inf).argmin(1)
+    implied = p * np.exp(-log_ratio)
+    pairs = {
+        "p_typ": (p, tail),
+        "p_safe": (table[safest, 0], table[safest, 1]),
+        "b_measured": (b, b_tail),
+        "b_implied": (implied, tail - p * np.expm1(-log_ratio)),
+    }
+    with np.errstate(divide="ignore", invalid="ignore"):
+        logits = {f"logit_{name}": np.log(x) - np.log(rest) for name, (x, rest) in pairs.items()}
+    return {name: x for name, (x, _) in pairs.items()} | logits
+
+
+_LAMBDA_OF = {
+    f"lambda_{scale}_{reading}": (f"logit_p_{scale}", f"logit_b_{reading}")
+    for scale in ("typ", "safe")
+    for reading in ("measured", "implied")
+}
+
+
+def _thresholds(table, clip: float, tau: float) -> tuple[dict[str, float | None], dict[str, str]]:
+    """p_typ, p_safe, both b and the four λ*, and why those that are None do not exist."""
+    names = ("p_typ", "p_safe", "b_measured", "b_implied")
+    if not len(table):
+        absent = dict.fromkeys((*names, *_LAMBDA_OF))
+        return absent, dict.fromkeys(absent, f"no position has p ≥ {tau:g}")
+    found = {name: float(x[0]) for name, x in _estimates(np.ones((1, len(table))), table).items()}
+    lambdas = {name: _clip_lambda(found[p], found[b], clip) for name, (p, b) in _LAMBDA_OF.items()}
+    numbers = {name: found[name] for name in names} | {name: lam for name, (lam, _) in lambdas.items()}
+    return numbers, {name: reason for name, (_, reason) in lambdas.items() if reason}
+
+
+def _clip_lambda(logit_p: float, logit_b: float, clip: float) -> tuple[float | None, str | None]:
+    """λ* of EC Eq. 4, or None and why it does not exist."""
+    if not np.isfinite([logit_p, logit_b]).all():
+        return None, "λ* is undefined: p or b does not lie strictly between 0 and 1"
+    if np.isinf(clip):
+        return None, "λ* is infinite: without a clip there is no boundary to cross"
+    try:
+        return clip_safe_lambda_log_odds(logit_p, logit_b, clip), None
+    except Undefined as e:
+        return None, str(e)
+
+
+def _intervals(table, clip: float, bootstrap: int, seed: int) -> tuple[dict[str, Any], list[str]]:
+    """95 % percentile intervals by resampling prompts (Efron 1979), and notes on what is undefined in resamples."""
+    names = ("p_typ", "p_safe", "b_measured", "b_implied", "lambda_typ_measured", "lambda_typ_implied")
+    n = len(table)
+    if n == 0 or bootstrap == 0:
+        return dict.fromkeys(names), []
+    counts = np.random.default_rng(seed).multinomial(n, np.full(n, 1 / n), size=bootstrap).astype(np.float64)
+    found = _estimates(counts, table)
+    for name in names[4:]:
+        found[name] = _clip_lambdas(*(found[x] for x in _LAMBDA_OF[name]), clip)
+    defined = {name: found[name][np.isfinite(found[name])] for name in names}
+    notes = [
+        f"{name} does not exist in {bootstrap - len(x)} of {bootstrap} resamples; its interval is over the others."
+        for name, x in defined.items()
+        if 0 < len(x) < bootstrap
+    ]
+    return {k: np.percentile(x, [2.5, 97.5]).tolist() if x.size else None for k, x in defined.items()}, notes
+
+
+def _clip_lambdas(logit_p: Float[np.ndarray, "R"], logit_b: Float[np.ndarray, "R"], clip: float):
+    """λ* [R], NaN where it does not exist."""
+    finite = np.isfinite(logit_p) & np.isfinite(logit_b)
+    lam = np.full(finite.shape, np.nan)
+    lam[finite] = clip_safe_lambda_log_odds(logit_p[finite], logit_b[finite], clip, undefined="nan")
+    return lam
+
+
+def _spread(p: Float[np.ndarray, "N"], logit_p: Float[np.ndarray, "N"]) -> dict[str, float | None]:
+    """p token by token: the ways to sum it up other than EC's."""
+    names = ("p_max", "p_mean", "p_geometric_mean", "p_percentile_5", "p_min")
+    if not p.size:
+        return dict.fromkeys(names)
+    geometric = np.exp(-np.logaddexp(0, -logit_p).mean())
+    values = (p.max(), p.mean(), geometric, np.percentile(p, 5), p.min())
+    return dict(zip(names, map(float, values), strict=True))
+
+
+def _class_rows(positions: Positions, clip: float, tau: float) -> list[dict[str, Any]]:
+    """One row a token class that occurs, in the order of TOKEN_CLASSES."""
+    occur = np.unique(positions.token_class)
+    return [
+        _class_row(TOKEN_CLASSES[i], positions.where(positions.token_class == i), clip, tau) for i in occur
+    ]
+
+
+def _class_row(name: str, positions: Positions, clip: float, tau: float) -> dict[str, Any]:
+    kept = positions.where(positions.p >= tau)
+    row = {"class": name, "positions": len(positions.p), "kept": len(kept.p)}
+    one_prompt = kept._replace(prompt=np.zeros_like(kept.prompt))  # so that every position counts the same
+    numbers, reasons = _thresholds(_prompt_means(one_prompt), clip, tau)
+    row |= {"p": numbers["p_typ"], "b": numbers["b_measured"], "lambda": numbers["lambda_typ_measured"]}
+    quantiles = {f"flip_{name}": x for name, x in _quantiles(positions.flip).items()}
+    return row | {"reason": reasons.get("lambda_typ_measured")} | quantiles
+
+
+def _first_flips(positions: Positions) -> dict[str, Float[np.ndarray, "n"]]:
+    """The smallest λ_flip of each list, over its structural positions and over all."""
+    prompts, rows = np.unique(positions.prompt, return_inverse=True)
+    first = {}
+    for name, mask in (("structural", positions.structural), ("all", np.full(rows.shape, True))):
+        first[name] = np.full(len(prompts), np.inf)
+        np.minimum.at(first[name], rows[mask], positions.flip[mask])
+    return first
+
+
+def _flip_rows(positions: Positions) -> list[dict[str, Any]]:
+    return [
+        {"positions": name} | _quantiles(first) | {"never": float(np.isinf(first).mean())}
+        for name, first in _first_flips(positions).items()
+    ]
+
+
+def _curve(positions: Positions, lambdas: Sequence[float]) -> list[dict[str, float]]:
+    first = _first_flips(positions)
+    return [
+        {"lambda": float(lam)} | {name: float((flip < lam).mean()) for name, flip in first.items()}
+        for lam in lambdas
+    ]
+
+
+def _quantiles(flip: Float[np.ndarray, "N"]) -> dict[str, float | None]:
+    """Minimum and percentiles of λ_flip by the inverse distribution function: ∞ cannot be interpolated."""
+    ranked = np.sort(flip)
+    ranks = {q: max(0, -(-q * len(ranked) // 100) - 1) for q in _PERCENTILES}
+    rest = {f"percentile_{q}": _finite(ranked[rank]) for q, rank in ranks.items()}
+    return {"min": _finite(ranked[0])} | rest
+
+
+def _finite(x: float) -> float | None:
+    return float(x) if np.isfinite(x) else None
+
+
+def _notes(prompts: int, with_kept: int, tau: float) -> list[str]:
+    notes = []
+    if prompts < ENOUGH_PROMPTS:
+        notes.append(
+            f"Only {prompts} prompts: EC asks for {ENOUGH_PROMPTS} or more, the intervals may mislead."
+        )
+    if 0 < with_kept < prompts:
+        notes.append(
+            f"{prompts - with_kept} prompts have no position with p ≥ {tau:g} and count in no mean of p or b."
+        )
+    return notes
+
+
+def _objective_notes(opd: Any) -> list[str]:
+    """Where the run's objective is not the one that the formulas are about."""
+    notes = []
+    if opd.ratio != "teacher_student":
+        notes.append(f"Eq. 4 is about opd.ratio=teacher_student; this run has {opd.ratio}.")
+    if opd.advantage == "no_base":
+        notes.append(
+            "opd.advantage=no_base does not extrapolate from the base: neither λ* nor λ_flip applies to this run."
+        )
+    if opd.estimator == "full_vocab":
+        notes.append(
+            "opd.estimator=full_vocab has no importance ratio to clip: only λ_flip applies to this run."
+        )
+    return notes

@@ -1,0 +1,36 @@
+"""The parse curve before any training: greedy decoding from the target that distillation aims at (method.md §5).
+
+The target λ log π_T + (1−λ) log π_B is decoded from directly, for a whole grid of λ at once: the prompts are read once
+by each of the two models, which may differ in size, and every λ continues from the same two prompt caches. It is the
+limit of long training only where the target is what the estimator converges to: see docs/theory.md for
+`teacher_student`, whose limit flips later, and for `no_base`, which has another target and is not forecast.
+"""
+
+import jax.numpy as jnp
+
+from listopd_jax.analysis.evaluate import greedy_answers
+from listopd_jax.analysis.results import evaluated, keep
+from listopd_jax.job import Job
+from listopd_jax.train.loop import Run
+from listopd_jax.train.opd_step import Frozen
+
+
+def forecast_run(lam: float) -> Run:
+    """What identifies the forecast at λ among the results: a run of no steps and no seed."""
+    return Run(f"forecast_lambda{float(lam)}", "forecast", {"lambda": float(lam), "seed": None}, 0)
+
+
+def forecast(job: Job, frozen: Frozen) -> None:
+    """Forecast every λ of `forecast.lambdas` and `opd.lambdas` and keep the records; those done are left alone."""
+    config = job.config
+    grid = sorted({float(lam) for lam in (*config.forecast.lambdas, *config.opd.lambdas)})
+    missing = [lam for lam in grid if evaluated(job.workdir, forecast_run(lam)) is None]
+    if config.opd.advantage != "base_relative" or not missing:
+        return
+    lam = jnp.array(missing)
+    answers = greedy_answers(
+        (job.graphs["teacher"], job.graphs["student"]), tuple(frozen), jnp.stack([lam, 1 - lam]),
+        job.evaluation_batches(config.forecast.batch_size), job.codec, config.task.max_response,
+    )  # fmt: skip
+    for value, column in zip(missing, answers, strict=True):
+        keep(job, forecast_run(value), column, examples=False)

@@ -1,0 +1,187 @@
+"""The report's thresholds before training: what calibration.json says, in plain words."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from markupsafe import Markup
+
+from listopd_jax.analysis import plots
+from listopd_jax.analysis.inputs import Inputs
+from listopd_jax.analysis.page import Cell, Plot, Section, Table
+from listopd_jax.analysis.wording import (
+    NBSP,
+    at,
+    capital,
+    decimal,
+    fact,
+    interval,
+    is_number,
+    number,
+    percent,
+    words,
+)
+
+_MEANINGS = {
+    "p_typ": "p_typ: how sure the teacher is of its own token, in a typical list",
+    "p_safe": "p_safe: the same in the list where it is surest",
+    "b_measured": "b, measured: how likely the base finds the teacher's token",
+    "b_implied": "b, implied by the mean log-ratio of the two models",
+    "lambda_typ_measured": "λ*_typ: the clip-safe λ of a typical list, b measured",
+    "lambda_typ_implied": "λ*_typ, b implied",
+    "lambda_safe_measured": "λ*_safe: the clip-safe λ of the surest list, b measured",
+    "lambda_safe_implied": "λ*_safe, b implied",
+}
+_TOKEN_WISE = {
+    "p_max": "p, largest of all tokens",
+    "p_mean": "p, mean of all tokens",
+    "p_geometric_mean": "p, geometric mean",
+    "p_percentile_5": "p, 5th percentile",
+    "p_min": "p, smallest kept",
+}
+_MARKS = {
+    "lambda_typ_measured": ("λ*_typ, b measured", plots.PURPLE, "^"),
+    "lambda_typ_implied": ("λ*_typ, b implied", plots.PURPLE, "v"),
+    "lambda_safe_measured": ("λ*_safe, b measured", plots.SLATE, "^"),
+    "lambda_safe_implied": ("λ*_safe, b implied", plots.SLATE, "v"),
+}
+_CLASS_HEAD = (
+    "token class",
+    "tokens",
+    "kept",
+    "mean p",
+    "mean b",
+    "λ*",
+    "smallest λ_flip",
+    "1 %",
+    "5 %",
+    "median",
+)
+_CLASS_FLIPS = ("flip_min", "flip_percentile_1", "flip_percentile_5", "flip_percentile_50")
+_FLIPS = ("min", "percentile_1", "percentile_5", "percentile_25", "percentile_50")
+
+
+def threshold_section(inputs: Inputs) -> Section | None:
+    """What teacher and base said of λ before any update; None without a calibration."""
+    found = inputs.calibration
+    if not found:
+        return None
+    tables = [_numbers_table(found), _flips_table(found), _classes_table(found)]
+    shown = [_curve_plot(found)] if found.get("curve") else []
+    points = [*_reasons(found), *map(str, found.get("notes", ()))]
+    title = "Thresholds before training"
+    return Section(
+        "thresholds", title, _lead(found), points=points, plots=shown, layout="many", tables=tables
+    )
+
+
+def _lead(found: Mapping[str, Any]) -> str:
+    clip = "no clip" if found.get("clip") is None else f"clip c = {number(found['clip'])}"
+    return (
+        f"Read off teacher and base along the teacher's greedy answers to {fact(found.get('prompts'))} prompts, before "
+        f"any update; {clip}. The clip-safe λ* (EC, arXiv:2605.08737, Eq. 4) is where the target crosses the clip "
+        f"boundary, over the {fact(found.get('kept'))} of {fact(found.get('positions'))} tokens with "
+        f"p ≥ {fact(found.get('tau'))}. λ_flip is where the target prefers another token than the teacher's, over all "
+        "tokens: greedy decoding from the target leaves the teacher's answer there. Intervals: bootstrap over prompts."
+    )
+
+
+def _reasons(found: Mapping[str, Any]) -> list[str]:
+    """Why numbers are missing, each reason once."""
+    names: dict[str, list[str]] = {}
+    for name, reason in found.get("reasons", {}).items():
+        names.setdefault(str(reason), []).append(words(str(name)))
+    return [f"{', '.join(which)}: {reason}." for reason, which in names.items()]
+
+
+def _probability(value: float | None) -> str:
+    """A probability with the digits that matter next to 1."""
+    if value is not None and 0.9999 < value < 1:
+        return f"1{NBSP}−{NBSP}{1 - value:.2g}"
+    return "–" if value is None else f"{value:.4f}"
+
+
+def _numbers_table(found: Mapping[str, Any]) -> Table:
+    rows = []
+    for name, meaning in (_MEANINGS | _TOKEN_WISE).items():
+        form = decimal if name.startswith("lambda") else _probability
+        ends = interval(found.get("intervals", {}).get(name), form, " to ")
+        rows.append((Cell(meaning), Cell(form(found.get(name))), Cell(ends)))
+    return Table("Main numbers", ("", "value", "95 % interval"), rows)
+
+
+def _flip(value: float | None) -> str:
+    """A λ_flip for people: none means that no λ flips the mode."""
+    return "never" if value is None else decimal(value)
+
+
+def _flips_table(found: Mapping[str, Any]) -> Table:
+    rows = [
+        (Cell(f"{words(str(row.get('positions')))} tokens"), *(Cell(_flip(row.get(name))) for name in _FLIPS))
+        + (Cell(percent(row.get("never"))),)
+        for row in found.get("flips", ())
+    ]
+    head = (
+        "the λ at which lists first flip",
+        "first list",
+        "1 %",
+        "5 %",
+        "25 %",
+        "half of the lists",
+        "never flip",
+    )
+    return Table("Mode flips, list by list", head, rows)
+
+
+def _classes_table(found: Mapping[str, Any]) -> Table:
+    rows = []
+    for row in found.get("classes", ()):
+        counts = (Cell(fact(row.get(name))) for name in ("positions", "kept"))
+        means = (Cell(_probability(row.get(name))) for name in ("p", "b"))
+        flips = (Cell(_flip(row.get(name))) for name in _CLASS_FLIPS)
+        name = Cell(words(str(row.get("class"))))
+        rows.append((name, *counts, *means, Cell(decimal(row.get("lambda"))), *flips))
+    return Table("By class of token: p, b and λ* over kept tokens, λ_flip over all", _CLASS_HEAD, rows)
+
+
+def _curve_plot(found: Mapping[str, Any]) -> Plot:
+    """Share of lists with a flip against λ; the clip-safe λ within the grid as upright lines."""
+    curve, last = found["curve"], max(point["lambda"] for point in found["curve"])
+    series = [
+        plots.Series(f"flip, {name}", [plots.Point(x["lambda"], x[key]) for x in curve], colour, ".")
+        for key, name, colour in (
+            ("all", "any token", plots.BLUE),
+            ("structural", "structural", plots.ORANGE),
+        )
+    ]
+    known = {name: found[name] for name in _MARKS if is_number(found.get(name))}
+    series += [
+        plots.Series(name, [plots.Point(known[key], 0.0, (0.0, 1.0))], colour, marker)
+        for key, (name, colour, marker) in _MARKS.items()
+        if key in known and known[key] <= last
+    ]
+    svg = plots.versus_lambda(
+        series, ylabel="lists with a flip", in_percent=True, description=_spoken(curve, known)
+    )
+    outside = [f"{_MARKS[key][0]} = {decimal(lam)}" for key, lam in known.items() if lam > last]
+    title = capital(_first_flip(curve)) + (f" (off the figure: {', '.join(outside)})" if outside else "")
+    return Plot(title, Markup(svg))
+
+
+def _first_flip(curve) -> str:
+    """What the structural curve says in a phrase."""
+    points = sorted((point["lambda"], point["structural"]) for point in curve)
+    for lam, share in points:
+        if share > 0:
+            end = f"{percent(points[-1][1])} below {at(points[-1][0])}"
+            return f"structural tokens flip in {percent(share)} of lists below {at(lam)}, in {end}"
+    return f"no list flips a structural token up to {at(points[-1][0])}"
+
+
+def _spoken(curve, known: Mapping[str, float]) -> str:
+    """The numbers of the figure, for those who cannot see it."""
+    points = [
+        f"{at(x['lambda'])}: any {percent(x['all'])}, structural {percent(x['structural'])}"
+        for x in curve[::4]
+    ]
+    marks = [f"{_MARKS[key][0]} at {decimal(lam)}" for key, lam in known.items()]
+    return f"Share of lists with a mode flip against λ. {'; '.join([*points, *marks])}."

@@ -1,0 +1,69 @@
+"""The training-free forecast: greedy decoding from the extrapolated target, for a grid of λ and models of two sizes."""
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from listopd_jax.analysis.evaluate import greedy_answers
+from listopd_jax.data.tokenizer import train_tokenizer
+from listopd_jax.models.config import ModelConfig
+from listopd_jax.models.decoder import Decoder
+from listopd_jax.task.codec import Codec
+
+LAMBDAS = [0.5, 1.0, 1.7]
+
+
+@pytest.fixture(scope="module")
+def setting(tmp_path_factory):
+    """Teacher and base of different sizes, a codec, and one batch of ragged prompts whose last row is a filler."""
+    tokenizer = train_tokenizer(
+        ['[{"review_id":"r1","score":7}]'] * 3, 280, tmp_path_factory.mktemp("t") / "t"
+    )
+    codec = Codec(tokenizer)
+    shapes = [ModelConfig(codec.vocab, 32, 48, layers, 2, 1, 16) for layers in (2, 1)]
+    decoders = [Decoder(shape, rngs=nnx.Rngs(seed)) for seed, shape in enumerate(shapes)]
+    rng = np.random.default_rng(0)
+    batch = {
+        "prompt": rng.integers(2, codec.vocab, (3, 9)).astype(np.int32),
+        "prompt_length": np.array([9, 4, 6], np.int32),
+        "scores": np.ones((3, 4), np.float32),
+        "index": np.array([5, 3, 3], np.int32),
+        "weight": np.array([1, 1, 0], np.float32),
+    }
+    return decoders, codec, batch
+
+
+def target_greedy(decoders, lam, prompt, codec, steps):
+    """Brute force: the whole sequence through both models for every token."""
+    tokens = list(prompt)
+    for _ in range(steps):
+        logps = []
+        for d in decoders:
+            hidden = d(jnp.array([tokens]), jnp.array([len(tokens)]))[0, -1]
+            logits = np.asarray(hidden @ d.head_weight().T, np.float64)
+            logps.append(logits - np.logaddexp.reduce(logits))
+        tokens.append(int(np.argmax(lam * logps[0] + (1 - lam) * logps[1])))
+        if tokens[-1] == codec.eos:
+            break
+    return tokens[len(prompt) :]
+
+
+def test_every_lambda_is_decoded_from_its_own_target(setting):
+    decoders, codec, batch = setting
+    graphdefs, params = zip(*(nnx.split(d) for d in decoders), strict=True)
+    lam = jnp.array(LAMBDAS)
+    columns = greedy_answers(graphdefs, params, jnp.stack([lam, 1 - lam]), [batch], codec, 6)
+    assert [[a.index for a in column] for column in columns] == [[5, 3]] * len(LAMBDAS), "no filler rows"
+    for value, column in zip(LAMBDAS, columns, strict=True):
+        for row, answer in enumerate(column):
+            prompt = batch["prompt"][row, : batch["prompt_length"][row]].tolist()
+            assert answer.text == codec.text(target_greedy(decoders, value, prompt, codec, 6))
+
+
+def test_lambda_one_is_the_teacher(setting):
+    decoders, codec, batch = setting
+    graphdefs, params = zip(*(nnx.split(d) for d in decoders), strict=True)
+    (target,) = greedy_answers(graphdefs, params, jnp.array([[1.0], [0.0]]), [batch], codec, 6)
+    (teacher,) = greedy_answers(graphdefs[:1], params[:1], jnp.ones((1, 1)), [batch], codec, 6)
+    assert target == teacher
