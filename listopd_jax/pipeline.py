@@ -18,7 +18,7 @@ from listopd_jax.train.sft import sft_run, train_sft
 
 
 def run_stages(config: Any, workdir: pathlib.Path) -> None:
-    """prepare → SFT teacher, SFT student (= base) → calibrate, forecast → OPD for each λ and seed, each evaluated and exported."""
+    """prepare → SFT teacher and student (= base) → calibrate, forecast → OPD for each λ and seed, each evaluated."""
     job = open_job(config, workdir)
     teacher, student = (sft_stage(job, role) for role in ("teacher", "student"))
     frozen = Frozen(cast(teacher, config.dtype.frozen), cast(student, config.dtype.frozen))
