@@ -30,6 +30,9 @@ _WORKDIR = flags.DEFINE_string(
 
 def main(argv: list[str]) -> int:
     """Run and return the exit code; a user's mistake is one line on stderr."""
+    if {"--help", "-h"} & set(argv):
+        print(__doc__)
+        return 0
     try:
         config, workdir = parse(argv)
         with locked(workdir):

@@ -123,19 +123,18 @@ def _not_writable(path: pathlib.Path, e: OSError) -> UserError:
     return UserError(f"{path}: cannot be written ({e.strerror or e}); free space or choose another --workdir")
 
 
-def progress(iterable_or_total: Iterable | int, description: str, initial: int = 0) -> tqdm:
+def progress(
+    iterable_or_total: Iterable | int, description: str, initial: int = 0, total: int | None = None
+) -> tqdm:
     """A progress bar with ETA on stderr: iterate over it, or give a total and call `update()`.
 
-    `initial` is how many of the total were done before this start. Show key metrics with
-    `bar.set_postfix(loss=…, refresh=False)`. Where stderr is no terminal, lines are printed, one every 10 s
-    at most between the first and the last.
+    `initial` is how many of the total were done before this start; `total` is for iterables that do not know their
+    length. Show key metrics with `bar.set_postfix(loss=…, refresh=False)`. Where stderr is no terminal, a line is
+    printed at most every 10 s.
     """
     bar = tqdm if sys.stderr.isatty() else _Lines
-    source = (
-        {"total": iterable_or_total}
-        if isinstance(iterable_or_total, int)
-        else {"iterable": iterable_or_total}
-    )
+    given = isinstance(iterable_or_total, int)
+    source = {"total": iterable_or_total} if given else {"iterable": iterable_or_total, "total": total}
     return bar(**source, desc=description, initial=initial, dynamic_ncols=True)
 
 

@@ -1,9 +1,8 @@
 """The stages in order. Each leaves its result in the workdir and finds it there when called again."""
 
 import pathlib
+import sys
 from typing import Any
-
-from absl import logging
 
 from listopd_jax.analysis.calibrate import calibrate_stage
 from listopd_jax.analysis.forecast import forecast
@@ -50,4 +49,4 @@ def finish(job: Job, role: str, params: Any, run: Run) -> None:
     shown = ", ".join(
         f"{name} {record[name]:.3f}" for name in ("parse", "useful", "ndcg@1") if record[name] is not None
     )
-    logging.info("%s: %s", run.name, shown)
+    print(f"{run.name}: {shown}", file=sys.stderr)

@@ -22,6 +22,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from listopd_jax import files
 from listopd_jax.job import Job
+from listopd_jax.metrics_log import progress
 from listopd_jax.ops.head import log_distribution, map_positions, pick
 from listopd_jax.rollout.decode import generate
 from listopd_jax.rollout.scoring import completion_hidden
@@ -98,7 +99,7 @@ def measure(
     """
     graphdefs, params = (graphs["teacher"], graphs["student"]), (params_teacher, params_base)
     parts = []
-    for batch in batches:
+    for batch in progress(list(batches), "calibrate"):
         prompts = jnp.asarray(batch["prompt"]), jnp.asarray(batch["prompt_length"])
         rollout = generate(
             graphdefs[:1], params[:1], jnp.ones((1, 1)), *prompts, jax.random.key(0),

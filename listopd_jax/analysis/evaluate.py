@@ -8,6 +8,7 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float
 
+from listopd_jax.metrics_log import progress
 from listopd_jax.rollout.decode import generate
 from listopd_jax.task.codec import Codec
 from listopd_jax.task.contract import Parsed, strict_parse
@@ -31,13 +32,14 @@ def greedy_answers(
     batches: Iterable[dict[str, np.ndarray]],
     codec: Codec,
     max_tokens: int,
+    description: str = "greedy answers",
 ) -> list[list[Answer]]:
     """For each of the n mixtures Σ_i weights[i, j] log π_i, its greedy answer to each prompt of `batches`, judged.
 
     One model with weight 1 is a policy; filler rows of weight 0 in a batch are left out.
     """
     answers: list[list[Answer]] = [[] for _ in range(weights.shape[1])]
-    for batch in batches:
+    for batch in progress(list(batches), description):
         rollout = generate(
             graphdefs, params, weights, batch["prompt"], batch["prompt_length"], jax.random.key(0),
             max_tokens=max_tokens, vocab=codec.vocab, eos=codec.eos, pad=codec.pad, greedy=True,

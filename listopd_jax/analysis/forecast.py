@@ -30,7 +30,7 @@ def forecast(job: Job, frozen: Frozen) -> None:
     lam = jnp.array(missing)
     answers = greedy_answers(
         (job.graphs["teacher"], job.graphs["student"]), tuple(frozen), jnp.stack([lam, 1 - lam]),
-        job.evaluation_batches(config.forecast.batch_size), job.codec, config.task.max_response,
+        job.evaluation_batches(config.forecast.batch_size), job.codec, config.task.max_response, "forecast",
     )  # fmt: skip
     for value, column in zip(missing, answers, strict=True):
         keep(job, forecast_run(value), column, examples=False)

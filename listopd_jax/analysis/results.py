@@ -22,7 +22,9 @@ def evaluated(workdir: pathlib.Path, run: Run) -> dict[str, Any] | None:
 def evaluate(job: Job, role: str, params: Any, run: Run) -> dict[str, Any]:
     """Evaluate the policy that `run` ended in and keep its record and examples; returns the record."""
     batches, limit = job.evaluation_batches(), job.config.task.max_response
-    (answers,) = greedy_answers((job.graphs[role],), (params,), jnp.ones((1, 1)), batches, job.codec, limit)
+    (answers,) = greedy_answers(
+        (job.graphs[role],), (params,), jnp.ones((1, 1)), batches, job.codec, limit, f"{run.name} evaluated"
+    )
     return keep(job, run, answers)
 
 

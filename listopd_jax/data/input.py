@@ -17,10 +17,10 @@ import numpy as np
 import transformers
 from absl import logging
 from jaxtyping import Float32, Int32, Int64
-from tqdm import tqdm
 
 from listopd_jax.data.reviews import first_words, hash64
 from listopd_jax.errors import UserError
+from listopd_jax.metrics_log import progress
 from listopd_jax.task.prompt import ListExample, render_answer, render_prompt, review_ids
 
 Batch = dict[str, np.ndarray]
@@ -84,7 +84,7 @@ def encode_split(
             "task.chat_template=True, but this tokenizer has none; set it to False or use another tokenizer"
         )
     prompts, answers, cut = [], [], 0
-    for example in tqdm(examples, desc="encoding", unit="list", leave=False, disable=None):
+    for example in progress(examples, "encoding lists"):
         ids = prompt_ids(example.title, example.reviews, tokenizer, chat_template)
         if len(ids) > max_prompt:
             ids, cut = _cut_prompt(example, tokenizer, max_prompt, chat_template), cut + 1

@@ -19,6 +19,7 @@ from listopd_jax.data.reviews import Review, first_words
 from listopd_jax.data.synthetic import synthetic_reviews
 from listopd_jax.data.table import fetch, scan
 from listopd_jax.errors import UserError
+from listopd_jax.metrics_log import progress
 
 FORMAT = 1
 """Part of the fingerprint: raise it when the same config and files give another data set."""
@@ -104,7 +105,11 @@ def _build(data: Any, task: Any, inputs: dict[str, pathlib.Path], folder: pathli
             manifest.verify(path)
     tally: Counter = Counter()
     score = _scorer(data, inputs)
-    table = scan(_reviews(data, inputs, tally), score, task.max_review_words, tally)
+    count = (
+        data.synthetic.products * data.synthetic.reviews_per_product if data.source == "synthetic" else None
+    )
+    reviews = progress(_reviews(data, inputs, tally), "reading reviews", total=count)
+    table = scan(reviews, score, task.max_review_words, tally)
     tally["usable"] = len(table.product)
     if isinstance(score, LabelFile):
         score.check(data.max_broken)
