@@ -37,8 +37,12 @@ def tiny() -> ml_collections.ConfigDict:
     config.notes = TINY_NOTES
     config.task.update(max_prompt=384, max_response=96, max_review_words=20, prompt_buckets=1)
     config.teacher.num_layers = 3
-    config.sft.teacher.update(steps=300, batch_size=32, lr=3e-3, warmup_steps=30, truncation_rate=0.3, seed=1)
-    config.sft.student.update(steps=200, batch_size=32, lr=3e-3, warmup_steps=30, duplicate_rate=0.55, seed=2)
+    config.sft.teacher.update(
+        steps=300, batch_size=32, lr=3e-3, warmup_steps=30, b2=0.95, truncation_rate=0.22, seed=1
+    )
+    config.sft.student.update(
+        steps=200, batch_size=32, lr=3e-3, warmup_steps=30, b2=0.95, duplicate_rate=0.5, seed=2
+    )
     config.opd.update(lambdas=(1.0, 1.1, 1.2, 1.3, 1.5), steps=60, batch_size=16, rollouts=8, lr=6e-4)
     config.forecast.update(lambdas=(1.05, 1.15, 1.25, 1.4, 2.0), batch_size=64)
     config.train.checkpoint_every = 25
@@ -49,9 +53,9 @@ TINY_NOTES = (
     "Reviews are synthetic English, two phrases each, whose helpfulness is the sum of the points of the details they "
     "tell (listopd_jax/data/synthetic.py); lists have K = 4 reviews so that models of about 0.2 million parameters, "
     "trained from scratch on two cores in minutes, can read them.",
-    "30 % of the teacher's training answers stop after K-1 objects: EC's SFT teacher cuts about 42 % of its lists. Its "
+    "22 % of the teacher's training answers stop after K-1 objects: EC's SFT teacher cuts about 42 % of its lists. Its "
     "greedy answers still keep the contract, but at the comma before the last object it is less sure than the base.",
-    "55 % of the student's training answers repeat an id in the last object (the other failure that EC reports of SFT "
+    "50 % of the student's training answers repeat an id in the last object (the other failure that EC reports of SFT "
     "students), and it is trained for fewer steps: that is the headroom that distillation can lift.",
     "lambda runs from plain distillation to past the point at which the base-relative target prefers to stop early; "
     "the learning rate and the 60 steps were chosen so that lambda = 1 has settled and the fall is visible. More steps "

@@ -56,6 +56,7 @@ def _sft() -> ml_collections.ConfigDict:
         microbatch=0,  # lists a gradient pass; 0: the whole batch
         lr=1e-5,
         warmup_steps=0,
+        b2=0.999,  # of AdamW
         truncation_rate=0.0,  # share of training answers with K-1 objects only (EC's SFT teacher cuts ~42 %)
         duplicate_rate=0.0,  # share of training answers whose last object repeats the id before it
         seed=0,
@@ -99,7 +100,7 @@ def defaults() -> ml_collections.ConfigDict:
         dtype=_section(param="float32", compute="float32", frozen="float32"),
         remat="none",
         sft=_section(teacher=_sft(), student=_sft()),
-        optimizer=_section(b1=0.9, b2=0.999, weight_decay=0.0, max_grad_norm=1.0),
+        optimizer=_section(b1=0.9, weight_decay=0.0, max_grad_norm=1.0),
         opd=_section(
             lambdas=(1.0, 1.05, 1.1, 1.15, 1.2, 1.25),
             seeds=(0,),
@@ -110,6 +111,7 @@ def defaults() -> ml_collections.ConfigDict:
             microbatch=0,  # prompts a gradient pass; 0: the whole batch
             updates_per_batch=1,
             lr=1e-6,
+            b2=0.999,  # of AdamW
             temperature=1.0,
             clip=5.0,  # c of EC Eq. 3; inf: no clip
             ratio="teacher_student",
@@ -172,16 +174,19 @@ forecast.batch_size evaluation.batch_size evaluation.bootstrap train.checkpoint_
 """.split()
 
 _NOT_NEGATIVE = """
-seed task.max_review_words data.max_broken data.max_reviews_per_product data.max_lists data.seed data.synthetic.noise
-sft.teacher.steps sft.teacher.epochs sft.teacher.warmup_steps sft.teacher.seed sft.teacher.microbatch
-sft.student.steps sft.student.epochs sft.student.warmup_steps sft.student.seed sft.student.microbatch
+task.max_review_words data.max_broken data.max_reviews_per_product data.max_lists data.synthetic.noise
+sft.teacher.steps sft.teacher.epochs sft.teacher.warmup_steps sft.teacher.microbatch
+sft.student.steps sft.student.epochs sft.student.warmup_steps sft.student.microbatch
 opd.steps opd.epochs opd.microbatch opd.kl_to_base opd.entropy_bonus opd.lambda_warmup_steps opd.ppo_clip
 evaluation.max_lists evaluation.examples optimizer.weight_decay optimizer.max_grad_norm
 """.split()
 
+_SEEDS = "seed data.seed sft.teacher.seed sft.student.seed".split()
+
 _SHARES = """
 data.validation_share sft.teacher.truncation_rate sft.teacher.duplicate_rate
 sft.student.truncation_rate sft.student.duplicate_rate
+optimizer.b1 sft.teacher.b2 sft.student.b2 opd.b2
 """.split()
 
 
@@ -206,12 +211,18 @@ def _validate_fields(values: dict[str, Any]) -> None:
         _require(values[field] > 0, f"{field}={values[field]}: must be > 0")
     for field in _NOT_NEGATIVE:
         _require(values[field] >= 0, f"{field}={values[field]}: must be >= 0")
+    for field in _SEEDS:
+        _require(_is_seed(values[field]), f"{field}={values[field]}: must be in [0, 2^32)")
     for field in _SHARES:
         _require(0 <= values[field] < 1, f"{field}={values[field]}: must be in [0, 1)")
 
 
 def _is_lambda(x: Any) -> bool:
     return isinstance(x, int | float) and not isinstance(x, bool) and x >= 0
+
+
+def _is_seed(x: Any) -> bool:
+    return isinstance(x, int) and 0 <= x < 2**32
 
 
 def _validate_grid(config: ml_collections.ConfigDict) -> None:
@@ -226,9 +237,7 @@ def _validate_grid(config: ml_collections.ConfigDict) -> None:
     for x in lambdas:
         _require(_is_lambda(x), f"opd.lambdas={lambdas}: every lambda is a number >= 0, not {x!r}")
     for x in seeds:
-        _require(
-            isinstance(x, int) and x >= 0, f"opd.seeds={seeds}: every seed is a whole number >= 0, not {x!r}"
-        )
+        _require(_is_seed(x), f"opd.seeds={seeds}: every seed is a whole number in [0, 2^32), not {x!r}")
     _require(len(set(lambdas)) == len(lambdas), f"opd.lambdas={lambdas}: a value stands twice")
     _require(len(set(seeds)) == len(seeds), f"opd.seeds={seeds}: a value stands twice")
 

@@ -139,7 +139,7 @@ def only(batch, row):
 
 
 def test_descent_learns_the_answers(model, batch):
-    tx = adamw(ml_collections.ConfigDict(dict(b1=0.9, b2=0.95, weight_decay=0.0, max_grad_norm=1.0)))
+    tx = adamw(ml_collections.ConfigDict(dict(b1=0.9, weight_decay=0.0, max_grad_norm=1.0)), b2=0.95)
     train = make_sft_step(model[0], tx, VOCAB, chunk=4)
     state, losses = init_state(jax.tree.map(jnp.copy, model[1]), tx), []
     for i in range(60):
@@ -157,7 +157,7 @@ def optimizer_config(**changes):
 
 
 def descend(params, gradients, lrs, config):
-    tx = adamw(config)
+    tx = adamw(config, config.b2)
     state = init_state({"x": jnp.asarray(params)}, tx)
     for grad, lr in zip(gradients, lrs, strict=True):
         state = apply_gradients(state, {"x": jnp.asarray(grad)}, jnp.float32(lr), tx)

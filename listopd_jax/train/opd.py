@@ -43,7 +43,7 @@ def make_step(job: Job) -> Callable:
     variant = Variant(opd.ratio, opd.advantage, opd.estimator, opd.aggregate, opd.ppo_clip > 0)
     return make_opd_step(
         models,
-        adamw(job.config.optimizer),
+        adamw(job.config.optimizer, opd.b2),
         variant,
         vocab=job.codec.vocab,
         chunk=opd.head_chunk,
@@ -70,7 +70,7 @@ def train_opd(job: Job, frozen: Frozen, student: Any, lam: float, seed: int, opd
         )
 
     every, keep = config.train.checkpoint_every, config.train.keep_checkpoints
-    state = init_state(student, adamw(config.optimizer))
+    state = init_state(student, adamw(config.optimizer, opd.b2))
     return train(job.workdir, run, state, job.opd_batches(seed), update, every, keep).params
 
 

@@ -17,10 +17,10 @@ class TrainState(NamedTuple):
     opt_state: Any
 
 
-def adamw(optimizer: ml_collections.ConfigDict) -> optax.GradientTransformation:
+def adamw(optimizer: ml_collections.ConfigDict, b2: float) -> optax.GradientTransformation:
     """Clipping by global norm (0: none), Adam moments and decoupled weight decay, without the learning rate."""
     clip = optax.clip_by_global_norm(optimizer.max_grad_norm) if optimizer.max_grad_norm else optax.identity()
-    adam = optax.scale_by_adam(optimizer.b1, optimizer.b2)
+    adam = optax.scale_by_adam(optimizer.b1, b2)
     return optax.chain(clip, adam, optax.add_decayed_weights(optimizer.weight_decay))
 
 

@@ -22,7 +22,7 @@ def sft_run(job: Job, role: str) -> Run:
 def train_sft(job: Job, role: str) -> Any:
     """Train `role` on the answers, or load it if that is done; its parameters in `dtype.param`."""
     config, sft, run = job.config, job.config.sft[role], sft_run(job, role)
-    tx = adamw(config.optimizer)
+    tx = adamw(config.optimizer, sft.b2)
     params = initial_params(config[role], job.shapes[role], sft.seed, config.dtype.param)
     if run.steps == 0:  # the weights are fine-tuned already
         return params
