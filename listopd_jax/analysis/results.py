@@ -8,10 +8,12 @@ import jax.numpy as jnp
 
 from listopd_jax import files
 from listopd_jax.analysis.evaluate import Answer, greedy_answers, pick_examples, result_record
+from listopd_jax.errors import UserError
 from listopd_jax.job import Job
 from listopd_jax.train.loop import Run
 
 RESULTS, EXAMPLES = "results.json", "examples.json"
+IDENTITY = ("stage", "lambda", "seed", "steps")  # what tells one record from another
 
 
 def evaluated(workdir: pathlib.Path, run: Run) -> dict[str, Any] | None:
@@ -44,11 +46,17 @@ def _head(run: Run) -> dict[str, Any]:
 
 
 def _identity(record: dict[str, Any]) -> tuple:
-    return tuple(record[name] for name in ("stage", "lambda", "seed", "steps"))
+    return tuple(record[name] for name in IDENTITY)
 
 
 def _read(path: pathlib.Path) -> list[dict[str, Any]]:
-    return files.read_json(path) if path.exists() else []
+    """The records of a list file, [] if there is none; UserError if they are not records of policies."""
+    records = files.read_json(path) if path.exists() else []
+    if not isinstance(records, list) or not all(
+        isinstance(r, dict) and r.keys() >= set(IDENTITY) for r in records
+    ):
+        raise UserError(f"{path}: not a list of records; delete it to have the policies evaluated again")
+    return records
 
 
 def _replace(path: pathlib.Path, run: Run, records: Sequence[dict[str, Any]]) -> None:
