@@ -20,6 +20,8 @@ from listopd_jax import files
 from listopd_jax.errors import Interrupted, UserError
 from listopd_jax.lifecycle import locked
 
+GRID = {"opd.lambdas", "opd.seeds", "forecast.lambdas"}  # may differ between calls on one workdir
+
 _CONFIG = config_flags.DEFINE_config_file(
     "config", None, "configs/NAME.py[:PRESET]; override with --config.field=value"
 )
@@ -67,6 +69,8 @@ def parse(argv: list[str]) -> tuple[Any, pathlib.Path]:
         raise UserError(_unknown_field(argv, e)) from e
     except (flags.Error, TypeError, ValueError, ImportError, OSError, SyntaxError) as e:
         raise UserError(" ".join(str(e).split()) or type(e).__name__) from e
+    if any(arg.startswith("--config.preset") for arg in argv):
+        raise UserError("--config.preset: the preset is chosen by --config=configs/NAME.py:PRESET")
     if len(rest) > 1:
         raise UserError(f"{rest[1]!r} is not a flag; overrides are written --config.field=value")
     for name, value in (("--config", config), ("--workdir", workdir)):
@@ -86,18 +90,27 @@ def _unknown_field(argv: list[str], e: Exception) -> str:
 
 
 def record_config(config: Any, workdir: pathlib.Path, argv: list[str]) -> None:
-    """Save what this run is; UserError if the workdir holds a run of another config."""
+    """Save what this run is; UserError if the workdir already holds results of another config.
+
+    The grid may grow: points that are done are kept, new ones are added.
+    """
     path, now = workdir / "config.json", config_module.to_json(config)
-    if path.exists():
-        before = files.read_json(path)["config"]
-        old, new = (dict(config_module.flatten(tree)) for tree in (before, now))
-        for field in sorted(old.keys() | new.keys()):
+    if path.exists() and any((workdir / name).exists() for name in ("checkpoints", "results.json")):
+        old, new = (dict(config_module.flatten(tree)) for tree in (_saved_config(path), now))
+        for field in sorted((old.keys() | new.keys()) - GRID):
             if old.get(field) != new.get(field):
                 raise UserError(
                     f"{path}: this workdir holds a run with {field}={old.get(field)!r}, not {new.get(field)!r}; "
                     "choose another --workdir"
                 )
     files.write_json(path, {"config": now, **description(config, argv)})
+
+
+def _saved_config(path: pathlib.Path) -> dict[str, Any]:
+    saved = files.read_json(path)
+    if not isinstance(saved, dict) or not isinstance(saved.get("config"), dict):
+        raise UserError(f"{path}: not the record of a run; choose another --workdir")
+    return saved["config"]
 
 
 def description(config: Any, argv: list[str]) -> dict[str, Any]:

@@ -149,9 +149,10 @@ def _check_not_run_yet(config_path: pathlib.Path, lock: Json) -> None:
     results = config_path.with_name("results.json")
     if config_path.suffix != ".json" or not results.exists():
         return
-    done = [
-        r for r in files.read_json(results) if r.get("stage") == "opd" and r.get("steps") == lock["steps"]
-    ]
+    records = files.read_json(results)
+    if not isinstance(records, list) or not all(isinstance(r, dict) for r in records):
+        raise UserError(f"{results}: not a list of records; delete it to have the policies evaluated again")
+    done = [r for r in records if r.get("stage") == "opd" and r.get("steps") == lock["steps"]]
     if done:
         raise UserError(
             f"{results}: holds {len(done)} results at {lock['steps']} steps; a prediction comes before them"

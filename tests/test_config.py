@@ -43,6 +43,8 @@ def test_k_follows_the_source():
         ({"opd.lambdas": (1.0, math.nan)}, "must not be NaN"),
         ({"opd.lambdas": (1.0, math.inf)}, "must be finite"),
         ({"opd.lambdas": (-0.5,)}, "every lambda is a number >= 0"),
+        ({"opd.b2": 1.0}, "opd.b2=1.0: must be in [0, 1)"),
+        ({"sft.teacher.seed": 2**40}, "must be in [0, 2^32)"),
         ({"opd.seeds": (0.5,)}, "every seed is a whole number"),
         ({"opd.clip": 0.9}, "must be > 1"),
         ({"opd.lr": 0.0}, "opd.lr=0.0: must be > 0"),

@@ -124,6 +124,13 @@ def test_another_config_in_the_same_workdir_is_refused(finished):
     assert "opd.clip=5.0, not 3.0" in result.stderr and "Traceback" not in result.stderr
 
 
+def test_a_workdir_without_results_takes_another_config(tmp_path):
+    wrong = run(tmp_path / "job", *SMALL, "--config.data.source=clothing", "--config.data.path=absent.zip")
+    assert wrong.returncode == 2 and "absent.zip: no such file" in wrong.stderr
+    again = run(tmp_path / "job", *SMALL, "--config.data.source=clothing", "--config.data.path=other.zip")
+    assert again.returncode == 2 and "other.zip: no such file" in again.stderr
+
+
 @pytest.mark.slow
 def test_killed_at_any_moment_the_job_ends_with_the_same_metrics(finished, tmp_path):
     workdir, delays = tmp_path / "killed", [8.0, 14.0, 20.0, 26.0]
@@ -154,6 +161,8 @@ def test_killed_at_any_moment_the_job_ends_with_the_same_metrics(finished, tmp_p
         (["--config.student.num_kv_heads=3"], "student.num_kv_heads=3 must divide"),
         (["--config.student.weights=absent/folder/here"], "tokenizer.path is empty"),
         (["extra"], "'extra' is not a flag"),
+        (["--config.preset=paper"], "the preset is chosen by"),
+        (["--config.opd.seeds=9999999999"], "in [0, 2^32)"),
     ],
 )
 def test_a_mistake_is_one_clear_line_and_exit_code_2(tmp_path, arguments, says):

@@ -95,6 +95,8 @@ def _finished(folder: pathlib.Path, fingerprint: str) -> dict | None:
     if not (folder / builder.REPORT).is_file():
         return None
     report = files.read_json(folder / builder.REPORT)
+    if not isinstance(report, dict):
+        return None
     same = report.get("fingerprint") == fingerprint and report.get("files") == builder.built_files(folder)
     return report if same else None
 

@@ -5,7 +5,9 @@ load without it. Orbax writes to a temporary folder and renames: a killed save l
 """
 
 import contextlib
+import logging
 import pathlib
+import threading
 from collections.abc import Iterator
 from typing import Any
 
@@ -51,6 +53,9 @@ class Checkpoints:
 
     @contextlib.contextmanager
     def _saving(self) -> Iterator[None]:
+        """One line for what fails; orbax's threads would each print a traceback of it besides."""
+        print_traceback, threading.excepthook = threading.excepthook, lambda _: None
+        disabled, logging.root.manager.disable = logging.root.manager.disable, logging.ERROR
         try:
             yield
         except (OSError, ValueError) as e:  # tensorstore reports a full disk as a ValueError
@@ -58,6 +63,9 @@ class Checkpoints:
             raise UserError(
                 f"{self._manager.directory}: checkpoint not saved ({reason}); free disk space and run again"
             ) from e
+        finally:
+            threading.excepthook = print_traceback
+            logging.root.manager.disable = disabled
 
     def restore(self, like: TrainState) -> tuple[TrainState, dict[str, Any]]:
         """The newest state, with the shapes and dtypes of `like`, and its progress."""
