@@ -41,14 +41,12 @@ class Job:
         compute, remat = self.config.dtype.compute, self.config.remat
         return {role: graph_of(shape, compute, remat) for role, shape in self.shapes.items()}
 
-    def encoded(
-        self, split: str, noise: data_input.AnswerNoise = data_input.NO_NOISE
-    ) -> data_input.EncodedSplit:
-        """A split as ids, a share of its answers broken by `noise`."""
+    def encoded(self, split: str) -> data_input.EncodedSplit:
+        """A split as ids."""
         task = self.config.task
         return data_input.encode_split(
             self.examples[split], self.codec.tokenizer, max_prompt=task.max_prompt, max_answer=task.max_response,
-            chat_template=task.chat_template, noise=noise,
+            chat_template=task.chat_template,
         )  # fmt: skip
 
     @functools.cached_property
@@ -81,7 +79,7 @@ class Job:
         """Endless shuffled batches for the SFT of `role`, with the noise that its section asks for."""
         sft = self.config.sft[role]
         noise = data_input.AnswerNoise(sft.truncation_rate, sft.duplicate_rate, seed=sft.seed)
-        split = self.encoded("train", noise) if noise.truncation or noise.duplicate else self.train
+        split = data_input.with_noise(self.train, self.examples["train"], self.codec.tokenizer, noise)
         return data_input.train_batches(split, buckets=self.buckets, batch_size=sft.batch_size, seed=sft.seed)
 
     def opd_batches(self, seed: int) -> Any:

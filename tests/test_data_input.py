@@ -23,6 +23,7 @@ from listopd_jax.data.input import (
     prompt_ids,
     rendered,
     train_batches,
+    with_noise,
 )
 from listopd_jax.data.reviews import clean_text
 from listopd_jax.data.synthetic import synthetic_reviews
@@ -240,6 +241,17 @@ def test_noise_truncates_and_duplicates_the_asked_share(tokenizer):
     examples.reverse()
     assert some == broken(AnswerNoise(truncation=0.3, seed=1)), "the same in every epoch and order"
     assert some != broken(AnswerNoise(truncation=0.3, seed=2))
+
+
+def test_noise_changes_answers_and_nothing_else(tokenizer):
+    examples = make_examples(60)
+    split = encode_split(examples, tokenizer, max_prompt=512, max_answer=128)
+    noisy = with_noise(split, examples, tokenizer, AnswerNoise(truncation=0.5, seed=3))
+    assert noisy.prompts is split.prompts and noisy.answer_width == split.answer_width
+    shorter = [len(a) < len(b) for a, b in zip(noisy.answers, split.answers, strict=True)]
+    assert 15 < sum(shorter) < 45
+    clean = with_noise(split, examples, tokenizer, AnswerNoise())
+    assert all((a == b).all() for a, b in zip(clean.answers, split.answers, strict=True))
 
 
 def check_batch(batch, split, buckets, size):

@@ -67,13 +67,12 @@ def encode_split(
     max_prompt: int,
     max_answer: int,
     chat_template: bool = False,
-    noise: AnswerNoise = NO_NOISE,
 ) -> EncodedSplit:
     """Encode prompts and SFT answers.
 
     A prompt above `max_prompt` tokens has its reviews cut to the largest number of words with which it
     fits; the list and its answer stay whole. With `chat_template` the prompt is one user turn with the
-    assistant's turn opened and thinking switched off. `noise` breaks the contract in a share of the answers.
+    assistant's turn opened and thinking switched off.
 
     Raises:
       UserError: no chat template though one is asked for, a prompt that cannot be cut enough, an answer above
@@ -89,7 +88,7 @@ def encode_split(
         if len(ids) > max_prompt:
             ids, cut = _cut_prompt(example, tokenizer, max_prompt, chat_template), cut + 1
         prompts.append(ids)
-        answers.append(answer_ids(example, tokenizer, noise))
+        answers.append(answer_ids(example, tokenizer))
     longest = max(map(len, answers))
     if longest > max_answer:
         raise UserError(
@@ -97,6 +96,17 @@ def encode_split(
         )
     scores = np.array([example.scores for example in examples], np.float32)
     return EncodedSplit(tuple(prompts), tuple(answers), scores, tokenizer.pad_token_id, cut)
+
+
+def with_noise(
+    split: EncodedSplit,
+    examples: Sequence[ListExample],
+    tokenizer: transformers.PreTrainedTokenizerBase,
+    noise: AnswerNoise,
+) -> EncodedSplit:
+    """The encoded `examples` with a share of their answers broken by `noise`; the prompts are the same arrays."""
+    answers = tuple(answer_ids(example, tokenizer, noise) for example in examples)
+    return dataclasses.replace(split, answers=answers)
 
 
 def prompt_ids(
