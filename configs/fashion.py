@@ -34,7 +34,7 @@ def get_config(preset: str = "auto") -> ml_collections.ConfigDict:
 def tiny() -> ml_collections.ConfigDict:
     """From-scratch models on the embedded task; the whole job takes minutes on 2 cores."""
     config = defaults()
-    config.notes = TINY_NOTES
+    config.data.synthetic.notes = EMBEDDED_NOTES
     config.task.update(max_prompt=384, max_response=96, max_review_words=20, prompt_buckets=1)
     config.teacher.num_layers = 3
     config.sft.teacher.update(
@@ -49,17 +49,18 @@ def tiny() -> ml_collections.ConfigDict:
     return config
 
 
-TINY_NOTES = (
+EMBEDDED_NOTES = (
     "Reviews are synthetic English, two phrases each, whose helpfulness is the sum of the points of the details they "
-    "tell (listopd_jax/data/synthetic.py); lists have K = 4 reviews so that models of about 0.2 million parameters, "
-    "trained from scratch on two cores in minutes, can read them.",
-    "22 % of the teacher's training answers stop after K-1 objects: EC's SFT teacher cuts about 42 % of its lists. Its "
-    "greedy answers still keep the contract, but at the comma before the last object it is less sure than the base.",
-    "50 % of the student's training answers repeat an id in the last object (the other failure that EC reports of SFT "
-    "students), and it is trained for fewer steps: that is the headroom that distillation can lift.",
+    "tell (listopd_jax/data/synthetic.py); lists are short (task.k = 4 unless set) so that models of about 0.2 million "
+    "parameters, trained from scratch on two cores in minutes, can read them.",
+    "A share of the teacher's training answers (sft.teacher.truncation_rate) stops after K-1 objects: EC's SFT teacher "
+    "cuts about 42 % of its lists. Its greedy answers still keep the contract, but at the comma before the last object "
+    "it is less sure than the base.",
+    "A share of the student's training answers (sft.student.duplicate_rate) repeats an id in the last object, the "
+    "other failure that EC reports of SFT students, and it is trained for fewer steps: the headroom to lift.",
     "lambda runs from plain distillation to past the point at which the base-relative target prefers to stop early; "
-    "the learning rate and the 60 steps were chosen so that lambda = 1 has settled and the fall is visible. More steps "
-    "move the cliff to the left (EC Cor. 4.2).",
+    "learning rate and steps were chosen so that lambda = 1 is lifted and the fall is visible. With one seed and a "
+    "constant learning rate single points are noisy. More steps move the cliff to the left (EC Cor. 4.2).",
 )
 
 

@@ -18,6 +18,7 @@ from typing import Any
 import ml_collections
 
 from listopd_jax.errors import UserError
+from listopd_jax.models.config import named_config
 
 RATIOS = ("teacher_student", "trainer_rollout", "aspo", "none")
 ADVANTAGES = ("base_relative", "no_base")
@@ -68,7 +69,6 @@ def defaults() -> ml_collections.ConfigDict:
     return _section(
         preset="paper",
         seed=0,
-        notes=(),  # sentences shown in the report: what was chosen for this experiment, and why
         task=_section(
             k=0,  # reviews a list; 0: 8, EC's, but 4 for the synthetic source, which two cores learn in minutes
             max_prompt=2048,  # tokens
@@ -93,7 +93,7 @@ def defaults() -> ml_collections.ConfigDict:
             validation_share=0.1,
             seed=0,
             verify=True,
-            synthetic=_section(products=500, reviews_per_product=16, noise=0.5),
+            synthetic=_section(products=500, reviews_per_product=16, noise=0.5, notes=()),
         ),
         teacher=_model(),
         student=_model(),
@@ -273,6 +273,8 @@ def _validate_combinations(config: ml_collections.ConfigDict) -> None:
         config.tokenizer.path or not (config.teacher.weights or config.student.weights),
         "tokenizer.path is empty: models with weights need their tokenizer, e.g. the same folder or hub id",
     )
+    size = config.tokenizer.vocab_size
+    _require(size >= 258, f"tokenizer.vocab_size={size}: at least 258 are needed (256 bytes, EOS, PAD)")
     for role in ("teacher", "student"):
         _validate_model(role, config[role])
 
@@ -296,7 +298,10 @@ def _validate_data(config: ml_collections.ConfigDict) -> None:
 
 
 def _validate_model(role: str, model: ml_collections.ConfigDict) -> None:
-    if model.weights or model.architecture != "custom":
+    if model.weights:
+        return
+    if model.architecture != "custom":
+        named_config(model.architecture)
         return
     for field in (
         "hidden_size",

@@ -56,4 +56,4 @@ def read_json(path: str | os.PathLike) -> Any:
     except FileNotFoundError as e:
         raise UserError(f"{path}: no such file") from e
     except (OSError, ValueError) as e:
-        raise UserError(f"{path}: not readable as JSON ({e}); delete it to have it made again") from e
+        raise UserError(f"{path}: not readable as JSON ({e}); restore it, or choose another --workdir") from e

@@ -15,6 +15,7 @@ from listopd_jax.data import input as data_input
 from listopd_jax.data.builder import read_split
 from listopd_jax.data.prepare import prepare
 from listopd_jax.data.tokenizer import check_tokenizers_agree, load_tokenizer, train_tokenizer
+from listopd_jax.errors import UserError
 from listopd_jax.models.build import graph_of, model_config
 from listopd_jax.models.config import ModelConfig
 from listopd_jax.task.codec import Codec
@@ -98,6 +99,7 @@ class Job:
 def open_job(config: ml_collections.FrozenConfigDict, workdir: pathlib.Path) -> Job:
     """The prepare stage: build or find data set and tokenizer; UserError for whatever cannot be used."""
     report = prepare(config.data, config.task, workdir / "data")
+    _refuse_other_data(workdir, report["fingerprint"])
     for note in report["notes"]:
         logging.warning("data: %s", note)
     examples = {split: read_split(workdir / "data", split) for split in ("train", "validation")}
@@ -107,6 +109,16 @@ def open_job(config: ml_collections.FrozenConfigDict, workdir: pathlib.Path) -> 
         Codec(_tokenizer(config, workdir, report["fingerprint"], examples["train"])),
         examples,
     )
+
+
+def _refuse_other_data(workdir: pathlib.Path, fingerprint: str) -> None:
+    """UserError if models of this workdir were trained on another data set than the one that its config gives now."""
+    stamp, now = workdir / "data.json", {"fingerprint": fingerprint}
+    if stamp.exists() and (workdir / "checkpoints").exists() and files.read_json(stamp) != now:
+        raise UserError(
+            f"{workdir}: the data files changed since its models were trained; choose another --workdir"
+        )
+    files.write_json(stamp, now)
 
 
 def _tokenizer(config, workdir: pathlib.Path, fingerprint: str, examples: list[ListExample]):

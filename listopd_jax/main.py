@@ -84,7 +84,8 @@ def _unknown_field(argv: list[str], e: Exception) -> str:
     message = str(e)
     near = re.search(r'Did you mean \\?"([^"\\]+)', message)
     names = [a.split("=")[0] for a in argv if a.startswith("--config.")]
-    where = next((n for n in names if n.rsplit(".", 1)[-1] in message), "--config")
+    wrong = re.search(r"\w+", message)
+    where = next((n for n in names if wrong and n.rsplit(".", 1)[-1] == wrong[0]), "--config")
     hint = f"did you mean {near[1]}? " if near else ""
     return f"{where}: there is no such field; {hint}listopd_jax/config.py has them all"
 
@@ -130,7 +131,7 @@ def description(config: Any, argv: list[str]) -> dict[str, Any]:
     device = jax.devices()[0]
     return {
         "preset": config.preset,
-        "notes": list(config.notes),
+        "notes": list(config.data.synthetic.notes) if config.data.source == "synthetic" else [],
         "command": shlex.join(["python", "-m", "listopd_jax.main", *argv[1:]]),
         "revision": config_module.code_revision(),
         "device": f"{len(jax.devices())} x {device.device_kind} ({device.platform}), {platform.machine()}",

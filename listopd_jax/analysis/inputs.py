@@ -148,4 +148,4 @@ def _is_pair(value: Any) -> bool:
 
 def _require(holds: bool, where: str, what: str) -> None:
     if not holds:
-        raise UserError(f"{where}: {what}; mend it, or delete the file to have it made again")
+        raise UserError(f"{where}: {what}; mend it, or choose another --workdir")

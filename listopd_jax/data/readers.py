@@ -14,6 +14,7 @@ import csv
 import json
 import math
 import os
+import re
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator
 
@@ -25,6 +26,9 @@ TITLE_WORDS = 24
 """Product titles are cut here: some sellers put hundreds of search words in them."""
 
 _BROKEN = (ValueError, TypeError, ArithmeticError, AttributeError, RecursionError)
+
+
+_SURROGATE = re.compile("[\ud800-\udfff]")
 
 
 def read_reviews(source: str, path: str | os.PathLike, max_broken: float, tally: Counter) -> Iterator[Review]:
@@ -115,7 +119,7 @@ def _json_rows(path: str | os.PathLike) -> Iterator[dict | None]:
 
 
 def _csv_rows(path: str | os.PathLike) -> Iterator[dict | None]:
-    """Rows of a CSV file with a header; None for a row that the csv module refuses."""
+    """Rows of a CSV file with a header; None for a row that the csv module refuses or that is not UTF-8."""
     reader = csv.DictReader(_decoded(path))
     try:
         missing = {"Clothing ID", "Review Text", "Positive Feedback Count"} - set(reader.fieldnames or ())
@@ -127,7 +131,8 @@ def _csv_rows(path: str | os.PathLike) -> Iterator[dict | None]:
         )
     while True:
         try:
-            yield next(reader)
+            row = next(reader)
+            yield row if _is_text(row) else None
         except StopIteration:
             return
         except csv.Error:
@@ -135,13 +140,13 @@ def _csv_rows(path: str | os.PathLike) -> Iterator[dict | None]:
 
 
 def _decoded(path: str | os.PathLike) -> Iterator[str]:
+    """Lines as text; a byte that is not UTF-8 becomes a lone surrogate, which `_csv_rows` takes for a broken row."""
     for number, line in enumerate(read_lines(path), 1):
-        try:
-            yield line.decode("utf-8-sig" if number == 1 else "utf-8")
-        except UnicodeDecodeError as e:
-            raise UserError(
-                f"{path}: line {number} is not UTF-8 ({e.reason}); convert the file to UTF-8"
-            ) from e
+        yield line.decode("utf-8-sig" if number == 1 else "utf-8", errors="surrogateescape")
+
+
+def _is_text(row: dict) -> bool:
+    return not any(_SURROGATE.search(value) for value in row.values() if isinstance(value, str))
 
 
 def _clothing(row: dict) -> Review:
