@@ -10,7 +10,7 @@ code revision and its own SHA-256 over canonical JSON. It is written once. The h
 careless change; against a determined one, commit the lock to git before the run. Exit codes: 0 passed or
 unchanged, 1 the prediction is refuted, 2 a mistake, or a lock or config that changed.
 
-Templates are EC's three tests (method.md §4), scaled to any pair of models: places on the λ axis are given
+Templates are EC's three tests (EC, tables of its results), scaled to any pair of models: places on the λ axis are given
 in units of λ* − 1, where λ* is the predicted threshold. `window` and `grid` can also be given in full.
 """
 

@@ -1,4 +1,4 @@
-"""Calibration: the thresholds of λ read off the real teacher and base, before any update (method.md §3–5).
+"""Calibration: the thresholds of λ read off the real teacher and base, before any update (EC §4; docs/theory.md).
 
 `measure` decodes the teacher's greedy answers and looks at both models once along them; `calibrate` turns what it
 saw into EC's clip-safe thresholds (EC Prop. 4.3) and our mode-flip ones, in NumPy alone, so that a notebook can ask

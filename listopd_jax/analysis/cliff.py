@@ -4,7 +4,7 @@ Three readings of one grid, side by side, because each has its own weakness:
 
 - `grid`, EC's rule: each seed's onset is the largest λ of the grid whose parse reaches the threshold, and
   onsets are averaged over the seeds that have one. Coarse, and it leaves out the seeds that never reach the
-  threshold, which flatters. EC does not state it; it gives EC's printed intervals (method.md §4).
+  threshold, which flatters. EC does not state it; it gives EC's printed intervals (EC, tables of its results).
 - `interpolated` (ours): the largest λ at which the mean curve, drawn with straight lines, still reaches the
   level.
 - `isotonic` (ours): the same after the closest non-increasing fit from the peak on, so that one lucky point

@@ -1,4 +1,4 @@
-"""The parse curve before any training: greedy decoding from the target that distillation aims at (method.md §5).
+"""The parse curve before any training: greedy decoding from the target that distillation aims at (docs/theory.md).
 
 The target λ log π_T + (1−λ) log π_B is decoded from directly, for a whole grid of λ at once: the prompts are read once
 by each of the two models, which may differ in size, and every λ continues from the same two prompt caches. It is the

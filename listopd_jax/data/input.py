@@ -27,7 +27,7 @@ Batch = dict[str, np.ndarray]
 
 
 class AnswerNoise(NamedTuple):
-    """Shares of SFT answers that break the contract: both are failures that EC's SFT models have (EC §5; method.md §4).
+    """Shares of SFT answers that break the contract: both are failures that EC's SFT models have (EC §5).
 
     truncation: a well-formed list of K−1 objects. duplicate: the last object repeats the id before it.
     """

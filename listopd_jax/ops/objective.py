@@ -32,7 +32,7 @@ class Hyper(NamedTuple):
 
 
 class Variant(NamedTuple):
-    """Static choices of the objective; the names are those of method.md §2."""
+    """Static choices of the objective; one name a variant of the module's docstring."""
 
     ratio: str = "teacher_student"
     advantage: str = "base_relative"

@@ -2,7 +2,7 @@
 
 The next token comes from Σ_i w_i log π_i over one or more models: one model with weight 1 is ordinary sampling;
 teacher and base with weights λ and 1−λ decode from the extrapolated target π_B(π_T/π_B)^λ without training
-(*forecast*, method.md §5). The n completions of a prompt may each have weights of their own, so a whole grid of λ
+(*forecast*, docs/theory.md). The n completions of a prompt may each have weights of their own, so a whole grid of λ
 shares one prompt cache.
 """
 

@@ -1,4 +1,4 @@
-"""What each estimator of method.md §2 does on average: drift, limit and flip threshold of one Bernoulli
+"""What each estimator of ops/objective.py does on average: drift, limit and flip threshold of one Bernoulli
 position.
 
 With q the student's probability of the token and A the advantage (EC Eq. 2) of token (1) and rival (0), the

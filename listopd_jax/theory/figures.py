@@ -3,7 +3,7 @@
     python -m listopd_jax.theory.figures [--out=docs/figures]
 
 Each experiment is a function that returns JSON values; `numbers.json` holds them all, and the figures draw
-them. The two processes are those of method.md §5: a *clean* teacher, surer than the base everywhere (p =
+them. The two processes are these: a *clean* teacher, surer than the base everywhere (p =
 .9993, b = .81, EC's values), and a *truncating* one, which is less sure of the comma after object K−1 (p =
 .684) than the base (b = .988).
 """

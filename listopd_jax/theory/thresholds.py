@@ -144,7 +144,7 @@ def _clip_threshold(p, base_is_less_sure, gap, c, undefined: OnUndefined) -> Arr
 
 
 def flip_lambda(p: ArrayLike, b: ArrayLike, *, undefined: OnUndefined = "raise") -> Array:
-    """λ_flip = logit b/(logit b − logit p) for ½ < p < b, ∞ for p ≥ b (method.md §5, ours).
+    """λ_flip = logit b/(logit b − logit p) for ½ < p < b, ∞ for p ≥ b (ours, docs/theory.md §1).
 
     Beyond it the target of two tokens prefers the rival, so that greedy decoding changes its mind.
     """
@@ -163,7 +163,7 @@ def flip_lambda_from_log_probs(
     """λ_flip [*s] of the teacher's modal token: min over rivals v with Δ_B > Δ_T of Δ_B/(Δ_B − Δ_T), ∞ if
     none.
 
-    Δ(v) is a model's log-probability margin of that token over v (method.md §5, ours). The inputs need not
+    Δ(v) is a model's log-probability margin of that token over v (ours, docs/theory.md §1). The inputs need not
     be normalised; −inf forbids a token. A rival that only the base forbids, or that ties the teacher's
     mode, flips at 1.
     """
