@@ -171,9 +171,10 @@ def flip_lambda_from_log_probs(
     mode = log_teacher.argmax(-1)[..., None]
     with np.errstate(invalid="ignore"):  # −inf minus −inf: a token that both forbid is no rival
         margin_t, margin_b = (np.take_along_axis(x, mode, -1) - x for x in (log_teacher, log_base))
+        gap = margin_b - margin_t
     is_rival = (np.arange(log_teacher.shape[-1]) != mode) & (margin_b > margin_t)
     lam = np.where(is_rival, 1.0, np.inf)  # the limit of the quotient as Δ_B → ∞
-    np.divide(margin_b, margin_b - margin_t, out=lam, where=is_rival & np.isfinite(margin_b))
+    np.divide(margin_b, gap, out=lam, where=is_rival & np.isfinite(margin_b))
     return scalar(lam.min(-1))
 
 
