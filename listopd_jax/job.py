@@ -99,7 +99,7 @@ class Job:
 def open_job(config: ml_collections.FrozenConfigDict, workdir: pathlib.Path) -> Job:
     """The prepare stage: build or find data set and tokenizer; UserError for whatever cannot be used."""
     report = prepare(config.data, config.task, workdir / "data")
-    _refuse_other_data(workdir, report["fingerprint"])
+    refuse_other_data(workdir, report["fingerprint"])
     for note in report["notes"]:
         logging.warning("data: %s", note)
     examples = {split: read_split(workdir / "data", split) for split in ("train", "validation")}
@@ -111,7 +111,7 @@ def open_job(config: ml_collections.FrozenConfigDict, workdir: pathlib.Path) -> 
     )
 
 
-def _refuse_other_data(workdir: pathlib.Path, fingerprint: str) -> None:
+def refuse_other_data(workdir: pathlib.Path, fingerprint: str) -> None:
     """UserError if models of this workdir were trained on another data set than the one that its config gives now."""
     stamp, now = workdir / "data.json", {"fingerprint": fingerprint}
     if stamp.exists() and (workdir / "checkpoints").exists() and files.read_json(stamp) != now:

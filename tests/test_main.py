@@ -3,6 +3,7 @@
 import json
 import os
 import pathlib
+import shutil
 import signal
 import subprocess
 import sys
@@ -116,6 +117,16 @@ def test_running_again_changes_nothing(finished):
     }
     assert run(finished, *SMALL).returncode == 0
     assert before == {name: (finished / name).read_bytes() for name in before}
+
+
+def test_the_grid_may_grow_and_what_is_done_stays(finished, tmp_path):
+    workdir = tmp_path / "grown"
+    shutil.copytree(finished, workdir)
+    result = run(workdir, *(arg.replace("lambdas=1.0,2.0", "lambdas=1.0,1.5,2.0") for arg in SMALL))
+    assert result.returncode == 0, result.stderr[-2000:]
+    before, after = results(finished), results(workdir)
+    assert after[: len(before)] == before
+    assert [(r["stage"], r["lambda"]) for r in after[len(before) :]] == [("opd", 1.5)]
 
 
 def test_another_config_in_the_same_workdir_is_refused(finished):
