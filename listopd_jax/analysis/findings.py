@@ -22,7 +22,7 @@ FLAT = 0.05  # range of NDCG@1 over λ below which the ranking counts as unmoved
 STAGES = {
     "sft_teacher": "SFT teacher",
     "sft_student": "SFT student",
-    "forecast": "forecast, untrained",
+    "forecast": "forecast",
     "opd": "OPD",
 }
 FAILURES = {
