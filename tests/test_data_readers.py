@@ -165,6 +165,17 @@ def test_csv_rows_that_are_short_or_huge_are_counted(tmp_path):
     assert len(reviews) == 60 and tally["broken"] == 2 and tally["empty_text"] == 1
 
 
+def test_a_csv_row_that_is_not_utf8_is_one_broken_row(tmp_path):
+    good = "".join(f"{i},fits well é,1,Knits,General\n" for i in range(60))
+    path = tmp_path / "r.csv"
+    path.write_bytes(
+        (HEADER + good).encode() + "61,d\xe9j\xe0 vu,1,a,b\n".encode("latin-1") + b"62,still read,1,a,b\n"
+    )
+    reviews, tally = read("clothing", path)
+    assert len(reviews) == 61 and tally["broken"] == 1
+    assert reviews[0].text == "fits well é" and reviews[-1].text == "still read"
+
+
 def test_an_endless_line_is_refused(tmp_path, monkeypatch):
     monkeypatch.setattr("listopd_jax.data.streams.MAX_LINE", 1000)
     (tmp_path / "r").write_bytes(b"x" * 5000)
