@@ -122,6 +122,10 @@ def defaults() -> ml_collections.ConfigDict:
             entropy_bonus=0.0,
             lambda_warmup_steps=0,
             ppo_clip=0.0,  # 0: off
+            guard=_section(
+                margin=0.0
+            ),  # keep the teacher's mode: λ_t = λ where λ·margin ≤ λ_flip, else 1; 0: off
+            budgets=(),  # steps before the last at which each run is evaluated too
             head_chunk=1024,  # completion positions whose logits exist at one time
         ),
         forecast=_section(lambdas=(), batch_size=8),  # lambdas besides opd.lambdas, decoded without training
@@ -178,6 +182,7 @@ task.max_review_words data.max_broken data.max_reviews_per_product data.max_list
 sft.teacher.steps sft.teacher.epochs sft.teacher.warmup_steps sft.teacher.microbatch
 sft.student.steps sft.student.epochs sft.student.warmup_steps sft.student.microbatch
 opd.steps opd.epochs opd.microbatch opd.kl_to_base opd.entropy_bonus opd.lambda_warmup_steps opd.ppo_clip
+opd.guard.margin
 evaluation.max_lists evaluation.examples optimizer.weight_decay optimizer.max_grad_norm
 """.split()
 
@@ -234,6 +239,11 @@ def _validate_grid(config: ml_collections.ConfigDict) -> None:
         )
     _require(len(lambdas) > 0, "opd.lambdas is empty: give at least one lambda, e.g. (1.0,)")
     _require(len(seeds) > 0, "opd.seeds is empty: give at least one seed, e.g. (0,)")
+    budgets = config.opd.budgets
+    _require(
+        all(isinstance(n, int) and n > 0 for n in budgets) and sorted(set(budgets)) == list(budgets),
+        f"opd.budgets={budgets}: give ascending numbers of steps, e.g. (60,)",
+    )
     for x in lambdas:
         _require(_is_lambda(x), f"opd.lambdas={lambdas}: every lambda is a number >= 0, not {x!r}")
     for x in seeds:
@@ -252,6 +262,15 @@ def _validate_combinations(config: ml_collections.ConfigDict) -> None:
         config.task.max_response >= 2, f"task.max_response={config.task.max_response}: must be >= 2 tokens"
     )
     _require(opd.clip > 1, f"opd.clip={opd.clip}: the clip c must be > 1 (inf for none), EC Eq. 3")
+    margin = opd.guard.margin
+    _require(
+        margin == 0 or margin >= 1,
+        f"opd.guard.margin={margin}: must be 0 (off) or at least 1; 1.25 is a start",
+    )
+    _require(
+        margin == 0 or opd.advantage == "base_relative",
+        "opd.guard.margin: opd.advantage='no_base' flips no mode and needs no guard; set one of the two",
+    )
     _require(opd.ppo_clip < 1, f"opd.ppo_clip={opd.ppo_clip}: must be in [0, 1); 0 turns it off")
     for name, part in (
         ("opd", opd),

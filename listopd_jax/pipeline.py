@@ -2,6 +2,7 @@
 
 import pathlib
 import sys
+from collections.abc import Callable
 from typing import Any
 
 from listopd_jax.analysis.calibrate import calibrate_stage
@@ -11,7 +12,7 @@ from listopd_jax.job import Job, open_job
 from listopd_jax.models.build import cast
 from listopd_jax.models.hf import save_hf
 from listopd_jax.train.loop import Run
-from listopd_jax.train.opd import make_step, opd_run, preflight, train_opd
+from listopd_jax.train.opd import make_step, opd_runs, preflight, train_opd
 from listopd_jax.train.opd_step import Frozen
 from listopd_jax.train.sft import sft_run, train_sft
 
@@ -28,9 +29,7 @@ def run_stages(config: Any, workdir: pathlib.Path) -> None:
     opd_step = make_step(job)
     for seed in config.opd.seeds:
         for lam in config.opd.lambdas:
-            run = opd_run(job, lam, seed)
-            if evaluated(workdir, run) is None:
-                finish(job, "student", train_opd(job, frozen, student, lam, seed, opd_step), run)
+            distil(job, frozen, student, lam, seed, opd_step)
 
 
 def sft_stage(job: Job, role: str) -> Any:
@@ -41,12 +40,21 @@ def sft_stage(job: Job, role: str) -> Any:
     return params
 
 
-def finish(job: Job, role: str, params: Any, run: Run) -> None:
+def distil(job: Job, frozen: Frozen, student: Any, lam: float, seed: int, opd_step: Callable) -> None:
+    """Train at λ and seed, evaluate at every budget, export at the last."""
+    *budgets, last = opd_runs(job, lam, seed)
+    for run in (*budgets, last):
+        if evaluated(job.workdir, run) is None:
+            params = train_opd(job, frozen, student, run, opd_step)
+            finish(job, "student", params, run, export=run is last)
+
+
+def finish(job: Job, role: str, params: Any, run: Run, export: bool = True) -> None:
     """Export and evaluate the policy that `run` ended in; its record in results.json says that both are done."""
-    if job.config.train.export:
+    if export and job.config.train.export:
         save_hf(job.workdir / "export" / run.name, job.shapes[role], params, job.codec.tokenizer)
     record = evaluate(job, role, params, run)
     shown = ", ".join(
         f"{name} {record[name]:.3f}" for name in ("parse", "useful", "ndcg@1") if record[name] is not None
     )
-    print(f"{run.name}: {shown}", file=sys.stderr)
+    print(f"{run.name}, {run.steps} steps: {shown}", file=sys.stderr)

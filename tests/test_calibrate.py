@@ -14,6 +14,7 @@ from listopd_jax.analysis import calibrate as module
 from listopd_jax.analysis.calibrate import Positions, calibrate, calibrate_stage, measure
 from listopd_jax.models.config import ModelConfig
 from listopd_jax.models.decoder import Decoder
+from listopd_jax.ops.guard import flip_lambda
 from listopd_jax.rollout.decode import generate
 from listopd_jax.task.contract import TOKEN_CLASSES
 from listopd_jax.theory import thresholds
@@ -129,7 +130,7 @@ def test_flip_and_log_odds_agree_with_the_theory_on_any_distributions():
     log_b[3, log_t[3].argsort()[-2]] = -np.inf  # a rival that only the base forbids
     log_t, log_b = (x.astype(np.float32) for x in (log_t, log_b))
     mode = jnp.asarray(log_t.argmax(-1))
-    flip = module._flip_lambda(jnp.asarray(log_t), jnp.asarray(log_b), mode)
+    flip = flip_lambda(jnp.asarray(log_t), jnp.asarray(log_b), mode)
     np.testing.assert_allclose(1 / flip, 1 / thresholds.flip_lambda_from_log_probs(log_t, log_b), atol=1e-4)
     assert np.isinf(flip[0]) and flip[3] <= 1
     odds = module._log_odds(jnp.asarray(log_b), mode)

@@ -17,7 +17,7 @@ SMALL = (
     "--config.evaluation.max_lists=6 --config.evaluation.batch_size=6 "
     "--config.evaluation.bootstrap=50 --config.sft.teacher.steps=4 --config.sft.student.steps=3 "
     "--config.sft.teacher.batch_size=4 --config.sft.student.batch_size=4 --config.opd.batch_size=4 "
-    "--config.opd.steps=3 --config.opd.lambdas=1.0,2.0 --config.train.checkpoint_every=1 "
+    "--config.opd.steps=3 --config.opd.budgets=2, --config.opd.lambdas=1.0,2.0 --config.train.checkpoint_every=1 "
     "--config.task.max_response=64 --config.forecast.lambdas=1.5"
 ).split()
 
@@ -59,8 +59,7 @@ def test_every_policy_has_a_whole_record(finished):
         ("sft_teacher", None, 4),
         ("sft_student", None, 3),
         *forecasts,
-        ("opd", 1.0, 3),
-        ("opd", 2.0, 3),
+        *(("opd", lam, steps) for lam in (1.0, 2.0) for steps in (2, 3)),
     ]
     assert [(r["stage"], r["lambda"], r["steps"]) for r in records] == wanted
     keys = {
@@ -126,7 +125,7 @@ def test_the_grid_may_grow_and_what_is_done_stays(finished, tmp_path):
     assert result.returncode == 0, result.stderr[-2000:]
     before, after = results(finished), results(workdir)
     assert after[: len(before)] == before
-    assert [(r["stage"], r["lambda"]) for r in after[len(before) :]] == [("opd", 1.5)]
+    assert [(r["stage"], r["lambda"]) for r in after[len(before) :]] == [("opd", 1.5)] * 2
 
 
 def test_another_config_in_the_same_workdir_is_refused(finished):

@@ -23,6 +23,7 @@ from jaxtyping import Array, Bool, Float, Int
 from listopd_jax import files
 from listopd_jax.job import Job
 from listopd_jax.metrics_log import progress
+from listopd_jax.ops.guard import flip_lambda
 from listopd_jax.ops.head import log_distribution, map_positions, pick
 from listopd_jax.rollout.decode import generate
 from listopd_jax.rollout.scoring import completion_hidden
@@ -135,7 +136,7 @@ def _look(
     def rows(hiddens):
         log_t, log_b = (log_distribution(h, head, vocab) for h, head in zip(hiddens, heads, strict=True))
         mode = log_t.argmax(-1)
-        return _log_odds(log_t, mode), _log_odds(log_b, mode), _flip_lambda(log_t, log_b, mode)
+        return _log_odds(log_t, mode), _log_odds(log_b, mode), flip_lambda(log_t, log_b, mode)
 
     flat = tuple(h.reshape(-1, h.shape[-1]) for h in hiddens)
     shape = (answers.shape[0], answers.shape[-1])
@@ -146,15 +147,6 @@ def _log_odds(logp: Float[Array, "s V"], token: Int[Array, "s"]) -> Float[Array,
     """Log-odds of `token`; the complement is summed over the other tokens, so that p → 1 keeps its digits."""
     is_token = jnp.arange(logp.shape[-1]) == token[:, None]
     return pick(logp, token) - jax.nn.logsumexp(jnp.where(is_token, -jnp.inf, logp), axis=-1)
-
-
-def _flip_lambda(log_t: Float[Array, "s V"], log_b: Float[Array, "s V"], mode) -> Float[Array, "s"]:
-    """`theory.thresholds.flip_lambda_from_log_probs`, inside a compiled program."""
-    margin_t, margin_b = (pick(logp, mode)[:, None] - logp for logp in (log_t, log_b))
-    is_rival = (margin_b > margin_t) & (jnp.arange(log_t.shape[-1]) != mode[:, None])
-    gap = jnp.where(is_rival, margin_b - margin_t, 1.0)
-    quotient = jnp.where(jnp.isfinite(margin_b), margin_b / gap, 1.0)
-    return jnp.where(is_rival, quotient, jnp.inf).min(-1)
 
 
 # --- from positions to thresholds ---

@@ -3,7 +3,8 @@
 The target λ log π_T + (1−λ) log π_B is decoded from directly, for a whole grid of λ at once: the prompts are read once
 by each of the two models, which may differ in size, and every λ continues from the same two prompt caches. It is the
 limit of long training only where the target is what the estimator converges to: see docs/theory.md for
-`teacher_student`, whose limit flips later, and for `no_base`, which has another target and is not forecast.
+`teacher_student`, whose limit flips later, and for `no_base`, which has another target and is not forecast. The
+guarded target has the teacher's mode everywhere, so its forecast is the teacher's greedy answer at every λ.
 """
 
 import jax.numpy as jnp
@@ -27,7 +28,7 @@ def forecast(job: Job, frozen: Frozen) -> None:
     missing = [lam for lam in grid if evaluated(job.workdir, forecast_run(lam)) is None]
     if config.opd.advantage != "base_relative" or not missing:
         return
-    lam = jnp.array(missing)
+    lam = jnp.ones(len(missing)) if config.opd.guard.margin else jnp.array(missing)
     answers = greedy_answers(
         (job.graphs["teacher"], job.graphs["student"]), tuple(frozen), jnp.stack([lam, 1 - lam]),
         job.evaluation_batches(config.forecast.batch_size), job.codec, config.task.max_response, "forecast",

@@ -18,17 +18,19 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from listopd_jax.ops.guard import flip_lambda, guarded_lambda
 from listopd_jax.ops.head import entropy_of, pick
 
 
 class Hyper(NamedTuple):
     """Traced scalars of the objective: a sweep over them never recompiles."""
 
-    lam: Float[Array, ""]
+    lam: Float[Array, ""]  # λ
     clip: Float[Array, ""]  # c, may be inf
     kl_to_base: Float[Array, ""]  # β
     entropy_bonus: Float[Array, ""]  # γ
     ppo_clip: Float[Array, ""]  # ε; only read where Variant.ppo
+    guard_margin: Float[Array, ""] | float = 1.0  # only read where Variant.guard
 
 
 class Variant(NamedTuple):
@@ -39,11 +41,20 @@ class Variant(NamedTuple):
     estimator: str = "sampled"
     aggregate: str = "token"
     ppo: bool = False
+    guard: bool = False  # a λ for each position, listopd_jax.ops.guard
 
 
 def warmed_up_lambda(lam: float, step: int, warmup_steps: int) -> float:
     """λ at 0-based `step`: linear from 1 (plain distillation) to `lam` over `warmup_steps`, then constant."""
     return lam if step >= warmup_steps else 1.0 + (lam - 1.0) * step / warmup_steps
+
+
+def position_lambda(teacher, base, hyper: Hyper, variant: Variant) -> Float[Array, "*s"]:
+    """λ of each position from the log-distributions [*s, V] of teacher and base: `hyper.lam`, unless guarded."""
+    if not variant.guard:
+        return jnp.full(teacher.shape[:-1], hyper.lam)
+    flip = flip_lambda(teacher, base, teacher.argmax(-1))
+    return guarded_lambda(hyper.lam, flip, hyper.guard_margin)
 
 
 def advantage(student, teacher, base, lam, kind: str) -> Float[Array, "*s"]:
@@ -72,8 +83,9 @@ def importance_ratio(student, teacher, rollout, adv, clip, kind: str) -> Float[A
 def sampled_loss(student, entropy, teacher, base, rollout, hyper: Hyper, variant: Variant):
     """Per-token loss and metrics from log-probabilities of the sampled tokens, all of one shape.
 
-    `student` and `entropy` carry the gradient; teacher, base and rollout are constants. β enters as the sampled
-    (score-function) gradient of KL(π_S‖π_B), without the ratio, γ as the exact entropy.
+    `student` and `entropy` carry the gradient; teacher, base and rollout are constants. `hyper.lam` may hold a λ for
+    each position. β enters as the sampled (score-function) gradient of KL(π_S‖π_B), without the ratio, γ as the exact
+    entropy.
     Returns (loss, {"advantage", "ratio"}).
     """
     detached = jax.lax.stop_gradient(student)
@@ -97,18 +109,18 @@ def target_log_distribution(teacher, base, lam, kind: str) -> Float[Array, "*s V
 def full_vocab_loss(student, teacher, base, tokens, hyper: Hyper, variant: Variant):
     """Exact per-position loss KL(π_S‖target) + β KL(π_S‖π_B) − γ H(π_S) from log-distributions [*s, V].
 
-    Zero variance given the visited prefix. Returns (loss [*s], {"advantage", "ratio"}): the advantage of the
-    visited `tokens`, for the same metrics as the sampled estimator; the ratio is 1.
+    Zero variance given the visited prefix. Returns (loss [*s], {"advantage", "ratio", "lambda"}): the
+    advantage of the visited `tokens`, for the same metrics as the sampled estimator; the ratio is 1.
     """
-    p = jnp.exp(student)
-    target = target_log_distribution(teacher, base, hyper.lam, variant.advantage)
+    p, lam = jnp.exp(student), position_lambda(teacher, base, hyper, variant)
+    target = target_log_distribution(teacher, base, lam[..., None], variant.advantage)
     loss = (p * (student - target)).sum(-1)
     loss = (
         loss + hyper.kl_to_base * (p * (student - base)).sum(-1) - hyper.entropy_bonus * entropy_of(student)
     )
     at = [jax.lax.stop_gradient(pick(x, tokens)) for x in (student, teacher, base)]
-    adv = advantage(*at, hyper.lam, variant.advantage)
-    return loss, {"advantage": adv, "ratio": jnp.ones_like(adv)}
+    adv = advantage(*at, lam, variant.advantage)
+    return loss, {"advantage": adv, "ratio": jnp.ones_like(adv), "lambda": lam}
 
 
 def token_weights(mask: Float[Array, "B n T"], aggregate: str) -> Float[Array, "B n T"]:

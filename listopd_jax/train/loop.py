@@ -53,7 +53,12 @@ def train(
         if start:
             state, saved = checkpoints.restore(state)
             batches.set_state(saved["batches"])
-        if start >= run.steps:
+        if start > run.steps:
+            raise UserError(
+                f"{checkpoint_folder(workdir, run.name)}: its newest checkpoint is of step {start}, past the "
+                f"budget {run.steps} that is to be evaluated; delete the folder to train the run again"
+            )
+        if start == run.steps:
             return state
         with (
             MetricsLog(workdir, run.name, run.stage, run.fixed, resume_step=start) as log,

@@ -20,11 +20,12 @@ from listopd_jax.train.optimizer import adamw, init_state
 from listopd_jax.train.preflight import answer_logprobs, check_models
 
 
-def opd_run(job: Job, lam: float, seed: int) -> Run:
-    """The OPD run at λ and seed."""
+def opd_runs(job: Job, lam: float, seed: int) -> list[Run]:
+    """The OPD run at λ and seed, once for each budget at which it is evaluated: one training, read on its way."""
     opd = job.config.opd
     steps = opd.steps or job.steps(opd.epochs, opd.batch_size)
-    return Run(f"opd_lambda{float(lam)}_seed{seed}", "opd", {"lambda": float(lam), "seed": seed}, steps)
+    run = Run(f"opd_lambda{float(lam)}_seed{seed}", "opd", {"lambda": float(lam), "seed": seed}, steps)
+    return [run._replace(steps=budget) for budget in opd.budgets if budget < steps] + [run]
 
 
 def preflight(job: Job, frozen: Frozen) -> None:
@@ -40,7 +41,9 @@ def make_step(job: Job) -> Callable:
     """The update program, to be shared by every λ and seed: they are data to it."""
     opd, graphs = job.config.opd, job.graphs
     models = Models(student=graphs["student"], teacher=graphs["teacher"], base=graphs["student"])
-    variant = Variant(opd.ratio, opd.advantage, opd.estimator, opd.aggregate, opd.ppo_clip > 0)
+    variant = Variant(
+        opd.ratio, opd.advantage, opd.estimator, opd.aggregate, opd.ppo_clip > 0, opd.guard.margin > 0
+    )
     return make_opd_step(
         models,
         adamw(job.config.optimizer, opd.b2),
@@ -51,9 +54,10 @@ def make_step(job: Job) -> Callable:
     )
 
 
-def train_opd(job: Job, frozen: Frozen, student: Any, lam: float, seed: int, opd_step: Callable) -> Any:
-    """Distil from `student` (the SFT parameters) at λ, or load the run if it is done; parameters in `dtype.param`."""
-    config, opd, run = job.config, job.config.opd, opd_run(job, lam, seed)
+def train_opd(job: Job, frozen: Frozen, student: Any, run: Run, opd_step: Callable) -> Any:
+    """Distil from `student` (the SFT parameters), or load the run if it is done; parameters in `dtype.param`."""
+    config, opd = job.config, job.config.opd
+    lam, seed = run.fixed["lambda"], run.fixed["seed"]
     key = jax.random.key(seed)
 
     def update(state, batch, step):
@@ -78,7 +82,8 @@ def hyper_at(config, lam: float, step: int) -> Hyper:
     """The traced scalars of the objective at 0-based `step`."""
     opd = config.opd
     now = warmed_up_lambda(lam, step, opd.lambda_warmup_steps)
-    return Hyper(*map(jnp.float32, (now, opd.clip, opd.kl_to_base, opd.entropy_bonus, opd.ppo_clip)))
+    scalars = now, opd.clip, opd.kl_to_base, opd.entropy_bonus, opd.ppo_clip, opd.guard.margin
+    return Hyper(*map(jnp.float32, scalars))
 
 
 def sample(job: Job, params: Any, prompts, lengths, key) -> Rollout:

@@ -15,7 +15,14 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from listopd_jax.ops.head import entropy_of, log_distribution, map_positions, pick, token_logprobs
-from listopd_jax.ops.objective import Hyper, Variant, full_vocab_loss, sampled_loss, token_weights
+from listopd_jax.ops.objective import (
+    Hyper,
+    Variant,
+    full_vocab_loss,
+    position_lambda,
+    sampled_loss,
+    token_weights,
+)
 from listopd_jax.rollout.decode import Rollout, completion_mask
 from listopd_jax.rollout.scoring import completion_hidden
 from listopd_jax.train.accumulate import accumulated_grad
@@ -56,9 +63,9 @@ def make_opd_step(
 ) -> Callable:
     """A jitted step(state, frozen, batch: OpdBatch, hyper: Hyper, lr) → (state, metrics, per_token).
 
-    metrics: scalars over completion tokens (loss, advantage_mean, ratio_max, clip_fraction, reverse_kl, entropy,
-    rollout_gap, grad_norm). per_token: float32 arrays [B, n, T] of advantage, student, teacher and base log-probs,
-    0 after the end.
+    metrics: scalars over completion tokens (loss, advantage_mean, guarded_fraction, ratio_max, clip_fraction,
+    reverse_kl, entropy, rollout_gap, grad_norm). per_token: float32 arrays [B, n, T] of advantage, λ, student, teacher
+    and base log-probs, 0 after the end.
     """
 
     def step(state: TrainState, frozen: Frozen, batch: OpdBatch, hyper: Hyper, lr):
@@ -90,18 +97,32 @@ def _losses(models: Models, params, frozen: Frozen, batch: OpdBatch, mask, hyper
     if variant.estimator == "full_vocab":
         return _full_vocab(hidden, hidden_t, hidden_b, heads, tokens, rollout, hyper, variant, vocab, chunk)
     log_s, entropy = token_logprobs(hidden, heads[0], tokens, vocab, chunk)
-    log_t, _ = token_logprobs(hidden_t, heads[1], tokens, vocab, chunk)
-    log_b, _ = token_logprobs(hidden_b, heads[2], tokens, vocab, chunk)
+    log_t, log_b, lam = _frozen_scores(hidden_t, hidden_b, heads[1:], tokens, hyper, variant, vocab, chunk)
     # Zeros after the end: an infinite ratio there would turn the gradient of a masked loss into 0 · inf = NaN.
     log_s, log_t, log_b, rollout = (jnp.where(mask, x, 0.0) for x in (log_s, log_t, log_b, rollout))
-    loss, extra = sampled_loss(log_s, entropy, log_t, log_b, rollout, hyper, variant)
+    loss, extra = sampled_loss(log_s, entropy, log_t, log_b, rollout, hyper._replace(lam=lam), variant)
     return loss, extra | {
+        "lambda": lam,
         "student": log_s,
         "teacher": log_t,
         "base": log_b,
         "entropy": entropy,
         "rollout": rollout,
     }
+
+
+def _frozen_scores(hidden_t, hidden_b, heads, tokens, hyper: Hyper, variant: Variant, vocab: int, chunk: int):
+    """log π_T, log π_B of the sampled tokens and the λ of each position, all [B, n, T], in one pass of both heads."""
+    heads = [w.astype(h.dtype) for w, h in zip(heads, (hidden_t, hidden_b), strict=True)]
+
+    def rows(xs):
+        *hiddens, token = xs
+        teacher, base = (log_distribution(h, w, vocab) for h, w in zip(hiddens, heads, strict=True))
+        return pick(teacher, token), pick(base, token), position_lambda(teacher, base, hyper, variant)
+
+    flat = [h.reshape(-1, h.shape[-1]) for h in (hidden_t, hidden_b)]
+    scores = map_positions(rows, (*flat, tokens.reshape(-1)), chunk)
+    return tuple(x.reshape(tokens.shape) for x in scores)
 
 
 def _full_vocab(hidden_s, hidden_t, hidden_b, heads, tokens, rollout, hyper, variant, vocab, chunk):
@@ -130,6 +151,7 @@ def summarize(per_token: dict[str, Float[Array, "B n T"]], mask, hyper: Hyper) -
     gap = jnp.abs(per_token["student"] - per_token["rollout"])
     return {
         "advantage_mean": mean(per_token["advantage"]),
+        "guarded_fraction": mean(per_token["lambda"] != hyper.lam),
         "ratio_max": jnp.where(mask, per_token["ratio"], 0).max(),
         "clip_fraction": mean(per_token["ratio"] >= hyper.clip * (1 - 1e-6)),
         "reverse_kl": mean(per_token["student"] - per_token["teacher"]),

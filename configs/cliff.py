@@ -1,0 +1,84 @@
+"""The experiments of docs/results.md: which threshold predicts the cliff, and whether the guard removes it.
+
+    python -m listopd_jax.main --config=configs/cliff.py:plain --workdir=runs/cliff/plain
+    python -m listopd_jax.main --config=configs/cliff.py:small_clip --workdir=runs/cliff/small_clip
+
+One preset an experiment ("arm"), five seeds, each run evaluated after N = 50 and after 4N = 200 steps; reviews, models
+and SFT are those of configs/fashion.py:tiny. `plain` goes first and trains the pair, a teacher that truncates 22 % of its
+training answers and a base that does not; `clean_teacher` trains a teacher that never truncates, `truncating_base` a
+base that truncates more than the teacher. The other arms load those from runs/cliff. Hours on two cores: see
+docs/results.md for times and for what came out.
+"""
+
+import importlib.util
+import math
+import pathlib
+
+import ml_collections
+
+from listopd_jax.config import unknown_name
+
+RUNS = "runs/cliff"
+
+ARMS = {
+    # the pair with p < b at the comma before the last object
+    "plain": dict(lambdas=(1.0, 1.1, 1.15, 1.2, 1.3, 1.5, 1.6, 2.0)),
+    "small_clip": dict(clip=1.5, lambdas=(1.0, 1.1, 1.15, 1.3, 1.5)),
+    "no_clip": dict(clip=math.inf, ratio="none", lambdas=(1.0, 1.15, 1.3)),
+    "no_base": dict(advantage="no_base", lambdas=(1.0, 1.3, 2.0)),
+    "full_vocab": dict(estimator="full_vocab", ratio="none", lambdas=(1.0, 1.1, 1.2, 1.3)),
+    "guard": dict(margin=1.25, lambdas=(1.15, 1.3, 1.5, 2.0)),  # at λ = 1 guarded is plain
+    "guard_full_vocab": dict(margin=1.25, estimator="full_vocab", ratio="none", lambdas=(1.15, 1.3, 2.0)),
+    # a teacher that never truncates: no structural flip, while EC Eq. 4 predicts a cliff
+    "clean_teacher": dict(lambdas=(1.0, 1.5, 2.0, 3.0)),
+    "clean_teacher_small_clip": dict(clip=1.5, lambdas=(1.0, 1.3, 2.0)),
+    # a base that truncates more than the teacher: p > b at the comma
+    "truncating_base": dict(lambdas=(1.0, 1.3, 2.0)),
+}
+
+
+def get_config(arm: str = "plain") -> ml_collections.ConfigDict:
+    """The configuration of `arm`, one of ARMS."""
+    if arm not in ARMS:
+        raise unknown_name("arm", arm, tuple(ARMS))
+    config = _fashion().tiny()
+    config.preset = arm
+    config.remat = "full"  # faster than storing activations on a CPU
+    config.task.max_response = 64
+    config.opd.update(batch_size=4, rollouts=8, lr=4e-4, seeds=(7, 13, 21, 42, 95), steps=200, budgets=(50,))
+    config.forecast.lambdas = (1.05, 1.15, 1.2, 1.25, 1.4)
+    config.train.update(checkpoint_every=100, keep_checkpoints=1, export=arm in MAKES)
+    options = dict(ARMS[arm])
+    config.opd.guard.margin = options.pop("margin", 0.0)
+    config.opd.update(options)
+    _models(config, arm)
+    return config
+
+
+MAKES = {"plain": "both", "clean_teacher": "teacher", "truncating_base": "student"}
+"""The SFT models that an arm trains; it loads the others."""
+
+
+def _models(config: ml_collections.ConfigDict, arm: str) -> None:
+    """Which models the arm trains with which noise, and where it finds those of another arm."""
+    made = MAKES.get(arm, "none")
+    source = {"teacher": "plain", "student": "plain"}
+    if arm.startswith("clean_teacher"):
+        source["teacher"] = "clean_teacher"
+        config.sft.teacher.truncation_rate = 0.0
+    if arm == "truncating_base":
+        config.sft.student.truncation_rate = 0.45
+    for role in ("teacher", "student"):
+        if made not in (role, "both"):
+            config[role].weights = f"{RUNS}/{source[role]}/export/sft_{role}"
+            config.sft[role].update(steps=0, epochs=0.0)
+    if made != "both":
+        config.tokenizer.path = f"{RUNS}/plain/export/sft_teacher"
+
+
+def _fashion():
+    """configs/fashion.py as a module: configs are files, not a package."""
+    spec = importlib.util.spec_from_file_location("fashion", pathlib.Path(__file__).with_name("fashion.py"))
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module

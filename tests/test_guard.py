@@ -1,0 +1,79 @@
+"""The guard: what it promises of the target, its limits, and the update that uses it."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from test_opd_step import EXACT, STUDENT, assert_close, batch, frozen_logps, hyper, naive_loss, run  # noqa: F401
+
+from listopd_jax.config import defaults, validate
+from listopd_jax.errors import UserError
+from listopd_jax.ops.guard import flip_lambda, guarded_lambda
+from listopd_jax.ops.objective import Variant, target_log_distribution
+from listopd_jax.theory.thresholds import flip_lambda_from_log_probs
+
+rng = np.random.default_rng(0)
+TEACHER, BASE = (jax.nn.log_softmax(jnp.asarray(s * rng.normal(size=(400, 12)))) for s in (2.0, 3.0))
+MODE = TEACHER.argmax(-1)
+FLIP = flip_lambda(TEACHER, BASE, MODE)
+
+
+def guarded(lam, margin):
+    return guarded_lambda(jnp.float32(lam), FLIP, jnp.float32(margin))
+
+
+@pytest.mark.parametrize("lam", [1.05, 1.3, 2.0, 5.0])
+@pytest.mark.parametrize("margin", [1.001, 1.25, 2.0])
+def test_the_guarded_target_keeps_the_teachers_mode_and_the_plain_one_does_not(lam, margin):
+    own = guarded(lam, margin)
+    target = target_log_distribution(TEACHER, BASE, own[:, None], "base_relative")
+    plain = target_log_distribution(TEACHER, BASE, lam, "base_relative")
+    assert (target.argmax(-1) == MODE).all()
+    assert ((plain.argmax(-1) != MODE) == (lam > FLIP)).all()
+    assert set(np.unique(own)) <= {np.float32(1.0), np.float32(lam)}
+
+
+def test_a_larger_margin_guards_more_and_without_a_rival_nothing_is_guarded():
+    shares = [float((guarded(1.3, margin) == 1).mean()) for margin in (1.0, 1.25, 2.0, 1e9)]
+    assert shares == sorted(shares) and shares[0] < shares[-1]
+    assert shares[-1] == float(jnp.isfinite(FLIP).mean()) < 1
+
+
+@pytest.mark.parametrize("lam", [0.0, 0.5, 1.0])
+def test_no_extrapolation_no_guard(lam):
+    assert (guarded(lam, 1e9) == lam).all()
+
+
+@pytest.mark.parametrize("variant", [EXACT, Variant("aspo"), Variant()])
+def test_the_update_is_the_naive_one_with_a_lambda_for_each_position(batch, frozen_logps, variant):  # noqa: F811
+    lam, margin = 1.4, 1.5
+    teacher, base = (np.asarray(x, np.float64) for x in frozen_logps)
+    flip = flip_lambda_from_log_probs(teacher, base)
+    own = np.where(lam * margin <= flip, lam, 1.0)
+    scalars = hyper(lam)._replace(guard_margin=jnp.float32(margin))
+    metrics, per_token, grads = run(batch, scalars, variant._replace(guard=True), microbatch=2)
+    np.testing.assert_allclose(per_token["lambda"], np.where(per_token["lambda"] > 0, own, 0), rtol=1e-6)
+    written = per_token["lambda"] > 0
+    assert 0 < metrics["guarded_fraction"] < 1
+    assert metrics["guarded_fraction"] == pytest.approx((own[written] == 1).mean())
+    used = own[..., None] if variant is EXACT else own
+    expected = jax.grad(lambda p: naive_loss(p, *frozen_logps, batch, used, 5.0, 0.0, 0.0, 0.2, variant))
+    assert_close(grads, expected(STUDENT))
+
+
+def test_at_lambda_one_guarded_is_plain(batch):  # noqa: F811
+    plain, guarded = (
+        run(batch, hyper(1.0)._replace(guard_margin=jnp.float32(9.0)), Variant(guard=on))
+        for on in (False, True)
+    )
+    assert_close(guarded, plain, 0)
+
+
+@pytest.mark.parametrize(
+    ("margin", "advantage", "word"), [(0.5, "base_relative", "margin"), (1.25, "no_base", "no_base")]
+)
+def test_a_guard_that_cannot_work_is_refused(margin, advantage, word):
+    config = defaults()
+    config.opd.guard.margin, config.opd.advantage = margin, advantage
+    with pytest.raises(UserError, match=word):
+        validate(config)
