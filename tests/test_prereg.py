@@ -192,6 +192,14 @@ def test_lock_run_verdict_as_a_user_does(tmp_path):
         prereg.run([*flags[:-1], f"--out={run / 'late.json'}"])
 
 
+def test_a_budget_read_on_the_way_can_be_locked():
+    plan = config(BUDGET, [42], 196)
+    plan["opd"]["budgets"] = [42]
+    assert locks.make_lock("budget", 1.2216, [42], 42, plan, grid=list(BUDGET))["steps"] == 42
+    with pytest.raises(UserError, match="none of the budgets"):
+        locks.make_lock("budget", 1.2216, [42], 43, plan, grid=list(BUDGET))
+
+
 def test_a_changed_config_gives_no_verdict(tmp_path):
     run = workdir(tmp_path, BUDGET, 196)
     lock = locks.make_lock("budget", 1.2, [42], 196, config(BUDGET, [42], 196), grid=list(BUDGET))
@@ -214,7 +222,7 @@ def test_a_changed_config_gives_no_verdict(tmp_path):
         (["--p=1.2", "--b=0.5"], "p = 1.2"),
         (["--grid=1.0,1.05,1.1"], "give --p and --b"),
         (["--threshold=0.9", "--grid=1.0,1.05,1.1"], "beyond λ = 1"),
-        (["--threshold=1.2", "--grid=1.0,1.05,1.1", "--steps=42"], "not the locked budget"),
+        (["--threshold=1.2", "--grid=1.0,1.05,1.1", "--steps=42"], "none of the budgets"),
         (["--threshold=1.2", "--grid=1.0,1.05,1.1", "--window=1.1,1.0"], "LOW,HIGH"),
         (["--threshold=1.2", "--grid=1.0,x"], "invalid"),
         (["--threshold=1.2", "--grd=1.0"], "'--grd=1.0' is not known"),

@@ -190,5 +190,6 @@ def _check_plan(lock: Json, config: Json) -> None:
             raise UserError(
                 f"opd.{name}={planned} would not run the locked {values}: set --config.opd.{name}=({values},)"
             )
-    if opd.get("steps") and opd["steps"] != lock["steps"]:
-        raise UserError(f"opd.steps={opd['steps']} is not the locked budget {lock['steps']}")
+    budgets = [*opd.get("budgets", ()), opd.get("steps")]
+    if opd.get("steps") and lock["steps"] not in budgets:
+        raise UserError(f"{lock['steps']} steps is none of the budgets that opd.budgets and opd.steps give: {budgets}")
