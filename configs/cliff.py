@@ -33,7 +33,7 @@ ARMS = {
     "clean_teacher": dict(lambdas=(1.0, 1.5, 2.0, 3.0)),
     "clean_teacher_small_clip": dict(clip=1.5, lambdas=(1.0, 1.3, 2.0)),
     # a base that truncates more than the teacher: p > b at the comma
-    "truncating_base": dict(lambdas=(1.0, 1.3, 2.0)),
+    "truncating_base": dict(lambdas=(1.0, 1.3, 1.8)),
 }
 
 
