@@ -30,8 +30,8 @@ ARMS = {
     "guard": dict(margin=1.25, lambdas=(1.15, 1.3, 1.5, 2.0)),  # at λ = 1 guarded is plain
     "guard_full_vocab": dict(margin=1.25, estimator="full_vocab", ratio="none", lambdas=(1.15, 1.3, 2.0)),
     # a teacher that never truncates: no structural flip, while EC Eq. 4 predicts a cliff
-    "clean_teacher": dict(lambdas=(1.0, 1.5, 2.0, 3.0)),
-    "clean_teacher_small_clip": dict(clip=1.5, lambdas=(1.0, 1.3, 2.0)),
+    "clean_teacher": dict(lambdas=(1.0, 1.3, 1.7, 3.0)),
+    "clean_teacher_small_clip": dict(clip=1.5, lambdas=(1.0, 1.3, 1.7)),
     # a base that truncates more than the teacher: p > b at the comma
     "truncating_base": dict(lambdas=(1.0, 1.3, 1.8)),
 }
