@@ -1,0 +1,157 @@
+"""Several runs side by side: one table row for each run, budget and λ, and one panel for each run.
+
+    python -m listopd_jax.analysis.arms runs/cliff/plain runs/cliff/guard [--figure=arms.png]
+
+A run is a workdir of main; its name is the folder's. Numbers are means over seeds ± their standard deviation. The
+figure draws parse against λ at every budget, the untrained forecast, and where EC Eq. 4 (between the measured and the
+implied b) and the flip (its median over lists) put the threshold.
+"""
+
+import argparse
+import pathlib
+import statistics
+import sys
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from listopd_jax.analysis.inputs import Inputs, read_inputs
+from listopd_jax.analysis.wording import is_number
+from listopd_jax.errors import UserError
+
+COLUMNS = ("parse", "useful", "ndcg@1", "mae")
+HEAD = ("run", "steps", "λ", "seeds", "parse", "useful", "NDCG@1", "MAE", "K−1 cut", "guarded", "forecast")
+
+Record = Mapping[str, Any]
+
+
+def groups(inputs: Inputs) -> dict[tuple[int, float], list[Record]]:
+    """The distilled policies of a run by budget and λ, ascending."""
+    found = defaultdict(list)
+    for record in inputs.results:
+        if record["stage"] == "opd":
+            found[record["steps"], record["lambda"]].append(record)
+    return dict(sorted(found.items()))
+
+
+def mean_and_deviation(values: Iterable[float | None]) -> str:
+    """ "mean ± standard deviation" of the values that are there, "–" for none."""
+    there = [value for value in values if value is not None]
+    if not there:
+        return "–"
+    mean = f"{statistics.fmean(there):.3f}"
+    return mean + (f" ± {statistics.stdev(there):.3f}" if len(there) > 1 else "")
+
+
+def truncated(record: Record) -> float:
+    """Share of the lists that end after K−1 objects."""
+    return record["failures"].get("truncated_k_minus_1", 0) / max(1, record["n"])
+
+
+def guarded(inputs: Inputs, lam: float, steps: int) -> float | None:
+    """Mean share of guarded tokens over the first `steps` steps of all seeds at λ; None where it was not logged."""
+    rows = [
+        r for r in inputs.metrics if r.get("stage") == "opd" and r.get("lambda") == lam and r["step"] <= steps
+    ]
+    shares = [row["guarded_fraction"] for row in rows if is_number(row.get("guarded_fraction"))]
+    return statistics.fmean(shares) if shares else None
+
+
+def forecasts(inputs: Inputs) -> dict[float, float]:
+    """λ -> parse of the untrained target."""
+    return {r["lambda"]: r["parse"] for r in inputs.results if r["stage"] == "forecast"}
+
+
+def rows(name: str, inputs: Inputs) -> list[tuple[str, ...]]:
+    """The table's rows of one run."""
+    untrained, found = forecasts(inputs), []
+    for (steps, lam), records in groups(inputs).items():
+        numbers = [mean_and_deviation(r.get(column) for r in records) for column in COLUMNS]
+        cut, share = mean_and_deviation(map(truncated, records)), guarded(inputs, lam, steps)
+        forecast = f"{untrained[lam]:.3f}" if lam in untrained else "–"
+        guard = "–" if share is None else f"{share:.3f}"
+        found.append((name, str(steps), f"{lam:g}", str(len(records)), *numbers, cut, guard, forecast))
+    return found
+
+
+def markdown(table: Sequence[Sequence[str]]) -> str:
+    """A Markdown table under HEAD."""
+    lines = [HEAD, ("---",) * len(HEAD), *table]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def save_figure(runs: Mapping[str, Inputs], path: str) -> None:
+    """One panel a run: parse against λ at each budget, with its predictions; a PNG."""
+    from matplotlib.figure import Figure
+
+    columns = min(4, len(runs))
+    height = -(-len(runs) // columns)
+    figure = Figure(figsize=(3.2 * columns, 2.5 * height), layout="constrained")
+    panels = figure.subplots(height, columns, squeeze=False, sharey=True).flat
+    for axes, (name, inputs) in zip(panels, runs.items(), strict=False):
+        _panel(axes, name, inputs)
+    for axes in list(panels)[len(runs) :]:
+        axes.remove()
+    figure.legend(*_legend(figure), loc="outside lower center", ncols=6, fontsize=8, frameon=False)
+    figure.savefig(path, format="png", dpi=150, metadata={"Software": None})
+
+
+def _panel(axes, name: str, inputs: Inputs) -> None:
+    found = groups(inputs)
+    for steps, colour in zip(sorted({steps for steps, _ in found}), ("#bccad8", "#0068ab"), strict=False):
+        lams = [lam for n, lam in found if n == steps]
+        parse = [[r["parse"] for r in found[steps, lam]] for lam in lams]
+        axes.plot(
+            lams, [statistics.fmean(p) for p in parse], "o-", ms=3, color=colour, label=f"{steps} steps"
+        )
+        axes.vlines(lams, [min(p) for p in parse], [max(p) for p in parse], color=colour, lw=1)
+    untrained = sorted(forecasts(inputs).items())
+    if untrained:
+        axes.plot(*zip(*untrained, strict=True), ":", color="#c85200", label="forecast, no training")
+    for low, high, colour, label in _thresholds(inputs.calibration):
+        axes.axvspan(low, high, color=colour, alpha=0.35, lw=1, label=label)
+    axes.set(title=name, xlabel="λ", ylim=(-0.03, 1.03))
+    axes.grid(alpha=0.3)
+
+
+def _thresholds(calibration: Mapping[str, Any]) -> list[tuple[float, float, str, str]]:
+    """(low, high, colour, name) of the predictions that exist."""
+    ends = [calibration.get(f"lambda_typ_{b}") for b in ("measured", "implied")]
+    bands = [(min(ends), max(ends), "#b0569a", "Eq. 4")] if all(map(is_number, ends)) else []
+    flips = [f for f in calibration.get("flips", ()) if f["positions"] == "structural"]
+    for median in (f.get("percentile_50") for f in flips):
+        if is_number(median):
+            bands.append((median, median, "#007a5e", "flip, half of the lists"))
+    return bands
+
+
+def _legend(figure) -> tuple[list, list]:
+    """Every label of the panels once."""
+    found = {}
+    for axes in figure.axes:
+        for handle, label in zip(*axes.get_legend_handles_labels(), strict=True):
+            found.setdefault(label, handle)
+    return list(found.values()), list(found)
+
+
+def main(argv: Sequence[str]) -> int:
+    """Print the table; exit code 2 for a folder that holds no run."""
+    parser = argparse.ArgumentParser(
+        prog="python -m listopd_jax.analysis.arms", description=__doc__.split("\n")[0]
+    )
+    parser.add_argument("workdirs", nargs="+", type=pathlib.Path)
+    parser.add_argument("--figure", help="a PNG to write")
+    args = parser.parse_args(argv)
+    try:
+        runs = {folder.name: read_inputs(folder) for folder in args.workdirs}
+        print(markdown([row for name, inputs in runs.items() for row in rows(name, inputs)]))
+        if args.figure:
+            save_figure(runs, args.figure)
+    except (UserError, OSError) as e:
+        print(f"error: {e}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
