@@ -23,15 +23,15 @@ RUNS = "runs/cliff"
 ARMS = {
     # the pair with p < b at the comma before the last object; at λ = 1 `no_base` and `guard` are `plain`
     "plain": dict(lambdas=(1.0, 1.1, 1.15, 1.3, 1.5, 1.6, 2.0)),
-    "small_clip": dict(clip=1.5, lambdas=(1.0, 1.15, 1.3, 1.5)),
-    "no_clip": dict(clip=math.inf, ratio="none", lambdas=(1.0, 1.15, 1.3)),
+    "small_clip": dict(clip=1.5, lambdas=(1.0, 1.15, 1.5)),
+    "no_clip": dict(clip=math.inf, ratio="none", lambdas=(1.0, 1.3)),
     "no_base": dict(advantage="no_base", lambdas=(1.3, 2.0)),
-    "full_vocab": dict(estimator="full_vocab", ratio="none", lambdas=(1.0, 1.1, 1.2, 1.3)),
+    "full_vocab": dict(estimator="full_vocab", ratio="none", lambdas=(1.0, 1.1, 1.3)),
     "guard": dict(margin=1.25, lambdas=(1.15, 1.3, 1.5, 2.0)),
     "guard_full_vocab": dict(margin=1.25, estimator="full_vocab", ratio="none", lambdas=(1.3, 2.0)),
     # a teacher that never truncates: no structural flip, while EC Eq. 4 predicts a cliff
     "clean_teacher": dict(lambdas=(1.0, 1.3, 1.7, 3.0)),
-    "clean_teacher_small_clip": dict(clip=1.5, lambdas=(1.0, 1.3, 1.7)),
+    "clean_teacher_small_clip": dict(clip=1.5, lambdas=(1.0, 1.7)),
     # a base that truncates more than the teacher: p > b at the comma
     "truncating_base": dict(lambdas=(1.0, 1.8)),
 }
