@@ -12,6 +12,7 @@ from listopd_jax.analysis import findings, plots, wording
 from listopd_jax.analysis.calibrate import Positions, calibrate
 from listopd_jax.analysis.findings import FAILURES, headline, sentences
 from listopd_jax.analysis.report import write_report
+from listopd_jax.analysis.threshold_section import predicted
 from listopd_jax.errors import UserError
 from listopd_jax.task.contract import FAILURES as CONTRACT_FAILURES
 
@@ -442,6 +443,20 @@ def test_thresholds_before_training_stand_in_plain_words(tmp_path):
     spoken = [value for name, value in parsed.attributes if name == "aria-label" and "mode flip" in value]
     assert "λ*_safe, b measured at" in spoken[0]
     assert write_report(path).read_text("utf-8") == write_report(path).read_text("utf-8")
+
+
+def test_the_parse_figure_shows_budgets_and_predictions(tmp_path):
+    short = [record("opd", lam, 0.9, steps=10) for lam in CLIFF]
+    path = workdir(tmp_path / "w", results=sweep(CLIFF) + short)
+    flips = [{"positions": "structural", "percentile_50": 1.25}, {"positions": "all", "percentile_50": 1.05}]
+    found = {"lambda_typ_measured": 1.3, "lambda_typ_implied": 7.0, "flips": flips, "curve": []}
+    shown = [(one.name, one.points[0].lam) for one in predicted(found, last=1.4)]
+    assert shown == [("λ*_typ, b measured", 1.3), ("λ_flip of half the lists", 1.25)]
+    assert predicted({}, last=1.4) == []
+    assert list(findings.shorter_budgets(sweep(CLIFF) + short)) == [10]
+    assert findings.shorter_budgets(sweep(CLIFF)) == {}
+    page = write_report(path).read_text()
+    assert "OPD, 10 steps" in page
 
 
 def test_thresholds_that_do_not_exist_say_why(tmp_path):

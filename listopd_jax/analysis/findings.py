@@ -115,6 +115,15 @@ def policies(records: Iterable[Record]) -> list[Policy]:
     return [Policy(*key, tuple(sorted(groups[key], key=_seed))) for key in ordered]
 
 
+def shorter_budgets(records: Iterable[Record]) -> dict[int, list[Policy]]:
+    """The distilled policies at every budget but the longest, by steps, ascending."""
+    found = defaultdict(list)
+    for record in records:
+        if record["stage"] == "opd" and record.get("steps") is not None:
+            found[record["steps"]].append(record)
+    return {steps: policies(found[steps]) for steps in sorted(found)[:-1]}
+
+
 def find(records: Iterable[Record]) -> Findings:
     """Read the findings off the records of results.json."""
     everyone = policies(records)

@@ -18,7 +18,7 @@ from listopd_jax.analysis.curves import opd_section, sft_section
 from listopd_jax.analysis.findings import FAILURES, Findings, Policy
 from listopd_jax.analysis.inputs import METRICS, Inputs
 from listopd_jax.analysis.page import Cell, Example, Listing, Plot, Section, Table
-from listopd_jax.analysis.threshold_section import threshold_section
+from listopd_jax.analysis.threshold_section import predicted, threshold_section
 from listopd_jax.analysis.wording import (
     at,
     capital,
@@ -61,9 +61,9 @@ def contract_section(inputs: Inputs) -> Section:
     lead = (
         "A dot is one seed, its bar the 95 % interval over lists; the line joins the means. "
         "Horizontal lines are the policies before distillation; the forecast is greedy decoding from the target "
-        "λ log π_T + (1−λ) log π_B without any training."
+        "λ log π_T + (1−λ) log π_B without any training, upright lines the thresholds of the calibration."
     )
-    return Section("contract", title, lead, plots=[_parse_plot(found), _quality_plot(found)])
+    return Section("contract", title, lead, plots=[_parse_plot(inputs), _quality_plot(found)])
 
 
 def policies_section(inputs: Inputs) -> Section:
@@ -150,7 +150,8 @@ SECTIONS: tuple[Callable[[Inputs], Section | None], ...] = (
 )
 
 
-def _parse_plot(found: Findings) -> Plot:
+def _parse_plot(inputs: Inputs) -> Plot:
+    found = inputs.found
     last, first = found.cliff.last_held, found.cliff.first_broken
     if len(found.opd) == 1:
         title = f"Parse at the one λ tested, {number(found.opd[0].lam)}"
@@ -162,6 +163,9 @@ def _parse_plot(found: Findings) -> Plot:
         plots.Series("OPD", _points(found.opd, "parse"), plots.BLUE),
         plots.Series("forecast, untrained", _points(found.forecast, "parse"), plots.GREEN, "D"),
     ]
+    for steps, policies in findings.shorter_budgets(inputs.results).items():
+        series.append(plots.Series(f"OPD, {steps} steps", _points(policies, "parse"), plots.CALM))
+    series += predicted(inputs.calibration, max(p.lam for p in (*found.opd, *found.forecast)))
     svg = plots.versus_lambda(
         [one for one in series if one.points],
         _levels(found, "parse", percent),

@@ -155,9 +155,7 @@ def _curve_plot(found: Mapping[str, Any]) -> Plot:
     ]
     known = {name: found[name] for name in _MARKS if is_number(found.get(name))}
     series += [
-        plots.Series(name, [plots.Point(known[key], 0.0, (0.0, 1.0))], colour, marker)
-        for key, (name, colour, marker) in _MARKS.items()
-        if key in known and known[key] <= last
+        _mark(known[key], *look) for key, look in _MARKS.items() if key in known and known[key] <= last
     ]
     svg = plots.versus_lambda(
         series, ylabel="lists with a flip", in_percent=True, description=_spoken(curve, known)
@@ -165,6 +163,21 @@ def _curve_plot(found: Mapping[str, Any]) -> Plot:
     outside = [f"{_MARKS[key][0]} = {decimal(lam)}" for key, lam in known.items() if lam > last]
     title = capital(_first_flip(curve)) + (f" (off the figure: {', '.join(outside)})" if outside else "")
     return Plot(title, Markup(svg))
+
+
+def predicted(calibration: Mapping[str, Any], last: float) -> list[plots.Series]:
+    """EC Eq. 4's λ*_typ and the λ at which half of the lists have flipped, those up to `last`, as upright lines."""
+    known = {key: calibration.get(key) for key in _MARKS if key.startswith("lambda_typ")}
+    looks = {key: (known[key], *_MARKS[key]) for key in known}
+    for row in calibration.get("flips", ()):
+        if row.get("positions") == "structural":
+            looks["flip"] = (row.get("percentile_50"), "λ_flip of half the lists", plots.ORANGE, "D")
+    return [_mark(*look) for look in looks.values() if is_number(look[0]) and look[0] <= last]
+
+
+def _mark(lam: float, name: str, colour: str, marker: str) -> plots.Series:
+    """An upright line at `lam`."""
+    return plots.Series(name, [plots.Point(lam, 0.0, (0.0, 1.0))], colour, marker)
 
 
 def _first_flip(curve) -> str:
