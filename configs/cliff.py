@@ -3,7 +3,7 @@
     python -m listopd_jax.main --config=configs/cliff.py:plain --workdir=runs/cliff/plain
     python -m listopd_jax.main --config=configs/cliff.py:small_clip --workdir=runs/cliff/small_clip
 
-One preset an experiment ("arm"), five seeds, each run evaluated after N = 50 and after 4N = 200 steps; reviews, models
+One preset an experiment ("arm"), five or three seeds, each run evaluated after N = 50 and after 4N = 200 steps; reviews, models
 and SFT are those of configs/fashion.py:tiny. `plain` goes first and trains the pair, a teacher that truncates 22 % of
 its training answers and a base that does not; `clean_teacher` trains a teacher that never truncates, `truncating_base`
 a base that truncates more than the teacher. The other arms load those from runs/cliff. Hours on two cores: see
@@ -19,16 +19,20 @@ import ml_collections
 from listopd_jax.config import unknown_name
 
 RUNS = "runs/cliff"
+THREE = (7, 13, 21)  # seeds of the arms whose answer is plain
 
 ARMS = {
     # the pair with p < b at the comma before the last object; at λ = 1 `no_base` and `guard` are `plain`
     "plain": dict(lambdas=(1.0, 1.1, 1.15, 1.3, 1.5, 1.6, 2.0)),
     "small_clip": dict(clip=1.5, lambdas=(1.0, 1.15, 1.5)),
     "no_clip": dict(clip=math.inf, ratio="none", lambdas=(1.0, 1.3)),
-    "no_base": dict(advantage="no_base", lambdas=(1.3, 2.0)),
-    "full_vocab": dict(estimator="full_vocab", ratio="none", lambdas=(1.0, 1.1, 1.3)),
+    "no_base": dict(advantage="no_base", lambdas=(1.3, 2.0), seeds=THREE),
+    "full_vocab": dict(estimator="full_vocab", ratio="none", lambdas=(1.0, 1.1, 1.3), seeds=THREE),
     "guard": dict(margin=1.25, lambdas=(1.15, 1.3, 1.5, 2.0)),
-    "guard_full_vocab": dict(margin=1.25, estimator="full_vocab", ratio="none", lambdas=(1.3, 2.0)),
+    "guard_full_vocab": dict(
+        margin=1.25, estimator="full_vocab", ratio="none", lambdas=(1.3, 2.0), seeds=THREE
+    ),
+    "guard_base": dict(margin=1.25, fallback="base", lambdas=(1.0, 1.15, 1.3, 1.5, 2.0)),
     # a teacher that never truncates: no structural flip, while EC Eq. 4 predicts a cliff
     "clean_teacher": dict(lambdas=(1.0, 1.3, 1.7, 3.0)),
     "clean_teacher_small_clip": dict(clip=1.5, lambdas=(1.0, 1.7)),
@@ -49,7 +53,7 @@ def get_config(arm: str = "plain") -> ml_collections.ConfigDict:
     config.forecast.lambdas = (1.05, 1.15, 1.2, 1.25, 1.4)
     config.train.update(checkpoint_every=100, keep_checkpoints=1, export=arm in MAKES)
     options = dict(ARMS[arm])
-    config.opd.guard.margin = options.pop("margin", 0.0)
+    config.opd.guard.update(margin=options.pop("margin", 0.0), fallback=options.pop("fallback", "teacher"))
     config.opd.update(options)
     _models(config, arm)
     return config
