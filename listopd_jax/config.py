@@ -22,6 +22,7 @@ from listopd_jax.models.config import named_config
 
 RATIOS = ("teacher_student", "trainer_rollout", "aspo", "none")
 ADVANTAGES = ("base_relative", "no_base")
+FALLBACKS = ("teacher", "base")
 ESTIMATORS = ("sampled", "full_vocab")
 AGGREGATES = ("token", "sequence")
 SOURCES = ("synthetic", "clothing", "amazon2018", "amazon2023")
@@ -102,7 +103,14 @@ def defaults() -> ml_collections.ConfigDict:
         sft=_section(teacher=_sft(), student=_sft()),
         optimizer=_section(b1=0.9, weight_decay=0.0, max_grad_norm=1.0),
         opd=_section(
-            lambdas=(1.0, 1.05, 1.1, 1.15, 1.2, 1.25),
+            lambdas=(
+                1.0,
+                1.05,
+                1.1,
+                1.15,
+                1.2,
+                1.25,
+            ),  # (): stop after the forecast, as launch/ does once a grid
             seeds=(0,),
             steps=0,  # 0: as many as `epochs` give
             epochs=3.0,
@@ -122,14 +130,26 @@ def defaults() -> ml_collections.ConfigDict:
             entropy_bonus=0.0,
             lambda_warmup_steps=0,
             ppo_clip=0.0,  # 0: off
-            guard=_section(
-                margin=0.0
-            ),  # keep the teacher's mode: λ_t = λ where λ·margin ≤ λ_flip, else 1; 0: off
+            guard=_section(  # keep the teacher's mode: λ_t = λ where λ·margin ≤ λ_flip, else that of `fallback`
+                margin=0.0,  # 0: off
+                fallback="teacher",  # teacher: 1; base: 0 where base and teacher have one mode, else 1
+            ),
             budgets=(),  # steps before the last at which each run is evaluated too
             head_chunk=1024,  # completion positions whose logits exist at one time
         ),
         forecast=_section(lambdas=(), batch_size=8),  # lambdas besides opd.lambdas, decoded without training
         evaluation=_section(batch_size=64, max_lists=0, bootstrap=2000, examples=3),
+        parallel=_section(
+            grid=1,  # points of (λ, seed) trained at once: 1, the main job trains them one after another
+            data=-1,  # devices among which rows are split, weights copied; -1: all that are left
+            fsdp=1,  # devices among which rows and weights are split
+            tensor=1,  # devices among which heads, MLP units and vocabulary are split
+            gather_rollout=True,  # gather the student's weights over fsdp once before it writes, not at every token
+            coordinator="",  # host:port of process 0, or JAX_COORDINATOR_ADDRESS; empty: one process, or found by jax
+            num_processes=0,  # or JAX_NUM_PROCESSES
+            process_id=-1,  # or JAX_PROCESS_ID
+            timeout_s=60,  # that processes wait for each other at start and end, and for a lost heartbeat
+        ),
         train=_section(checkpoint_every=50, keep_checkpoints=2, export=True),
     )
 
@@ -162,6 +182,7 @@ _NAMES = {
     "opd.advantage": ADVANTAGES,
     "opd.estimator": ESTIMATORS,
     "opd.aggregate": AGGREGATES,
+    "opd.guard.fallback": FALLBACKS,
     "data.source": SOURCES,
     "task.ndcg_gain": ("linear", "exponential"),
     "remat": REMATS,
@@ -175,6 +196,7 @@ task.max_prompt task.max_response task.prompt_buckets tokenizer.vocab_size data.
 data.synthetic.reviews_per_product sft.teacher.batch_size sft.teacher.lr sft.student.batch_size sft.student.lr
 opd.batch_size opd.rollouts opd.updates_per_batch opd.lr opd.temperature opd.head_chunk
 forecast.batch_size evaluation.batch_size evaluation.bootstrap train.checkpoint_every train.keep_checkpoints
+parallel.timeout_s
 """.split()
 
 _NOT_NEGATIVE = """
@@ -237,7 +259,6 @@ def _validate_grid(config: ml_collections.ConfigDict) -> None:
             _is_lambda(x),
             f"forecast.lambdas={config.forecast.lambdas}: every lambda is a number >= 0, not {x!r}",
         )
-    _require(len(lambdas) > 0, "opd.lambdas is empty: give at least one lambda, e.g. (1.0,)")
     _require(len(seeds) > 0, "opd.seeds is empty: give at least one seed, e.g. (0,)")
     budgets = config.opd.budgets
     _require(
@@ -292,10 +313,27 @@ def _validate_combinations(config: ml_collections.ConfigDict) -> None:
         config.tokenizer.path or not (config.teacher.weights or config.student.weights),
         "tokenizer.path is empty: models with weights need their tokenizer, e.g. the same folder or hub id",
     )
+    _validate_parallel(config.parallel)
     size = config.tokenizer.vocab_size
     _require(size >= 258, f"tokenizer.vocab_size={size}: at least 258 are needed (256 bytes, EOS, PAD)")
     for role in ("teacher", "student"):
         _validate_model(role, config[role])
+
+
+def _validate_parallel(parallel: ml_collections.ConfigDict) -> None:
+    axes = {axis: parallel[axis] for axis in ("data", "fsdp", "tensor")}
+    _require(
+        parallel.grid == 1,
+        f"parallel.grid={parallel.grid}: the main job trains one (lambda, seed) at a time, set it to 1; launch/ runs "
+        "many side by side",
+    )
+    for axis, size in axes.items():
+        _require(size == -1 or size > 0, f"parallel.{axis}={size}: must be > 0, or -1 for all devices left")
+    _require(
+        list(axes.values()).count(-1) <= 1,
+        f"parallel.{', parallel.'.join(a for a in axes if axes[a] == -1)}: only one of them can be -1",
+    )
+    _require(parallel.num_processes >= 0, f"parallel.num_processes={parallel.num_processes}: must be >= 0")
 
 
 def _validate_data(config: ml_collections.ConfigDict) -> None:
@@ -365,9 +403,18 @@ def _plain(value: Any) -> Any:
     return str(value) if isinstance(value, float) and math.isinf(value) else value
 
 
+MAY_CHANGE = ("opd.lambdas", "opd.seeds", "forecast.lambdas", "parallel.")
+"""Fields and sections that may differ between calls on one workdir: the grid may grow, the devices may be others."""
+
+
+def fixed_fields(saved: dict[str, Any]) -> dict[str, Any]:
+    """The dotted fields of a config in JSON values, without those that `MAY_CHANGE`."""
+    return {field: value for field, value in flatten(saved) if not field.startswith(MAY_CHANGE)}
+
+
 def digest(config: ml_collections.ConfigDict | ml_collections.FrozenConfigDict) -> str:
-    """SHA-256 of the config's canonical JSON."""
-    return hashlib.sha256(json.dumps(to_json(config), sort_keys=True).encode()).hexdigest()
+    """SHA-256 of the fixed fields of a config."""
+    return hashlib.sha256(json.dumps(fixed_fields(to_json(config)), sort_keys=True).encode()).hexdigest()
 
 
 def code_revision() -> str:

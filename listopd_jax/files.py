@@ -4,37 +4,43 @@ import json
 import os
 import pathlib
 import tempfile
-from typing import Any
+from typing import IO, Any
 
 from listopd_jax.errors import UserError
+from listopd_jax.parallel.hosts import is_main
 
 
 def write_text(path: str | os.PathLike, text: str) -> None:
-    """Write `text` (UTF-8) to `path` atomically: temporary file beside it, fsync, rename.
+    """Write `text` (UTF-8) to `path` atomically: temporary file, fsync, rename. Of many hosts only the first writes.
 
     Raises UserError if the folder cannot be written (full disk, read-only).
     """
+    if not is_main():
+        return
     path = pathlib.Path(path)
-    temporary = None
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.NamedTemporaryFile(
             "w", encoding="utf-8", dir=path.parent, prefix=f".{path.name}.", delete=False
         ) as f:
-            temporary = f.name
-            f.write(text)
-            f.flush()
-            os.fsync(f.fileno())
-        os.chmod(
-            temporary, 0o666 & ~_umask()
-        )  # NamedTemporaryFile makes files that only their owner can read
-        os.replace(temporary, path)
+            _write_and_rename(f, path, text)
     except OSError as e:
-        if temporary and os.path.exists(temporary):
-            os.unlink(temporary)
         raise UserError(
             f"{path}: cannot be written ({e.strerror or e}); free space or choose another --workdir"
         ) from e
+
+
+def _write_and_rename(f: IO[str], path: pathlib.Path, text: str) -> None:
+    """Make the open temporary file `f` into `path`; it is removed if that fails or is interrupted."""
+    try:
+        f.write(text)
+        f.flush()
+        os.fsync(f.fileno())
+        os.chmod(f.name, 0o666 & ~_umask())  # NamedTemporaryFile makes files that only their owner can read
+        os.replace(f.name, path)
+    except BaseException:
+        pathlib.Path(f.name).unlink(missing_ok=True)
+        raise
 
 
 def _umask() -> int:

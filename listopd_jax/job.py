@@ -18,6 +18,7 @@ from listopd_jax.data.tokenizer import check_tokenizers_agree, load_tokenizer, t
 from listopd_jax.errors import UserError
 from listopd_jax.models.build import graph_of, model_config
 from listopd_jax.models.config import ModelConfig
+from listopd_jax.parallel import hosts, rules
 from listopd_jax.task.codec import Codec
 from listopd_jax.task.prompt import ListExample
 
@@ -81,34 +82,35 @@ class Job:
         sft = self.config.sft[role]
         noise = data_input.AnswerNoise(sft.truncation_rate, sft.duplicate_rate, seed=sft.seed)
         split = data_input.with_noise(self.train, self.examples["train"], self.codec.tokenizer, noise)
-        return data_input.train_batches(split, buckets=self.buckets, batch_size=sft.batch_size, seed=sft.seed)
+        return self._train_batches(split, sft.batch_size, sft.seed)
 
     def opd_batches(self, seed: int) -> Any:
         """Endless shuffled batches of prompts for OPD."""
+        return self._train_batches(self.train, self.config.opd.batch_size, seed)
+
+    def _train_batches(self, split: data_input.EncodedSplit, batch_size: int, seed: int) -> Any:
+        """Of each global batch, the rows that this host's devices hold."""
+        rows = hosts.local_rows(batch_size)
         return data_input.train_batches(
-            self.train, buckets=self.buckets, batch_size=self.config.opd.batch_size, seed=seed
+            split, buckets=self.buckets, batch_size=batch_size, seed=seed, rows=rows
         )
 
     def evaluation_batches(self, batch_size: int = 0) -> Iterator[dict[str, Any]]:
-        """Every validation list once, `batch_size` (0: `evaluation.batch_size`) at a time."""
-        return data_input.evaluation_batches(
-            self.validation, buckets=self.buckets, batch_size=batch_size or self.config.evaluation.batch_size
-        )
+        """Every validation list once, `batch_size` (0: `evaluation.batch_size`) or a few more at a time."""
+        size = rules.whole_rows(batch_size or self.config.evaluation.batch_size)
+        return data_input.evaluation_batches(self.validation, buckets=self.buckets, batch_size=size)
 
 
 def open_job(config: ml_collections.FrozenConfigDict, workdir: pathlib.Path) -> Job:
     """The prepare stage: build or find data set and tokenizer; UserError for whatever cannot be used."""
-    report = prepare(config.data, config.task, workdir / "data")
-    refuse_other_data(workdir, report["fingerprint"])
-    for note in report["notes"]:
-        logging.warning("data: %s", note)
-    examples = {split: read_split(workdir / "data", split) for split in ("train", "validation")}
-    return Job(
-        config,
-        workdir,
-        Codec(_tokenizer(config, workdir, report["fingerprint"], examples["train"])),
-        examples,
-    )
+    with hosts.main_first():
+        report = prepare(config.data, config.task, workdir / "data")
+        refuse_other_data(workdir, report["fingerprint"])
+        for note in report["notes"]:
+            logging.warning("data: %s", note)
+        examples = {split: read_split(workdir / "data", split) for split in ("train", "validation")}
+        tokenizer = _tokenizer(config, workdir, report["fingerprint"], examples["train"])
+    return Job(config, workdir, Codec(tokenizer), examples)
 
 
 def refuse_other_data(workdir: pathlib.Path, fingerprint: str) -> None:

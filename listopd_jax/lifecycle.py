@@ -1,13 +1,19 @@
-"""One job, one workdir: the lock that keeps a second run out, and a SIGTERM that is heard between steps."""
+"""One job, one workdir: the lock that keeps a second run out, and a SIGTERM that is heard in time.
+
+SIGTERM (pre-emption) ends the job with exit code 0. In training that takes at most one step and one save, besides the
+rest of a save that is still being written; elsewhere the job stops at once, since every result is written whole and
+found again. A second SIGTERM changes nothing.
+"""
 
 import contextlib
 import fcntl
 import pathlib
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import Any
 
-from listopd_jax.errors import UserError
+from listopd_jax.errors import Interrupted, UserError
 
 
 @contextlib.contextmanager
@@ -38,14 +44,58 @@ def locked(workdir: pathlib.Path) -> Iterator[None]:
 
 
 @contextlib.contextmanager
+def interruptible() -> Iterator[None]:
+    """While inside, the first SIGTERM raises Interrupted where the job is; within `sigterm_flag` it only sets the flag.
+
+    For the main thread. Python hears the signal when the call that it is in returns, e.g. one batch of an evaluation.
+    """
+
+    def stop(*_):
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        raise Interrupted("stopped; the same command goes on from there")
+
+    with _heard_by(stop):
+        yield
+
+
+@contextlib.contextmanager
 def sigterm_flag() -> Iterator[threading.Event]:
-    """While inside, SIGTERM only sets the flag, to be looked at between steps; never set outside the main thread."""
+    """While inside, SIGTERM only sets the flag, to be looked at between steps; never set outside the main thread.
+
+    A SIGTERM that was not acted on, though nothing failed, is handed at the end to the handler that stood before.
+    """
     flag = threading.Event()
     if threading.current_thread() is not threading.main_thread():
         yield flag
         return
-    before = signal.signal(signal.SIGTERM, lambda *_: flag.set())
-    try:
+    with _heard_by(lambda *_: flag.set()) as before:
         yield flag
+    if flag.is_set() and callable(before):
+        before(signal.SIGTERM, None)
+
+
+@contextlib.contextmanager
+def _heard_by(handler: Callable) -> Iterator[Any]:
+    """While inside, `handler` hears SIGTERM. Yields the one before, which is put back at the end.
+
+    After Interrupted, SIGTERM is ignored for good: another must not cut the way out of the process short.
+    """
+    before = after = signal.signal(signal.SIGTERM, handler)
+    try:
+        yield before
+    except Interrupted:
+        after = signal.SIG_IGN
+        raise
     finally:
-        signal.signal(signal.SIGTERM, before)
+        signal.signal(signal.SIGTERM, after)
+
+
+def anywhere(flag: bool) -> bool:
+    """Whether `flag` is up on any host; every host asks at the same point."""
+    import jax
+    import numpy
+    from jax.experimental import multihost_utils
+
+    if jax.process_count() == 1:
+        return flag
+    return bool(multihost_utils.process_allgather(numpy.array(flag)).any())

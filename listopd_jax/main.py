@@ -4,6 +4,7 @@ One run from reviews to report: prepare, SFT of teacher and student, OPD for eac
 Stopped at any moment, the same command goes on. Exit code 0: done (or saved on SIGTERM); 2: a mistake to mend.
 """
 
+import contextlib
 import importlib.metadata
 import pathlib
 import platform
@@ -18,9 +19,8 @@ from ml_collections import config_flags
 from listopd_jax import config as config_module
 from listopd_jax import files
 from listopd_jax.errors import Interrupted, UserError
-from listopd_jax.lifecycle import locked
-
-GRID = {"opd.lambdas", "opd.seeds", "forecast.lambdas"}  # may differ between calls on one workdir
+from listopd_jax.lifecycle import interruptible, locked
+from listopd_jax.parallel import hosts
 
 _CONFIG = config_flags.DEFINE_config_file(
     "config", None, "configs/NAME.py[:PRESET]; override with --config.field=value"
@@ -37,20 +37,27 @@ def main(argv: list[str]) -> int:
         return 0
     try:
         config, workdir = parse(argv)
-        with locked(workdir):
-            record_config(config, workdir, argv)
+        with hosts.joined(config.parallel), _alone(workdir), interruptible():
+            with hosts.main_first():
+                record_config(config, workdir, argv)
             report = run(config, workdir)
     except UserError as e:
         print(f"error: {e}", file=sys.stderr)
-        return 2
+        return hosts.leave(2, str(e))
     except Interrupted as e:
         print(e, file=sys.stderr)
-        return 0
+        return hosts.leave(0, str(e))
     except KeyboardInterrupt:
         print("stopped; the same command goes on from the last checkpoint", file=sys.stderr)
-        return 130
-    print(f"report: {report}")
+        return hosts.leave(130, "stopped from the keyboard")
+    if hosts.is_main():
+        print(f"report: {report}")
     return 0
+
+
+def _alone(workdir: pathlib.Path) -> contextlib.AbstractContextManager:
+    """The lock on `workdir`, which of many hosts the first holds for all."""
+    return locked(workdir) if hosts.is_main() else contextlib.nullcontext()
 
 
 def parse(argv: list[str]) -> tuple[Any, pathlib.Path]:
@@ -93,25 +100,38 @@ def _unknown_field(argv: list[str], e: Exception) -> str:
 def record_config(config: Any, workdir: pathlib.Path, argv: list[str]) -> None:
     """Save what this run is; UserError if the workdir already holds results of another config.
 
-    The grid may grow: points that are done are kept, new ones are added.
+    Of many hosts the first does; the others only look that the workdir is one they share.
+    The grid may grow: points that are done are kept, new ones are added. What a later call was made with is appended
+    to the list "resumed".
     """
-    path, now = workdir / "config.json", config_module.to_json(config)
-    if path.exists() and any((workdir / name).exists() for name in ("checkpoints", "results.json")):
-        old, new = (dict(config_module.flatten(tree)) for tree in (_saved_config(path), now))
-        for field in sorted((old.keys() | new.keys()) - GRID):
-            if old.get(field) != new.get(field):
-                raise UserError(
-                    f"{path}: this workdir holds a run with {field}={old.get(field)!r}, not {new.get(field)!r}; "
-                    "choose another --workdir"
-                )
-    files.write_json(path, {"config": now, **description(config, argv)})
+    if not hosts.is_main():
+        if not (workdir / "config.json").exists():
+            raise UserError(
+                f"--workdir={workdir}: not seen on every host; choose a folder that all of them share"
+            )
+        return
+    path, now, made = workdir / "config.json", config_module.to_json(config), description(config, argv)
+    if not (path.exists() and any((workdir / name).exists() for name in ("checkpoints", "results.json"))):
+        files.write_json(path, {"config": now, **made})
+        return
+    first = _saved_record(path)
+    old, new = map(config_module.fixed_fields, (first["config"], now))
+    for field in sorted(old.keys() | new.keys()):
+        if old.get(field) != new.get(field):
+            raise UserError(
+                f"{path}: this workdir holds a run with {field}={old.get(field)!r}, not {new.get(field)!r}; "
+                "choose another --workdir"
+            )
+    again = {name: made[name] for name in ("command", "revision", "device", "versions")}
+    files.write_json(path, first | {"config": now, "resumed": [*first.get("resumed", []), again]})
 
 
-def _saved_config(path: pathlib.Path) -> dict[str, Any]:
+def _saved_record(path: pathlib.Path) -> dict[str, Any]:
     saved = files.read_json(path)
-    if not isinstance(saved, dict) or not isinstance(saved.get("config"), dict):
+    fits = isinstance(saved, dict) and isinstance(saved.get("config"), dict)
+    if not fits or not isinstance(saved.get("resumed", []), list):
         raise UserError(f"{path}: not the record of a run; choose another --workdir")
-    return saved["config"]
+    return saved
 
 
 def description(config: Any, argv: list[str]) -> dict[str, Any]:
@@ -150,7 +170,7 @@ def run(config: Any, workdir: pathlib.Path) -> pathlib.Path:
     jax.config.update("jax_compilation_cache_dir", str(workdir / "compile_cache"))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 1.0)
     run_stages(config, workdir)
-    return write_report(workdir)
+    return write_report(workdir) if hosts.is_main() else workdir
 
 
 if __name__ == "__main__":

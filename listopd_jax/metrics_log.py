@@ -17,12 +17,15 @@ from tqdm import tqdm
 
 from listopd_jax import files
 from listopd_jax.errors import UserError
+from listopd_jax.parallel.hosts import is_main
 
 FILE = "metrics.jsonl"
 
 
 class MetricsLog:
     """Context manager that appends the metrics of one run to metrics.jsonl and its TensorBoard events.
+
+    Of many hosts only the first writes.
 
     Args:
       workdir: has metrics.jsonl, shared by all runs; rows of other runs are kept.
@@ -47,6 +50,8 @@ class MetricsLog:
         self._resume_step = resume_step
 
     def __enter__(self) -> "MetricsLog":
+        if not is_main():
+            return self
         path = self._workdir / FILE
         forget_after(self._workdir, self._head["run"], self._resume_step)
         try:
@@ -62,6 +67,8 @@ class MetricsLog:
 
     def log(self, step: int, metrics: Mapping[str, Any]) -> None:
         """Append one row: names and scalars (Python, NumPy or JAX). NaN and infinities become null."""
+        if not is_main():
+            return
         values = {name: float(value) for name, value in metrics.items()}
         finite = {name: value if math.isfinite(value) else None for name, value in values.items()}
         row = {**self._head, "step": int(step), **finite}
@@ -74,8 +81,9 @@ class MetricsLog:
             raise _not_writable(self._workdir / FILE, e) from e
 
     def __exit__(self, *_: object) -> None:
-        self._file.close()
-        self._events.close()
+        if is_main():
+            self._file.close()
+            self._events.close()
 
 
 def forget_after(workdir: str | pathlib.Path, run: str, step: int) -> None:
@@ -130,12 +138,12 @@ def progress(
 
     `initial` is how many of the total were done before this start; `total` is for iterables that do not know their
     length. Show key metrics with `bar.set_postfix(loss=…, refresh=False)`. Where stderr is no terminal, a line is
-    printed at most every 10 s.
+    printed at most every 10 s; of many hosts only the first prints.
     """
     bar = tqdm if sys.stderr.isatty() else _Lines
     given = isinstance(iterable_or_total, int)
     source = {"total": iterable_or_total} if given else {"iterable": iterable_or_total, "total": total}
-    return bar(**source, desc=description, initial=initial, dynamic_ncols=True)
+    return bar(**source, desc=description, initial=initial, dynamic_ncols=True, disable=not is_main())
 
 
 class _Lines(tqdm):

@@ -2,7 +2,7 @@
 
 import pathlib
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from listopd_jax.analysis.calibrate import calibrate_stage
@@ -11,6 +11,8 @@ from listopd_jax.analysis.results import evaluate, evaluated
 from listopd_jax.job import Job, open_job
 from listopd_jax.models.build import cast
 from listopd_jax.models.hf import save_hf
+from listopd_jax.parallel.hosts import is_main
+from listopd_jax.parallel.mesh import check_mesh, configured_mesh, use_mesh
 from listopd_jax.train.loop import Run
 from listopd_jax.train.opd import make_step, opd_runs, preflight, train_opd
 from listopd_jax.train.opd_step import Frozen
@@ -19,7 +21,16 @@ from listopd_jax.train.sft import sft_run, train_sft
 
 def run_stages(config: Any, workdir: pathlib.Path) -> None:
     """prepare → SFT teacher and student (= base) → calibrate, forecast → OPD for each λ and seed, each evaluated."""
+    mesh = configured_mesh(config.parallel)
     job = open_job(config, workdir)
+    if mesh is not None:
+        check_mesh(config, job.shapes, mesh.shape)
+    with use_mesh(mesh):
+        _models_to_policies(job)
+
+
+def _models_to_policies(job: Job) -> None:
+    config = job.config
     teacher, student = (sft_stage(job, role) for role in ("teacher", "student"))
     frozen = Frozen(cast(teacher, config.dtype.frozen), cast(student, config.dtype.frozen))
     del teacher
@@ -42,11 +53,17 @@ def sft_stage(job: Job, role: str) -> Any:
 
 def distil(job: Job, frozen: Frozen, student: Any, lam: float, seed: int, opd_step: Callable) -> None:
     """Train at λ and seed, evaluate at every budget, export at the last."""
-    *budgets, last = opd_runs(job, lam, seed)
-    for run in (*budgets, last):
+    runs = opd_runs(job, lam, seed)
+    for run in runs:
         if evaluated(job.workdir, run) is None:
-            params = train_opd(job, frozen, student, run, opd_step)
-            finish(job, "student", params, run, export=run is last)
+            params = train_opd(job, frozen, student, run, opd_step, most_useful(job.workdir, runs))
+            finish(job, "student", params, run, export=run is runs[-1])
+
+
+def most_useful(workdir: pathlib.Path, runs: Sequence[Run]) -> int | None:
+    """The number of steps of the most useful policy among those of `runs` that are evaluated."""
+    records = filter(None, (evaluated(workdir, run) for run in runs))
+    return max(((r["useful"], r["steps"]) for r in records), default=(None, None))[1]
 
 
 def finish(job: Job, role: str, params: Any, run: Run, export: bool = True) -> None:
@@ -57,4 +74,5 @@ def finish(job: Job, role: str, params: Any, run: Run, export: bool = True) -> N
     shown = ", ".join(
         f"{name} {record[name]:.3f}" for name in ("parse", "useful", "ndcg@1") if record[name] is not None
     )
-    print(f"{run.name}, {run.steps} steps: {shown}", file=sys.stderr)
+    if is_main():
+        print(f"{run.name}, {run.steps} steps: {shown}", file=sys.stderr)

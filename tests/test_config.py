@@ -38,7 +38,7 @@ def test_k_follows_the_source():
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"opd.lambdas": ()}, "opd.lambdas is empty"),
+        ({"opd.seeds": ()}, "opd.seeds is empty"),
         ({"opd.lambdas": (1.0, 1.0)}, "stands twice"),
         ({"opd.lambdas": (1.0, math.nan)}, "must not be NaN"),
         ({"opd.lambdas": (1.0, math.inf)}, "must be finite"),
@@ -88,3 +88,11 @@ def test_the_digest_changes_with_any_field():
     assert config_module.digest(a) == config_module.digest(b)
     b.opd.lr *= 2
     assert config_module.digest(a) != config_module.digest(b)
+
+
+def test_the_digest_is_of_what_may_not_change_in_a_workdir():
+    """The grid may grow and the devices may be others."""
+    a, b = fashion.get_config("tiny"), fashion.get_config("tiny")
+    b.opd.lambdas, b.opd.seeds, b.forecast.lambdas, b.parallel.fsdp = (1.0, 9.0), (3, 4), (7.0,), 4
+    assert config_module.digest(a) == config_module.digest(b)
+    assert "opd.lambda_warmup_steps" in config_module.fixed_fields(config_module.to_json(a))

@@ -18,19 +18,27 @@ MODE = TEACHER.argmax(-1)
 FLIP = flip_lambda(TEACHER, BASE, MODE)
 
 
-def guarded(lam, margin):
-    return guarded_lambda(jnp.float32(lam), FLIP, jnp.float32(margin))
+def guarded(lam, margin, fallback="teacher"):
+    return guarded_lambda(TEACHER, BASE, jnp.float32(lam), jnp.float32(margin), fallback)
 
 
+@pytest.mark.parametrize("fallback", ["teacher", "base"])
 @pytest.mark.parametrize("lam", [1.05, 1.3, 2.0, 5.0])
 @pytest.mark.parametrize("margin", [1.001, 1.25, 2.0])
-def test_the_guarded_target_keeps_the_teachers_mode_and_the_plain_one_does_not(lam, margin):
-    own = guarded(lam, margin)
+def test_the_guarded_target_keeps_the_teachers_mode_and_the_plain_one_does_not(lam, margin, fallback):
+    own = guarded(lam, margin, fallback)
     target = target_log_distribution(TEACHER, BASE, own[:, None], "base_relative")
     plain = target_log_distribution(TEACHER, BASE, lam, "base_relative")
     assert (target.argmax(-1) == MODE).all()
     assert ((plain.argmax(-1) != MODE) == (lam > FLIP)).all()
-    assert set(np.unique(own)) <= {np.float32(1.0), np.float32(lam)}
+    assert set(np.unique(own)) == {0.0, 1.0, np.float32(lam)} - ({0.0} if fallback == "teacher" else set())
+
+
+def test_with_one_rival_the_base_is_the_surer_of_the_mode_where_it_stands_in():
+    teacher, base = (x[:, :2] - jax.nn.logsumexp(x[:, :2], -1, keepdims=True) for x in (TEACHER, BASE))
+    own = guarded_lambda(teacher, base, jnp.float32(1.3), jnp.float32(1.25), "base")
+    sure_t, sure_b = (np.asarray(x.max(-1))[own == 0] for x in (teacher, base))
+    assert len(sure_t) > 20 and (sure_b > sure_t).all()
 
 
 def test_a_larger_margin_guards_more_and_without_a_rival_nothing_is_guarded():
@@ -40,22 +48,28 @@ def test_a_larger_margin_guards_more_and_without_a_rival_nothing_is_guarded():
 
 
 @pytest.mark.parametrize("lam", [0.0, 0.5, 1.0])
-def test_no_extrapolation_no_guard(lam):
+def test_no_extrapolation_no_guard_by_the_teacher(lam):
     assert (guarded(lam, 1e9) == lam).all()
 
 
+@pytest.mark.parametrize("fallback", ["teacher", "base"])
 @pytest.mark.parametrize("variant", [EXACT, Variant("aspo"), Variant()])
-def test_the_update_is_the_naive_one_with_a_lambda_for_each_position(batch, frozen_logps, variant):  # noqa: F811
+def test_the_update_is_the_naive_one_with_a_lambda_for_each_position(
+    batch,  # noqa: F811
+    frozen_logps,  # noqa: F811
+    variant,
+    fallback,
+):
     lam, margin = 1.4, 1.5
     teacher, base = (np.asarray(x, np.float64) for x in frozen_logps)
-    flip = flip_lambda_from_log_probs(teacher, base)
-    own = np.where(lam * margin <= flip, lam, 1.0)
+    agrees = (teacher.argmax(-1) == base.argmax(-1)) & (fallback == "base")
+    own = np.where(lam * margin <= flip_lambda_from_log_probs(teacher, base), lam, np.where(agrees, 0.0, 1.0))
     scalars = hyper(lam)._replace(guard_margin=jnp.float32(margin))
-    metrics, per_token, grads = run(batch, scalars, variant._replace(guard=True), microbatch=2)
-    np.testing.assert_allclose(per_token["lambda"], np.where(per_token["lambda"] > 0, own, 0), rtol=1e-6)
-    written = per_token["lambda"] > 0
+    metrics, per_token, grads = run(batch, scalars, variant._replace(guard=fallback), microbatch=2)
+    written = per_token["student"] != 0
+    np.testing.assert_allclose(per_token["lambda"][written], own[written], rtol=1e-6)
     assert 0 < metrics["guarded_fraction"] < 1
-    assert metrics["guarded_fraction"] == pytest.approx((own[written] == 1).mean())
+    assert metrics["guarded_fraction"] == pytest.approx((own[written] != lam).mean())
     used = own[..., None] if variant is EXACT else own
     expected = jax.grad(lambda p: naive_loss(p, *frozen_logps, batch, used, 5.0, 0.0, 0.0, 0.2, variant))
     assert_close(grads, expected(STUDENT))

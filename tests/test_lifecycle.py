@@ -9,8 +9,9 @@ import threading
 
 import pytest
 
-from listopd_jax.errors import UserError
-from listopd_jax.lifecycle import locked, sigterm_flag
+from listopd_jax import files
+from listopd_jax.errors import Interrupted, UserError
+from listopd_jax.lifecycle import interruptible, locked, sigterm_flag
 
 HOLD = """
 import pathlib, subprocess, sys
@@ -134,3 +135,76 @@ def test_outside_the_main_thread_the_flag_stays_down():
     thread.start()
     thread.join()
     assert seen == [False]
+
+
+def terminate():
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
+@pytest.fixture(autouse=True)
+def handler():
+    """The handler of SIGTERM, put back after the test."""
+    handler = signal.getsignal(signal.SIGTERM)
+    yield handler
+    signal.signal(signal.SIGTERM, handler)
+
+
+def test_elsewhere_sigterm_stops_the_job_at_once():
+    reached = False
+    with pytest.raises(Interrupted), interruptible():
+        terminate()
+        reached = True
+    assert not reached
+
+
+def test_a_second_sigterm_does_not_cut_the_way_out_short():
+    """Neither while the stack is unwound nor after."""
+    cleaned = False
+    with pytest.raises(Interrupted), interruptible():
+        try:
+            terminate()
+        finally:
+            terminate()
+            cleaned = True
+    terminate()
+    assert cleaned
+
+
+def test_a_job_that_ends_by_itself_leaves_the_handler_as_it_was(handler):
+    with interruptible(), sigterm_flag():
+        assert signal.getsignal(signal.SIGTERM) is not handler
+    assert signal.getsignal(signal.SIGTERM) is handler
+
+
+def test_no_handler_of_errors_takes_it_for_one():
+    with pytest.raises(Interrupted), interruptible():
+        try:
+            terminate()
+        except Exception as e:
+            raise AssertionError from e
+
+
+def test_between_steps_it_is_a_flag_and_not_lost():
+    """A SIGTERM that nobody looked at any more stops the job where the steps end."""
+    done = []
+    with pytest.raises(Interrupted), interruptible():
+        with sigterm_flag():
+            terminate()
+            done.append("steps")
+        done.append("evaluation")
+    assert done == ["steps"]
+
+
+def test_a_failure_is_not_hidden_by_a_sigterm():
+    with pytest.raises(KeyError), interruptible(), sigterm_flag():
+        terminate()
+        raise KeyError
+
+
+def test_a_result_that_is_cut_short_leaves_the_old_one(tmp_path, monkeypatch):
+    path = tmp_path / "results.json"
+    files.write_text(path, "old")
+    monkeypatch.setattr(files.os, "fsync", lambda _: terminate())
+    with pytest.raises(Interrupted), interruptible():
+        files.write_text(path, "new")
+    assert [p.name for p in tmp_path.iterdir()] == ["results.json"] and path.read_text() == "old"

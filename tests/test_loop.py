@@ -1,12 +1,10 @@
 """Training that is stopped anywhere, in any way, goes on as if nothing had happened."""
 
 import functools
-import json
-import multiprocessing
 import os
 import pathlib
+import shutil
 import signal
-import time
 
 import grain
 import jax
@@ -15,10 +13,10 @@ import numpy as np
 import optax
 import pytest
 
-from listopd_jax.errors import Interrupted
+from listopd_jax.errors import Interrupted, UserError
 from listopd_jax.metrics_log import read_metrics
-from listopd_jax.train.checkpoints import Checkpoints
-from listopd_jax.train.loop import Run, checkpoint_folder, train
+from listopd_jax.train.checkpoints import Checkpoints, abstract
+from listopd_jax.train.loop import Run, Saving, checkpoint_folder, train
 from listopd_jax.train.optimizer import apply_gradients, init_state
 
 TX = optax.scale_by_adam()
@@ -72,13 +70,13 @@ def assert_identical(a, b):
 
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory):
-    """Workdir and final state of 10 steps without interruption."""
+    """Workdir and final parameters of 10 steps without interruption."""
     workdir = tmp_path_factory.mktemp("undisturbed")
-    return workdir, train(workdir, run_of(10), start(), batches(), update, every=3, keep=2)
+    return workdir, train(workdir, run_of(10), start, batches(), update, Saving(3, 2))
 
 
 def test_a_run_logs_each_step_and_saves_at_the_end(undisturbed):
-    workdir, state = undisturbed
+    workdir, params = undisturbed
     logged = read_metrics(workdir)
     assert [row["step"] for row in logged] == list(range(1, 11))
     assert all(
@@ -86,8 +84,10 @@ def test_a_run_logs_each_step_and_saves_at_the_end(undisturbed):
     )
     assert all(row["tokens_per_second"] > 0 and "tokens" not in row for row in logged)
     assert saved_steps(workdir, run_of(10)) == [9, 10]
-    with Checkpoints(checkpoint_folder(workdir, run_of(10).name), keep=2) as checkpoints:
-        assert_identical(checkpoints.restore(start())[0], state)
+    with Checkpoints(checkpoint_folder(workdir, run_of(10).name), 2, run_of(10).fixed) as checkpoints:
+        saved = checkpoints.restore(abstract(start()))
+    assert saved.step == 10
+    assert_identical(saved.state.params, params)
 
 
 class Stop(Exception):
@@ -113,18 +113,18 @@ def fail():
 def test_a_run_that_fails_anywhere_ends_the_same(undisturbed, tmp_path, at):
     """Before the first checkpoint, just before one, just after one, at the last step."""
     with pytest.raises(Stop):
-        train(tmp_path, run_of(10), start(), batches(), stopping(at, fail), every=3, keep=2)
-    state = train(tmp_path, run_of(10), start(), batches(), update, every=3, keep=2)
-    assert_identical(state, undisturbed[1])
+        train(tmp_path, run_of(10), start, batches(), stopping(at, fail), Saving(3, 2))
+    params = train(tmp_path, run_of(10), start, batches(), update, Saving(3, 2))
+    assert_identical(params, undisturbed[1])
     assert rows(tmp_path) == rows(undisturbed[0])
 
 
 def test_a_run_that_fails_at_every_second_step_ends_the_same(undisturbed, tmp_path):
     for at in range(1, 10, 2):
         with pytest.raises(Stop):
-            train(tmp_path, run_of(10), start(), batches(), stopping(at, fail), every=1, keep=1)
-    state = train(tmp_path, run_of(10), start(), batches(), update, every=1, keep=1)
-    assert_identical(state, undisturbed[1])
+            train(tmp_path, run_of(10), start, batches(), stopping(at, fail), Saving(1, 1))
+    params = train(tmp_path, run_of(10), start, batches(), update, Saving(1, 1))
+    assert_identical(params, undisturbed[1])
     assert rows(tmp_path) == rows(undisturbed[0])
 
 
@@ -132,106 +132,110 @@ def test_a_finished_run_is_only_loaded(undisturbed):
     def never(*_):
         raise AssertionError("a finished run was trained on")
 
-    workdir, state = undisturbed
+    workdir, params = undisturbed
     before = read_metrics(workdir)
-    assert_identical(train(workdir, run_of(10), start(), batches(), never, every=3, keep=2), state)
+    assert_identical(train(workdir, run_of(10), start, batches(), never, Saving(3, 2)), params)
     assert read_metrics(workdir) == before
 
 
 def test_runs_of_one_workdir_do_not_disturb_each_other(undisturbed, tmp_path):
     other = run_of(4, "opd_lambda1_seed0")
     with pytest.raises(Stop):
-        train(tmp_path, run_of(10), start(), batches(), stopping(4, fail), every=3, keep=2)
-    train(tmp_path, other, start(), batches(), update, every=3, keep=2)
-    state = train(tmp_path, run_of(10), start(), batches(), update, every=3, keep=2)
-    assert_identical(state, undisturbed[1])
+        train(tmp_path, run_of(10), start, batches(), stopping(4, fail), Saving(3, 2))
+    train(tmp_path, other, start, batches(), update, Saving(3, 2))
+    params = train(tmp_path, run_of(10), start, batches(), update, Saving(3, 2))
+    assert_identical(params, undisturbed[1])
     by_run = {name: [r for r in rows(tmp_path) if r["run"] == name] for name in (run_of(10).name, other.name)}
     assert by_run[run_of(10).name] == rows(undisturbed[0])
     assert [r["step"] for r in by_run[other.name]] == [1, 2, 3, 4]
 
 
-def test_sigterm_finishes_the_step_saves_and_says_so(undisturbed, tmp_path):
+@pytest.fixture
+def terminate():
+    """SIGTERM to this process, whose handler is put back after the test."""
     handler = signal.getsignal(signal.SIGTERM)
-    terminate = functools.partial(os.kill, os.getpid(), signal.SIGTERM)
+    yield functools.partial(os.kill, os.getpid(), signal.SIGTERM)
+    signal.signal(signal.SIGTERM, handler)
+
+
+def test_sigterm_finishes_the_step_saves_and_says_so(undisturbed, tmp_path, terminate):
     with pytest.raises(Interrupted) as interrupted:
-        train(tmp_path, run_of(10), start(), batches(), stopping(4, terminate), every=100, keep=2)
+        train(tmp_path, run_of(10), start, batches(), stopping(4, terminate), Saving(100, 2))
     assert "\n" not in str(interrupted.value) and "step 5" in str(interrupted.value)
     assert saved_steps(tmp_path, run_of(10)) == [5]
     assert [row["step"] for row in rows(tmp_path)] == [1, 2, 3, 4, 5]
-    assert signal.getsignal(signal.SIGTERM) is handler
-    state = train(tmp_path, run_of(10), start(), batches(), update, every=100, keep=2)
-    assert_identical(state, undisturbed[1])
+    params = train(tmp_path, run_of(10), start, batches(), update, Saving(100, 2))
+    assert_identical(params, undisturbed[1])
     assert rows(tmp_path) == rows(undisturbed[0])
 
 
-# ---- real processes, kill -9
+def test_sigterm_at_the_last_step_is_not_lost(tmp_path, terminate):
+    with pytest.raises(Interrupted):
+        train(tmp_path, run_of(3), start, batches(), stopping(2, terminate), Saving(1, 2))
+    assert saved_steps(tmp_path, run_of(3)) == [2, 3]
 
 
-STEPS, EVERY = 40, 3
+# ---- what a resumed run is given
 
 
-def slow_update(state, batch, step):
-    time.sleep(0.01)
-    return update(state, batch, step)
+def damage(folder):
+    """Cut every file of a checkpoint short."""
+    for path in filter(pathlib.Path.is_file, folder.rglob("*")):
+        path.write_bytes(path.read_bytes()[:50])
 
 
-def train_in_process(workdir):
-    train(pathlib.Path(workdir), run_of(STEPS), start(), batches(), slow_update, every=EVERY, keep=2)
+@pytest.mark.parametrize("damaged", [[10], [9, 10]])
+def test_a_run_whose_newest_checkpoints_are_damaged_ends_the_same(undisturbed, tmp_path, capsys, damaged):
+    """From the one before them, or from the start."""
+    shutil.copytree(undisturbed[0], tmp_path, dirs_exist_ok=True)
+    for step in damaged:
+        damage(checkpoint_folder(tmp_path, run_of(10).name) / str(step))
+    params = train(tmp_path, run_of(10), start, batches(), update, Saving(3, 2))
+    assert_identical(params, undisturbed[1])
+    assert rows(tmp_path) == rows(undisturbed[0])
+    assert saved_steps(tmp_path, run_of(10)) == [9, 10]
+    warnings = [line for line in capsys.readouterr().err.splitlines() if line.startswith("warning: ")]
+    assert len(warnings) == (1 if damaged == [10] else 3)
 
 
-@pytest.fixture(scope="module")
-def processes():
-    """New processes in which the imports are done but nothing of JAX has started."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["listopd_jax.train.loop", "grain"])
-    return context
+@pytest.mark.parametrize(
+    ("run", "saving", "says"),
+    [
+        (run_of(10)._replace(fixed={"lambda": 1.3, "seed": 0}), Saving(3, 2), "lambda=1.2, not 1.3"),
+        (run_of(10)._replace(fixed={"lambda": 1.2, "seed": 1}), Saving(3, 2), "seed=0, not 1"),
+        (run_of(10), Saving(3, 2, identity={"config": "abc"}), "config=None, not 'abc'"),
+        (run_of(8), Saving(3, 2), "newest checkpoint is of step 10, past the budget 8"),
+    ],
+)
+def test_a_checkpoint_of_another_run_is_refused(undisturbed, tmp_path, run, saving, says):
+    shutil.copytree(undisturbed[0], tmp_path, dirs_exist_ok=True)
+    with pytest.raises(UserError) as error:
+        train(tmp_path, run, start, batches(), update, saving)
+    assert says in str(error.value) and "\n" not in str(error.value)
+    assert saved_steps(tmp_path, run_of(10)) == [9, 10]
 
 
-def start_training(processes, workdir):
-    process = processes.Process(target=train_in_process, args=(workdir,))
-    process.start()
-    return process
+def test_the_initial_state_is_freed_before_another_is_read(undisturbed, tmp_path, monkeypatch):
+    """And a finished run's optimizer is not read at all."""
+    shutil.copytree(undisturbed[0], tmp_path, dirs_exist_ok=True)
+    made, reads, read = [], [], Checkpoints._read
+
+    def initial():
+        made.append(start())
+        return made[-1]
+
+    def reading(self, step, like, optimizer):
+        assert all(leaf.is_deleted() for leaf in jax.tree.leaves(made))
+        reads.append((step, optimizer))
+        return read(self, step, like, optimizer)
+
+    monkeypatch.setattr(Checkpoints, "_read", reading)
+    train(tmp_path, run_of(10), initial, batches(), update, Saving(3, 2))
+    train(tmp_path, run_of(12), initial, batches(), update, Saving(3, 2))
+    assert reads == [(10, False), (10, True)]
 
 
-def last_step(workdir) -> int:
-    """The step of the newest whole row in the log, 0 if there is none."""
-    path = workdir / "metrics.jsonl"
-    lines = path.read_text().split("\n")[:-1] if path.exists() else []
-    return json.loads(lines[-1])["step"] if lines else 0
-
-
-def kill_after(process, workdir, steps, delay):
-    """kill -9 when `steps` steps beyond its checkpoint are logged and `delay` seconds have passed."""
-    before = last_step(workdir) // EVERY * EVERY
-    deadline = time.monotonic() + 60
-    while last_step(workdir) < before + steps and process.is_alive() and time.monotonic() < deadline:
-        time.sleep(0.001)
-    time.sleep(delay)
-    os.kill(process.pid, signal.SIGKILL)
-    process.join()
-
-
-def test_kill_9_at_random_moments_changes_nothing(processes, tmp_path):
-    undisturbed, killed = tmp_path / "undisturbed", tmp_path / "killed"
-    reference = start_training(processes, undisturbed)
-    rng, kills = np.random.default_rng(0), 0
-    while kills < 6:
-        process = start_training(processes, killed)
-        kill_after(process, killed, int(rng.integers(1, 6)), float(rng.uniform(0, 0.05)))
-        assert process.exitcode == -signal.SIGKILL, "the run ended before it could be killed"
-        kills += 1
-    process = start_training(processes, killed)
-    for each in (process, reference):
-        each.join(60)
-        assert each.exitcode == 0
-    assert rows(killed) == rows(undisturbed)
-    assert [row["step"] for row in rows(killed)] == list(range(1, STEPS + 1))
-    ends = []
-    for workdir in (killed, undisturbed):
-        with Checkpoints(checkpoint_folder(workdir, run_of(STEPS).name), keep=2) as checkpoints:
-            assert checkpoints.latest_step == STEPS
-            ends.append(checkpoints.restore(start()))
-    assert_identical(ends[0][0], ends[1][0])
-    assert ends[0][1] == ends[1][1]
-    left = {p.name for p in checkpoint_folder(killed, run_of(STEPS).name).iterdir()}
-    assert left == {"39", "40"}  # half-written checkpoints do not pile up
+def test_the_best_stays(tmp_path):
+    for steps, best in ((2, None), (5, 2), (7, 2), (9, 7), (11, 7)):
+        train(tmp_path, run_of(steps), start, batches(), update, Saving(1, 1, best))
+        assert saved_steps(tmp_path, run_of(steps)) == sorted({steps, best or steps})

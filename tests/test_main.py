@@ -11,6 +11,9 @@ import time
 
 import pytest
 
+from listopd_jax.pipeline import most_useful
+from listopd_jax.train.loop import Run
+
 REPO = pathlib.Path(__file__).resolve().parents[1]
 SMALL = (
     "--config.data.synthetic.products=12 --config.data.validation_share=0.25 "
@@ -114,8 +117,14 @@ def test_running_again_changes_nothing(finished):
     before = {
         name: (finished / name).read_bytes() for name in ("results.json", "metrics.jsonl", "report.html")
     }
+    first = json.loads((finished / "config.json").read_text())
     assert run(finished, *SMALL).returncode == 0
     assert before == {name: (finished / name).read_bytes() for name in before}
+    again = json.loads((finished / "config.json").read_text())
+    resumed = again.pop("resumed")
+    assert resumed[-1].keys() == {"command", "revision", "device", "versions"}
+    assert len(resumed) == len(first.pop("resumed", [])) + 1
+    assert again == first  # the command and revision of the first call stay
 
 
 def test_the_grid_may_grow_and_what_is_done_stays(finished, tmp_path):
@@ -126,6 +135,17 @@ def test_the_grid_may_grow_and_what_is_done_stays(finished, tmp_path):
     before, after = results(finished), results(workdir)
     assert after[: len(before)] == before
     assert [(r["stage"], r["lambda"]) for r in after[len(before) :]] == [("opd", 1.5)] * 2
+
+
+def test_the_most_useful_budget_is_known(finished, tmp_path):
+    """Its checkpoint is kept while the run goes on."""
+    runs = [Run("opd_lambda1.0_seed0", "opd", {"lambda": 1.0, "seed": 0}, steps) for steps in (1, 2, 3)]
+    assert most_useful(tmp_path, runs) is None
+    useful = {2: 0.25, 3: 0.2}
+    records = [r | {"useful": useful[r["steps"]]} for r in results(finished) if r["run"] == runs[0].name]
+    (tmp_path / "results.json").write_text(json.dumps(records))
+    assert most_useful(tmp_path, runs) == 2
+    assert most_useful(tmp_path, runs[2:]) == 3
 
 
 def test_another_config_in_the_same_workdir_is_refused(finished):
@@ -151,6 +171,30 @@ def test_killed_at_any_moment_the_job_ends_with_the_same_metrics(finished, tmp_p
         time.sleep(delay)
         process.send_signal(signal.SIGKILL)
         process.wait()
+    assert run(workdir, *SMALL).returncode == 0
+    assert metrics(workdir) == metrics(finished)
+    assert results(workdir) == results(finished)
+
+
+def terminated(workdir, seen, says, times=1):
+    """SIGTERM when the job's stderr has `seen`; it exits with 0 and says so in its last line."""
+    with (workdir.parent / "log").open("w+") as log:
+        process = subprocess.Popen(command(workdir, *SMALL), cwd=REPO, stdout=subprocess.DEVNULL, stderr=log)
+        while seen not in pathlib.Path(log.name).read_text() and process.poll() is None:
+            time.sleep(0.01)
+        for _ in range(times):
+            process.send_signal(signal.SIGTERM)
+            time.sleep(0.05)
+        code, text = process.wait(60), pathlib.Path(log.name).read_text()
+    assert code == 0 and says in text.splitlines()[-1] and "Traceback" not in text, text[-2000:]
+
+
+@pytest.mark.slow
+def test_sigterm_in_training_and_in_evaluation_exits_with_0_and_loses_nothing(finished, tmp_path):
+    workdir = tmp_path / "job"
+    terminated(workdir, "sft_teacher:   0%", "sft_teacher: saved at step ")
+    terminated(workdir, "sft_student evaluated:   0%", "stopped; the same command goes on", times=3)
+    terminated(workdir, "opd_lambda1.0_seed0:   0%", "opd_lambda1.0_seed0: saved at step ", times=3)
     assert run(workdir, *SMALL).returncode == 0
     assert metrics(workdir) == metrics(finished)
     assert results(workdir) == results(finished)

@@ -25,6 +25,7 @@ from listopd_jax.job import Job
 from listopd_jax.metrics_log import progress
 from listopd_jax.ops.guard import flip_lambda
 from listopd_jax.ops.head import log_distribution, map_positions, pick
+from listopd_jax.parallel.hosts import from_main, whole
 from listopd_jax.rollout.decode import generate
 from listopd_jax.rollout.scoring import completion_hidden
 from listopd_jax.task.codec import Codec
@@ -106,14 +107,16 @@ def measure(
             graphdefs[:1], params[:1], jnp.ones((1, 1)), *prompts, jax.random.key(0),
             max_tokens=max_tokens, vocab=codec.vocab, eos=codec.eos, pad=codec.pad, greedy=True,
         )  # fmt: skip
-        lengths = np.asarray(rollout.lengths)[:, 0]
+        lengths = whole(rollout.lengths)[:, 0]
         size = min(max_tokens, -(-int(lengths.max()) // ANSWER_STEP) * ANSWER_STEP)
         tokens = rollout.tokens[..., :size]
         seen = _look(graphdefs, params, *prompts, tokens, vocab=codec.vocab, chunk=chunk)
         written = (np.arange(size) < lengths[:, None]) & (batch["weight"] > 0)[:, None]
-        classes = codec.classes(np.asarray(tokens)[:, 0], lengths)
+        classes = codec.classes(whole(tokens)[:, 0], lengths)
         index = np.broadcast_to(np.asarray(batch["index"])[:, None], written.shape)
-        parts.append([*(np.asarray(x, np.float64)[written] for x in seen), classes[written], index[written]])
+        parts.append(
+            [*(whole(x).astype(np.float64)[written] for x in seen), classes[written], index[written]]
+        )
     return Positions(*(np.concatenate(columns) for columns in zip(*parts, strict=True)))
 
 
@@ -207,8 +210,9 @@ def calibrate(
 def calibrate_stage(job: Job, frozen: Frozen) -> dict[str, Any]:
     """Calibrate the pair on the validation lists and write workdir/calibration.json; only read it if it is there."""
     path, config = job.workdir / CALIBRATION, job.config
-    if path.exists():
-        return files.read_json(path)
+    found = from_main(lambda: files.read_json(path) if path.exists() else None)
+    if found is not None:
+        return found
     positions = measure(
         job.graphs, frozen.teacher, frozen.base, job.evaluation_batches(), job.codec,
         config.task.max_response, config.opd.head_chunk,

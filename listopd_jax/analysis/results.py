@@ -10,6 +10,8 @@ from listopd_jax import files
 from listopd_jax.analysis.evaluate import Answer, greedy_answers, pick_examples, result_record
 from listopd_jax.errors import UserError
 from listopd_jax.job import Job
+from listopd_jax.parallel.hosts import from_main
+from listopd_jax.parallel.rules import decoding_copy
 from listopd_jax.train.loop import Run
 
 RESULTS, EXAMPLES = "results.json", "examples.json"
@@ -18,12 +20,18 @@ IDENTITY = ("stage", "lambda", "seed", "steps")  # what tells one record from an
 
 def evaluated(workdir: pathlib.Path, run: Run) -> dict[str, Any] | None:
     """The record of `run` in results.json, None if it is not there."""
-    return next((r for r in _read(workdir / RESULTS) if _identity(r) == _identity(_head(run))), None)
+
+    def find() -> dict[str, Any] | None:
+        return next((r for r in _read(workdir / RESULTS) if _identity(r) == _identity(_head(run))), None)
+
+    return from_main(find)
 
 
 def evaluate(job: Job, role: str, params: Any, run: Run) -> dict[str, Any]:
     """Evaluate the policy that `run` ended in and keep its record and examples; returns the record."""
     batches, limit = job.evaluation_batches(), job.config.task.max_response
+    if job.config.parallel.gather_rollout:
+        params = decoding_copy(params)
     (answers,) = greedy_answers(
         (job.graphs[role],), (params,), jnp.ones((1, 1)), batches, job.codec, limit, f"{run.name} evaluated"
     )

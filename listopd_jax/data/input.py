@@ -211,8 +211,16 @@ def plan_epoch(
 class PlannedBatches:
     """Batch number i of an endless run over epochs, by random access, so that one number resumes it."""
 
-    def __init__(self, split: EncodedSplit, buckets: Sequence[int], batch_size: int, seed: int):
+    def __init__(
+        self,
+        split: EncodedSplit,
+        buckets: Sequence[int],
+        batch_size: int,
+        seed: int,
+        rows: Int64[np.ndarray, " R"] | None = None,
+    ):
         self._split, self._batch_size = split, batch_size
+        self._rows = np.arange(batch_size) if rows is None else rows
         self._per_epoch = max(1, len(split.prompts) // batch_size)
         plan = functools.partial(plan_epoch, split.prompt_lengths, tuple(buckets), batch_size, seed)
         self._plan = functools.lru_cache(maxsize=2)(plan)
@@ -223,16 +231,23 @@ class PlannedBatches:
     def __getitem__(self, i: int) -> Batch:
         epoch, position = divmod(i, self._per_epoch)
         bucket, rows = self._plan(epoch)[position]
-        return make_batch(self._split, rows, bucket, np.ones(self._batch_size, np.float32))
+        return make_batch(self._split, rows[self._rows], bucket, np.ones(len(self._rows), np.float32))
 
     def __repr__(self) -> str:
         return f"PlannedBatches({len(self._split.prompts)} rows, {self._batch_size} a batch)"
 
 
 def train_batches(
-    split: EncodedSplit, *, buckets: Sequence[int], batch_size: int, seed: int
+    split: EncodedSplit,
+    *,
+    buckets: Sequence[int],
+    batch_size: int,
+    seed: int,
+    rows: Int64[np.ndarray, " R"] | None = None,
 ) -> grain.DatasetIterator:
     """An endless iterator over shuffled batches; `get_state()` is a small JSON dict, `set_state` resumes.
+
+    `rows` picks those of each batch that one of many hosts reads (default: all); the state is the same on every host.
 
     Raises UserError if the largest bucket is shorter than the longest prompt. Says so if the split has
     fewer rows than a batch, which then holds some rows more than once.
@@ -242,7 +257,7 @@ def train_batches(
         logging.warning(
             "%d lists do not fill a batch of %d: rows are repeated within it", len(split.prompts), batch_size
         )
-    source = grain.MapDataset.source(PlannedBatches(split, buckets, batch_size, seed))
+    source = grain.MapDataset.source(PlannedBatches(split, buckets, batch_size, seed, rows))
     return iter(source.to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=2)))
 
 

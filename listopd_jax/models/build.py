@@ -14,6 +14,7 @@ from listopd_jax.errors import UserError
 from listopd_jax.models.config import ModelConfig, named_config
 from listopd_jax.models.decoder import Decoder, abstract
 from listopd_jax.models.hf import load_hf, read_config, resolve
+from listopd_jax.parallel.rules import resting
 
 CUSTOM = """
 hidden_size intermediate_size num_layers num_heads num_kv_heads head_dim rope_theta qk_norm tied
@@ -57,11 +58,11 @@ def graph_of(config: ModelConfig, compute_dtype: str, remat: str) -> nnx.GraphDe
 
 
 def initial_params(model: ml_collections.FrozenConfigDict, config: ModelConfig, seed: int, dtype: str) -> Any:
-    """The weights of config section `model` in `dtype`: read, or drawn from `seed`."""
+    """The weights of config section `model` in `dtype`: read, or drawn from `seed`; over devices, shard by shard."""
     if model.weights:
         return load_hf(weights_folder(model.weights), jnp.dtype(dtype))[1]
-    make = lambda: Decoder(config, rngs=nnx.Rngs(seed), param_dtype=jnp.dtype(dtype))  # noqa: E731
-    return nnx.split(jax.jit(make)())[1]
+    make = lambda: nnx.split(Decoder(config, rngs=nnx.Rngs(seed), param_dtype=jnp.dtype(dtype)))[1]  # noqa: E731
+    return jax.jit(make, out_shardings=resting(jax.eval_shape(make)))()
 
 
 def cast(params: Any, dtype: str) -> Any:

@@ -12,6 +12,7 @@ from jaxtyping import Array, Float, Int
 from listopd_jax.errors import UserError
 from listopd_jax.models.config import ModelConfig
 from listopd_jax.ops.attention import attention
+from listopd_jax.parallel.rules import constrain, gathered, kv_copies
 
 REMAT = {
     "none": None,
@@ -19,9 +20,14 @@ REMAT = {
     "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
 }
 
+ROWS = ("batch", "completions", "length")  # logical axes in front of an activation's own
+
 
 class KVCache(NamedTuple):
-    """Rotated keys and values of all layers: [L,B,P,KV,H] of prompts, [L,B,n,C,KV,H] of completions."""
+    """Rotated keys and values of all layers: [L,B,P,KV,H] of prompts, [L,B,n,C,KV,H] of completions.
+
+    KV counts the copies that a mesh may ask for (listopd_jax.parallel.rules.kv_copies).
+    """
 
     k: Array
     v: Array
@@ -83,17 +89,34 @@ class Layer(nnx.Module):
     def __call__(self, x: Float[Array, "B n T D"], rope: tuple[Array, Array], attend: Callable):
         """One layer. `attend(q, k, v) -> (mixed values, extra)` is what a pass does with keys and values."""
         c, shape = self.config, x.shape
+        x = constrain(x, *ROWS, "hidden")
         # Flat, because XLA's CPU backward pass through products of more axes is half as fast.
         x = x.reshape(-1, c.hidden_size)
         y = rms_norm(x, self.attn_norm[...], c.norm_eps)
-        q, k, v = (_dense(y, w).reshape(*shape[:3], -1, c.head_dim) for w in (self.q, self.k, self.v))
+        q, k, v = (self._heads(y, name, shape) for name in ("q", "k", "v"))
         if c.qk_norm:
             q, k = rms_norm(q, self.q_norm[...], c.norm_eps), rms_norm(k, self.k_norm[...], c.norm_eps)
         mixed, extra = attend(rotate(q, *rope), rotate(k, *rope), v)
-        x = x + _dense(mixed.reshape(len(x), -1), self.o)
+        x = x + self._dense(mixed.reshape(len(x), -1), "o")
         y = rms_norm(x, self.mlp_norm[...], c.norm_eps)
-        x = x + _dense(jax.nn.silu(_dense(y, self.gate)) * _dense(y, self.up), self.down)
-        return x.reshape(shape), extra
+        units = jax.nn.silu(self._dense(y, "gate")) * self._dense(y, "up")
+        x = x + self._dense(constrain(units, "batch", "mlp"), "down")
+        return constrain(x.reshape(shape), *ROWS, "hidden"), extra
+
+    def _dense(self, x: Float[Array, "M inputs"], name: str) -> Float[Array, "M outputs"]:
+        """x @ weight in x's dtype, the weight seen as [inputs, outputs]."""
+        return x @ self._weight(name, x.dtype).reshape(x.shape[1], -1)
+
+    def _heads(self, x: Float[Array, "M D"], name: str, shape: tuple[int, ...]) -> Float[Array, "B n T N H"]:
+        """Queries, keys or values of rows of `shape`; keys and values of as many heads as `kv_copies` gives."""
+        heads = self._dense(x, name).reshape(*shape[:3], -1, self.config.head_dim)
+        return constrain(heads, *ROWS, "heads" if name == "q" else "kv_heads", "head_dim")
+
+    def _weight(self, name: str, dtype) -> Array:
+        """Parameter `name` cast and, over devices, gathered."""
+        weight = gathered(name, getattr(self, name)[...].astype(dtype))
+        copies = kv_copies(self.config.num_kv_heads) if name in ("k", "v") else 1
+        return weight if copies == 1 else gathered(name, jnp.repeat(weight, copies, axis=1))
 
 
 class Decoder(nnx.Module):
@@ -161,8 +184,9 @@ class Decoder(nnx.Module):
     def init_cache(self, B: int, n: int, C: int) -> KVCache:
         """Empty KV for C tokens of n completions of B prompts: zeros [L,B,n,C,KV,H] in the compute dtype."""
         c = self.config
-        zeros = jnp.zeros((c.num_layers, B, n, C, c.num_kv_heads, c.head_dim), self.dtype)
-        return KVCache(zeros, zeros)
+        heads = c.num_kv_heads * kv_copies(c.num_kv_heads)
+        zeros = jnp.zeros((c.num_layers, B, n, C, heads, c.head_dim), self.dtype)
+        return KVCache(*(constrain(zeros, "layers", *ROWS, "kv_heads", "head_dim") for _ in range(2)))
 
     def decode_step(
         self,
@@ -193,7 +217,7 @@ class Decoder(nnx.Module):
 
     def head_weight(self) -> Float[Array, "V D"]:
         """The LM head in the parameters' dtype: the embedding if tied."""
-        return (self.embed if self.config.tied else self.head)[...]
+        return gathered("head", (self.embed if self.config.tied else self.head)[...])
 
     def _causal(self, tokens, keep_kv: bool):
         """Unnormalised hidden states [B,T,D] of whole sequences and, if asked, their KV [L,B,T,KV,H]."""
@@ -223,7 +247,8 @@ class Decoder(nnx.Module):
 
         if self.remat != "none":
             step = jax.checkpoint(step, policy=REMAT[self.remat], prevent_cse=False)
-        return jax.lax.scan(step, self.embed[...][tokens].astype(self.dtype), (weights, per_layer))
+        x = constrain(gathered("embed", self.embed[...])[tokens].astype(self.dtype), *ROWS, "hidden")
+        return jax.lax.scan(step, x, (weights, per_layer))
 
     def _final(self, x: Float[Array, "*r D"]) -> Float[Array, "*r D"]:
         return rms_norm(x, self.final_norm[...], self.config.norm_eps)
@@ -232,11 +257,6 @@ class Decoder(nnx.Module):
 def abstract(config: ModelConfig, **options) -> tuple[nnx.GraphDef, nnx.State]:
     """`nnx.split(Decoder(config, **options))` with shapes for arrays: nothing is computed or allocated."""
     return nnx.split(nnx.eval_shape(lambda: Decoder(config, rngs=nnx.Rngs(0), **options)))
-
-
-def _dense(x: Float[Array, "M inputs"], weight: nnx.Param) -> Float[Array, "M outputs"]:
-    """x @ weight in x's dtype, the weight seen as [inputs, outputs]."""
-    return x @ weight[...].astype(x.dtype).reshape(x.shape[1], -1)
 
 
 def _normal(rngs: nnx.Rngs, shape: tuple[int, ...], fan_in: int, dtype) -> nnx.Param:

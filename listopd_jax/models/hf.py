@@ -21,6 +21,8 @@ from safetensors.numpy import save_file
 from listopd_jax.errors import UserError
 from listopd_jax.models.config import ModelConfig, RopeScaling
 from listopd_jax.models.decoder import abstract
+from listopd_jax.parallel.hosts import is_main, whole
+from listopd_jax.parallel.rules import context_mesh, param_sharding
 
 NAMES = {"embed": "model.embed_tokens", "final_norm": "model.norm", "head": "lm_head"}
 LAYER_NAMES = {
@@ -47,7 +49,9 @@ def load_hf(
     """Read a checkpoint: (its config, the parameters as `nnx.split(Decoder(config, …))[1]` in `dtype`).
 
     `source` is a folder with config.json and safetensors (one file, or shards and their index), or a hub id.
-    Tensors are read one by one into the stacked arrays: the peak is the model plus its largest stacked array.
+    Tensors are read one by one into the stacked arrays: the peak is the model plus its largest stacked array. Under
+    a mesh each process reads of each tensor only the slices that its devices hold: its peak in host memory is its
+    part of the largest stacked array.
     UserError, naming file and tensor, for whatever is missing, unexpected, doubled, misshapen, blank or not
     finite.
     """
@@ -190,7 +194,7 @@ def _parse_rope(raw: dict[str, Any]) -> tuple[float, RopeScaling | None]:
 
 
 def _open_tensors(folder: pathlib.Path, stack: contextlib.ExitStack) -> dict[str, tuple[pathlib.Path, Any]]:
-    """Tensor name → (its file, the open file), over one file or the shards of an index."""
+    """Tensor name → (its file, the open file), over one file or the parts of an index."""
     tensors: dict[str, tuple[pathlib.Path, Any]] = {}
     weight_map = None if (folder / SINGLE).exists() else _read_index(folder)
     for name in [SINGLE] if weight_map is None else sorted(set(weight_map.values())):
@@ -237,8 +241,10 @@ def _read_index(folder: pathlib.Path) -> dict[str, str]:
 
 def _open_safetensors(path: pathlib.Path, stack: contextlib.ExitStack):
     try:
-        # pread, not mmap: pages of the file would count as memory in use until the file is closed.
-        return stack.enter_context(safe_open(path, framework="np", backend="pread"))
+        # pread for whole tensors: pages of a mapped file count as memory in use until it is closed. But a slice is
+        # then read by way of the whole tensor.
+        backend = "pread" if context_mesh() is None else "mmap"
+        return stack.enter_context(safe_open(path, framework="np", backend=backend))
     except FileNotFoundError as e:
         raise UserError(f"{path}: no such file, though {INDEX} names it; download it again") from e
     except (OSError, SafetensorError) as e:
@@ -297,6 +303,8 @@ def _hf_names(path: tuple, num_layers: int) -> list[str]:
 
 def _read_param(path: tuple, param: nnx.Variable, config: ModelConfig, tensors) -> jax.Array:
     names = _hf_names(path, config.num_layers)
+    if context_mesh() is not None:
+        return _read_sharded(path, param, names, tensors)
     buffer = _aligned_empty(param.shape, param.dtype)
     for row, name in zip(buffer if path[0] == "layers" else buffer[None], names, strict=True):
         file, opened = tensors[name]
@@ -310,12 +318,66 @@ def _read_param(path: tuple, param: nnx.Variable, config: ModelConfig, tensors) 
     return jax.device_put(buffer)
 
 
+def _read_sharded(path: tuple, param: nnx.Variable, names: list[str], tensors) -> jax.Array:
+    """The parameter at `path` split over the mesh of the context; devices with equal parts share one reading."""
+    pieces: dict[str, np.ndarray] = {}
+
+    def piece(index: tuple[slice, ...]) -> np.ndarray:
+        if str(index) not in pieces:
+            pieces[str(index)] = _read_piece(path, index, param, names, tensors)
+        return pieces[str(index)]
+
+    array = jax.make_array_from_callback(param.shape, param_sharding(path, param, context_mesh()), piece)
+    rows = array if path[0] == "layers" else array[None]
+    finite, blank = (np.asarray(x) for x in _row_checks(rows))
+    for name, row_finite, row_blank in zip(names, finite, blank, strict=True):
+        _refuse_values(row_finite, row_blank, f"{tensors[name][0]}: tensor {name}", param.dtype)
+    return array
+
+
+def _read_piece(path: tuple, index: tuple[slice, ...], param, names: list[str], tensors) -> np.ndarray:
+    """param[index] from the files: of each layer's tensor, only that slice."""
+    out = np.empty([len(range(*i.indices(n))) for i, n in zip(index, param.shape, strict=True)], param.dtype)
+    rows, shape = out[None], param.shape
+    if path[0] == "layers":
+        rows, names, index, shape = out, names[index[0]], index[1:], shape[1:]
+    for row, name in zip(rows, names, strict=True):
+        with np.errstate(over="ignore"):  # an overflow becomes an infinity, which is reported later
+            row[...] = _read_slice(tensors[name][1].get_slice(name), path[-1], index, shape)
+    return out
+
+
+def _read_slice(tensor, name: str, index: tuple[slice, ...], shape: tuple[int, ...]) -> np.ndarray:
+    """The part `index` of our parameter of `shape`, from Hugging Face's tensor of it (see `_to_hf`)."""
+    bounds = [i.indices(size)[:2] for i, size in zip(index, shape, strict=True)]
+    if name not in PROJECTIONS:
+        return tensor[tuple(slice(*b) for b in bounds)]
+    split = len(shape) - 1 if name == "o" else 1  # axes before it are inputs
+    rows, columns = _span(bounds[split:], shape[split:]), _span(bounds[:split], shape[:split])
+    return tensor[rows, columns].T.reshape([stop - start for start, stop in bounds])
+
+
+def _span(bounds: list[tuple[int, int]], shape: tuple[int, ...]) -> slice:
+    """The bounds of flattened axes; only the first may be cut (heads are, head_dim never is)."""
+    inner = math.prod(shape[1:])
+    return slice(bounds[0][0] * inner, bounds[0][1] * inner)
+
+
+@jax.jit
+def _row_checks(rows: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Whether each row is finite, and whether it is all zeros."""
+    axes = tuple(range(1, rows.ndim))
+    return jnp.isfinite(rows).all(axes), ~jnp.any(rows != 0, axes)
+
+
 def _check_values(row: np.ndarray, where: str) -> None:
-    if not np.isfinite(row).all():
-        raise UserError(
-            f"{where} holds NaN or infinities as {row.dtype}; download it again or load as float32"
-        )
-    if not row.any():
+    _refuse_values(np.isfinite(row).all(), not row.any(), where, row.dtype)
+
+
+def _refuse_values(finite: bool, blank: bool, where: str, dtype) -> None:
+    if not finite:
+        raise UserError(f"{where} holds NaN or infinities as {dtype}; download it again or load as float32")
+    if blank:
         raise UserError(f"{where} is all zeros (blank weights); download it again")
 
 
@@ -346,8 +408,12 @@ def save_hf(
 
     `dtype` casts the weights (None keeps their own: a round trip is then exact bit for bit). The folder
     appears whole or not at all; an earlier export in its place is replaced, any other folder with files in it
-    is refused (UserError).
+    is refused (UserError). Every host calls it, for its parts of the weights; the first writes.
     """
+    if not is_main():
+        for _ in hf_tensors(params, dtype):
+            pass
+        return
     folder = pathlib.Path(folder)
     _check_replaceable(folder)
     temporary = None
@@ -371,11 +437,11 @@ def hf_tensors(params: nnx.State, dtype=None) -> Iterator[tuple[str, np.ndarray]
     """(Hugging Face name, host array) of each parameter (or gradient), one at a time, in `dtype` if given."""
     for path, param in nnx.to_flat_state(params):
         rows = param[...] if path[0] == "layers" else param[...][None]
-        for name, row in zip(_hf_names(path, len(rows)), rows, strict=True):
-            yield name, np.ascontiguousarray(np.asarray(_to_hf(path[-1], row), dtype))
+        for i, name in enumerate(_hf_names(path, len(rows))):
+            yield name, np.ascontiguousarray(np.asarray(_to_hf(path[-1], whole(rows[i])), dtype))
 
 
-def _to_hf(name: str, array: jax.Array) -> jax.Array:
+def _to_hf(name: str, array: jax.Array | np.ndarray) -> jax.Array | np.ndarray:
     """Our [inputs…, outputs…] projection as Hugging Face's [outputs, inputs]; anything else as it is."""
     if name not in PROJECTIONS:
         return array

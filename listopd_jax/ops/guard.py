@@ -2,7 +2,8 @@
 
 The base-relative target π_B(π_T/π_B)^λ prefers a rival v to the teacher's modal token m from λ_flip on: where the base
 is surer of m than the teacher is, extrapolation takes mass away from m. A structural token that flips breaks the
-contract. The guard gives each position a λ of its own: λ where λ·margin ≤ λ_flip, 1 (plain distillation) elsewhere.
+contract. The guard gives each position a λ of its own: λ where λ·margin ≤ λ_flip, and elsewhere a fallback that keeps
+m: the teacher (λ = 1) or, where it has the same mode, the base (λ = 0), which is surer of m against v exactly there.
 """
 
 import jax.numpy as jnp
@@ -27,7 +28,18 @@ def flip_lambda(
 
 
 def guarded_lambda(
-    lam: Float[Array, ""], flip: Float[Array, "*s"], margin: Float[Array, ""]
+    teacher: Float[Array, "*s V"],
+    base: Float[Array, "*s V"],
+    lam: Float[Array, ""],
+    margin: Float[Array, ""],
+    fallback: str,
 ) -> Float[Array, "*s"]:
-    """λ_t of each position: `lam` where it is at most 1 or `lam`·`margin` ≤ λ_flip, else 1."""
-    return jnp.where((lam <= 1) | (lam * margin <= flip), lam, 1.0)
+    """λ_t of each position from log-probabilities: `lam`, or where that flips, `fallback`'s (at most `lam`).
+
+    `fallback` is "teacher" (1) or "base" (0 where base and teacher have one mode, else 1).
+    """
+    mode = teacher.argmax(-1)
+    kept = lam * margin <= flip_lambda(teacher, base, mode)
+    agrees = base.argmax(-1) == mode
+    safe = jnp.where(agrees, 0.0, 1.0) if fallback == "base" else 1.0
+    return jnp.where(kept, lam, jnp.minimum(lam, safe))

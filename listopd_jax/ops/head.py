@@ -12,6 +12,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from listopd_jax.parallel.rules import constrain_logits, from_chunks, is_split, to_chunks
+
 
 def log_distribution(
     hidden: Float[Array, "*s D"], head: Float[Array, "V D"], vocab: int
@@ -23,11 +25,13 @@ def log_distribution(
     logits = jnp.einsum(
         "...d,vd->...v", hidden, head.astype(hidden.dtype), preferred_element_type=jnp.float32
     )
-    return jax.nn.log_softmax(logits[..., :vocab])
+    return jax.nn.log_softmax(constrain_logits(constrain_logits(logits)[..., :vocab]))
 
 
 def pick(logp: Float[Array, "*s V"], tokens: Int[Array, "*s"]) -> Float[Array, "*s"]:
     """The entry of each row of `logp` that `tokens` names."""
+    if is_split("vocab"):  # a gather would first collect the whole rows on every device
+        return jnp.where(jnp.arange(logp.shape[-1]) == tokens[..., None], logp, 0).sum(-1)
     return jnp.take_along_axis(logp, tokens[..., None], -1)[..., 0]
 
 
@@ -39,15 +43,12 @@ def entropy_of(logp: Float[Array, "*s V"]) -> Float[Array, "*s"]:
 def map_positions(f: Callable[..., Any], arrays: Any, chunk: int) -> Any:
     """`f` over the leading axis N of every array in `arrays`, `chunk` rows at a time, recomputed in the backward pass.
 
+    Over many devices, `chunk` rows of each device that holds rows.
     `f(rows)` maps a pytree of [chunk, …] to a pytree of [chunk, …]; the result has leading axis N.
     """
     n = jax.tree.leaves(arrays)[0].shape[0]
-    chunk = min(chunk, n)
-    pad = -n % chunk
-    padded = jax.tree.map(lambda x: jnp.pad(x, [(0, pad)] + [(0, 0)] * (x.ndim - 1)), arrays)
-    chunks = jax.tree.map(lambda x: x.reshape(-1, chunk, *x.shape[1:]), padded)
-    out = jax.lax.map(jax.checkpoint(f), chunks)
-    return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:])[:n], out)
+    out = jax.lax.map(jax.checkpoint(f), jax.tree.map(lambda x: to_chunks(x, chunk), arrays))
+    return jax.tree.map(lambda x: from_chunks(x, n), out)
 
 
 def token_logprobs(

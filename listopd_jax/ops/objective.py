@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from listopd_jax.ops.guard import flip_lambda, guarded_lambda
+from listopd_jax.ops.guard import guarded_lambda
 from listopd_jax.ops.head import entropy_of, pick
 
 
@@ -41,7 +41,7 @@ class Variant(NamedTuple):
     estimator: str = "sampled"
     aggregate: str = "token"
     ppo: bool = False
-    guard: bool = False  # a λ for each position, listopd_jax.ops.guard
+    guard: str = ""  # fallback of listopd_jax.ops.guard, a λ for each position; empty: off
 
 
 def warmed_up_lambda(lam: float, step: int, warmup_steps: int) -> float:
@@ -53,8 +53,7 @@ def position_lambda(teacher, base, hyper: Hyper, variant: Variant) -> Float[Arra
     """λ of each position from the log-distributions [*s, V] of teacher and base: `hyper.lam`, unless guarded."""
     if not variant.guard:
         return jnp.full(teacher.shape[:-1], hyper.lam)
-    flip = flip_lambda(teacher, base, teacher.argmax(-1))
-    return guarded_lambda(hyper.lam, flip, hyper.guard_margin)
+    return guarded_lambda(teacher, base, hyper.lam, hyper.guard_margin, variant.guard)
 
 
 def advantage(student, teacher, base, lam, kind: str) -> Float[Array, "*s"]:

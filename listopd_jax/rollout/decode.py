@@ -17,6 +17,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from listopd_jax.models.decoder import Decoder
 from listopd_jax.ops.head import log_distribution, pick
+from listopd_jax.parallel.rules import constrain
 
 
 class Rollout(NamedTuple):
@@ -91,9 +92,9 @@ def decode(
 
     hiddens = [jnp.broadcast_to(h[:, None], (*shape, h.shape[-1])) for h, _ in prefilled]
     empty = Rollout(
-        jnp.full((*shape, max_tokens), pad, jnp.int32),
-        jnp.zeros((*shape, max_tokens)),
-        jnp.zeros(shape, jnp.int32),
+        constrain(jnp.full((*shape, max_tokens), pad, jnp.int32), "batch", None, None),
+        constrain(jnp.zeros((*shape, max_tokens)), "batch", None, None),
+        constrain(jnp.zeros(shape, jnp.int32), "batch", None),
     )
     caches = [d.init_cache(*shape, max_tokens) for d in decoders]
     start = (jnp.int32(0), hiddens, caches, empty, budgets <= 0)
@@ -113,3 +114,25 @@ def generate(
     """`decode`, compiled: one program per models, options and shapes, shared by every λ, seed and evaluation."""
     decoders = [nnx.merge(g, p) for g, p in zip(graphdefs, params, strict=True)]
     return decode(decoders, weights, prompts, prompt_lengths, key, **options)
+
+
+@functools.partial(jax.jit, static_argnames=("graphdef", "max_tokens", "vocab", "eos", "pad", "greedy"))
+def generate_grid(
+    graphdef: nnx.GraphDef,
+    params: Any,
+    weights: Float[Array, "1 n"],
+    prompts: Int[Array, "G B P"],
+    prompt_lengths: Int[Array, "G B"],
+    keys: Array,
+    **options: Any,
+) -> Rollout:
+    """`generate` for G students at once, each with its own prompts and key: Rollout of [G, B, n, …].
+
+    Every leaf of `params` has the leading axis G, split along the mesh's `grid`. A student whose rows have all ended
+    waits for the others.
+    """
+
+    def one(params, prompts, lengths, key):
+        return decode([nnx.merge(graphdef, params)], weights, prompts, lengths, key, **options)
+
+    return jax.vmap(one, spmd_axis_name="grid")(params, prompts, prompt_lengths, keys)

@@ -6,6 +6,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from listopd_jax.parallel.rules import constrain_state, from_chunks, row_multiple, to_chunks
 from listopd_jax.train.optimizer import tree_add
 
 
@@ -15,14 +16,14 @@ def accumulated_grad(loss_of: Callable, params: Any, batch: Any, microbatch: int
     `batch` is a pytree of arrays with a leading row axis B that `microbatch` divides (0: all rows at once). The
     losses of the microbatches must add up to the loss of the batch; `aux` is a pytree with a leading row axis.
     """
-    size = microbatch or jax.tree.leaves(batch)[0].shape[0]
-    parts = jax.tree.map(lambda x: x.reshape(-1, size, *x.shape[1:]), batch)
+    rows = jax.tree.leaves(batch)[0].shape[0]
+    parts = jax.tree.map(lambda x: to_chunks(x, (microbatch or rows) // row_multiple()), batch)
     grad = jax.value_and_grad(loss_of, has_aux=True)
 
-    def one(total, rows):
-        (loss, aux), grads = grad(params, rows)
-        return tree_add(total, (loss, grads)), aux
+    def one(total, part):
+        (loss, aux), grads = grad(params, part)
+        return tree_add(total, (loss, constrain_state(grads))), aux
 
-    zero = (jnp.float32(0), jax.tree.map(jnp.zeros_like, params))
+    zero = (jnp.float32(0), constrain_state(jax.tree.map(jnp.zeros_like, params)))
     (loss, grads), aux = jax.lax.scan(one, zero, parts)
-    return loss, grads, jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), aux)
+    return loss, grads, jax.tree.map(lambda x: from_chunks(x, rows), aux)

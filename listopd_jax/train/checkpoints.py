@@ -1,99 +1,244 @@
-"""Orbax checkpoints of one training run: parameters, optimizer and progress, each its own item.
+"""Checkpoints of one training run that survive: written while training goes on, proven when they are read.
 
-A run's folder is `workdir/checkpoints/<run>`. The optimizer is an item of its own, so a finished run's parameters
-load without it. Orbax writes to a temporary folder and renames: a killed save leaves no checkpoint at all.
+A run's folder is `workdir/checkpoints/<run>`. A checkpoint has three items: `params`, `opt_state` (an item of its own,
+so that a finished run's parameters load without it) and `record`, JSON: the step, the identity of the run (seed, λ and
+its warm-up, digest of the config), its progress (data iterator) and fingerprints of the arrays. Random numbers need no
+more: the key of every step is folded from seed and step.
+
+Orbax writes to a temporary folder and renames it: a killed save leaves no checkpoint at all. What a disk damages later
+the fingerprints tell, on whatever mesh; such a checkpoint is passed over for the one before it.
 """
 
 import contextlib
-import logging
+import functools
+import hashlib
+import json
 import pathlib
-import threading
-from collections.abc import Iterator
-from typing import Any
+import shutil
+import sys
+from collections.abc import Iterator, Mapping
+from typing import Any, NamedTuple
 
 import jax
 import orbax.checkpoint as ocp
+from absl import logging
+from jax.sharding import NamedSharding, PartitionSpec
+from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, CustomSteps, LatestN
 
 from listopd_jax.errors import UserError
+from listopd_jax.lifecycle import anywhere
+from listopd_jax.train.fingerprint import fingerprint
 from listopd_jax.train.optimizer import TrainState
 
 
-class Checkpoints:
-    """The checkpoints of one run; use as a context manager so that the last save is on disk at the end."""
+class Saved(NamedTuple):
+    """What a checkpoint gives back; `state.opt_state` is None where it was not asked for."""
 
-    def __init__(self, folder: pathlib.Path, keep: int):
-        options = ocp.CheckpointManagerOptions(
-            max_to_keep=keep, create=True, enable_async_checkpointing=False
+    step: int
+    state: TrainState
+    progress: dict[str, Any]
+
+
+class _Damaged(Exception):
+    """This checkpoint is not what was saved; the message is one line without its path."""
+
+
+class Checkpoints:
+    """The checkpoints of one run; use as a context manager so that the last save is on disk at the end.
+
+    Args:
+      folder: of this run alone; made if absent.
+      keep: how many of the newest are kept.
+      identity: JSON; what a checkpoint must have been saved with to be gone on from.
+      best: step of a checkpoint to keep besides, if there is one.
+
+    Saves return as soon as the state may be changed and go on in the background; a failed one is a UserError of the
+    next save, of `wait` or of the end. Every host calls every method.
+    """
+
+    def __init__(
+        self, folder: pathlib.Path, keep: int, identity: Mapping[str, Any] = {}, best: int | None = None
+    ):
+        self._folder = folder.absolute()
+        self._identity = json.loads(json.dumps(identity))
+        policies = [LatestN(keep), CustomSteps([] if best is None else [best])]
+        self._options = ocp.CheckpointManagerOptions(
+            preservation_policy=AnyPreservationPolicy(policies),
+            cleanup_tmp_directories=True,
+            lightweight_initialize=True,  # else a damaged one stops the manager from opening
         )
-        names = ("params", "opt_state", "progress")
-        self._manager = ocp.CheckpointManager(folder.absolute(), item_names=names, options=options)
 
     def __enter__(self) -> "Checkpoints":
+        _quiet_orbax()
+        self._open()
         return self
 
     def __exit__(self, *_) -> None:
-        with self._saving():
-            self._manager.wait_until_finished()
-        self._manager.close()
+        with self._reported():
+            self._manager.close()
+
+    def _open(self) -> None:
+        names = ("params", "opt_state", "record")
+        with self._reported():
+            self._manager = ocp.CheckpointManager(self._folder, item_names=names, options=self._options)
 
     @property
-    def latest_step(self) -> int:
-        """Step of the newest complete checkpoint, 0 if there is none."""
-        return self._manager.latest_step() or 0
+    def steps(self) -> list[int]:
+        """Steps of the complete checkpoints, ascending, whether they are damaged or not."""
+        return sorted(self._manager.all_steps())
 
     def save(self, step: int, state: TrainState, progress: dict[str, Any]) -> None:
         """Save after `step` updates; `progress` is JSON (data iterator state and the like)."""
-        items = ocp.args.Composite(
-            params=ocp.args.StandardSave(state.params),
-            opt_state=ocp.args.StandardSave(state.opt_state),
-            progress=ocp.args.JsonSave(progress),
-        )
-        with self._saving():
-            self._manager.save(step, args=items)
+        prints = {name: fingerprint(tree) for name, tree in state._asdict().items()}
+        record = {"step": step, "identity": self._identity, "progress": progress}
+        record |= {"shapes": _shapes(state), "fingerprints": prints}
+        arrays = {name: ocp.args.StandardSave(tree) for name, tree in state._asdict().items()}
+        items = ocp.args.Composite(**arrays, record=ocp.args.JsonSave(_sealed(record)))
+        with self._reported():
+            self._manager.save(step, args=items, force=True)
+
+    def wait(self) -> None:
+        """Return when everything saved is on disk; UserError if it could not be written."""
+        with self._reported():
+            self._manager.wait_until_finished()
 
     @contextlib.contextmanager
-    def _saving(self) -> Iterator[None]:
-        """One line for what fails; orbax's threads would each print a traceback of it besides."""
-        print_traceback, threading.excepthook = threading.excepthook, lambda _: None
-        disabled, logging.root.manager.disable = logging.root.manager.disable, logging.ERROR
+    def _reported(self) -> Iterator[None]:
+        """One line for what fails while checkpoints are written."""
         try:
             yield
         except (OSError, ValueError) as e:  # tensorstore reports a full disk as a ValueError
-            reason = " ".join(str(e).split())[:200]
             raise UserError(
-                f"{self._manager.directory}: checkpoint not saved ({reason}); free disk space and run again"
+                f"{self._folder}: checkpoint not saved ({_one_line(e)}); free disk space and run again"
             ) from e
-        finally:
-            threading.excepthook = print_traceback
-            logging.root.manager.disable = disabled
 
-    def restore(self, like: TrainState) -> tuple[TrainState, dict[str, Any]]:
-        """The newest state, with the shapes and dtypes of `like`, and its progress."""
-        items = ocp.args.Composite(
-            params=ocp.args.StandardRestore(_abstract(like.params)),
-            opt_state=ocp.args.StandardRestore(_abstract(like.opt_state)),
-            progress=ocp.args.JsonRestore(),
-        )
-        restored = self._restore(items)
-        return TrainState(restored.params, restored.opt_state), restored.progress
+    def restore(self, like: TrainState, final: int | None = None) -> Saved | None:
+        """The newest undamaged checkpoint, with the shapes, dtypes and shardings of `like` (see `abstract`).
 
-    def restore_params(self, like: Any) -> Any:
-        """The newest parameters alone, with the shapes and dtypes of `like`."""
-        items = ocp.args.Composite(params=ocp.args.StandardRestore(_abstract(like)))
-        return self._restore(items).params
+        Damaged ones are passed over with a warning and deleted once an older one is good. If none is, their folder is
+        put aside and the result is None. Of a checkpoint at step `final` the optimizer is not read. Raises UserError
+        for a checkpoint of another run or model.
+        """
+        steps = self.steps[::-1]
+        for i, step in enumerate(steps):
+            try:
+                saved = self._read(step, like, optimizer=step != final)
+            except _Damaged as e:
+                _warn(f"{self._folder / str(step)}: damaged checkpoint passed over ({e})")
+                continue
+            with self._reported():
+                for damaged in steps[:i]:
+                    self._manager.delete(damaged)
+            return saved
+        if steps:
+            self._put_aside()
+        return None
 
-    def _restore(self, items: ocp.args.Composite) -> Any:
+    def _read(self, step: int, like: TrainState, optimizer: bool) -> Saved:
+        record = _unsealed(self._load(step, record=ocp.args.JsonRestore())["record"])
+        self._check(step, record, like)
+        wanted = like._asdict() if optimizer else {"params": like.params}
+        arrays = self._load(step, **{name: ocp.args.StandardRestore(tree) for name, tree in wanted.items()})
+        for name, tree in arrays.items():
+            if fingerprint(tree) != record["fingerprints"][name]:
+                raise _Damaged(f"{name} is not what was saved")
+        return Saved(step, TrainState(**{"opt_state": None, **arrays}), record["progress"])
+
+    def _check(self, step: int, record: dict[str, Any], like: TrainState) -> None:
+        """UserError if the checkpoint is of another run or model than this one."""
+        where, saved = self._folder / str(step), record["identity"]
+        for name in sorted(saved.keys() | self._identity.keys()):
+            if saved.get(name) != (now := self._identity.get(name)):
+                raise UserError(
+                    f"{where}: was saved by a run with {name}={saved.get(name)!r}, not {now!r}; "
+                    "choose another --workdir"
+                )
+        if record["shapes"] != _shapes(like):
+            raise UserError(f"{where}: holds another model or optimizer; choose another --workdir")
+
+    def _load(self, step: int, **items: ocp.args.CheckpointArgs) -> dict[str, Any]:
+        """Items of a checkpoint; _Damaged, on all hosts, if one of them cannot read one."""
+        problem, found = None, {}
         try:
-            return self._manager.restore(self.latest_step, args=items)
+            found = dict(self._manager.restore(step, args=ocp.args.Composite(**items)).items())
+        except (jax.errors.JaxRuntimeError, MemoryError):  # no fault of the files
+            raise
         except Exception as e:  # orbax and tensorstore raise bare Exceptions for damaged files
-            reason = " ".join(str(e).split())[:200]
-            raise UserError(
-                f"{self._manager.directory / str(self.latest_step)}: this checkpoint cannot be restored ({reason}); "
-                "delete that folder to go on from the one before it"
-            ) from e
+            problem = _one_line(e)
+        if anywhere(problem is not None):
+            raise _Damaged(problem or "another host cannot read it")
+        return found
+
+    def _put_aside(self) -> None:
+        """Rename the folder, so that the run can start anew and nothing is lost."""
+        aside = self._folder.with_name(self._folder.name + ".damaged")
+        _warn(f"{self._folder}: no checkpoint is whole; put aside as {aside.name}, the run starts anew")
+        with self._reported():
+            self._manager.close()
+            if jax.process_index() == 0:
+                shutil.rmtree(aside, ignore_errors=True)
+                self._folder.rename(aside)
+        anywhere(False)  # the others wait for the rename
+        self._open()
 
 
-def _abstract(tree: Any) -> Any:
-    return jax.tree.map(
-        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=getattr(x, "sharding", None)), tree
-    )
+def abstract(state: TrainState) -> TrainState:
+    """Shapes, dtypes and shardings of `state`; on a mesh, what stands on one device is a copy on each."""
+    named = (x.sharding for x in jax.tree.leaves(state) if isinstance(x.sharding, NamedSharding))
+    mesh = next((s.mesh for s in named), None)
+
+    def of(x: jax.Array) -> jax.ShapeDtypeStruct:
+        on_mesh = mesh is None or isinstance(x.sharding, NamedSharding)
+        sharding = x.sharding if on_mesh else NamedSharding(mesh, PartitionSpec())
+        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
+
+    return jax.tree.map(of, state)
+
+
+def _shapes(state: TrainState) -> str:
+    """Digest of names, shapes and dtypes."""
+    leaves = jax.tree.leaves_with_path(state)
+    return _digest([[jax.tree_util.keystr(path), list(x.shape), str(x.dtype)] for path, x in leaves])
+
+
+def _sealed(record: dict[str, Any]) -> dict[str, Any]:
+    """The record as JSON gives it back, with its digest."""
+    record = json.loads(json.dumps(record))
+    return record | {"sha256": _digest(record)}
+
+
+def _unsealed(sealed: Any) -> dict[str, Any]:
+    """The record that was sealed; _Damaged if it is not one any more."""
+    record = {k: v for k, v in sealed.items() if k != "sha256"} if isinstance(sealed, dict) else None
+    if record is None or sealed.get("sha256") != _digest(record):
+        raise _Damaged("its record is not what was saved")
+    return record
+
+
+def _digest(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+
+
+def _one_line(e: Exception) -> str:
+    return " ".join(str(e).split())[:200] or type(e).__name__
+
+
+def _warn(message: str) -> None:
+    if jax.process_index() == 0:
+        print(f"warning: {message}", file=sys.stderr)
+
+
+@functools.cache
+def _quiet_orbax() -> None:
+    """Silence the tracebacks of its threads: what fails is raised, and reported in one line, in the main thread.
+
+    For good, because a thread whose write failed may live longer than the manager, and tensorstore's longer than that.
+    """
+    logging.get_absl_logger().addFilter(lambda record: "orbax" not in record.pathname)
+    before = sys.unraisablehook
+
+    def hook(unraisable):
+        if str(unraisable.exc_value) != "Event loop is closed":
+            before(unraisable)
+
+    sys.unraisablehook = hook

@@ -6,10 +6,13 @@ import time
 from collections.abc import Callable
 from typing import Any, NamedTuple, Protocol
 
+import jax
+
+from listopd_jax.config import digest
 from listopd_jax.errors import Interrupted, UserError
-from listopd_jax.lifecycle import sigterm_flag
+from listopd_jax.lifecycle import anywhere, sigterm_flag
 from listopd_jax.metrics_log import MetricsLog, progress
-from listopd_jax.train.checkpoints import Checkpoints
+from listopd_jax.train.checkpoints import Checkpoints, abstract
 from listopd_jax.train.optimizer import TrainState
 
 
@@ -30,56 +33,101 @@ class Run(NamedTuple):
     steps: int
 
 
+class Saving(NamedTuple):
+    """When a run is saved, which checkpoints stay, and in what, besides `Run.fixed`, one must agree to be used."""
+
+    every: int  # steps
+    keep: int  # of the newest
+    best: int | None = None  # step of one that stays besides
+    identity: dict[str, Any] = {}
+
+
+def saving(config: Any, best: int | None = None, **identity: Any) -> Saving:
+    """Saving as section `train` of `config` says, of a run that `config` and `identity` make."""
+    identity["config"] = digest(config)
+    return Saving(config.train.checkpoint_every, config.train.keep_checkpoints, best, identity)
+
+
 Update = Callable[[TrainState, dict[str, Any], int], tuple[TrainState, dict[str, Any]]]
 
 
 def train(
     workdir: pathlib.Path,
     run: Run,
-    state: TrainState,
+    initial: Callable[[], TrainState],
     batches: BatchIterator,
     update: Update,
-    every: int,
-    keep: int,
-) -> TrainState:
-    """Bring `run` to its last step and return the final state; a run that is there already is only loaded.
+    saving: Saving,
+) -> Any:
+    """Bring `run` to its last step and return its parameters; a run that is there already is only loaded.
 
-    `update(state, batch, step)` does 0-based step number `step`; its metrics hold the number of "tokens" it worked
-    on. A checkpoint is written every `every` steps and at the end; a killed run goes on from the newest one, with
-    the same batches, as if nothing had happened. SIGTERM finishes the step, saves and raises Interrupted.
+    `initial()` makes the state to start from, which belongs to the run. `update(state, batch, step)` does 0-based step
+    number `step`; its metrics hold the number of "tokens" it worked on. A checkpoint is written every `saving.every`
+    steps and at the end; a killed run goes on from the newest one, with the same batches, as if nothing had happened:
+    all else that a step may depend on is its number. SIGTERM finishes the step, saves and raises Interrupted.
     """
-    with Checkpoints(checkpoint_folder(workdir, run.name), keep) as checkpoints:
-        start = checkpoints.latest_step
-        if start:
-            state, saved = checkpoints.restore(state)
-            batches.set_state(saved["batches"])
+    folder = checkpoint_folder(workdir, run.name)
+    with Checkpoints(folder, saving.keep, run.fixed | saving.identity, saving.best) as checkpoints:
+        state, start = _resume(checkpoints, initial, batches, run.steps)
         if start > run.steps:
             raise UserError(
-                f"{checkpoint_folder(workdir, run.name)}: its newest checkpoint is of step {start}, past the "
-                f"budget {run.steps} that is to be evaluated; delete the folder to train the run again"
+                f"{folder}: its newest checkpoint is of step {start}, past the budget {run.steps} that is to be "
+                "evaluated; delete the folder to train the run again"
             )
-        if start == run.steps:
-            return state
-        with (
-            MetricsLog(workdir, run.name, run.stage, run.fixed, resume_step=start) as log,
-            progress(run.steps, run.name, initial=start) as bar,
-            sigterm_flag() as stop,
-        ):
-            for step in range(start, run.steps):
-                state, metrics = _timed(update, state, next(batches), step)
-                if not math.isfinite(metrics["loss"]):  # before a checkpoint keeps it
-                    raise UserError(
-                        f"{run.name}: the loss is not finite at step {step + 1}; lower the lr or set opd.clip"
-                    )
-                log.log(step + 1, metrics)
-                bar.set_postfix(loss=f"{metrics['loss']:.3f}", refresh=False)
-                bar.update()
-                if (step + 1) % every == 0 or step + 1 == run.steps or stop.is_set():
-                    checkpoints.save(step + 1, state, {"batches": batches.get_state()})
-                if stop.is_set():
-                    raise Interrupted(
-                        f"{run.name}: saved at step {step + 1}; the same command goes on from there"
-                    )
+        if start < run.steps:
+            state = _train_on(workdir, run, state, start, batches, update, checkpoints, saving.every)
+    return state.params
+
+
+def _resume(
+    checkpoints: Checkpoints, initial: Callable[[], TrainState], batches: BatchIterator, final: int
+) -> tuple[TrainState, int]:
+    """The newest saved state and its step, with `batches` set back to it; `initial()` and 0 if there is none."""
+    state = initial()
+    if not checkpoints.steps:
+        return state, 0
+    like = abstract(state)
+    for leaf in jax.tree.leaves(state):
+        leaf.delete()  # there need not be memory for two states
+    saved = checkpoints.restore(like, final)
+    if saved is None:
+        return initial(), 0
+    batches.set_state(saved.progress["batches"])
+    return saved.state, saved.step
+
+
+def _train_on(
+    workdir: pathlib.Path,
+    run: Run,
+    state: TrainState,
+    start: int,
+    batches: BatchIterator,
+    update: Update,
+    checkpoints: Checkpoints,
+    every: int,
+) -> TrainState:
+    """The steps after `start`, logged and saved; the last save is on disk when this returns or raises Interrupted."""
+    with (
+        sigterm_flag() as stop,
+        MetricsLog(workdir, run.name, run.stage, run.fixed, resume_step=start) as log,
+        progress(run.steps, run.name, initial=start) as bar,
+    ):
+        for step in range(start + 1, run.steps + 1):
+            state, metrics = _timed(update, state, next(batches), step - 1)
+            if not math.isfinite(metrics["loss"]):  # before a checkpoint keeps it
+                raise UserError(
+                    f"{run.name}: the loss is not finite at step {step}; lower the lr or set opd.clip"
+                )
+            log.log(step, metrics)
+            bar.set_postfix(loss=f"{metrics['loss']:.3f}", refresh=False)
+            bar.update()
+            stopping = anywhere(stop.is_set())
+            if stopping or step % every == 0 or step == run.steps:
+                checkpoints.save(step, state, {"batches": batches.get_state()})
+            if stopping:
+                checkpoints.wait()
+                raise Interrupted(f"{run.name}: saved at step {step}; the same command goes on from there")
+        checkpoints.wait()
     return state
 
 

@@ -1,5 +1,6 @@
 """The OPD stage: sample from the student, score with teacher and base, update; one run for each λ and seed."""
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -10,11 +11,13 @@ import numpy as np
 from listopd_jax.job import Job
 from listopd_jax.models.build import cast
 from listopd_jax.ops.objective import Hyper, Variant, warmed_up_lambda
+from listopd_jax.parallel import hosts
+from listopd_jax.parallel.rules import decoding_copy
 from listopd_jax.rollout.decode import Rollout, generate
 from listopd_jax.task.codec import Codec
 from listopd_jax.task.contract import strict_parse
 from listopd_jax.task.prompt import review_ids
-from listopd_jax.train.loop import Run, train
+from listopd_jax.train.loop import Run, saving, train
 from listopd_jax.train.opd_step import Frozen, Models, OpdBatch, make_opd_step
 from listopd_jax.train.optimizer import adamw, init_state
 from listopd_jax.train.preflight import answer_logprobs, check_models
@@ -42,7 +45,12 @@ def make_step(job: Job) -> Callable:
     opd, graphs = job.config.opd, job.graphs
     models = Models(student=graphs["student"], teacher=graphs["teacher"], base=graphs["student"])
     variant = Variant(
-        opd.ratio, opd.advantage, opd.estimator, opd.aggregate, opd.ppo_clip > 0, opd.guard.margin > 0
+        opd.ratio,
+        opd.advantage,
+        opd.estimator,
+        opd.aggregate,
+        opd.ppo_clip > 0,
+        opd.guard.fallback if opd.guard.margin else "",
     )
     return make_opd_step(
         models,
@@ -54,14 +62,20 @@ def make_step(job: Job) -> Callable:
     )
 
 
-def train_opd(job: Job, frozen: Frozen, student: Any, run: Run, opd_step: Callable) -> Any:
-    """Distil from `student` (the SFT parameters), or load the run if it is done; parameters in `dtype.param`."""
+def train_opd(
+    job: Job, frozen: Frozen, student: Any, run: Run, opd_step: Callable, best: int | None = None
+) -> Any:
+    """Distil from `student` (the SFT parameters), or load the run if it is done; parameters in `dtype.param`.
+
+    The checkpoint at step `best` is kept.
+    """
     config, opd = job.config, job.config.opd
     lam, seed = run.fixed["lambda"], run.fixed["seed"]
     key = jax.random.key(seed)
 
     def update(state, batch, step):
-        prompts, lengths = jnp.asarray(batch["prompt"]), jnp.asarray(batch["prompt_length"])
+        rows = hosts.global_batch({k: batch[k] for k in ("prompt", "prompt_length")}, opd.batch_size)
+        prompts, lengths = rows["prompt"], rows["prompt_length"]
         rollout = sample(job, state.params, prompts, lengths, jax.random.fold_in(key, step))
         hyper = hyper_at(config, lam, step)
         for _ in range(opd.updates_per_batch):
@@ -73,9 +87,9 @@ def train_opd(job: Job, frozen: Frozen, student: Any, run: Run, opd_step: Callab
             rollout, per_token["advantage"], job.codec, config.task.k
         )
 
-    every, keep = config.train.checkpoint_every, config.train.keep_checkpoints
-    state = init_state(student, adamw(config.optimizer, opd.b2))
-    return train(job.workdir, run, state, job.opd_batches(seed), update, every, keep).params
+    initial = functools.partial(init_state, student, adamw(config.optimizer, opd.b2))
+    policy = saving(config, best, lambda_warmup_steps=opd.lambda_warmup_steps)
+    return train(job.workdir, run, initial, job.opd_batches(seed), update, policy)
 
 
 def hyper_at(config, lam: float, step: int) -> Hyper:
@@ -89,10 +103,12 @@ def hyper_at(config, lam: float, step: int) -> Hyper:
 def sample(job: Job, params: Any, prompts, lengths, key) -> Rollout:
     """`opd.rollouts` completions of each prompt by the student, cut to the longest (in quarters of the budget)."""
     opd, codec, budget = job.config.opd, job.codec, job.config.task.max_response
+    params = cast(params, job.config.dtype.compute)
+    if job.config.parallel.gather_rollout:
+        params = decoding_copy(params)
     rollout = generate(
-        (job.graphs["student"],), (cast(params, job.config.dtype.compute),), jnp.ones((1, opd.rollouts)),
-        prompts, lengths, key, max_tokens=budget, vocab=codec.vocab, eos=codec.eos, pad=codec.pad,
-        temperature=opd.temperature,
+        (job.graphs["student"],), (params,), jnp.ones((1, opd.rollouts)), prompts, lengths, key,
+        max_tokens=budget, vocab=codec.vocab, eos=codec.eos, pad=codec.pad, temperature=opd.temperature,
     )  # fmt: skip
     quarter = -(-budget // 4)  # few shapes, so few compilations of the update
     size = min(budget, -(-int(rollout.lengths.max()) // quarter) * quarter)
@@ -101,10 +117,10 @@ def sample(job: Job, params: Any, prompts, lengths, key) -> Rollout:
 
 def contract_metrics(rollout: Rollout, advantage, codec: Codec, k: int) -> dict[str, float]:
     """What the sampled completions say of the contract: strict parse rate, and advantage by kind of token."""
-    tokens = np.asarray(rollout.tokens).reshape(-1, rollout.tokens.shape[-1])
-    lengths = np.asarray(rollout.lengths).reshape(-1)
+    tokens = hosts.whole(rollout.tokens).reshape(-1, rollout.tokens.shape[-1])
+    lengths = hosts.whole(rollout.lengths).reshape(-1)
     parsed = [strict_parse(text, review_ids(k)).failure == "ok" for text in codec.texts(tokens, lengths)]
-    structural, values = codec.structural(tokens, lengths), np.asarray(advantage).reshape(tokens.shape)
+    structural, values = codec.structural(tokens, lengths), hosts.whole(advantage).reshape(tokens.shape)
     content = (np.arange(tokens.shape[1]) < lengths[:, None]) & ~structural
     return {
         "parse": np.mean(parsed),

@@ -60,8 +60,12 @@ def make_opd_step(
     vocab: int,
     chunk: int,
     microbatch: int = 0,
+    grid: bool = False,
 ) -> Callable:
     """A jitted step(state, frozen, batch: OpdBatch, hyper: Hyper, lr) → (state, metrics, per_token).
+
+    With `grid`, a step of G independent students (λ, seeds) in one program: everything but `frozen`, which they share,
+    has a leading axis G, split along the mesh's `grid`.
 
     metrics: scalars over completion tokens (loss, advantage_mean, guarded_fraction, ratio_max, clip_fraction,
     reverse_kl, entropy, rollout_gap, grad_norm). per_token: float32 arrays [B, n, T] of advantage, λ, student, teacher
@@ -83,6 +87,8 @@ def make_opd_step(
         metrics = {"loss": loss, "grad_norm": optax.tree.norm(grads), **summarize(per_token, mask, hyper)}
         return apply_gradients(state, grads, lr, tx), metrics, per_token
 
+    if grid:
+        step = jax.vmap(step, in_axes=(0, None, 0, 0, 0), spmd_axis_name="grid")
     return jax.jit(step, donate_argnums=0)
 
 

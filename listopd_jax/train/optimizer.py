@@ -9,6 +9,8 @@ import ml_collections
 import optax
 from jaxtyping import Array, Float
 
+from listopd_jax.parallel.rules import constrain_state, place_state
+
 
 class TrainState(NamedTuple):
     """What one optimisation step changes: parameters of the student and Adam's moments."""
@@ -26,7 +28,7 @@ def adamw(optimizer: ml_collections.ConfigDict, b2: float) -> optax.GradientTran
 
 def init_state(params: Any, tx: optax.GradientTransformation) -> TrainState:
     """A fresh state at a copy of `params`: steps donate their state, and OPD students start from the frozen base."""
-    return TrainState(jax.tree.map(jnp.copy, params), tx.init(params))
+    return place_state(TrainState(jax.tree.map(jnp.copy, params), tx.init(params)))
 
 
 def apply_gradients(
@@ -35,7 +37,7 @@ def apply_gradients(
     """One AdamW step; `lr` is traced, so that a schedule or a sweep over it never recompiles."""
     updates, opt_state = tx.update(grads, state.opt_state, state.params)
     params = jax.tree.map(lambda p, u: (p - lr * u).astype(p.dtype), state.params, updates)
-    return TrainState(params, opt_state)
+    return constrain_state(TrainState(params, opt_state))
 
 
 def cosine_lr(step: int, steps: int, peak: float, warmup_steps: int) -> float:

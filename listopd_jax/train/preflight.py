@@ -8,6 +8,7 @@ import numpy as np
 from flax import nnx
 
 from listopd_jax.errors import UserError
+from listopd_jax.parallel.hosts import whole
 from listopd_jax.rollout.decode import completion_mask
 from listopd_jax.rollout.scoring import completion_logprobs
 
@@ -29,7 +30,7 @@ def answer_logprobs(
         return logprobs, completion_mask(batch["answer_length"][:, None], answers.shape[-1])
 
     logprobs, mask = score(params, {k: jnp.asarray(v) for k, v in batch.items()})
-    return np.asarray(logprobs)[np.asarray(mask)]
+    return whole(logprobs)[whole(mask)]
 
 
 def check_models(teacher: np.ndarray, student: np.ndarray, vocab: int) -> None:

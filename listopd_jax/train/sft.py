@@ -1,14 +1,16 @@
 """The SFT stages: the teacher, and the student whose end state is also the frozen base of OPD."""
 
+import functools
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 
 from listopd_jax.job import Job
 from listopd_jax.models.build import initial_params
-from listopd_jax.train.loop import Run, train
-from listopd_jax.train.optimizer import adamw, cosine_lr, init_state
+from listopd_jax.parallel.hosts import global_batch
+from listopd_jax.parallel.rules import place_state
+from listopd_jax.train.loop import Run, saving, train
+from listopd_jax.train.optimizer import TrainState, adamw, cosine_lr
 from listopd_jax.train.sft_step import make_sft_step
 
 
@@ -23,15 +25,17 @@ def train_sft(job: Job, role: str) -> Any:
     """Train `role` on the answers, or load it if that is done; its parameters in `dtype.param`."""
     config, sft, run = job.config, job.config.sft[role], sft_run(job, role)
     tx = adamw(config.optimizer, sft.b2)
-    params = initial_params(config[role], job.shapes[role], sft.seed, config.dtype.param)
+    start = functools.partial(initial_params, config[role], job.shapes[role], sft.seed, config.dtype.param)
     if run.steps == 0:  # the weights are fine-tuned already
-        return params
+        return start()
     sft_step = make_sft_step(job.graphs[role], tx, job.codec.vocab, config.opd.head_chunk, sft.microbatch)
+
+    def initial():
+        params = start()
+        return place_state(TrainState(params, tx.init(params)))
 
     def update(state, batch, step):
         lr = cosine_lr(step, run.steps, sft.lr, sft.warmup_steps)
-        return sft_step(state, jax.tree.map(jnp.asarray, batch), jnp.float32(lr))
+        return sft_step(state, global_batch(batch, sft.batch_size), jnp.float32(lr))
 
-    batches = job.sft_batches(role)
-    every, keep = config.train.checkpoint_every, config.train.keep_checkpoints
-    return train(job.workdir, run, init_state(params, tx), batches, update, every, keep).params
+    return train(job.workdir, run, initial, job.sft_batches(role), update, saving(config))

@@ -1,0 +1,1 @@
+"""Many devices and many hosts: the only place that knows how many there are."""

@@ -1,0 +1,82 @@
+"""The mesh: how many devices stand along each of its four axes, and what that must divide.
+
+grid: independent (λ, seed) points, each with a student of its own. data: rows of the batch, weights copied. fsdp: rows
+of the batch too, weights split and gathered layer by layer. tensor: heads, MLP units and vocabulary. The order is that
+of the traffic, so that the chattiest axis is of neighbouring devices. What is split along which axis: rules.py.
+"""
+
+import contextlib
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+from jax.experimental import mesh_utils
+from jax.sharding import AxisType, Mesh
+
+from listopd_jax.errors import UserError
+from listopd_jax.models.config import ModelConfig
+
+AXES = ("grid", "data", "fsdp", "tensor")
+
+
+def mesh_sizes(parallel: Mapping[str, int], devices: int) -> dict[str, int]:
+    """Devices along each axis, from config section `parallel`; at most one -1 stands for all that are left.
+
+    Raises UserError if the product is not the number of devices.
+    """
+    sizes = {axis: parallel[axis] for axis in AXES}
+    known = math.prod(size for size in sizes.values() if size != -1)
+    shown = ", ".join(f"{axis}={size}" for axis, size in sizes.items())
+    if devices % known:
+        raise UserError(
+            f"parallel ({shown}): {known} does not divide the {devices} devices; lower one of them"
+        )
+    sizes = {axis: devices // known if size == -1 else size for axis, size in sizes.items()}
+    if math.prod(sizes.values()) != devices:
+        raise UserError(
+            f"parallel ({shown}): uses {known} of {devices} devices; set parallel.data=-1 for all"
+        )
+    return sizes
+
+
+def make_mesh(sizes: Mapping[str, int], devices: Sequence[Any] | None = None) -> Mesh:
+    """The mesh over `devices` (default: all; a topology's too), neighbours on the last axes."""
+    devices = jax.devices() if devices is None else devices
+    grid = mesh_utils.create_device_mesh([sizes[axis] for axis in AXES], devices)
+    return Mesh(grid, AXES, axis_types=(AxisType.Auto,) * len(AXES))
+
+
+def configured_mesh(parallel: Mapping[str, int]) -> Mesh | None:
+    """The mesh over all devices that config section `parallel` asks for; None where there is but one device."""
+    sizes = mesh_sizes(parallel, jax.device_count())
+    return make_mesh(sizes) if math.prod(sizes.values()) > 1 else None
+
+
+def use_mesh(mesh: Mesh | None) -> contextlib.AbstractContextManager:
+    """While inside, programs are split over `mesh`; None: they are for one device, without any constraint."""
+    return contextlib.nullcontext() if mesh is None else jax.set_mesh(mesh)
+
+
+def check_mesh(config: Any, shapes: Mapping[str, ModelConfig], sizes: Mapping[str, int]) -> None:
+    """UserError for the first dimension of the models or size of a batch that its mesh axes do not divide."""
+    fsdp, tensor = sizes["fsdp"], sizes["tensor"]
+    for role, shape in shapes.items():
+        _divides(
+            f"parallel.tensor={tensor}", tensor, f"num_heads={shape.num_heads} of the {role}", shape.num_heads
+        )
+        units = shape.intermediate_size
+        _divides(f"parallel.tensor={tensor}", tensor, f"intermediate_size={units} of the {role}", units)
+        _divides(
+            f"parallel.fsdp={fsdp}", fsdp, f"hidden_size={shape.hidden_size} of the {role}", shape.hidden_size
+        )
+    sections = {"opd": config.opd, "sft.teacher": config.sft.teacher, "sft.student": config.sft.student}
+    rows = f"parallel.data*parallel.fsdp={sizes['data'] * fsdp}"
+    for name, section in sections.items():
+        for field in ("batch_size", "microbatch"):
+            _divides(rows, sizes["data"] * fsdp, f"{name}.{field}={section[field]}", section[field])
+
+
+def _divides(what: str, divisor: int, whole: str, size: int) -> None:
+    if size % divisor:
+        raise UserError(f"{what} must divide {whole}; change one of them")

@@ -1,0 +1,285 @@
+"""The programs on 8 fake CPU devices against those of one; run by test_parallel.py in a process of its own."""
+
+import math
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import nnx
+
+from listopd_jax.config import defaults
+from listopd_jax.models import hf
+from listopd_jax.models.build import initial_params
+from listopd_jax.models.config import ModelConfig
+from listopd_jax.models.decoder import Decoder, abstract
+from listopd_jax.ops.objective import Hyper, Variant
+from listopd_jax.parallel.mesh import AXES, make_mesh, use_mesh
+from listopd_jax.parallel.rules import batch_shardings, param_sharding, rollout_shardings, state_shardings
+from listopd_jax.rollout.decode import Rollout, generate, generate_grid
+from listopd_jax.train.opd_step import Frozen, Models, OpdBatch, make_opd_step
+from listopd_jax.train.optimizer import TrainState, init_state
+from listopd_jax.train.sft_step import make_sft_step
+
+VOCAB, B, P, N, T = 90, 8, 6, 2, 5  # 90 tokens: no tensor axis but 2 divides them
+LAYERS = 2
+ROWS_BY_TENSOR = ((8, 1, 1), (2, 4, 1), (2, 2, 2), (1, 2, 4), (1, 1, 8))  # data, fsdp, tensor
+RECORD = optax.GradientTransformation(
+    init=lambda params: jax.tree.map(jnp.zeros_like, params),
+    update=lambda grads, state, params: (grads, grads),
+)
+TX = optax.chain(RECORD, optax.clip_by_global_norm(1.0), optax.scale_by_adam())
+"""Adam that keeps the last gradient as the first part of its state."""
+
+
+def decoder(rows, hidden, num_kv_heads, seed):
+    config = ModelConfig(rows, hidden, 2 * hidden, LAYERS, 8, num_kv_heads, 4, tied=seed % 2 == 0)
+    graphdef, shapes = abstract(config)
+    rng = np.random.default_rng(seed)
+    return graphdef, jax.tree.map(lambda x: np.asarray(rng.normal(0, 0.3, x.shape), x.dtype), shapes)
+
+
+STUDENT_DEF, STUDENT = decoder(96, 16, 2, seed=0)  # 2 KV heads: fewer than a tensor axis of 4 or 8
+_, BASE = decoder(96, 16, 2, seed=2)
+TEACHER_DEF, TEACHER = decoder(104, 32, 4, seed=1)  # another width, another padded vocabulary, an untied head
+FROZEN, MODELS = Frozen(TEACHER, BASE), Models(STUDENT_DEF, TEACHER_DEF, STUDENT_DEF)
+HYPER = Hyper(*map(np.float32, (1.3, 5.0, 0.1, 0.1, 0.2, 1.1)))
+LR = np.float32(3e-3)
+
+
+def opd_batch(seed):
+    rng = np.random.default_rng(seed)
+    lengths = rng.integers(1, T + 1, (B, N)).astype(np.int32)
+    mask = np.arange(T) < lengths[..., None]
+    tokens = np.where(mask, rng.integers(1, VOCAB, mask.shape), 0).astype(np.int32)
+    logprobs = np.where(mask, -3 * rng.random(mask.shape), 0).astype(np.float32)
+    prompts = rng.integers(VOCAB, size=(B, P)).astype(np.int32)
+    return OpdBatch(prompts, rng.integers(1, P + 1, B).astype(np.int32), Rollout(tokens, logprobs, lengths))
+
+
+def sft_batch(batch):
+    answers = {"answer": batch.rollout.tokens[:, 0], "answer_length": batch.rollout.lengths[:, 0]}
+    return {"prompt": batch.prompts, "prompt_length": batch.prompt_lengths} | answers
+
+
+def mesh_of(data, fsdp, tensor, grid=1):
+    return make_mesh(dict(zip(AXES, (grid, data, fsdp, tensor), strict=True)))
+
+
+def put(tree, shardings, mesh):
+    return jax.device_put(tree, None if mesh is None else shardings(tree, mesh))
+
+
+def three_steps(mesh, step, arguments):
+    """State and metrics after three steps from the student, and the compiled program."""
+    state = put(init_state(STUDENT, TX), state_shardings, mesh)
+    program = step.lower(state, *arguments, LR).compile()
+    for _ in range(3):
+        state, metrics, *_ = program(state, *arguments, LR)
+    return jax.tree.map(np.asarray, (state, metrics)), program.as_text()
+
+
+def opd(mesh, seed=3, hyper=HYPER, microbatch=8):
+    step = make_opd_step(MODELS, TX, Variant(guard=True), vocab=VOCAB, chunk=7, microbatch=microbatch)
+    batch = put(opd_batch(seed), batch_shardings, mesh)
+    return three_steps(mesh, step, (put(FROZEN, state_shardings, mesh), batch, hyper))
+
+
+def sft(mesh):
+    step = make_sft_step(STUDENT_DEF, TX, VOCAB, chunk=7, microbatch=8)
+    return three_steps(mesh, step, (put(sft_batch(opd_batch(3)), batch_shardings, mesh),))
+
+
+OPTIONS = {"max_tokens": 6, "vocab": VOCAB, "eos": 1, "pad": 0}
+
+
+def written(mesh):
+    """What the student writes, and the compiled program."""
+    batch = put(opd_batch(3), batch_shardings, mesh)
+    params = put(STUDENT, rollout_shardings, mesh)
+    arguments = (params,), jnp.ones((1, N)), *batch[:2], jax.random.key(1)
+    program = generate.lower((STUDENT_DEF,), *arguments, **OPTIONS).compile()
+    return jax.tree.map(np.asarray, program(*arguments)), program.as_text()
+
+
+@pytest.fixture(scope="module")
+def alone():
+    """Each program on one device, without a mesh."""
+    return opd(None)[0], sft(None)[0], written(None)[0]
+
+
+def assert_close(ours, theirs, tolerance=2e-5):
+    for (path, a), b in zip(jax.tree.leaves_with_path(ours), jax.tree.leaves(theirs), strict=True):
+        scale = max(np.abs(b).max(), 1e-3)
+        np.testing.assert_allclose(a, b, rtol=0, atol=tolerance * scale, err_msg=jax.tree_util.keystr(path))
+
+
+# --- what the compiled programs send ---
+
+
+def collectives(program, kind):
+    """Shapes of the results of every collective of a kind."""
+    lines = re.findall(rf"= (\([^)]*\)|\S+) {kind}(?:-start)?\(", program)
+    shapes = (re.findall(r"\w+\[([\d,]*)\]", line) for line in lines)
+    return [tuple(map(int, s.split(","))) if s else () for found in shapes for s in found]
+
+
+def check_traffic(program, fsdp, tensor, updates):
+    """Weights are gathered a layer at a time, or the table; logits and stacked weights never."""
+    gathers, reduces = (collectives(program, kind) for kind in ("all-gather", "all-reduce"))
+    table = max(math.prod(p.shape) for p in (TEACHER["embed"], STUDENT["embed"]))  # of all, the largest
+    assert max(map(math.prod, gathers), default=0) <= table / tensor
+    stacks = {x.shape for model in (STUDENT, TEACHER) for x in jax.tree.leaves(model) if x.shape[0] == LAYERS}
+    assert not stacks & set(gathers)
+    if tensor > 1:
+        assert not [s for s in gathers if max(s, default=0) >= VOCAB]
+        assert reduces
+    layerwise = [s for s in gathers if len(s) > 2 and s[0] == 1]
+    assert bool(layerwise) == (fsdp > 1 and updates)
+    if fsdp == tensor == 1:
+        assert not gathers
+    if updates:
+        assert reduces
+
+
+@pytest.mark.parametrize("sizes", ROWS_BY_TENSOR, ids=str)
+def test_opd_step_is_that_of_one_device(alone, sizes):
+    mesh = mesh_of(*sizes)
+    with use_mesh(mesh):
+        (state, metrics), program = opd(mesh)
+    assert_close((state, metrics), alone[0])
+    assert np.abs(state.params["embed"][...] - STUDENT["embed"][...]).max() > 1e-3
+    check_traffic(program, *sizes[1:], updates=True)
+
+
+@pytest.mark.parametrize("sizes", ROWS_BY_TENSOR, ids=str)
+def test_sft_step_is_that_of_one_device(alone, sizes):
+    mesh = mesh_of(*sizes)
+    with use_mesh(mesh):
+        ours, program = sft(mesh)
+    assert_close(ours, alone[1])
+    check_traffic(program, *sizes[1:], updates=True)
+
+
+@pytest.mark.parametrize("sizes", ROWS_BY_TENSOR, ids=str)
+def test_rollout_writes_the_same_tokens(alone, sizes):
+    mesh = mesh_of(*sizes)
+    with use_mesh(mesh):
+        rollout, program = written(mesh)
+    np.testing.assert_array_equal(rollout.tokens, alone[2].tokens)
+    np.testing.assert_allclose(rollout.logprobs, alone[2].logprobs, atol=1e-5)
+    assert len(np.unique(rollout.tokens)) > 10
+    check_traffic(program, *sizes[1:], updates=False)
+
+
+def test_microbatches_take_rows_of_every_device(alone):
+    mesh = mesh_of(1, 2, 4)
+    with use_mesh(mesh):
+        ours, _ = opd(mesh, microbatch=2)
+    assert_close(ours, alone[0])
+
+
+# --- the grid axis ---
+
+
+def test_a_grid_step_is_its_points_one_by_one(alone):
+    points = [HYPER, HYPER._replace(lam=np.float32(0.7))]
+    stacked = jax.tree.map(
+        lambda *x: np.stack(x), *[(opd_batch(seed), h) for seed, h in zip((3, 4), points, strict=True)]
+    )
+    mesh = mesh_of(1, 2, 2, grid=2)
+    with use_mesh(mesh):
+        step = make_opd_step(MODELS, TX, Variant(guard=True), vocab=VOCAB, chunk=7, microbatch=8, grid=True)
+        twice = jax.tree.map(lambda x: np.stack([x, x]), jax.tree.map(np.asarray, init_state(STUDENT, TX)))
+        state = put(twice, state_shardings, mesh)
+        assert state.params["embed"][...].sharding.spec[0] == "grid"
+        batch = jax.device_put(stacked[0], batch_shardings(stacked[0], mesh, grid=True))
+        frozen = put(FROZEN, state_shardings, mesh)
+        for _ in range(3):
+            state, metrics, _ = step(state, frozen, batch, stacked[1], np.stack([LR, LR]))
+        students = TrainState(put(twice.params, state_shardings, mesh), None).params
+        keys = jnp.stack([jax.random.key(1), jax.random.key(2)])
+        rollouts = generate_grid(STUDENT_DEF, students, jnp.ones((1, N)), *batch[:2], keys, **OPTIONS)
+    second, _ = opd(None, seed=4, hyper=points[1])
+    for i, one in enumerate((alone[0], second)):
+        assert_close(jax.tree.map(lambda x, i=i: np.asarray(x)[i], (state, metrics)), one)
+    np.testing.assert_array_equal(np.asarray(rollouts.tokens)[0], alone[2].tokens)
+    batch = opd_batch(4)
+    other = generate((STUDENT_DEF,), (STUDENT,), jnp.ones((1, N)), *batch[:2], jax.random.key(2), **OPTIONS)
+    np.testing.assert_array_equal(np.asarray(rollouts.tokens)[1], other.tokens)
+
+
+# --- weights ---
+
+TINY = ModelConfig(96, 16, 32, LAYERS, 8, 2, 4, tied=False)
+
+
+@pytest.fixture
+def reads(monkeypatch):
+    """Bytes of each slice that is read of a checkpoint."""
+    sizes, read = [], hf._read_slice
+
+    def counted(*arguments):
+        part = read(*arguments)
+        sizes.append(part.nbytes)
+        return part
+
+    monkeypatch.setattr(hf, "_read_slice", counted)
+    return sizes
+
+
+@pytest.fixture
+def checkpoint(tmp_path):
+    params = nnx.split(Decoder(TINY, rngs=nnx.Rngs(5)))[1]
+    hf.save_hf(tmp_path / "model", TINY, params)
+    return tmp_path / "model", params
+
+
+def test_weights_load_into_their_shards(checkpoint, reads):
+    folder, params = checkpoint
+    mesh = mesh_of(2, 2, 2)
+    with use_mesh(mesh):
+        _, loaded = hf.load_hf(folder)
+    for (path, ours), theirs in zip(nnx.to_flat_state(loaded), jax.tree.leaves(params), strict=True):
+        np.testing.assert_array_equal(ours[...], theirs)
+        assert ours[...].sharding.is_equivalent_to(param_sharding(path, theirs, mesh), theirs.ndim)
+    assert sum(reads) == sum(x.nbytes for x in jax.tree.leaves(params))  # copies on `data` are not read twice
+    assert max(reads) <= 96 * 16 * 4 / 4  # the largest tensor in quarters
+
+
+def test_a_host_reads_its_part_only(checkpoint, reads, monkeypatch):
+    """What make_array_from_callback asks of a process that holds half of the devices."""
+    folder, params = checkpoint
+    mesh = mesh_of(1, 2, 4)
+    half = set(mesh.devices.flat[:4])
+
+    def of_half(shape, sharding, callback):
+        for device, index in sharding.devices_indices_map(shape).items():
+            if device in half:
+                callback(index)
+        return jnp.ones(shape)
+
+    monkeypatch.setattr(jax, "make_array_from_callback", of_half)
+    with use_mesh(mesh):
+        hf.load_hf(folder)
+    total = sum(x.nbytes for x in jax.tree.leaves(params))
+    assert total / 2 <= sum(reads) < 0.55 * total  # norms are whole on every device
+
+
+def test_a_damaged_shard_is_told(checkpoint):
+    folder, params = checkpoint
+    params["layers"]["gate"][...] = params["layers"]["gate"][...].at[1, 3, 2].set(jnp.nan)
+    hf.save_hf(folder, TINY, params)
+    with use_mesh(mesh_of(1, 2, 4)), pytest.raises(hf.UserError, match=r"layers\.1\.mlp\.gate_proj.*NaN"):
+        hf.load_hf(folder)
+
+
+def test_random_weights_are_made_in_their_shards():
+    model, mesh = defaults().student, mesh_of(1, 4, 2)
+    expected = initial_params(model, TINY, 7, "float32")
+    with use_mesh(mesh):
+        made = initial_params(model, TINY, 7, "float32")
+    assert_close(made, expected, 1e-6)
+    assert made["layers"]["gate"][...].addressable_shards[0].data.shape == (LAYERS, 16 // 4, 32 // 2)

@@ -1,0 +1,289 @@
+"""Training in real processes that are killed, terminated, run out of disk, or move to other devices."""
+
+import multiprocessing
+import os
+import pathlib
+import resource
+import signal
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+
+import jax
+import numpy as np
+import optax
+import pytest
+
+from listopd_jax.errors import Interrupted, UserError
+from listopd_jax.lifecycle import interruptible
+from listopd_jax.metrics_log import read_metrics
+from listopd_jax.train.checkpoints import Checkpoints, abstract
+from listopd_jax.train.loop import Run, Saving, checkpoint_folder, train
+from listopd_jax.train.optimizer import apply_gradients, init_state
+
+STEPS = 30
+RUN = Run("opd_lambda1.2_seed0", "opd", {"lambda": 1.2, "seed": 0}, STEPS)
+TX = optax.scale_by_adam()
+SHAPE = (256, 128)
+ALWAYS, AT_THE_END = Saving(1, 2), Saving(1000, 2)
+
+
+# ---- the program that is killed: a real run of tiny arrays, saved at every step
+
+
+def batches():
+    """An endless, shuffled, prefetching grain iterator, as the data module's."""
+    import grain
+
+    source = grain.MapDataset.source(np.arange(7, dtype=np.float32)).shuffle(seed=1).repeat().batch(2)
+    return iter(source.to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=2)))
+
+
+def initial():
+    return init_state({"w": jax.numpy.arange(np.prod(SHAPE), dtype=np.float32).reshape(SHAPE) / 1e3}, TX)
+
+
+@jax.jit
+def compiled(state, batch, key):
+    noise = jax.random.normal(key, (SHAPE[0], 16))
+
+    def loss_of(params):
+        return (jax.numpy.tanh(noise @ (params["w"].T @ params["w"])[:16] * 1e-3) ** 2).mean() * batch.sum()
+
+    loss, grads = jax.value_and_grad(loss_of)(state.params)
+    return apply_gradients(state, grads, jax.numpy.float32(0.1), TX), loss
+
+
+def update(state, batch, step):
+    """A step whose result depends on everything that a resumed run has to get right."""
+    time.sleep(0.01)
+    key = jax.random.fold_in(jax.random.key(3), step)
+    state, loss = compiled(state, jax.numpy.asarray(batch), key)
+    return state, {"loss": loss, "first": batch[0], "tokens": 100}
+
+
+def train_here(workdir, saving=ALWAYS):
+    return train(pathlib.Path(workdir), RUN, initial, batches(), update, saving)
+
+
+def job(workdir, log, most_bytes, saving):
+    """What a process of the tests does: train as main would, its stderr in `log`."""
+    os.dup2(os.open(log, os.O_CREAT | os.O_WRONLY | os.O_APPEND), 2)
+    if most_bytes:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (most_bytes, most_bytes))
+    try:
+        with interruptible():
+            train_here(workdir, saving)
+    except UserError as e:
+        print(f"error: {e}", file=sys.stderr)
+        sys.exit(2)
+    except Interrupted as e:
+        print(e, file=sys.stderr)
+
+
+@pytest.fixture(scope="module")
+def start():
+    """Start a `job` in a new process in which the imports are done but nothing of JAX has started."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["listopd_jax.train.loop", "grain", "pytest"])
+
+    def start(workdir, most_bytes=0, saving=ALWAYS):
+        workdir.mkdir(exist_ok=True)
+        process = context.Process(target=job, args=(workdir, workdir / "log", most_bytes, saving))
+        process.start()
+        return process
+
+    return start
+
+
+def folder(workdir):
+    return checkpoint_folder(workdir, RUN.name)
+
+
+def saved_steps(workdir):
+    return sorted(int(p.name) for p in folder(workdir).glob("*") if p.name.isdecimal())
+
+
+def being_saved(workdir):
+    return {p.name for p in folder(workdir).glob("*.orbax-checkpoint-tmp*")}
+
+
+def rows(workdir):
+    """The logged rows without the one figure that depends on the clock."""
+    return [{k: v for k, v in row.items() if k != "tokens_per_second"} for row in read_metrics(workdir)]
+
+
+def end(workdir):
+    """Bytes of every array of the last checkpoint, and its progress."""
+    with Checkpoints(folder(workdir), 2, RUN.fixed) as checkpoints:
+        saved = checkpoints.restore(abstract(initial()))
+    assert saved.step == STEPS
+    leaves = jax.tree.leaves_with_path(saved.state)
+    return {jax.tree_util.keystr(path): np.asarray(x).tobytes() for path, x in leaves}, saved.progress
+
+
+def wait_for(condition, process, seconds=300):
+    """Poll until `condition()`, or the process has ended, or the time is over."""
+    deadline = time.monotonic() + seconds
+    while not condition() and process.is_alive() and time.monotonic() < deadline:
+        time.sleep(0.0005)
+
+
+# ---- kill -9
+
+
+CHAINS, KILLS = 4, 6
+
+
+def kill_at_random(start, workdir, rng, during_save) -> bool:
+    """kill -9 some steps on and some milliseconds later, or within a save; whether a save was cut short."""
+    before = max(saved_steps(workdir), default=0) + int(rng.integers(1, 3))
+    stale, process = being_saved(workdir), start(workdir)
+    wait_for(lambda: max(saved_steps(workdir), default=0) >= before, process)
+    if during_save:
+        wait_for(lambda: being_saved(workdir) - stale, process)
+    time.sleep(float(rng.uniform(0, 0.01 if during_save else 0.06)))
+    os.kill(process.pid, signal.SIGKILL)
+    process.join()
+    assert process.exitcode == -signal.SIGKILL, "the run ended before it could be killed"
+    return bool(being_saved(workdir) - stale)
+
+
+def killed_again_and_again(start, workdir, seed) -> int:
+    """Train with KILLS interruptions; how many of them cut a save short."""
+    rng = np.random.default_rng(seed)
+    cut = sum(kill_at_random(start, workdir, rng, during_save=i % 2 == 1) for i in range(KILLS))
+    process = start(workdir)
+    process.join(300)
+    assert process.exitcode == 0
+    return cut
+
+
+@pytest.mark.slow
+def test_kill_9_at_random_moments_changes_no_bit(start, tmp_path):
+    """Parameters, optimizer, data iterator and metrics after 24 kills, half of them aimed at saves."""
+    workdirs = [tmp_path / str(i) for i in range(CHAINS)]
+    with ThreadPoolExecutor(CHAINS) as pool:
+        cut = list(pool.map(killed_again_and_again, [start] * CHAINS, workdirs, range(CHAINS)))
+    undisturbed = tmp_path / "undisturbed"
+    train_here(undisturbed)
+    assert sum(cut) >= CHAINS, "kills were to meet saves too"
+    assert [row["step"] for row in rows(undisturbed)] == list(range(1, STEPS + 1))
+    for workdir in workdirs:
+        assert rows(workdir) == rows(undisturbed)
+        assert end(workdir) == end(undisturbed)
+        assert saved_steps(workdir) == [STEPS - 1, STEPS]
+        assert not being_saved(workdir)  # half-written checkpoints do not pile up
+        assert "damaged" not in (workdir / "log").read_text()
+
+
+# ---- SIGTERM, a full disk
+
+
+def messages(workdir):
+    """What the job said, without its progress bar."""
+    lines = (workdir / "log").read_text().splitlines()
+    return [line for line in lines if not line.startswith(RUN.name + ":  ") and "step/s" not in line]
+
+
+@pytest.mark.parametrize("times", [1, 5])
+def test_sigterm_saves_and_exits_with_0(start, tmp_path, times):
+    """However often it comes; nothing of what was done is done again."""
+    process = start(tmp_path, saving=AT_THE_END)
+    wait_for(lambda: len(rows(tmp_path)) >= 5, process)
+    for _ in range(times):
+        os.kill(process.pid, signal.SIGTERM)
+        time.sleep(0.01)
+    process.join(30)
+    assert process.exitcode == 0
+    (step,) = saved_steps(tmp_path)
+    assert step >= 5 and [row["step"] for row in rows(tmp_path)] == list(range(1, step + 1))
+    assert f"{RUN.name}: saved at step {step}; the same command goes on from there" in messages(tmp_path)
+    process = start(tmp_path, saving=AT_THE_END)
+    process.join(300)
+    assert process.exitcode == 0
+    assert [row["step"] for row in rows(tmp_path)] == list(range(1, STEPS + 1))
+
+
+def test_a_full_disk_in_training_is_one_line_and_nothing_is_lost(start, tmp_path):
+    process = start(tmp_path)
+    wait_for(lambda: saved_steps(tmp_path)[-1:] >= [3], process)
+    process.terminate()
+    process.join(30)
+    before, said = saved_steps(tmp_path), len(messages(tmp_path))
+    process = start(tmp_path, most_bytes=50_000)
+    process.join(300)
+    assert process.exitcode == 2
+    (line,) = messages(tmp_path)[said:]
+    assert line.startswith(f"error: {folder(tmp_path)}: checkpoint not saved") and "free disk space" in line
+    assert saved_steps(tmp_path) == before
+    train_here(tmp_path)
+    assert [row["step"] for row in rows(tmp_path)] == list(range(1, STEPS + 1))
+
+
+# ---- other devices
+
+MESHES = """
+import os, pathlib, sys
+os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
+import jax, jax.numpy as jnp, numpy as np, optax
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec as P
+from listopd_jax.train.checkpoints import Checkpoints
+from listopd_jax.train.loop import Run, Saving, checkpoint_folder, train
+from listopd_jax.train.optimizer import TrainState, apply_gradients
+
+tx, workdir = optax.scale_by_adam(), pathlib.Path(sys.argv[1])
+weights = {"w": np.random.default_rng(0).normal(size=(16, 8)).astype(np.float32), "b": np.ones(8, np.float32)}
+
+class Batches:
+    n = 0
+    def __next__(self): self.n += 1; return np.random.default_rng(self.n).normal(size=(8, 16)).astype(np.float32)
+    def get_state(self): return {"n": self.n}
+    def set_state(self, state): self.n = state["n"]
+
+def on(rows, columns):
+    devices = np.array(jax.devices()[: rows * columns]).reshape(rows, columns)
+    mesh = Mesh(devices, ("fsdp", "tensor"), axis_types=(AxisType.Auto,) * 2)
+    specs = {"w": P("fsdp", "tensor"), "b": P("tensor")}
+    def initial():
+        params = {k: jax.device_put(v, NamedSharding(mesh, specs[k])) for k, v in weights.items()}
+        return TrainState(params, tx.init(params))
+    @jax.jit
+    def step(state, batch):
+        loss = lambda p: (jnp.tanh(batch @ p["w"] + p["b"]) ** 2).mean()
+        value, grads = jax.value_and_grad(loss)(state.params)
+        return apply_gradients(state, grads, jnp.float32(0.1), tx), value
+    def update(state, batch, _):
+        state, loss = step(state, jax.device_put(batch, NamedSharding(mesh, P("fsdp"))))
+        return state, {"loss": loss, "tokens": 1}
+    def run(name, steps):
+        return train(workdir, Run(name, "opd", {}, steps), initial, Batches(), update, Saving(100, 2))
+    return run
+
+for name in ("whole", "to_2x4", "to_1x1"):
+    on(4, 2)(name, 3)
+at_3 = jax.tree.map(np.asarray, on(4, 2)("to_2x4", 3))
+ends = {}
+for name, shape in (("whole", (4, 2)), ("to_2x4", (2, 4)), ("to_1x1", (1, 1))):
+    read = on(*shape)(name, 3)
+    assert dict(read["w"].sharding.mesh.shape) == {"fsdp": shape[0], "tensor": shape[1]}, read["w"].sharding
+    assert read["w"].addressable_shards[0].data.shape == (16 // shape[0], 8 // shape[1])
+    assert all((np.asarray(x) == y).all() for x, y in zip(jax.tree.leaves(read), jax.tree.leaves(at_3)))
+    ends[name] = on(*shape)(name, 6)
+for name, end in ends.items():
+    for x, y in zip(jax.tree.leaves(end), jax.tree.leaves(ends["whole"])):
+        np.testing.assert_allclose(np.asarray(x), np.asarray(y), rtol=2e-5, atol=2e-6)
+    moved = [abs(np.asarray(end[k]) - np.asarray(at_3[k])).max() for k in end]
+    assert min(moved) > 0.01, "three steps at this rate move every parameter"
+print("done")
+"""
+
+
+def test_a_checkpoint_goes_on_on_another_mesh(tmp_path):
+    """Saved on 4×2 of 8 devices, read bit for bit on 2×4 and on one, and trained on to rounding."""
+    done = subprocess.run(
+        [sys.executable, "-c", MESHES, tmp_path], capture_output=True, text=True, check=False
+    )
+    assert done.stdout.strip() == "done", done.stderr[-3000:]
+    assert "warning" not in done.stderr
