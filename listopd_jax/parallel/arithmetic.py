@@ -1,0 +1,280 @@
+"""What an OPD step costs by arithmetic from the configuration: FLOPs, memory, traffic, and the time it cannot beat.
+
+FLOPs are counted here because XLA's cost analysis counts the body of a scan once. A multiply-add is two FLOPs; norms,
+rotary positions and softmax are left out. Attention is counted with causality, as a kernel can have it. Bytes between
+devices are those that arrive at one device by a ring: (g−1)/g of the result of an all-gather, twice that for an
+all-reduce.
+"""
+
+import math
+from collections.abc import Mapping
+from typing import NamedTuple
+
+from listopd_jax.models.config import ModelConfig, num_params
+from listopd_jax.parallel.chips import Topology
+
+WIDTHS = {"float32": 4, "bfloat16": 2}
+AXES = ("grid", "data", "fsdp", "tensor")
+F32 = 4
+
+
+class Load(NamedTuple):
+    """One step's tokens: `prompts` of `prompt` tokens, with `rollouts` completions of `response` tokens each."""
+
+    prompts: int
+    rollouts: int
+    prompt: float
+    response: float
+
+    @property
+    def completion_tokens(self) -> float:
+        """Sampled tokens of the step."""
+        return self.prompts * self.rollouts * self.response
+
+    @property
+    def tokens(self) -> float:
+        """Tokens that a pass computes: each prompt once."""
+        return self.prompts * self.prompt + self.completion_tokens
+
+
+class Layout(NamedTuple):
+    """How the step is laid out: devices along the mesh axes, prompts a gradient pass, remat policy, dtypes."""
+
+    sizes: Mapping[str, int]
+    microbatch: int
+    remat: str
+    compute: str = "bfloat16"
+    frozen: str = "bfloat16"
+    gather_rollout: bool = True
+    chunk: int = 1024
+
+    @property
+    def rows(self) -> int:
+        """Devices among which the prompts are split."""
+        return self.sizes["data"] * self.sizes["fsdp"]
+
+    @property
+    def shards(self) -> int:
+        """Parts into which resting weights are split."""
+        return self.sizes["fsdp"] * self.sizes["tensor"]
+
+
+class Cost(NamedTuple):
+    """Of one phase on one device: FLOPs, bytes through HBM, bytes that arrive along each mesh axis."""
+
+    flops: float
+    hbm: float
+    arriving: Mapping[str, float]
+
+
+def layer_weights(c: ModelConfig) -> int:
+    """Weights of all layers' matrix products: what each token is multiplied with, without embedding and head."""
+    heads = 2 * c.num_heads + 2 * c.num_kv_heads
+    return c.num_layers * c.hidden_size * (heads * c.head_dim + 3 * c.intermediate_size)
+
+
+def attention_flops(c: ModelConfig, pairs: float) -> float:
+    """Scores and mixture of `pairs` (query, key) pairs in every layer and head."""
+    return 4 * c.num_layers * c.num_heads * c.head_dim * pairs
+
+
+def prompt_flops(c: ModelConfig, load: Load) -> float:
+    """Reading the prompts, without the head."""
+    pairs = load.prompts * load.prompt * (load.prompt + 1) / 2
+    return 2 * layer_weights(c) * load.prompts * load.prompt + attention_flops(c, pairs)
+
+
+def completion_flops(c: ModelConfig, load: Load) -> float:
+    """Reading the completions after their shared prompts, or writing them: layers and attention, without the head."""
+    pairs = load.completion_tokens * (load.prompt + (load.response + 1) / 2)
+    return 2 * layer_weights(c) * load.completion_tokens + attention_flops(c, pairs)
+
+
+def head_flops(c: ModelConfig, load: Load) -> float:
+    """The LM head at every completion position."""
+    return 2 * c.hidden_size * c.vocab_size * load.completion_tokens
+
+
+def forward_flops(c: ModelConfig, load: Load) -> float:
+    """One scoring pass: prompts, completions, head."""
+    return prompt_flops(c, load) + completion_flops(c, load) + head_flops(c, load)
+
+
+def recomputed_flops(c: ModelConfig, load: Load, remat: str) -> float:
+    """What the backward pass computes a second time: always the head's chunks; of the layers what `remat` says."""
+    layers = forward_flops(c, load) - head_flops(c, load)
+    weights = 2 * layer_weights(c) * load.tokens
+    return head_flops(c, load) + {"none": 0.0, "dots": layers - weights, "full": layers}[remat]
+
+
+def step_flops(student: ModelConfig, teacher: ModelConfig, load: Load, remat: str) -> dict[str, float]:
+    """FLOPs of one OPD step by part, over all devices."""
+    return {
+        "prefill": prompt_flops(student, load),
+        "decode": completion_flops(student, load) + head_flops(student, load),
+        "teacher": forward_flops(teacher, load),
+        "base": forward_flops(student, load),
+        "student": 3 * forward_flops(student, load),
+        "recomputed": recomputed_flops(student, load, remat),
+    }
+
+
+def kv_bytes(c: ModelConfig, tensor: int = 1, width: int = 2) -> float:
+    """Keys and values of one token on one device; KV heads fewer than `tensor` are held in equal copies."""
+    heads = math.lcm(c.num_kv_heads, tensor) / tensor
+    return 2 * c.num_layers * heads * c.head_dim * width
+
+
+def costs(student: ModelConfig, teacher: ModelConfig, load: Load, layout: Layout) -> dict[str, Cost]:
+    """The phases of one step on one device, in their order."""
+    tensor, width = layout.sizes["tensor"], WIDTHS[layout.compute]
+    flops = step_flops(student, teacher, load, layout.remat)
+    share = {part: f / (layout.rows * tensor) for part, f in flops.items()}
+    copy = width * num_params(student) / tensor
+    prompts = load.prompts / layout.rows
+    token = kv_bytes(student, tensor, width)
+    read = prompts * (load.prompt + load.rollouts * load.response / 2) * token
+    gathers = 1 if layout.gather_rollout else 1 + load.response
+    sent = _activations(student, load, layout)
+    completion_share = load.completion_tokens / load.tokens
+    return {
+        "prefill": Cost(
+            share["prefill"],
+            copy + prompts * load.prompt * token,
+            {"fsdp": _gathered(copy, layout), "tensor": sent * (1 - completion_share)},
+        ),
+        "decode": Cost(
+            share["decode"],
+            load.response * (copy + read),
+            {"fsdp": _gathered(copy, layout) * (gathers - 1), "tensor": sent * completion_share},
+        ),
+        "score": _score_cost(student, teacher, load, layout, share),
+        "update": _update_cost(student, load, layout, share),
+    }
+
+
+def _score_cost(student, teacher, load: Load, layout: Layout, share: Mapping[str, float]) -> Cost:
+    """Teacher and base: both read their weights for the prompts and again for the completions of each microbatch."""
+    width, tensor = WIDTHS[layout.compute], layout.sizes["tensor"]
+    weights = 2 * _passes(load, layout) * width * (num_params(teacher) + num_params(student)) / tensor
+    sent = _activations(student, load, layout) + _activations(teacher, load, layout)
+    return Cost(
+        share["teacher"] + share["base"], weights, {"fsdp": _gathered(weights, layout), "tensor": sent}
+    )
+
+
+def _update_cost(student, load: Load, layout: Layout, share: Mapping[str, float]) -> Cost:
+    """The student forward and backward, and AdamW: 28 bytes a parameter read and written."""
+    width, sizes = WIDTHS[layout.compute], layout.sizes
+    weights = 2 * _passes(load, layout) * width * num_params(student) / sizes["tensor"]
+    state = 28 * num_params(student) / layout.shards
+    gradients = _passes(load, layout) * F32 * num_params(student) / layout.shards
+    forwards = 3 if layout.remat == "full" else 2
+    arriving = {
+        "data": 2 * gradients * (sizes["data"] - 1) / sizes["data"],
+        "fsdp": 3 * _gathered(weights, layout),  # gathered forward and backward, gradients scattered
+        "tensor": forwards * _activations(student, load, layout),
+    }
+    return Cost(share["student"] + share["recomputed"], 3 * weights + state, arriving)
+
+
+def _passes(load: Load, layout: Layout) -> int:
+    return load.prompts // (layout.microbatch or load.prompts)
+
+
+def _gathered(size: float, layout: Layout) -> float:
+    """Bytes of an all-gather over `fsdp` that make `size` bytes on a device."""
+    return size * (layout.sizes["fsdp"] - 1) / layout.sizes["fsdp"]
+
+
+def _activations(c: ModelConfig, load: Load, layout: Layout) -> float:
+    """Bytes over `tensor` of one pass: two all-reduces of the hidden states in a layer."""
+    tensor = layout.sizes["tensor"]
+    hidden = load.tokens / layout.rows * c.hidden_size * WIDTHS[layout.compute]
+    return 2 * c.num_layers * 2 * hidden * (tensor - 1) / tensor
+
+
+def phase_times(cost: Cost, topology: Topology, sizes: Mapping[str, int]) -> dict[str, float]:
+    """Seconds that a phase needs of each resource alone: flops, hbm, and every mesh axis with traffic."""
+    chip, times = topology.chip, {"flops": cost.flops / topology.chip.flops}
+    times["hbm"] = cost.hbm / chip.bandwidth
+    for axis, size in cost.arriving.items():
+        stride = math.prod(sizes[a] for a in AXES[AXES.index(axis) + 1 :])
+        if size:
+            times[f"{axis} axis"] = size / topology.arriving(sizes[axis], stride)
+    return times
+
+
+def roofline(phases: Mapping[str, Cost], topology: Topology, sizes: Mapping[str, int]) -> dict:
+    """The floor of a step: in each phase the slowest resource, all others hidden behind it.
+
+    Returns {"step_s", "bound_by", "phases": {phase: {"seconds", "bound_by", "resources"}}}.
+    """
+    table = {}
+    for phase, cost in phases.items():
+        times = phase_times(cost, topology, sizes)
+        worst = max(times, key=times.__getitem__)
+        table[phase] = {"seconds": times[worst], "bound_by": worst, "resources": times}
+    longest = max(table, key=lambda phase: table[phase]["seconds"])
+    return {
+        "step_s": sum(row["seconds"] for row in table.values()),
+        "bound_by": f"{longest}: {table[longest]['bound_by']}",
+        "phases": table,
+    }
+
+
+def memory_estimate(
+    student: ModelConfig, teacher: ModelConfig, load: Load, layout: Layout
+) -> dict[str, float]:
+    """Bytes on one device by kind, without a compiler: weights and cache exact, temporaries rough.
+
+    `load` has the widths that programs are compiled for. Temporaries: three float32 arrays of attention scores at once
+    (the XLA attention stores them), the logits of four chunks, gathered weights of two layers and of the head,
+    gradients twice, and the stored activations of the layers.
+    """
+    width, tensor = WIDTHS[layout.compute], layout.sizes["tensor"]
+    own, frozen = num_params(student), WIDTHS[layout.frozen]
+    copies = tensor if layout.gather_rollout else layout.shards
+    prompts = load.prompts / layout.rows
+    prefill_scores = 3 * F32 * prompts * math.ceil(student.num_heads / tensor) * load.prompt**2
+    return {
+        "parameters": F32 * own / layout.shards,
+        "optimizer": 2 * F32 * own / layout.shards,
+        "teacher": frozen * num_params(teacher) / layout.shards,
+        "base": frozen * own / layout.shards,
+        "rollout copy": width * own / copies,
+        "kv cache": prompts
+        * (load.prompt + load.rollouts * load.response)
+        * kv_bytes(student, tensor, width),
+        "rollout temporaries": prefill_scores + _vocab_bytes(student, layout),
+        "update temporaries": 2 * F32 * own / layout.shards + _pass_bytes(student, teacher, load, layout),
+    }
+
+
+def _vocab_bytes(c: ModelConfig, layout: Layout) -> float:
+    """Logits of four chunks and the gathered head, split over `tensor`."""
+    rows = 4 * F32 * layout.chunk + WIDTHS[layout.compute] * c.hidden_size
+    return c.vocab_size * rows / layout.sizes["tensor"]
+
+
+def _pass_bytes(student: ModelConfig, teacher: ModelConfig, load: Load, layout: Layout) -> float:
+    """Activations of one gradient pass: scores, what the layers store, gathered weights."""
+    width, tensor = WIDTHS[layout.compute], layout.sizes["tensor"]
+    prompts = (layout.microbatch or load.prompts) / layout.rows
+    tokens = prompts * (load.prompt + load.rollouts * load.response)
+    keys = load.prompt + load.response
+    pairs = prompts * (load.prompt**2 + load.rollouts * load.response * keys)
+    heads = math.ceil(max(student.num_heads, teacher.num_heads) / tensor)
+    scores = 3 * F32 * heads * pairs
+    units = (3 * student.intermediate_size + 4 * student.num_heads * student.head_dim) / tensor
+    stored = {"full": 0.0, "dots": units, "none": 2 * units + heads * 2 * pairs / tokens}[layout.remat]
+    layer = max(layer_weights(c) / c.num_layers for c in (student, teacher))
+    kept = student.num_layers * tokens * width * (student.hidden_size + stored)
+    return scores + kept + 2 * width * layer / tensor + _vocab_bytes(teacher, layout)
+
+
+def peak(memory: Mapping[str, float]) -> float:
+    """The larger of the two phases: what rests, and the rollout's or the update's own."""
+    rollout = ("rollout copy", "kv cache", "rollout temporaries")
+    resident = sum(memory[kind] for kind in ("parameters", "optimizer", "teacher", "base"))
+    return resident + max(sum(memory[kind] for kind in rollout), memory["update temporaries"])

@@ -1,0 +1,197 @@
+"""The real rollout and update programs, compiled ahead of time for devices that need not exist.
+
+Nothing is allocated: arguments are shapes with shardings. For TPUs it is libtpu's own compiler, so what it says of
+memory is what a chip would say.
+"""
+
+import importlib.util
+import re
+from collections.abc import Mapping
+from types import SimpleNamespace
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import topologies
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from listopd_jax.errors import UserError
+from listopd_jax.models.build import cast, graph_of
+from listopd_jax.models.config import ModelConfig
+from listopd_jax.models.decoder import KVCache, abstract
+from listopd_jax.ops.objective import Hyper
+from listopd_jax.parallel import rules
+from listopd_jax.parallel.chips import GIB, Topology
+from listopd_jax.parallel.hlo import traffic
+from listopd_jax.parallel.mesh import use_mesh
+from listopd_jax.rollout.decode import Rollout, generate
+from listopd_jax.train.opd import make_step
+from listopd_jax.train.opd_step import Frozen, OpdBatch
+from listopd_jax.train.optimizer import TrainState, adamw
+
+ARGUMENTS = ("parameters", "optimizer", "teacher", "base")
+_TOO_LARGE = (
+    re.compile(r"Used ([\d.]+)([KMGT]) of [\d.]+[KMGT] hbm"),
+    re.compile(r"total memory required[^(]*\(([\d.]+)([KMGT])\)"),
+)
+
+
+class Program(NamedTuple):
+    """What the compiler says of one program, in bytes on one device; `traffic` by mesh axis, see hlo.py."""
+
+    arguments: int
+    results: int  # without those that reuse an argument's memory
+    temporaries: int
+    traffic: Mapping[str, float]
+
+
+class TooLarge(Exception):
+    """The compiler found that a program does not fit; `bytes` is what it needs on one device."""
+
+    def __init__(self, program: str, needed: float):
+        super().__init__(f"{program} needs {needed / GIB:.0f} GiB")
+        self.program, self.bytes = program, needed
+
+
+def devices_of(topology: Topology) -> list[Any] | None:
+    """Devices to compile for: a described TPU slice, or those at hand; None where they are too few.
+
+    Raises UserError if libtpu is missing.
+    """
+    if not topology.is_tpu:
+        kind = "gpu" if topology.kind == "h100" else "cpu"
+        here = [d for d in jax.devices() if d.platform == kind]
+        return here[: topology.devices] if len(here) >= topology.devices else None
+    if importlib.util.find_spec("libtpu") is None:
+        raise UserError(
+            f"--topology={topology.name}: needs the TPU compiler; pip install 'listopd_jax[tpu]', or --compiles=0"
+        )
+    # libtpu takes a host of 2x2 chips for granted, which a slice of one chip is not.
+    options = {"chips_per_host_bounds": [1, 1, 1]} if topology.devices == 1 else {}
+    return topologies.get_topology_desc(topology.name, "tpu", **options).devices
+
+
+def state_memory(config: Any, shapes: Mapping[str, ModelConfig], mesh: Mesh) -> dict[str, int]:
+    """Bytes on one device of what rests there, by kind, and of the rollout's copy and cache."""
+    state, frozen = _state(config, shapes, mesh)
+    trees = (state.params, state.opt_state, frozen.teacher, frozen.base)
+    memory = dict(zip(ARGUMENTS, map(_shard_bytes, trees), strict=True))
+    memory["rollout copy"] = _shard_bytes(_rollout_params(config, state.params, mesh))
+    memory["kv cache"] = _shard_bytes(_caches(config, shapes["student"], mesh))
+    return memory
+
+
+def compile_rollout(config: Any, shapes: Mapping[str, ModelConfig], vocab: int, mesh: Mesh) -> Program:
+    """`generate` as the OPD stage calls it, at the widest prompts; TooLarge if the compiler refuses."""
+    graph = graph_of(shapes["student"], config.dtype.compute, config.remat)
+    params = _rollout_params(config, _state(config, shapes, mesh)[0].params, mesh)
+    prompts, lengths, rollout = _batch(config, mesh)
+    key = jax.eval_shape(lambda: jax.random.key(0))
+    weights = jax.ShapeDtypeStruct((1, config.opd.rollouts), jnp.float32)
+    with use_mesh(mesh):
+        lowered = generate.lower(
+            (graph,), (params,), _whole(weights, mesh), prompts, lengths, _whole(key, mesh),
+            max_tokens=rollout.tokens.shape[-1], vocab=vocab, eos=0, pad=0, temperature=config.opd.temperature,
+        )  # fmt: skip
+        return _compiled(lowered, "rollout", mesh)
+
+
+def compile_update(config: Any, shapes: Mapping[str, ModelConfig], vocab: int, mesh: Mesh) -> Program:
+    """The OPD stage's update at the widest prompts and completions; TooLarge if the compiler refuses."""
+    graphs = {role: graph_of(shapes[role], config.dtype.compute, config.remat) for role in shapes}
+    step = make_step(SimpleNamespace(config=config, graphs=graphs, codec=SimpleNamespace(vocab=vocab)))
+    state, frozen = _state(config, shapes, mesh)
+    scalar = _whole(jax.ShapeDtypeStruct((), jnp.float32), mesh)
+    hyper = Hyper(*[scalar] * len(Hyper._fields))
+    with use_mesh(mesh):
+        lowered = step.lower(state, frozen, OpdBatch(*_batch(config, mesh)), hyper, scalar)
+        return _compiled(lowered, "update", mesh)
+
+
+def _state(config: Any, shapes: Mapping[str, ModelConfig], mesh: Mesh) -> tuple[TrainState, Frozen]:
+    """Abstract student, optimizer, teacher and base, split as they rest."""
+    student = abstract(shapes["student"], param_dtype=jnp.dtype(config.dtype.param))[1]
+    teacher = abstract(shapes["teacher"], param_dtype=jnp.dtype(config.dtype.frozen))[1]
+    base = abstract(shapes["student"], param_dtype=jnp.dtype(config.dtype.frozen))[1]
+    state = TrainState(student, jax.eval_shape(adamw(config.optimizer, config.opd.b2).init, student))
+    trees = (state, Frozen(teacher, base))
+    return tuple(rules.abstract(tree, rules.state_shardings(tree, mesh)) for tree in trees)
+
+
+def _rollout_params(config: Any, params: Any, mesh: Mesh) -> Any:
+    """The copy in the compute dtype that decodes."""
+    copy = jax.eval_shape(lambda p: cast(p, config.dtype.compute), params)
+    split = rules.rollout_shardings if config.parallel.gather_rollout else rules.state_shardings
+    return rules.abstract(copy, split(copy, mesh))
+
+
+def _batch(config: Any, mesh: Mesh) -> tuple[Any, Any, Rollout]:
+    """Abstract prompts, lengths and rollout of one step, at the widths of the configuration."""
+    opd, task = config.opd, config.task
+    rows = (opd.batch_size, opd.rollouts)
+    tokens = (*rows, task.max_response)
+    tree = (
+        jax.ShapeDtypeStruct((opd.batch_size, task.max_prompt), jnp.int32),
+        jax.ShapeDtypeStruct((opd.batch_size,), jnp.int32),
+        Rollout(
+            jax.ShapeDtypeStruct(tokens, jnp.int32),
+            jax.ShapeDtypeStruct(tokens, jnp.float32),
+            jax.ShapeDtypeStruct(rows, jnp.int32),
+        ),
+    )
+    return rules.abstract(tree, rules.batch_shardings(tree, mesh))
+
+
+def _caches(config: Any, c: ModelConfig, mesh: Mesh) -> Any:
+    """Abstract keys and values of the prompts and of the completions."""
+    opd, task, dtype = config.opd, config.task, jnp.dtype(config.dtype.compute)
+    with use_mesh(mesh):
+        heads = (c.num_kv_heads * rules.kv_copies(c.num_kv_heads), c.head_dim)
+    prompt = jax.ShapeDtypeStruct((c.num_layers, opd.batch_size, task.max_prompt, *heads), dtype)
+    own = jax.ShapeDtypeStruct((c.num_layers, opd.batch_size, opd.rollouts, task.max_response, *heads), dtype)
+    tree = KVCache(prompt, prompt), KVCache(own, own)
+    return rules.abstract(tree, rules.cache_shardings(tree, mesh))
+
+
+def _whole(x: jax.ShapeDtypeStruct, mesh: Mesh) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(mesh, PartitionSpec()))
+
+
+def _shard_bytes(tree: Any) -> int:
+    """Bytes that a device holds of an abstract tree with shardings."""
+    sizes = (x.dtype.itemsize * _count(x.sharding.shard_shape(x.shape)) for x in jax.tree.leaves(tree))
+    return sum(sizes)
+
+
+def _count(shape: tuple[int, ...]) -> int:
+    count = 1
+    for size in shape:
+        count *= size
+    return count
+
+
+def _compiled(lowered: Any, name: str, mesh: Mesh) -> Program:
+    try:
+        compiled = lowered.compile()
+    except jax.errors.JaxRuntimeError as e:
+        needed = needed_bytes(str(e))
+        if needed is None:
+            raise
+        raise TooLarge(name, needed) from e
+    memory = compiled.memory_analysis()
+    return Program(
+        memory.argument_size_in_bytes,
+        memory.output_size_in_bytes - memory.alias_size_in_bytes,
+        memory.temp_size_in_bytes,
+        traffic(compiled.as_text(), dict(mesh.shape)),
+    )
+
+
+def needed_bytes(message: str) -> float | None:
+    """Bytes that a compiler's refusal says a program needs; None if it is another error."""
+    if "RESOURCE_EXHAUSTED" not in message:
+        return None
+    found = next((m for pattern in _TOO_LARGE if (m := pattern.search(message))), None)
+    if found is None:
+        return None
+    return float(found[1]) * 1024 ** (1 + "KMGT".index(found[2]))

@@ -1,0 +1,243 @@
+"""A plan: memory, traffic and time of one OPD step on a topology; and the search for the cheapest layout that fits."""
+
+import copy
+import difflib
+import math
+import pathlib
+import re
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import ml_collections
+
+from listopd_jax.config import REMATS
+from listopd_jax.errors import UserError
+from listopd_jax.models.config import NAMED_CONFIGS, ModelConfig, named_config
+from listopd_jax.parallel import arithmetic
+from listopd_jax.parallel.arithmetic import Layout, Load
+from listopd_jax.parallel.chips import GIB, Topology
+
+ROOM = 0.8  # share of the memory that an estimate may fill, since it is rough
+TOKENIZERS = {"qwen3": 151669, "llama3": 128256, "smollm2": 49152}
+"""Tokens of the published tokenizers: fewer than the padded rows of the embedding."""
+
+
+def shape_of(model: Any, vocab: int) -> ModelConfig:
+    """Dimensions of a config's model without reading weights: of a folder, a known hub id, a name, or custom."""
+    if model.weights and pathlib.Path(model.weights).is_dir():
+        from listopd_jax.models.hf import read_config
+
+        return read_config(pathlib.Path(model.weights))
+    if model.weights:
+        return named_config(_name_of(model.weights))
+    if model.architecture != "custom":
+        return named_config(model.architecture)
+    from listopd_jax.models.build import CUSTOM
+
+    return ModelConfig(vocab_size=vocab, **{name: model[name] for name in CUSTOM})
+
+
+def _name_of(weights: str) -> str:
+    """The published shape of a hub id: Qwen/Qwen3-1.7B-Base is qwen3_1_7b."""
+    plain = _letters(weights.rsplit("/", 1)[-1])
+    names = [name for name in NAMED_CONFIGS if plain.startswith(_letters(name))]
+    if names:
+        return max(names, key=len)
+    close = difflib.get_close_matches(plain, [_letters(n) for n in NAMED_CONFIGS], n=1)
+    hint = f"did you mean the shape of {close[0]}? " if close else ""
+    raise UserError(f"{weights}: shape not known without its files; {hint}known: {', '.join(NAMED_CONFIGS)}")
+
+
+def _letters(text: str) -> str:
+    return re.sub("[^a-z0-9]", "", text.lower())
+
+
+def vocabulary(config: Any) -> int:
+    """Tokens of the tokenizer, without reading it where it is a published one."""
+    path = config.tokenizer.path
+    if not path:
+        return config.tokenizer.vocab_size
+    if pathlib.Path(path).is_dir():
+        from listopd_jax.data.tokenizer import load_tokenizer
+
+        return len(load_tokenizer(path))
+    family = next((n for n in TOKENIZERS if _letters(path.rsplit("/", 1)[-1]).startswith(n)), None)
+    if family is None:
+        raise UserError(
+            f"tokenizer.path={path}: size not known; give a folder, or one of {', '.join(TOKENIZERS)}"
+        )
+    return TOKENIZERS[family]
+
+
+def shapes_of(config: Any) -> dict[str, ModelConfig]:
+    """Dimensions of teacher and student."""
+    return {role: shape_of(config[role], vocabulary(config)) for role in ("teacher", "student")}
+
+
+def layout_of(config: Any, topology: Topology) -> Layout:
+    """The layout that the config asks for; UserError if its mesh does not fit the devices or the models."""
+    from listopd_jax.parallel.mesh import check_mesh, mesh_sizes
+
+    sizes = mesh_sizes(config.parallel, topology.devices)
+    check_mesh(config, shapes_of(config), sizes)
+    return Layout(
+        sizes, config.opd.microbatch, config.remat, config.dtype.compute, config.dtype.frozen,
+        config.parallel.gather_rollout, config.opd.head_chunk,
+    )  # fmt: skip
+
+
+def worst_load(config: Any) -> Load:
+    """The widths that programs are compiled for."""
+    opd, task = config.opd, config.task
+    return Load(opd.batch_size, opd.rollouts, task.max_prompt, task.max_response)
+
+
+def make_plan(config: Any, topology: Topology, load: Load, compile_it: bool) -> dict[str, Any]:
+    """Everything that is known of one OPD step of `config` on `topology`, as JSON values.
+
+    load: mean tokens, for FLOPs and times; memory is of the widest prompts and completions. Memory is the compiler's if
+    `compile_it` and there is a compiler for the topology, else an estimate.
+    """
+    shapes, layout = shapes_of(config), layout_of(config, topology)
+    pair = shapes["student"], shapes["teacher"]
+    phases = arithmetic.costs(*pair, load, layout)
+    floor = arithmetic.roofline(phases, topology, layout.sizes)
+    flops = arithmetic.step_flops(*pair, load, layout.remat)
+    plan = {
+        "topology": topology.name,
+        "devices": topology.devices,
+        "mesh": dict(layout.sizes),
+        "microbatch": layout.microbatch,
+        "remat": layout.remat,
+        "tokens": [load.prompt, load.response],
+        "flops": sum(flops.values()),
+        "flops_by_part": flops,
+        "bytes": _arriving(phases),
+        "step_s_floor": floor["step_s"],
+        "chip_s_floor": floor["step_s"] * topology.devices,
+        "bound_by": floor["bound_by"],
+        "phases": floor["phases"],
+        "hbm_gib": topology.chip.hbm_gib,
+    }
+    compiled = _compiled_memory(config, shapes, topology, layout) if compile_it else None
+    memory = compiled or _estimated_memory(pair, worst_load(config), layout)
+    refused = memory["refused"] is not None
+    return plan | memory | {"fits": not refused and memory["peak_gib"] <= topology.chip.hbm_gib}
+
+
+def _arriving(phases: Mapping[str, arithmetic.Cost]) -> dict[str, float]:
+    """Bytes of a step that arrive at a device along each mesh axis."""
+    axes = {axis for cost in phases.values() for axis in cost.arriving}
+    return {axis: sum(cost.arriving.get(axis, 0.0) for cost in phases.values()) for axis in sorted(axes)}
+
+
+def _estimated_memory(pair: tuple[ModelConfig, ModelConfig], load: Load, layout: Layout) -> dict[str, Any]:
+    memory = arithmetic.memory_estimate(*pair, load, layout)
+    return {
+        "memory_source": "estimate by arithmetic, not compiled",
+        "refused": None,
+        "memory_gib": _gib(memory),
+        "peak_gib": arithmetic.peak(memory) / GIB,
+        "bytes_compiled": None,
+    }
+
+
+def _compiled_memory(config, shapes, topology: Topology, layout: Layout) -> dict[str, Any] | None:
+    """Memory of both programs by the compiler; None without devices to compile for."""
+    from listopd_jax.parallel import compile as aot
+    from listopd_jax.parallel.mesh import make_mesh
+
+    devices = aot.devices_of(topology)
+    if devices is None:
+        return None
+    mesh = make_mesh(layout.sizes, devices)
+    memory = aot.state_memory(config, shapes, mesh)
+    resident = sum(memory[kind] for kind in aot.ARGUMENTS)
+    result = {"memory_source": f"compiled for {devices[0].device_kind}", "refused": None}
+    peaks, moved = {}, {}
+    for phase, build in (("rollout", aot.compile_rollout), ("update", aot.compile_update)):
+        try:
+            program = build(config, shapes, vocabulary(config), mesh)
+        except aot.TooLarge as e:
+            peaks[phase] = e.bytes + (resident if phase == "rollout" else 0)
+            result["refused"] = str(e)
+            continue
+        # The rollout's own arguments are the copy of the student and the prompts; all else waits beside it.
+        waiting = resident if phase == "rollout" else 0
+        peaks[phase] = waiting + program.arguments + program.results + program.temporaries
+        cache = memory["kv cache"] if phase == "rollout" else 0
+        memory[f"{phase} temporaries"] = program.temporaries - cache
+        moved[phase] = dict(program.traffic)
+    return result | {
+        "memory_gib": _gib(memory),
+        "peaks_gib": _gib(peaks),
+        "peak_gib": max(peaks.values()) / GIB,
+        "bytes_compiled": moved,
+    }
+
+
+def _gib(sizes: Mapping[str, float]) -> dict[str, float]:
+    return {kind: size / GIB for kind, size in sizes.items()}
+
+
+def candidates(config: Any, topology: Topology) -> Iterator[ml_collections.ConfigDict]:
+    """Configs like `config` with every mesh (its grid kept), microbatch and remat policy that divides what it must."""
+    batch, grid = config.opd.batch_size, max(1, config.parallel.grid)
+    for sizes in _meshes(topology.devices, grid):
+        for microbatch in (m for m in range(1, batch + 1) if batch % m == 0):
+            for remat in REMATS:
+                changed = ml_collections.ConfigDict(copy.deepcopy(config.to_dict()))
+                changed.parallel.update(sizes)
+                changed.remat = remat
+                for section in (changed.opd, changed.sft.teacher, changed.sft.student):
+                    section.microbatch = math.gcd(microbatch, section.batch_size)
+                try:
+                    layout_of(changed, topology)
+                except UserError:
+                    continue
+                yield changed
+
+
+def _meshes(devices: int, grid: int) -> Iterator[dict[str, int]]:
+    if devices % grid:
+        raise UserError(f"parallel.grid={grid} does not divide {devices} devices")
+    rest = devices // grid
+    for fsdp in (n for n in range(1, rest + 1) if rest % n == 0):
+        for tensor in (n for n in range(1, rest // fsdp + 1) if (rest // fsdp) % n == 0):
+            yield {"grid": grid, "data": rest // fsdp // tensor, "fsdp": fsdp, "tensor": tensor}
+
+
+def search(config: Any, topology: Topology, load: Load, compiles: int) -> dict[str, Any]:
+    """The plan of the fastest layout that fits, for its devices are the same number in all.
+
+    By arithmetic all are ranked, those that fit first; of these the best are compiled, at most `compiles`, until one
+    fits. If none does, the one that misses by least. UserError if nothing divides. The plan has `tried` too.
+    """
+    by_arithmetic = [(make_plan(c, topology, load, False), c) for c in candidates(config, topology)]
+    if not by_arithmetic:
+        raise UserError(
+            f"--search: no mesh of {topology.devices} devices divides the models' heads and opd.batch_size="
+            f"{config.opd.batch_size}; change the batch or the topology"
+        )
+    ranked = sorted(by_arithmetic, key=lambda pair: _rank(pair[0]))
+    best, done = ranked[0][0], []
+    for plan, candidate in ranked[:compiles]:
+        plan = make_plan(candidate, topology, load, True)
+        done.append(plan)
+        best = min(done, key=_rank)
+        if plan["fits"]:
+            break
+    return best | {"tried": {"by_arithmetic": len(ranked), "compiled": [summary(p) for p in done]}}
+
+
+def _rank(plan: Mapping[str, Any]) -> tuple:
+    """Fitting plans by time, of equals the largest microbatch; after them the others by memory."""
+    room = 1.0 if plan["bytes_compiled"] is not None else ROOM
+    if plan["peak_gib"] <= room * plan["hbm_gib"]:
+        return (0, float(f"{plan['step_s_floor']:.3g}"), -plan["microbatch"], plan["peak_gib"])
+    return (1, plan["peak_gib"], plan["step_s_floor"])
+
+
+def summary(plan: Mapping[str, Any]) -> dict[str, Any]:
+    """What tells plans apart."""
+    return {k: plan[k] for k in ("mesh", "microbatch", "remat", "fits", "peak_gib", "step_s_floor")}

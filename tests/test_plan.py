@@ -1,0 +1,251 @@
+"""The planner's arithmetic, its reading of compiled programs and its command, none of which compiles for a TPU."""
+
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import pytest
+from flax import nnx
+
+from listopd_jax.config import defaults, validate
+from listopd_jax.errors import UserError
+from listopd_jax.models.config import ModelConfig, named_config, num_params
+from listopd_jax.models.decoder import abstract
+from listopd_jax.parallel import arithmetic
+from listopd_jax.parallel.arithmetic import Layout, Load
+from listopd_jax.parallel.chips import SLICES, parse_topology
+from listopd_jax.parallel.hlo import traffic
+from listopd_jax.parallel.planner import make_plan, search, shape_of, vocabulary
+
+STUDENT, TEACHER = named_config("qwen3_1_7b"), named_config("qwen3_4b")
+EC = Load(prompts=128, rollouts=1, prompt=700, response=225)
+ONE = {"grid": 1, "data": 1, "fsdp": 1, "tensor": 1}
+SMALL = ModelConfig(
+    vocab_size=512, hidden_size=128, intermediate_size=384, num_layers=1, num_heads=4, num_kv_heads=2, head_dim=32
+)  # fmt: skip
+
+
+def big(**fields):
+    """A config of the 1.7B student and 4B teacher with EC's batch."""
+    config = defaults()
+    config.student.architecture, config.teacher.architecture = "qwen3_1_7b", "qwen3_4b"
+    config.dtype.update(compute="bfloat16", frozen="bfloat16")
+    config.remat = "full"
+    config.opd.microbatch = config.sft.teacher.microbatch = config.sft.student.microbatch = 8
+    config.update_from_flattened_dict(fields)
+    return validate(config)
+
+
+def test_a_step_of_ec_is_the_published_floor():
+    """The specification's arithmetic for 1.7B x 4B, which rounds N up to all parameters: about 3.3e15 FLOP."""
+    flops = arithmetic.step_flops(STUDENT, TEACHER, EC, "full")
+    assert sum(flops.values()) == pytest.approx(3.3e15, rel=0.08)
+    assert flops["teacher"] == pytest.approx(0.95e15, rel=0.1)
+    assert flops["base"] == pytest.approx(0.4e15, rel=0.1)
+    assert flops["student"] + flops["recomputed"] == pytest.approx(1.6e15, rel=0.1)
+    assert arithmetic.kv_bytes(STUDENT) == 112 * 1024
+
+
+def test_decoding_on_one_h100_is_bound_by_memory_and_takes_a_second():
+    phases = arithmetic.costs(STUDENT, TEACHER, EC, Layout(ONE, 8, "full"))
+    floor = arithmetic.roofline(phases, parse_topology("h100:1"), ONE)
+    decode = floor["phases"]["decode"]
+    assert decode["bound_by"] == "hbm" and decode["seconds"] == pytest.approx(1.1, rel=0.1)
+    assert floor["phases"]["update"]["bound_by"] == "flops"
+    assert floor["step_s"] == pytest.approx(sum(row["seconds"] for row in floor["phases"].values()))
+
+
+def test_flops_of_a_prompt_agree_with_xla():
+    """XLA's count is right for one layer (a scan's body is counted once); it computes attention without causality."""
+    load, dims = Load(4, 1, 256, 1), dataclasses.replace(SMALL, qk_norm=False)
+    graph, params = abstract(dims)
+    tokens = jax.ShapeDtypeStruct((4, 256), jnp.int32)
+    lengths = jax.ShapeDtypeStruct((4,), jnp.int32)
+    run = jax.jit(lambda p, t, n: nnx.merge(graph, p).prefill(t, n))
+    counted = run.lower(params, tokens, lengths).compile().cost_analysis()["flops"]
+    square = arithmetic.attention_flops(dims, 4 * 256 * 256) - arithmetic.attention_flops(
+        dims, 4 * 256 * 257 / 2
+    )
+    assert counted == pytest.approx(arithmetic.prompt_flops(dims, load) + square, rel=0.1)
+
+
+@pytest.mark.parametrize("name", ["qwen3_1_7b", "qwen3_32b", "llama3_2_1b"])
+def test_layer_weights_are_those_of_the_model(name):
+    c = named_config(name)
+    layers = abstract(c)[1]["layers"]
+    matrices = sum(x.size for x in jax.tree.leaves(layers) if x.ndim > 2)
+    assert arithmetic.layer_weights(c) == matrices
+
+
+@pytest.mark.parametrize("remat", ["none", "dots", "full"])
+def test_less_stored_is_more_computed(remat):
+    recomputed = arithmetic.recomputed_flops(STUDENT, EC, remat)
+    once = arithmetic.forward_flops(STUDENT, EC)
+    assert arithmetic.head_flops(STUDENT, EC) <= recomputed <= once
+    assert (recomputed == once) == (remat == "full")
+
+
+def test_devices_share_the_work_and_split_weights_shrink():
+    def cost(sizes):
+        return arithmetic.costs(STUDENT, TEACHER, EC, Layout(ONE | sizes, 8, "full"))
+
+    whole, split = cost({}), cost({"fsdp": 4, "tensor": 2})
+    for phase in whole:
+        assert split[phase].flops == pytest.approx(whole[phase].flops / 8)
+    assert not any(whole["update"].arriving.values())
+    assert split["update"].arriving["fsdp"] > 0 and split["update"].arriving["tensor"] > 0
+    assert split["decode"].arriving["fsdp"] == 0  # gathered once, before decoding
+    assert split["decode"].arriving["tensor"] > 0
+
+
+def test_kv_heads_are_copied_when_tensor_has_more():
+    assert arithmetic.kv_bytes(STUDENT, 8) == arithmetic.kv_bytes(STUDENT) / 8
+    assert arithmetic.kv_bytes(STUDENT, 16) == arithmetic.kv_bytes(STUDENT, 8)
+
+
+def test_estimated_weights_are_bytes_a_parameter():
+    memory = arithmetic.memory_estimate(STUDENT, TEACHER, EC, Layout(ONE | {"fsdp": 8}, 8, "full"))
+    assert memory["parameters"] + memory["optimizer"] == 12 * num_params(STUDENT) / 8
+    assert memory["teacher"] == 2 * num_params(TEACHER) / 8
+
+
+@pytest.mark.parametrize(
+    "name", ["v5e", "v5p:3x3x3", "v9:2x2", "h100:12", "h100:", "cpu:0", "cpu:x", "cpu:²", ""]
+)
+def test_unknown_topologies_are_refused_with_the_known(name):
+    with pytest.raises(UserError) as error:
+        parse_topology(name)
+    assert "--topology" in str(error.value) and "\n" not in str(error.value)
+
+
+def test_slices_have_their_devices():
+    assert parse_topology("v5p:4x8x8").devices == parse_topology("v5e:16x16").devices == 256
+    assert all(parse_topology(f"{kind}:{s}").devices >= 1 for kind, shapes in SLICES.items() for s in shapes)
+
+
+def test_wide_groups_use_more_torus_axes_and_gpu_nodes_end_at_eight():
+    v5e, h100 = parse_topology("v5e:16x16"), parse_topology("h100:16")
+    assert v5e.arriving(16, 1) == 100e9 and v5e.arriving(256, 1) == 200e9
+    assert h100.arriving(8, 1) == 450e9 and h100.arriving(16, 1) == h100.arriving(2, 8) == 50e9
+
+
+HLO = """HloModule m
+
+%cond (p: (s32[])) -> pred[] {
+  %c = s32[]{:T(128)} constant(5)
+  ROOT %lt = pred[] compare(%i, %c), direction=LT
+}
+
+%body (p: (s32[])) -> (s32[]) {
+  %ag = f32[8,16]{1,0} all-gather(%x), replica_groups=[2,4]<=[8], dimensions={0}
+}
+
+ENTRY %main (p: f32[2]) -> f32[2] {
+  %w = (s32[]) while(%t), condition=%cond, body=%body
+  %ar = (f32[10], bf16[10]) all-reduce(%a, %b), replica_groups={{0,4},{1,5},{2,6},{3,7}}, to_apply=%add
+  %rs = f32[4]{0} reduce-scatter(%d), replica_groups=[4,2]<=[2,4]T(1,0), to_apply=%add
+  %m = f32[8]{0} all-gather(%e), replica_groups=mesh['axis_0'=2,'axis_1'=4] {'axis_1'}, dimensions={0}
+  %cp = (f32[6], f32[6], u32[], u32[]) collective-permute-start(%f), source_target_pairs={{0,1},{1,2},{2,3},{3,0}}
+}
+"""
+
+
+def test_traffic_counts_loops_groups_and_rings():
+    """By hand, in fours: 5 gathers of 512 B, one of 32 B, 24 B permuted; in twos: 60 B reduced, 16 B scattered."""
+    moved = traffic(HLO, {"grid": 1, "data": 2, "fsdp": 4, "tensor": 1})
+    assert moved == {"fsdp": 5 * 512 * 3 / 4 + 32 * 3 / 4 + 24, "data": 2 * 60 / 2 + 16}
+
+
+def test_one_device_has_no_traffic():
+    text = (
+        "ENTRY %main () -> f32[2] {\n  %ar = f32[2] all-reduce(%a), replica_groups={{0}}, to_apply=%add\n}\n"
+    )
+    assert traffic(text, ONE) == {}
+
+
+@pytest.mark.parametrize(
+    ("weights", "name"),
+    [
+        ("Qwen/Qwen3-1.7B", "qwen3_1_7b"),
+        ("Qwen/Qwen3-32B", "qwen3_32b"),
+        ("meta-llama/Llama-3.2-1B-Instruct", "llama3_2_1b"),
+    ],
+)  # fmt: skip
+def test_hub_ids_have_shapes_without_their_files(weights, name):
+    config = defaults()
+    config.student.weights = weights
+    assert shape_of(config.student, 0) == named_config(name)
+
+
+def test_unknown_hub_ids_are_refused():
+    config = defaults()
+    config.student.weights = config.tokenizer.path = "nobody/none-7B"
+    with pytest.raises(UserError, match="none-7B"):
+        shape_of(config.student, 0)
+    with pytest.raises(UserError, match=r"tokenizer\.path"):
+        vocabulary(config)
+
+
+def test_an_estimate_says_so_and_too_little_memory_does_not_fit():
+    plan = make_plan(big(), parse_topology("h100:1"), EC, compile_it=False)
+    assert plan["memory_source"].startswith("estimate") and plan["bytes_compiled"] is None
+    assert not plan["fits"] and plan["peak_gib"] > plan["hbm_gib"]
+    assert make_plan(big(**{"parallel.fsdp": 8, "parallel.data": 1}), parse_topology("h100:8"), EC, False)[
+        "fits"
+    ]
+
+
+def test_the_search_is_no_slower_than_any_layout_that_fits():
+    config, topology = big(), parse_topology("v5p:2x2x1")
+    best = search(config, topology, EC, compiles=0)
+    assert best["fits"] and best["tried"]["by_arithmetic"] > 20
+    for fsdp, tensor in ((4, 1), (2, 2), (1, 4)):
+        sizes = {"parallel.data": 1, "parallel.fsdp": fsdp, "parallel.tensor": tensor}
+        other = make_plan(big(**sizes), topology, EC, False)
+        assert best["step_s_floor"] <= other["step_s_floor"] * 1.01
+
+
+def command(*flags, timeout=300):
+    """The planner's command in a process of its own."""
+    argv = [sys.executable, "-m", "listopd_jax.plan", *flags]
+    env = {k: v for k, v in os.environ.items() if k != "JAX_PLATFORMS"}
+    return subprocess.run(argv, capture_output=True, text=True, timeout=timeout, env=env)
+
+
+def test_the_command_answers_scripts_and_exits_1_when_it_does_not_fit():
+    flags = ("--config=configs/fashion.py:paper", "--topology=h100:1", "--compiles=0", "--json")
+    done = command(*flags)
+    plan = json.loads(done.stdout)
+    assert done.returncode == 1 and plan["fits"] is False
+    assert {
+        "hbm_gib",
+        "peak_gib",
+        "step_s_floor",
+        "flops",
+        "bytes",
+        "mesh",
+        "microbatch",
+        "remat",
+        "bound_by",
+    } <= set(plan)
+    assert plan["flops"] == pytest.approx(3.3e15, rel=0.08)
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (("--topology=v5q:2x2x2",), "v5p:2x2x2"),
+        (("--topology=h100:8", "--tokens=many"), "--tokens"),
+        (("--topology=h100:8", "--serach"), "search"),
+        (("--topology=h100:8", "--config.parallel.fsdp=3", "--config.parallel.data=1"), "parallel"),
+        ((), "--topology"),
+    ],
+)  # fmt: skip
+def test_mistakes_are_one_line(flags, said):
+    done = command("--config=configs/fashion.py:paper", "--compiles=0", *flags)
+    assert done.returncode == 2 and said in done.stderr
+    assert done.stderr.startswith("error:") and len(done.stderr.strip().splitlines()) == 1

@@ -1,0 +1,59 @@
+"""The planner against compilers and a running program: each in a process of its own, as devices are fixed at start."""
+
+import importlib.util
+import json
+import os
+import pathlib
+import subprocess
+import sys
+
+import pytest
+
+HERE = pathlib.Path(__file__).parent
+TINY = (
+    "--config=configs/fashion.py:tiny", "--json", "--config.task.max_prompt=64", "--config.task.max_response=16",
+    "--config.opd.batch_size=8", "--config.parallel.data=2", "--config.parallel.fsdp=2", "--config.parallel.tensor=2",
+)  # fmt: skip
+needs_libtpu = pytest.mark.skipif(
+    importlib.util.find_spec("libtpu") is None, reason="needs the TPU compiler: pip install listopd_jax[tpu]"
+)
+
+
+def planned(*flags):
+    """The plan that the command prints, and its exit code."""
+    argv = [sys.executable, "-m", "listopd_jax.plan", *flags]
+    env = {k: v for k, v in os.environ.items() if k != "JAX_PLATFORMS"}
+    done = subprocess.run(argv, capture_output=True, text=True, timeout=900, env=env)
+    assert done.stdout, done.stderr
+    return json.loads(done.stdout), done.returncode
+
+
+@pytest.mark.parametrize("topology", ["cpu:8", pytest.param("v5e:2x4", marks=needs_libtpu)])
+def test_the_real_programs_compile_for_eight_devices(topology):
+    plan, code = planned(*TINY, f"--topology={topology}")
+    assert code == 0 and plan["fits"] and plan["memory_source"].startswith("compiled for")
+    assert plan["mesh"] == {"grid": 1, "data": 2, "fsdp": 2, "tensor": 2}
+    assert plan["peak_gib"] == max(plan["peaks_gib"].values())
+    moved = plan["bytes_compiled"]["update"]
+    assert {"fsdp", "tensor"} <= set("+".join(moved).split("+"))
+
+
+@pytest.mark.slow
+@needs_libtpu
+def test_what_does_not_fit_is_refused_before_anyone_pays():
+    plan, code = planned(
+        "--config=configs/fashion.py:tiny", "--json", "--topology=v5e:1x1", "--config.opd.batch_size=4096"
+    )
+    assert code == 1 and not plan["fits"] and plan["peak_gib"] > plan["hbm_gib"]
+
+
+@pytest.mark.slow
+def test_predicted_memory_is_the_measured():
+    """Peak resident memory of the rollout and the update on a CPU is within 15 % of what the compiler said."""
+    if not pathlib.Path("/proc/self/clear_refs").exists():
+        pytest.skip("needs Linux: the peak of a process is reset through /proc/self/clear_refs")
+    argv = [sys.executable, str(HERE / "measure_plan_memory.py")]
+    done = subprocess.run(argv, capture_output=True, text=True, timeout=900)
+    assert done.returncode == 0, done.stderr
+    for phase, (measured, predicted) in json.loads(done.stdout.splitlines()[-1]).items():
+        assert predicted == pytest.approx(measured, rel=0.15), phase
