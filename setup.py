@@ -9,10 +9,12 @@ ORACLES = [
     "hypothesis>=6.100",
     "ruff>=0.9",
     "jsonschema>=4.20",
+    "kubernetes>=37",
     "mpmath>=1.3",
     "ranx>=0.3.20",
     "scikit-learn>=1.5",
     "scipy>=1.13",
+    "submitit>=1.5",
     "torch>=2.4",
     "trl>=1.16,<1.17",  # the oracles call functions of trl.experimental
 ]
@@ -50,6 +52,7 @@ setup(
     extras_require={
         "cuda": ["jax[cuda13]>=0.10,<0.12"],
         "tpu": ["jax[tpu]>=0.10,<0.12"],
+        "slurm": ["submitit>=1.5"],
         "test": ORACLES,
     },
 )

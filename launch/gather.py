@@ -1,0 +1,136 @@
+"""python -m launch.gather --root=ROOT
+
+Make one run of a grid: ROOT/results.json, metrics.jsonl, examples.json, calibration.json, config.json and report.html,
+from the common stages and every point that is done, in the order and with the contents of a single run of them all.
+The same grid gives the same bytes.
+
+A point that is missing or broken is named here and in the report; exit code 0: none, 1: some, 2: a mistake to mend.
+"""
+
+import json
+import pathlib
+import shlex
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+from launch import cli
+from launch.grid import COMMON, Grid, Point, read_grid
+from listopd_jax import files
+from listopd_jax.analysis.inputs import Inputs, read_inputs
+from listopd_jax.analysis.report import write_report
+from listopd_jax.errors import UserError
+
+
+class Gathered(NamedTuple):
+    """What is there, the common stages first, and why the rest is not, by name."""
+
+    inputs: list[Inputs]
+    missing: dict[str, str]
+
+
+def main(argv: Sequence[str]) -> int:
+    """Parse, gather, say what is missing."""
+    parser = cli.Parser("launch.gather", __doc__)
+    parser.add_argument("--root", required=True, type=pathlib.Path, help="folder of the grid")
+    grid = read_grid(parser.parse_args(argv).root)
+    gathered = gather(grid)
+    for name, why in gathered.missing.items():
+        print(f"missing: {name}: {why}", file=sys.stderr)
+    for folder in strangers(grid):
+        print(f"left out: {folder}: not in the grid of the last launch", file=sys.stderr)
+    print(f"{len(gathered.inputs) - 1} of {len(grid.points)} points; report: {write(grid, gathered)}")
+    return 1 if gathered.missing else 0
+
+
+def gather(grid: Grid) -> Gathered:
+    """Read and check the common stages and every point; UserError if there is nothing yet, or it is broken."""
+    common, stands = grid.workdir(COMMON), grid.state(COMMON)
+    if not (common / "report.html").exists():
+        raise UserError(f"{common}: nothing to gather, the common stages are {stands}")
+    shared = read_inputs(common)
+    found, missing = [shared], {} if grid.done(COMMON) else {COMMON: str(stands)}
+    for point in grid.points:
+        try:
+            found.append(read_point(grid, point, shared))
+        except UserError as e:
+            missing[point.name] = str(e)
+    return Gathered(found, missing)
+
+
+def read_point(grid: Grid, point: Point, shared: Inputs) -> Inputs:
+    """What a point alone found; UserError if it is not done, broken, or did not go on from the common stages."""
+    if not grid.done(point.name):
+        raise UserError(str(grid.state(point.name)))
+    workdir = grid.workdir(point.name)
+    inputs = read_inputs(workdir)
+    if _models(inputs) != _models(shared):
+        raise UserError(
+            f"{workdir}: goes on from other models than {grid.workdir(COMMON)} has; delete it and launch again"
+        )
+
+    def own(rows: Sequence[Any]) -> list[Any]:
+        return [row for row in rows if (row["stage"], row.get("lambda"), row.get("seed")) == ("opd", *point)]
+
+    if not own(inputs.results):
+        raise UserError(
+            f"{workdir / 'results.json'}: has no record of this point; delete {workdir} and launch again"
+        )
+    return Inputs(inputs.config, {}, own(inputs.results), own(inputs.metrics), own(inputs.examples), {})
+
+
+def _models(inputs: Inputs) -> list[Any]:
+    """The records of the SFT models."""
+    return [record for record in inputs.results if record["stage"] in ("sft_teacher", "sft_student")]
+
+
+def write(grid: Grid, gathered: Gathered) -> pathlib.Path:
+    """Write what was gathered as the workdir of one run and its report; returns the path of the report."""
+    common, root = gathered.inputs[0], grid.root
+
+    def all_of(part: Callable[[Inputs], Sequence[Any]]) -> list[Any]:
+        return [row for inputs in gathered.inputs for row in part(inputs)]
+
+    files.write_json(root / "config.json", describe(grid, gathered))
+    files.write_json(root / "results.json", all_of(lambda x: x.results))
+    files.write_json(root / "examples.json", all_of(lambda x: x.examples))
+    files.write_text(
+        root / "metrics.jsonl", "".join(json.dumps(row) + "\n" for row in all_of(lambda x: x.metrics))
+    )
+    for name, content in (("calibration.json", common.calibration), ("data/report.json", common.data)):
+        if content:
+            files.write_json(root / name, content)
+    return write_report(root)
+
+
+def describe(grid: Grid, gathered: Gathered) -> dict[str, Any]:
+    """The config.json of the whole: that of the common stages, the grid, and notes of what is missing or differs."""
+    saved = dict(gathered.inputs[0].config)
+    notes = [f"{name} is missing: {why}" for name, why in gathered.missing.items()]
+    others = sorted({r for inputs in gathered.inputs for r in _revisions(inputs)} - {saved.get("revision")})
+    if others:
+        notes.append(f"Some points ran with other code than the common stages: {', '.join(others)}")
+    return saved | {
+        "config": grid.config,
+        "command": shlex.join(["python", "-m", "listopd_jax.main", *grid.arguments]),
+        "notes": [*saved.get("notes", ()), *notes],
+    }
+
+
+def _revisions(inputs: Inputs) -> set[str]:
+    """The revisions of the code that a workdir was made and gone on with."""
+    calls = (inputs.config, *inputs.config.get("resumed", ()))
+    return {
+        call["revision"] for call in calls if isinstance(call, dict) and isinstance(call.get("revision"), str)
+    }
+
+
+def strangers(grid: Grid) -> list[pathlib.Path]:
+    """Folders of points that the grid does not have (any more)."""
+    folder = grid.root / "points"
+    entries = sorted(folder.iterdir()) if folder.is_dir() else []
+    return [x for x in entries if x.is_dir() and not x.name.startswith(".") and x.name not in grid.names]
+
+
+if __name__ == "__main__":
+    sys.exit(cli.main(main))
