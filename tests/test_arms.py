@@ -48,6 +48,12 @@ def test_the_table_has_means_and_deviations_over_seeds(workdir, capsys):
     assert cells[50, 2.0][9] == "0.375" and cells[200, 2.0][9] == "0.250" and cells[50, 1.0][9] == "–"
 
 
+def test_one_budget_alone(workdir, capsys):
+    arms.main([str(workdir), "--steps=200"])
+    rows = [line.split(" | ")[1:3] for line in capsys.readouterr().out.splitlines()[2:]]
+    assert rows == [["200", "2"]]
+
+
 def test_a_seed_that_parses_nothing_has_no_ranking_and_is_left_out_of_it(workdir, capsys):
     arms.main([str(workdir)])
     row = next(x for x in capsys.readouterr().out.splitlines() if x.startswith("| guard | 200"))

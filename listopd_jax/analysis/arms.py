@@ -1,6 +1,6 @@
 """Several runs side by side: one table row for each run, budget and λ, and one panel for each run.
 
-    python -m listopd_jax.analysis.arms runs/cliff/plain runs/cliff/guard [--figure=arms.png]
+    python -m listopd_jax.analysis.arms runs/cliff/plain runs/cliff/guard [--steps=200] [--figure=arms.png]
 
 A run is a workdir of main; its name is the folder's. Numbers are means over seeds ± their standard deviation. The
 figure draws parse against λ at every budget, the untrained forecast, and where EC Eq. 4 (between the measured and the
@@ -140,11 +140,13 @@ def main(argv: Sequence[str]) -> int:
         prog="python -m listopd_jax.analysis.arms", description=__doc__.split("\n")[0]
     )
     parser.add_argument("workdirs", nargs="+", type=pathlib.Path)
+    parser.add_argument("--steps", type=int, help="only rows of this budget")
     parser.add_argument("--figure", help="a PNG to write")
     args = parser.parse_args(argv)
     try:
         runs = {folder.name: read_inputs(folder) for folder in args.workdirs}
-        print(markdown([row for name, inputs in runs.items() for row in rows(name, inputs)]))
+        table = [row for name, inputs in runs.items() for row in rows(name, inputs)]
+        print(markdown([row for row in table if args.steps is None or int(row[1]) == args.steps]))
         if args.figure:
             save_figure(runs, args.figure)
     except (UserError, OSError) as e:

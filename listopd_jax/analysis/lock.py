@@ -192,4 +192,6 @@ def _check_plan(lock: Json, config: Json) -> None:
             )
     budgets = [*opd.get("budgets", ()), opd.get("steps")]
     if opd.get("steps") and lock["steps"] not in budgets:
-        raise UserError(f"{lock['steps']} steps is none of the budgets that opd.budgets and opd.steps give: {budgets}")
+        raise UserError(
+            f"{lock['steps']} steps is none of the budgets that opd.budgets and opd.steps give: {budgets}"
+        )
