@@ -3,11 +3,11 @@
     python -m listopd_jax.main --config=configs/cliff.py:plain --workdir=runs/cliff/plain
     python -m listopd_jax.main --config=configs/cliff.py:small_clip --workdir=runs/cliff/small_clip
 
-One preset an experiment ("arm"), five or three seeds, each run evaluated after N = 50 and after 4N = 200 steps; reviews, models
-and SFT are those of configs/fashion.py:tiny. `plain` goes first and trains the pair, a teacher that truncates 22 % of
-its training answers and a base that does not; `clean_teacher` trains a teacher that never truncates, `truncating_base`
-a base that truncates more than the teacher. The other arms load those from runs/cliff. Hours on two cores: see
-docs/results.md for times and for what came out.
+One preset an experiment ("arm"), five seeds (or THREE), each run evaluated after N = 50 and 4N = 200 steps; reviews,
+models and SFT are those of configs/fashion.py:tiny. `plain` goes first and trains the pair, a teacher that truncates
+22 % of its training answers and a base that does not; `clean_teacher` trains a teacher that never truncates,
+`truncating_base` a base that truncates more than the teacher. The other arms load those from runs/cliff. Hours on two
+cores: see docs/results.md for times and for what came out.
 """
 
 import importlib.util

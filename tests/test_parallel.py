@@ -7,6 +7,7 @@ import sys
 
 import ml_collections
 import pytest
+from jax.sharding import PartitionSpec as P
 
 from listopd_jax.config import defaults, validate
 from listopd_jax.errors import UserError
@@ -104,9 +105,9 @@ def test_fields_that_cannot_be_are_refused(fields, says):
 
 def test_an_axis_that_does_not_divide_is_left_whole():
     mesh = ml_collections.FrozenConfigDict({"shape": {"grid": 1, "data": 2, "fsdp": 2, "tensor": 4}})
-    assert spec(("vocab", "embed"), (96, 16), mesh) == (("tensor",), ("fsdp",))
-    assert spec(("vocab", "embed"), (90, 16), mesh) == (None, ("fsdp",))
-    assert spec(("batch", None), (8, 3), mesh) == (("data", "fsdp"), None)
+    assert spec(("vocab", "embed"), (96, 16), mesh) == P("tensor", "fsdp")
+    assert spec(("vocab", "embed"), (90, 16), mesh) == P(None, "fsdp")
+    assert spec(("batch", None), (8, 3), mesh) == P(("data", "fsdp"), None)
 
 
 def test_every_axis_of_every_parameter_has_a_rule():

@@ -87,10 +87,10 @@ def save_figure(runs: Mapping[str, Inputs], path: str) -> None:
     columns = min(4, len(runs))
     height = -(-len(runs) // columns)
     figure = Figure(figsize=(3.2 * columns, 2.5 * height), layout="constrained")
-    panels = figure.subplots(height, columns, squeeze=False, sharey=True).flat
+    panels = list(figure.subplots(height, columns, squeeze=False, sharey=True).flat)
     for axes, (name, inputs) in zip(panels, runs.items(), strict=False):
         _panel(axes, name, inputs)
-    for axes in list(panels)[len(runs) :]:
+    for axes in panels[len(runs) :]:
         axes.remove()
     figure.legend(*_legend(figure), loc="outside lower center", ncols=6, fontsize=8, frameon=False)
     figure.savefig(path, format="png", dpi=150, metadata={"Software": None})
