@@ -122,7 +122,9 @@ def _prediction(args: argparse.Namespace, config: Json) -> Json:
 def _lock(args: argparse.Namespace, overrides: Sequence[str]) -> tuple[str, int]:
     config = load_config(args.config, overrides)
     opd = config.get("opd", {})
-    steps = args.steps or opd.get("steps")
+    steps = opd.get("steps") if args.steps is None else args.steps
+    if args.steps is not None and args.steps < 1:
+        raise UserError(f"--steps={args.steps}: must be at least 1")
     if not steps:
         raise UserError(
             "opd.steps=0 leaves the budget to the data: lock it with --steps=N or --config.opd.steps=N"

@@ -52,6 +52,8 @@ def test_one_budget_alone(workdir, capsys):
     arms.main([str(workdir), "--steps=200"])
     rows = [line.split(" | ")[1:3] for line in capsys.readouterr().out.splitlines()[2:]]
     assert rows == [["200", "2"]]
+    assert arms.main([str(workdir), "--steps=77"]) == 2
+    assert "[50, 200]" in capsys.readouterr().err
 
 
 def test_a_seed_that_parses_nothing_has_no_ranking_and_is_left_out_of_it(workdir, capsys):

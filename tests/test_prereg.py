@@ -223,6 +223,7 @@ def test_a_changed_config_gives_no_verdict(tmp_path):
         (["--grid=1.0,1.05,1.1"], "give --p and --b"),
         (["--threshold=0.9", "--grid=1.0,1.05,1.1"], "beyond λ = 1"),
         (["--threshold=1.2", "--grid=1.0,1.05,1.1", "--steps=42"], "none of the budgets"),
+        (["--threshold=1.2", "--grid=1.0,1.05,1.1", "--steps=0"], "at least 1"),
         (["--threshold=1.2", "--grid=1.0,1.05,1.1", "--window=1.1,1.0"], "LOW,HIGH"),
         (["--threshold=1.2", "--grid=1.0,x"], "invalid"),
         (["--threshold=1.2", "--grd=1.0"], "'--grd=1.0' is not known"),

@@ -146,7 +146,12 @@ def main(argv: Sequence[str]) -> int:
     try:
         runs = {folder.name: read_inputs(folder) for folder in args.workdirs}
         table = [row for name, inputs in runs.items() for row in rows(name, inputs)]
-        print(markdown([row for row in table if args.steps is None or int(row[1]) == args.steps]))
+        shown = [row for row in table if args.steps is None or int(row[1]) == args.steps]
+        if not shown:
+            raise UserError(
+                f"--steps={args.steps}: no such budget, only {sorted({int(row[1]) for row in table})}"
+            )
+        print(markdown(shown))
         if args.figure:
             save_figure(runs, args.figure)
     except (UserError, OSError) as e:
