@@ -15,13 +15,15 @@ from listopd_jax.models import hf
 from listopd_jax.models.build import initial_params
 from listopd_jax.models.config import ModelConfig
 from listopd_jax.models.decoder import Decoder, abstract
+from listopd_jax.ops.fused import fused_loss
 from listopd_jax.ops.objective import Hyper, Variant
+from listopd_jax.parallel.hlo import traffic
 from listopd_jax.parallel.mesh import AXES, make_mesh, use_mesh
 from listopd_jax.parallel.rules import batch_shardings, param_sharding, rollout_shardings, state_shardings
 from listopd_jax.rollout.decode import Rollout, generate, generate_grid
 from listopd_jax.train.opd_step import Frozen, Models, OpdBatch, make_opd_step
 from listopd_jax.train.optimizer import TrainState, init_state
-from listopd_jax.train.sft_step import make_sft_step
+from listopd_jax.train.sft_step import cross_entropy, make_sft_step
 
 VOCAB, B, P, N, T = 90, 8, 6, 2, 5  # 90 tokens: no tensor axis but 2 divides them
 LAYERS = 2
@@ -82,7 +84,7 @@ def three_steps(mesh, step, arguments):
 
 
 def opd(mesh, seed=3, hyper=HYPER, microbatch=8):
-    step = make_opd_step(MODELS, TX, Variant(guard=True), vocab=VOCAB, chunk=7, microbatch=microbatch)
+    step = make_opd_step(MODELS, TX, Variant(guard="teacher"), vocab=VOCAB, chunk=7, microbatch=microbatch)
     batch = put(opd_batch(seed), batch_shardings, mesh)
     return three_steps(mesh, step, (put(FROZEN, state_shardings, mesh), batch, hyper))
 
@@ -181,6 +183,25 @@ def test_microbatches_take_rows_of_every_device(alone):
     assert_close(ours, alone[0])
 
 
+def head_traffic(mesh, chunk):
+    """What the gradient of a cross-entropy of 64 rows sends, by mesh axis."""
+    hidden, head, tokens, weights = (jnp.ones(s) for s in ((64, 8), (VOCAB, 8), (64,), (64,)))
+    rows = tokens.astype(int), weights
+    shardings = batch_shardings((hidden, rows), mesh)
+    grad = jax.grad(lambda h, w, r: fused_loss(cross_entropy, VOCAB, chunk, h, w, r, None)[0], argnums=(0, 1))
+    arguments = *jax.device_put((hidden, rows), shardings), head
+    with use_mesh(mesh):
+        program = jax.jit(lambda h, r, w: grad(h, w, r)).lower(*arguments).compile()
+    return traffic(program.as_text(), dict(mesh.shape))
+
+
+def test_the_heads_gradient_crosses_devices_once_in_however_many_chunks():
+    mesh = mesh_of(4, 2, 1)
+    once, in_eight = head_traffic(mesh, 8), head_traffic(mesh, 1)
+    assert sum(once.values()) > 4 * VOCAB * 8  # it does cross
+    assert in_eight["data+fsdp"] < 1.2 * once["data+fsdp"]
+
+
 # --- the grid axis ---
 
 
@@ -191,7 +212,9 @@ def test_a_grid_step_is_its_points_one_by_one(alone):
     )
     mesh = mesh_of(1, 2, 2, grid=2)
     with use_mesh(mesh):
-        step = make_opd_step(MODELS, TX, Variant(guard=True), vocab=VOCAB, chunk=7, microbatch=8, grid=True)
+        step = make_opd_step(
+            MODELS, TX, Variant(guard="teacher"), vocab=VOCAB, chunk=7, microbatch=8, grid=True
+        )
         twice = jax.tree.map(lambda x: np.stack([x, x]), jax.tree.map(np.asarray, init_state(STUDENT, TX)))
         state = put(twice, state_shardings, mesh)
         assert state.params["embed"][...].sharding.spec[0] == "grid"

@@ -78,9 +78,9 @@ def test_the_update_is_the_naive_one_with_a_lambda_for_each_position(
 def test_at_lambda_one_guarded_is_plain(batch):  # noqa: F811
     plain, guarded = (
         run(batch, hyper(1.0)._replace(guard_margin=jnp.float32(9.0)), Variant(guard=on))
-        for on in (False, True)
+        for on in ("", "teacher")
     )
-    assert_close(guarded, plain, 0)
+    assert_close(guarded, plain, 1e-6)  # two programs: their last bits may differ
 
 
 @pytest.mark.parametrize(

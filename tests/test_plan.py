@@ -46,7 +46,8 @@ def test_a_step_of_ec_is_the_published_floor():
     assert sum(flops.values()) == pytest.approx(3.3e15, rel=0.08)
     assert flops["teacher"] == pytest.approx(0.95e15, rel=0.1)
     assert flops["base"] == pytest.approx(0.4e15, rel=0.1)
-    assert flops["student"] + flops["recomputed"] == pytest.approx(1.6e15, rel=0.1)
+    assert flops["student"] == pytest.approx(1.2e15, rel=0.1)
+    assert flops["recomputed"] < flops["student"] / 3  # the fused head is not computed twice
     assert arithmetic.kv_bytes(STUDENT) == 112 * 1024
 
 
@@ -84,9 +85,9 @@ def test_layer_weights_are_those_of_the_model(name):
 @pytest.mark.parametrize("remat", ["none", "dots", "full"])
 def test_less_stored_is_more_computed(remat):
     recomputed = arithmetic.recomputed_flops(STUDENT, EC, remat)
-    once = arithmetic.forward_flops(STUDENT, EC)
-    assert arithmetic.head_flops(STUDENT, EC) <= recomputed <= once
-    assert (recomputed == once) == (remat == "full")
+    once = arithmetic.forward_flops(STUDENT, EC) - arithmetic.head_flops(STUDENT, EC)
+    assert 0 <= recomputed <= once
+    assert (recomputed == once) == (remat == "full") and (recomputed == 0) == (remat == "none")
 
 
 def test_devices_share_the_work_and_split_weights_shrink():

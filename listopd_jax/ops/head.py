@@ -15,17 +15,24 @@ from jaxtyping import Array, Float, Int
 from listopd_jax.parallel.rules import constrain_logits, from_chunks, is_split, to_chunks
 
 
-def log_distribution(
-    hidden: Float[Array, "*s D"], head: Float[Array, "V D"], vocab: int
-) -> Float[Array, "*s vocab"]:
-    """log softmax of hidden·headᵀ over the first `vocab` tokens; float32 accumulation and output.
-
-    The logits are cut, not the head: a cut head would be copied for every chunk and every decoded token.
-    """
+def logits_of(hidden: Float[Array, "*s D"], head: Float[Array, "V D"]) -> Float[Array, "*s V"]:
+    """hidden·headᵀ in hidden's dtype, float32 accumulation and output."""
     logits = jnp.einsum(
         "...d,vd->...v", hidden, head.astype(hidden.dtype), preferred_element_type=jnp.float32
     )
-    return jax.nn.log_softmax(constrain_logits(constrain_logits(logits)[..., :vocab]))
+    return constrain_logits(logits)
+
+
+def cut(logits: Float[Array, "*s V"], vocab: int) -> Float[Array, "*s vocab"]:
+    """Logits of the tokens that exist. The head itself is not cut: it would be copied for every chunk and token."""
+    return constrain_logits(logits[..., :vocab])
+
+
+def log_distribution(
+    hidden: Float[Array, "*s D"], head: Float[Array, "V D"], vocab: int
+) -> Float[Array, "*s vocab"]:
+    """log softmax of hidden·headᵀ over the first `vocab` tokens; float32 accumulation and output."""
+    return jax.nn.log_softmax(cut(logits_of(hidden, head), vocab))
 
 
 def pick(logp: Float[Array, "*s V"], tokens: Int[Array, "*s"]) -> Float[Array, "*s"]:

@@ -101,10 +101,10 @@ def forward_flops(c: ModelConfig, load: Load) -> float:
 
 
 def recomputed_flops(c: ModelConfig, load: Load, remat: str) -> float:
-    """What the backward pass computes a second time: always the head's chunks; of the layers what `remat` says."""
+    """What the backward pass computes a second time: of the layers what `remat` says, of the fused head nothing."""
     layers = forward_flops(c, load) - head_flops(c, load)
     weights = 2 * layer_weights(c) * load.tokens
-    return head_flops(c, load) + {"none": 0.0, "dots": layers - weights, "full": layers}[remat]
+    return {"none": 0.0, "dots": layers - weights, "full": layers}[remat]
 
 
 def step_flops(student: ModelConfig, teacher: ModelConfig, load: Load, remat: str) -> dict[str, float]:
@@ -230,7 +230,7 @@ def memory_estimate(
 
     `load` has the widths that programs are compiled for. Temporaries: three float32 arrays of attention scores at once
     (the XLA attention stores them), the logits of four chunks, gathered weights of two layers and of the head,
-    gradients twice, and the stored activations of the layers.
+    gradients twice and the head's once more on every device (ops/fused.py), and the stored activations of the layers.
     """
     width, tensor = WIDTHS[layout.compute], layout.sizes["tensor"]
     own, frozen = num_params(student), WIDTHS[layout.frozen]
@@ -270,7 +270,8 @@ def _pass_bytes(student: ModelConfig, teacher: ModelConfig, load: Load, layout: 
     stored = {"full": 0.0, "dots": units, "none": 2 * units + heads * 2 * pairs / tokens}[layout.remat]
     layer = max(layer_weights(c) / c.num_layers for c in (student, teacher))
     kept = student.num_layers * tokens * width * (student.hidden_size + stored)
-    return scores + kept + 2 * width * layer / tensor + _vocab_bytes(teacher, layout)
+    head_gradient = F32 * student.vocab_size * student.hidden_size / tensor
+    return scores + kept + 2 * width * layer / tensor + head_gradient + _vocab_bytes(teacher, layout)
 
 
 def peak(memory: Mapping[str, float]) -> float:

@@ -5,6 +5,7 @@ the gradient; the student's pass is differentiated through the shared prompt. Wi
 exact gradient of the global loss: every token's weight is known before the first microbatch.
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -14,7 +15,8 @@ import optax
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from listopd_jax.ops.head import entropy_of, log_distribution, map_positions, pick, token_logprobs
+from listopd_jax.ops.fused import fused_loss
+from listopd_jax.ops.head import entropy_of, log_distribution, map_positions, pick
 from listopd_jax.ops.objective import (
     Hyper,
     Variant,
@@ -78,10 +80,8 @@ def make_opd_step(
 
         def loss_of(params, rows):
             part, weights = rows
-            kept = weights > 0
-            loss, per_token = _losses(models, params, frozen, part, kept, hyper, variant, vocab, chunk)
-            per_token = {k: jnp.where(kept, jax.lax.stop_gradient(v), 0.0) for k, v in per_token.items()}
-            return (jnp.where(kept, loss, 0.0) * weights).sum(), per_token
+            loss, per_token = _loss(models, params, frozen, part, weights, hyper, variant, vocab, chunk)
+            return loss, {k: jnp.where(weights > 0, v, 0.0) for k, v in per_token.items()}
 
         loss, grads, per_token = accumulated_grad(loss_of, state.params, (batch, weights), microbatch)
         metrics = {"loss": loss, "grad_norm": optax.tree.norm(grads), **summarize(per_token, mask, hyper)}
@@ -92,59 +92,65 @@ def make_opd_step(
     return jax.jit(step, donate_argnums=0)
 
 
-def _losses(models: Models, params, frozen: Frozen, batch: OpdBatch, mask, hyper, variant, vocab, chunk):
-    """Per-token loss and quantities [B, n, T] for one microbatch, differentiable in `params`."""
-    tokens, rollout = batch.rollout.tokens, batch.rollout.logprobs
-    student, teacher, base = (nnx.merge(g, p) for g, p in zip(models, (params, *frozen), strict=True))
-    hidden, hidden_t, hidden_b = (
-        completion_hidden(d, batch.prompts, batch.prompt_lengths, tokens) for d in (student, teacher, base)
-    )
-    heads = [d.head_weight() for d in (student, teacher, base)]
+def _loss(models: Models, params, frozen: Frozen, batch: OpdBatch, weights, hyper, variant, vocab, chunk):
+    """Weighted loss of one microbatch, differentiable in `params`, and per-token quantities [B, n, T]."""
+    tokens = batch.rollout.tokens
+    decoders = [nnx.merge(g, p) for g, p in zip(models, (params, *frozen), strict=True)]
+    hiddens = [completion_hidden(d, batch.prompts, batch.prompt_lengths, tokens) for d in decoders]
+    hidden, *frozen_hiddens = (h.reshape(-1, h.shape[-1]) for h in hiddens)
+    head, *heads = (d.head_weight() for d in decoders)
+    heads = [
+        w.astype(h.dtype) for w, h in zip(heads, frozen_hiddens, strict=True)
+    ]  # once, not in every chunk
+    rows = {"token": tokens, "rollout": batch.rollout.logprobs, "weight": weights}
+    rows = {name: x.reshape(-1) for name, x in rows.items()}
     if variant.estimator == "full_vocab":
-        return _full_vocab(hidden, hidden_t, hidden_b, heads, tokens, rollout, hyper, variant, vocab, chunk)
-    log_s, entropy = token_logprobs(hidden, heads[0], tokens, vocab, chunk)
-    log_t, log_b, lam = _frozen_scores(hidden_t, hidden_b, heads[1:], tokens, hyper, variant, vocab, chunk)
-    # Zeros after the end: an infinite ratio there would turn the gradient of a masked loss into 0 · inf = NaN.
-    log_s, log_t, log_b, rollout = (jnp.where(mask, x, 0.0) for x in (log_s, log_t, log_b, rollout))
-    loss, extra = sampled_loss(log_s, entropy, log_t, log_b, rollout, hyper._replace(lam=lam), variant)
-    return loss, extra | {
-        "lambda": lam,
-        "student": log_s,
-        "teacher": log_t,
-        "base": log_b,
-        "entropy": entropy,
-        "rollout": rollout,
-    }
+        rows["hiddens"] = frozen_hiddens
+    else:
+        scores = _frozen_scores(frozen_hiddens, heads, rows["token"], hyper, variant, vocab, chunk)
+        rows |= dict(zip(("teacher", "base", "lambda"), scores, strict=True))
+    f = functools.partial(ESTIMATORS[variant.estimator], variant, vocab)
+    loss, per_token = fused_loss(f, vocab, chunk, hidden, head, rows, (heads, hyper))
+    return loss, {k: v.reshape(tokens.shape) for k, v in per_token.items()}
 
 
-def _frozen_scores(hidden_t, hidden_b, heads, tokens, hyper: Hyper, variant: Variant, vocab: int, chunk: int):
-    """log π_T, log π_B of the sampled tokens and the λ of each position, all [B, n, T], in one pass of both heads."""
-    heads = [w.astype(h.dtype) for w, h in zip(heads, (hidden_t, hidden_b), strict=True)]
+def _frozen_scores(hiddens, heads, tokens, hyper: Hyper, variant: Variant, vocab: int, chunk: int):
+    """log π_T, log π_B of the sampled tokens and the λ of each position, all [N], in one pass of both heads."""
 
     def rows(xs):
-        *hiddens, token = xs
+        hiddens, token = xs
         teacher, base = (log_distribution(h, w, vocab) for h, w in zip(hiddens, heads, strict=True))
         return pick(teacher, token), pick(base, token), position_lambda(teacher, base, hyper, variant)
 
-    flat = [h.reshape(-1, h.shape[-1]) for h in (hidden_t, hidden_b)]
-    scores = map_positions(rows, (*flat, tokens.reshape(-1)), chunk)
-    return tuple(x.reshape(tokens.shape) for x in scores)
+    return map_positions(rows, (hiddens, tokens), chunk)
 
 
-def _full_vocab(hidden_s, hidden_t, hidden_b, heads, tokens, rollout, hyper, variant, vocab, chunk):
-    heads = [w.astype(h.dtype) for w, h in zip(heads, (hidden_s, hidden_t, hidden_b), strict=True)]
+def _sampled(variant: Variant, vocab: int, logits, rows, shared):
+    """A chunk's weighted loss and quantities from the student's logits [c, vocab] and the others' scores [c]."""
+    logp, hyper, kept = jax.nn.log_softmax(logits), shared[1], rows["weight"] > 0
+    student = pick(logp, rows["token"])
+    # Zeros after the end: an infinite ratio there would turn the gradient of a masked loss into 0 · inf = NaN.
+    student, teacher, base, rollout = (
+        jnp.where(kept, x, 0.0) for x in (student, rows["teacher"], rows["base"], rows["rollout"])
+    )
+    entropy, lam = entropy_of(logp), rows["lambda"]
+    loss, extra = sampled_loss(student, entropy, teacher, base, rollout, hyper._replace(lam=lam), variant)
+    scores = {"student": student, "teacher": teacher, "base": base, "entropy": entropy, "rollout": rollout}
+    return jnp.where(kept, loss * rows["weight"], 0.0).sum(), extra | scores | {"lambda": lam}
 
-    def rows(xs):
-        *hiddens, token = xs
-        logp = [log_distribution(h, w, vocab) for h, w in zip(hiddens, heads, strict=True)]
-        loss, extra = full_vocab_loss(*logp, token, hyper, variant)
-        at = dict(zip(("student", "teacher", "base"), (pick(x, token) for x in logp), strict=True))
-        return loss, extra | at | {"entropy": entropy_of(logp[0])}
 
-    flat = [x.reshape(-1, x.shape[-1]) for x in (hidden_s, hidden_t, hidden_b)]
-    loss, out = map_positions(rows, (*flat, tokens.reshape(-1)), chunk)
-    out = {k: v.reshape(tokens.shape) for k, v in out.items()}
-    return loss.reshape(tokens.shape), out | {"rollout": rollout}
+def _full_vocab(variant: Variant, vocab: int, logits, rows, shared):
+    """The same with exact losses over the vocabulary: all three distributions of a chunk exist at one time."""
+    (heads, hyper), token = shared, rows["token"]
+    frozen = (log_distribution(h, w, vocab) for h, w in zip(rows["hiddens"], heads, strict=True))
+    logp = [jax.nn.log_softmax(logits), *frozen]
+    loss, extra = full_vocab_loss(*logp, token, hyper, variant)
+    scores = dict(zip(("student", "teacher", "base"), (pick(x, token) for x in logp), strict=True))
+    extra |= scores | {"entropy": entropy_of(logp[0]), "rollout": rows["rollout"]}
+    return jnp.where(rows["weight"] > 0, loss * rows["weight"], 0.0).sum(), extra
+
+
+ESTIMATORS = {"sampled": _sampled, "full_vocab": _full_vocab}
 
 
 def summarize(per_token: dict[str, Float[Array, "B n T"]], mask, hyper: Hyper) -> dict[str, Float[Array, ""]]:

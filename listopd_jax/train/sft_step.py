@@ -6,12 +6,24 @@ import jax
 import jax.numpy as jnp
 import optax
 from flax import nnx
+from jaxtyping import Array, Float, Int
 
+from listopd_jax.ops.fused import fused_loss
+from listopd_jax.ops.head import entropy_of, pick
 from listopd_jax.ops.objective import token_weights
 from listopd_jax.rollout.decode import completion_mask
-from listopd_jax.rollout.scoring import completion_logprobs
+from listopd_jax.rollout.scoring import completion_hidden
 from listopd_jax.train.accumulate import accumulated_grad
 from listopd_jax.train.optimizer import TrainState, apply_gradients
+
+
+def cross_entropy(
+    logits: Float[Array, "c V"], rows: tuple[Int[Array, "c"], Float[Array, "c"]], _: None
+) -> tuple[Float[Array, ""], Float[Array, "c"]]:
+    """Σ −w log π(token) over rows (token, w), and the weighted entropy of each row."""
+    tokens, weights = rows
+    logp = jax.nn.log_softmax(logits)
+    return -(weights * pick(logp, tokens)).sum(), weights * entropy_of(logp)
 
 
 def make_sft_step(
@@ -25,10 +37,11 @@ def make_sft_step(
     def loss_of(params, rows):
         batch, weights = rows
         decoder, answers = nnx.merge(graphdef, params), batch["answer"][:, None]
-        logprobs, entropy = completion_logprobs(
-            decoder, batch["prompt"], batch["prompt_length"], answers, vocab, chunk
-        )
-        return -(logprobs * weights).sum(), entropy * weights
+        hidden = completion_hidden(decoder, batch["prompt"], batch["prompt_length"], answers)
+        flat = hidden.reshape(-1, hidden.shape[-1]), decoder.head_weight()
+        rows = answers.reshape(-1), weights.reshape(-1)
+        loss, entropy = fused_loss(cross_entropy, vocab, chunk, *flat, rows, None)
+        return loss, entropy.reshape(weights.shape)
 
     def step(state: TrainState, batch, lr):
         mask = completion_mask(batch["answer_length"][:, None], batch["answer"].shape[-1])
