@@ -5,7 +5,6 @@ the gradient; the student's pass is differentiated through the shared prompt. Wi
 exact gradient of the global loss: every token's weight is known before the first microbatch.
 """
 
-import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -15,16 +14,8 @@ import optax
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from listopd_jax.ops.fused import fused_loss
-from listopd_jax.ops.head import entropy_of, log_distribution, map_positions, pick
-from listopd_jax.ops.objective import (
-    Hyper,
-    Variant,
-    full_vocab_loss,
-    position_lambda,
-    sampled_loss,
-    token_weights,
-)
+from listopd_jax.ops.objective import Hyper, Variant, token_weights
+from listopd_jax.ops.opd_loss import opd_loss
 from listopd_jax.rollout.decode import Rollout, completion_mask
 from listopd_jax.rollout.scoring import completion_hidden
 from listopd_jax.train.accumulate import accumulated_grad
@@ -97,60 +88,12 @@ def _loss(models: Models, params, frozen: Frozen, batch: OpdBatch, weights, hype
     tokens = batch.rollout.tokens
     decoders = [nnx.merge(g, p) for g, p in zip(models, (params, *frozen), strict=True)]
     hiddens = [completion_hidden(d, batch.prompts, batch.prompt_lengths, tokens) for d in decoders]
-    hidden, *frozen_hiddens = (h.reshape(-1, h.shape[-1]) for h in hiddens)
-    head, *heads = (d.head_weight() for d in decoders)
-    heads = [
-        w.astype(h.dtype) for w, h in zip(heads, frozen_hiddens, strict=True)
-    ]  # once, not in every chunk
-    rows = {"token": tokens, "rollout": batch.rollout.logprobs, "weight": weights}
-    rows = {name: x.reshape(-1) for name, x in rows.items()}
-    if variant.estimator == "full_vocab":
-        rows["hiddens"] = frozen_hiddens
-    else:
-        scores = _frozen_scores(frozen_hiddens, heads, rows["token"], hyper, variant, vocab, chunk)
-        rows |= dict(zip(("teacher", "base", "lambda"), scores, strict=True))
-    f = functools.partial(ESTIMATORS[variant.estimator], variant, vocab)
-    loss, per_token = fused_loss(f, vocab, chunk, hidden, head, rows, (heads, hyper))
-    return loss, {k: v.reshape(tokens.shape) for k, v in per_token.items()}
-
-
-def _frozen_scores(hiddens, heads, tokens, hyper: Hyper, variant: Variant, vocab: int, chunk: int):
-    """log π_T, log π_B of the sampled tokens and the λ of each position, all [N], in one pass of both heads."""
-
-    def rows(xs):
-        hiddens, token = xs
-        teacher, base = (log_distribution(h, w, vocab) for h, w in zip(hiddens, heads, strict=True))
-        return pick(teacher, token), pick(base, token), position_lambda(teacher, base, hyper, variant)
-
-    return map_positions(rows, (hiddens, tokens), chunk)
-
-
-def _sampled(variant: Variant, vocab: int, logits, rows, shared):
-    """A chunk's weighted loss and quantities from the student's logits [c, vocab] and the others' scores [c]."""
-    logp, hyper, kept = jax.nn.log_softmax(logits), shared[1], rows["weight"] > 0
-    student = pick(logp, rows["token"])
-    # Zeros after the end: an infinite ratio there would turn the gradient of a masked loss into 0 · inf = NaN.
-    student, teacher, base, rollout = (
-        jnp.where(kept, x, 0.0) for x in (student, rows["teacher"], rows["base"], rows["rollout"])
+    hiddens, *rows = jax.tree.map(
+        lambda x: x.reshape(-1, *x.shape[3:]), (hiddens, tokens, batch.rollout.logprobs, weights)
     )
-    entropy, lam = entropy_of(logp), rows["lambda"]
-    loss, extra = sampled_loss(student, entropy, teacher, base, rollout, hyper._replace(lam=lam), variant)
-    scores = {"student": student, "teacher": teacher, "base": base, "entropy": entropy, "rollout": rollout}
-    return jnp.where(kept, loss * rows["weight"], 0.0).sum(), extra | scores | {"lambda": lam}
-
-
-def _full_vocab(variant: Variant, vocab: int, logits, rows, shared):
-    """The same with exact losses over the vocabulary: all three distributions of a chunk exist at one time."""
-    (heads, hyper), token = shared, rows["token"]
-    frozen = (log_distribution(h, w, vocab) for h, w in zip(rows["hiddens"], heads, strict=True))
-    logp = [jax.nn.log_softmax(logits), *frozen]
-    loss, extra = full_vocab_loss(*logp, token, hyper, variant)
-    scores = dict(zip(("student", "teacher", "base"), (pick(x, token) for x in logp), strict=True))
-    extra |= scores | {"entropy": entropy_of(logp[0]), "rollout": rows["rollout"]}
-    return jnp.where(rows["weight"] > 0, loss * rows["weight"], 0.0).sum(), extra
-
-
-ESTIMATORS = {"sampled": _sampled, "full_vocab": _full_vocab}
+    heads = [d.head_weight() for d in decoders]
+    loss, per_token = opd_loss(hiddens, heads, *rows, hyper, variant, vocab=vocab, chunk=chunk)
+    return loss, {k: v.reshape(tokens.shape) for k, v in per_token.items()}
 
 
 def summarize(per_token: dict[str, Float[Array, "B n T"]], mask, hyper: Hyper) -> dict[str, Float[Array, ""]]:

@@ -1,0 +1,131 @@
+"""The OPD loss from hidden states against a dense float64 one: value, quantities, both gradients, memory."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from listopd_jax.ops.objective import Hyper, Variant
+from listopd_jax.ops.opd_loss import opd_loss
+
+N, VOCAB = 23, 17
+WIDTHS, ROWS = (6, 10, 6), (20, 24, 20)  # student, teacher, base: the teacher is wider and padded differently
+EXACT = Variant("none", estimator="full_vocab")
+
+
+def make(dtype=np.float32, scale=1.0, n=N, seed=0):
+    """Hidden states, heads, tokens, rollout log-probabilities and ragged weights."""
+    rng = np.random.default_rng(seed)
+    hiddens = [jnp.asarray(scale * rng.normal(size=(n, d)), dtype) for d in WIDTHS]
+    heads = [jnp.asarray(rng.normal(size=(v, d)), dtype) for v, d in zip(ROWS, WIDTHS, strict=True)]
+    weights = rng.random(n) * (rng.random(n) > 0.3) / n
+    return (
+        hiddens,
+        heads,
+        jnp.asarray(rng.integers(VOCAB, size=n)),
+        jnp.asarray(-rng.random(n), np.float32),
+        jnp.asarray(weights, np.float32),
+    )
+
+
+def hyper(lam, clip, beta=0.2, gamma=0.1):
+    return Hyper(*map(jnp.float32, (lam, clip, beta, gamma, 0.2)))
+
+
+def ours(case, hyper, variant, chunk):
+    hiddens, heads, *rows = case
+
+    def loss(hidden, head):
+        models = [hidden, *hiddens[1:]], [head, *heads[1:]]
+        return opd_loss(*models, *rows, hyper, variant, vocab=VOCAB, chunk=chunk)
+
+    grad = jax.jit(jax.value_and_grad(loss, argnums=(0, 1), has_aux=True))
+    (value, per_token), gradients = grad(hiddens[0], heads[0])
+    return jax.tree.map(lambda x: np.asarray(x, np.float64), (value, per_token, gradients))
+
+
+def log_softmax(x):
+    x = x - x.max(-1, keepdims=True)
+    return x - np.log(np.exp(x).sum(-1, keepdims=True))
+
+
+def dense(case, lam, clip, variant, beta=0.2, gamma=0.1):
+    """The same in float64: all logits at once, gradients with respect to the student's logits by hand (EC Eq. 1-3)."""
+    hiddens, heads, tokens, _, w = jax.tree.map(lambda x: np.asarray(x, np.float64), case)
+    tokens, rows = np.asarray(case[2]), np.arange(len(w))
+    log_s, log_t, log_b = (log_softmax(h @ v[:VOCAB].T) for h, v in zip(hiddens, heads, strict=True))
+    s, t, b = (x[rows, tokens] for x in (log_s, log_t, log_b))
+    p, entropy = np.exp(log_s), -(np.exp(log_s) * log_s).sum(-1)
+    advantage = lam * (t - b) - (s - b)
+    if variant.estimator == "full_vocab":
+        target = log_softmax(lam * log_t + (1 - lam) * log_b)
+        kl, to_base = ((p * (log_s - q)).sum(-1) for q in (target, log_b))
+        loss = kl + beta * to_base - gamma * entropy
+        d_logits = p * (log_s - target - kl[:, None] + beta * (log_s - log_b - to_base[:, None]))
+    else:
+        weight = np.exp(np.minimum(t - s, np.log(clip))) * advantage - beta * (s - b)
+        loss = -weight * s - gamma * entropy
+        d_logits = -weight[:, None] * (np.eye(VOCAB)[tokens] - p)
+    d_logits = w[:, None] * (d_logits + gamma * p * (log_s + entropy[:, None]))
+    d_head = np.zeros(heads[0].shape)
+    d_head[:VOCAB] = d_logits.T @ hiddens[0]
+    quantities = {"student": s, "teacher": t, "base": b, "entropy": entropy, "advantage": advantage}
+    return (w * loss).sum(), quantities, (d_logits @ heads[0][:VOCAB], d_head)
+
+
+def check(case, lam, clip, variant, chunk, tolerance, gradient_scale=0.0):
+    value, per_token, gradients = ours(case, hyper(lam, clip), variant, chunk)
+    wanted, quantities, wanted_gradients = dense(case, lam, clip, variant)
+    kept = np.asarray(case[-1]) > 0
+    assert value == pytest.approx(wanted, rel=tolerance, abs=tolerance)
+    for name, x in quantities.items():
+        np.testing.assert_allclose(
+            per_token[name][kept], x[kept], rtol=tolerance, atol=tolerance, err_msg=name
+        )
+    for got, x in zip(gradients, wanted_gradients, strict=True):
+        np.testing.assert_allclose(got, x, atol=tolerance * max(np.abs(x).max(), gradient_scale))
+
+
+@pytest.mark.parametrize("variant", [Variant(), EXACT], ids=["sampled", "full_vocab"])
+@pytest.mark.parametrize("clip", [1.1, 5.0, np.inf])
+@pytest.mark.parametrize("lam", [0.5, 1.0, 1.3, 3.0])
+def test_it_is_the_dense_loss(lam, clip, variant):
+    check(make(), lam, clip, variant, chunk=5, tolerance=2e-5)
+
+
+@pytest.mark.parametrize("variant", [Variant(), EXACT], ids=["sampled", "full_vocab"])
+def test_bfloat16_loses_only_the_rounding_of_its_factors(variant):
+    """Quantities are float32 of bfloat16 inputs; a gradient is rounded twice, to 8 bits each time."""
+    case = make(jnp.bfloat16)
+    value, per_token, gradients = ours(case, hyper(1.5, 5.0), variant, 8)
+    wanted, quantities, wanted_gradients = dense(case, 1.5, 5.0, variant)
+    assert value == pytest.approx(wanted, rel=1e-4)
+    kept = np.asarray(case[-1]) > 0
+    np.testing.assert_allclose(
+        per_token["advantage"][kept], quantities["advantage"][kept], rtol=1e-4, atol=1e-4
+    )
+    for got, x in zip(gradients, wanted_gradients, strict=True):
+        np.testing.assert_allclose(got, x, atol=2**-6 * np.abs(x).max())
+
+
+@pytest.mark.parametrize("variant", [Variant(), EXACT], ids=["sampled", "full_vocab"])
+def test_extreme_logits_are_the_dense_loss_too(variant):
+    """Log-probabilities of −1000 have a float32 spacing of 6e-5, and saturated gradients are smaller than that."""
+    check(make(scale=100.0), 1.3, 5.0, variant, chunk=7, tolerance=3e-5, gradient_scale=1.0)
+
+
+@pytest.mark.parametrize("variant", [Variant(), EXACT], ids=["sampled", "full_vocab"])
+def test_memory_does_not_grow_with_tokens_times_vocabulary(variant):
+    """128 times the logits of one chunk would be 67 MB a model; the whole program grows by less than a fiftieth."""
+    vocab, chunk = 4096, 32
+
+    def temp_bytes(n):
+        shape = jax.ShapeDtypeStruct
+        models = [[shape((m, 8), jnp.float32)] * 3 for m in (n, vocab)]
+        rows = shape((n,), jnp.int32), shape((n,), jnp.float32), shape((n,), jnp.float32)
+        grad = jax.grad(
+            lambda h, w, r: opd_loss(h, w, *r, hyper(1.3, 5.0), variant, vocab=vocab, chunk=chunk)[0]
+        )
+        return jax.jit(grad).lower(*models, rows).compile().memory_analysis().temp_size_in_bytes
+
+    assert temp_bytes(chunk * 128) - temp_bytes(chunk) < 4 * chunk * 128 * vocab / 50
