@@ -1,5 +1,6 @@
 """The programs on 8 fake CPU devices against those of one; run by test_parallel.py in a process of its own."""
 
+import functools
 import math
 import re
 
@@ -9,6 +10,7 @@ import numpy as np
 import optax
 import pytest
 from flax import nnx
+from jax.experimental import pallas as pl
 
 from listopd_jax.config import defaults
 from listopd_jax.models import hf
@@ -16,6 +18,8 @@ from listopd_jax.models.build import initial_params
 from listopd_jax.models.config import ModelConfig
 from listopd_jax.models.decoder import Decoder, abstract
 from listopd_jax.ops.fused import fused_loss
+from listopd_jax.ops.gather_kernel import gather_logprobs
+from listopd_jax.ops.head import token_logprobs
 from listopd_jax.ops.objective import Hyper, Variant
 from listopd_jax.parallel.hlo import traffic
 from listopd_jax.parallel.mesh import AXES, make_mesh, use_mesh
@@ -200,6 +204,17 @@ def test_the_heads_gradient_crosses_devices_once_in_however_many_chunks():
     once, in_eight = head_traffic(mesh, 8), head_traffic(mesh, 1)
     assert sum(once.values()) > 4 * VOCAB * 8  # it does cross
     assert in_eight["data+fsdp"] < 1.2 * once["data+fsdp"]
+
+
+@pytest.mark.parametrize("sizes", [(4, 2, 1), (2, 2, 2), (1, 1, 8)], ids=str)
+def test_each_device_streams_its_part_of_a_frozen_head(sizes, monkeypatch):
+    monkeypatch.setattr(pl, "pallas_call", functools.partial(pl.pallas_call, interpret=True))
+    mesh, rng = mesh_of(*sizes), np.random.default_rng(0)
+    arrays = rng.normal(size=(16, 8)), rng.normal(size=(96, 8)), rng.integers(VOCAB, size=16)
+    arrays = [jnp.asarray(x, jnp.int32 if x.ndim == 1 else jnp.float32) for x in arrays]
+    with use_mesh(mesh):
+        got = jax.jit(gather_logprobs, static_argnums=3)(*arrays, VOCAB)
+    np.testing.assert_allclose(got, token_logprobs(*arrays, VOCAB, 16)[0], atol=1e-5)
 
 
 # --- the grid axis ---

@@ -1,9 +1,12 @@
 """The OPD loss from hidden states against a dense float64 one: value, quantities, both gradients, memory."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.experimental import pallas as pl
 
 from listopd_jax.ops.objective import Hyper, Variant
 from listopd_jax.ops.opd_loss import opd_loss
@@ -129,3 +132,12 @@ def test_memory_does_not_grow_with_tokens_times_vocabulary(variant):
         return jax.jit(grad).lower(*models, rows).compile().memory_analysis().temp_size_in_bytes
 
     assert temp_bytes(chunk * 128) - temp_bytes(chunk) < 4 * chunk * 128 * vocab / 50
+
+
+def test_the_kernel_scores_frozen_models_alike(monkeypatch):
+    case, at = make(), hyper(1.3, 5.0)
+    wanted = opd_loss(*case, at, Variant(), vocab=VOCAB, chunk=5)
+    monkeypatch.setattr(pl, "pallas_call", functools.partial(pl.pallas_call, interpret=True))
+    got = opd_loss(*case, at, Variant(), vocab=VOCAB, chunk=5, pallas=True)
+    for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(wanted), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)

@@ -32,7 +32,7 @@ def on_eight_devices(choice, *options):
 
 def test_steps_and_rollouts_are_those_of_one_device():
     """For data×fsdp×tensor of 8×1×1 to 1×1×8, with the collectives that are expected and no others."""
-    on_eight_devices("one_device or same_tokens or microbatches or crosses")
+    on_eight_devices("one_device or same_tokens or microbatches or crosses or streams")
 
 
 def test_grid_is_its_points_one_by_one():

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from listopd_jax.ops.fused import fused_loss
+from listopd_jax.ops.gather_kernel import gather_logprobs
 from listopd_jax.ops.head import entropy_of, log_distribution, map_positions, pick
 from listopd_jax.ops.objective import Hyper, Variant, full_vocab_loss, position_lambda, sampled_loss
 
@@ -27,6 +28,7 @@ def opd_loss(
     *,
     vocab: int,
     chunk: int,
+    pallas: bool = False,
 ) -> tuple[Float[Array, ""], dict[str, Float[Array, "N"]]]:
     """Σ weight·loss over N completion positions (EC §2) and what is known of each; differentiable in the student's.
 
@@ -35,6 +37,7 @@ def opd_loss(
       tokens, rollout: the sampled tokens and their log-probability when they were sampled.
       weights: of each position's loss, 0 where there is no token.
       vocab, chunk: see `fused_loss`.
+      pallas: score teacher and base by ops/gather_kernel.py, on a TPU, where no more than that is asked of them.
     Returns the loss and, float32 [N]: advantage, ratio, lambda, entropy; student, teacher and base log-probabilities of
     the tokens; rollout. They mean nothing where the weight is 0.
     """
@@ -48,7 +51,12 @@ def opd_loss(
         f, rows["hiddens"] = _full_vocab, frozen
     else:
         f = _sampled
-        scores = _frozen_scores(frozen, frozen_heads, tokens, hyper, variant, vocab, chunk)
+        pair = frozen, frozen_heads
+        if pallas and not variant.guard:
+            scores = [gather_logprobs(h, w, tokens, vocab) for h, w in zip(*pair, strict=True)]
+            scores.append(jnp.full_like(weights, hyper.lam))
+        else:
+            scores = _frozen_scores(*pair, tokens, hyper, variant, vocab, chunk)
         rows |= dict(zip(("teacher", "base", "lambda"), scores, strict=True))
     f = functools.partial(f, variant, vocab)
     return fused_loss(f, vocab, chunk, hidden, head, rows, (frozen_heads, hyper))

@@ -5,6 +5,7 @@ the gradient; the student's pass is differentiated through the shared prompt. Wi
 exact gradient of the global loss: every token's weight is known before the first microbatch.
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -54,16 +55,19 @@ def make_opd_step(
     chunk: int,
     microbatch: int = 0,
     grid: bool = False,
+    pallas: bool = False,
 ) -> Callable:
     """A jitted step(state, frozen, batch: OpdBatch, hyper: Hyper, lr) → (state, metrics, per_token).
 
     With `grid`, a step of G independent students (λ, seeds) in one program: everything but `frozen`, which they share,
-    has a leading axis G, split along the mesh's `grid`.
+    has a leading axis G, split along the mesh's `grid`. `pallas`: see `opd_loss`.
 
     metrics: scalars over completion tokens (loss, advantage_mean, guarded_fraction, ratio_max, clip_fraction,
     reverse_kl, entropy, rollout_gap, grad_norm). per_token: float32 arrays [B, n, T] of advantage, λ, student, teacher
     and base log-probs, 0 after the end.
     """
+
+    loss_function = functools.partial(opd_loss, variant=variant, vocab=vocab, chunk=chunk, pallas=pallas)
 
     def step(state: TrainState, frozen: Frozen, batch: OpdBatch, hyper: Hyper, lr):
         mask = completion_mask(batch.rollout.lengths, batch.rollout.tokens.shape[-1])
@@ -71,7 +75,7 @@ def make_opd_step(
 
         def loss_of(params, rows):
             part, weights = rows
-            loss, per_token = _loss(models, params, frozen, part, weights, hyper, variant, vocab, chunk)
+            loss, per_token = _loss(models, params, frozen, part, weights, loss_function, hyper)
             return loss, {k: jnp.where(weights > 0, v, 0.0) for k, v in per_token.items()}
 
         loss, grads, per_token = accumulated_grad(loss_of, state.params, (batch, weights), microbatch)
@@ -83,7 +87,7 @@ def make_opd_step(
     return jax.jit(step, donate_argnums=0)
 
 
-def _loss(models: Models, params, frozen: Frozen, batch: OpdBatch, weights, hyper, variant, vocab, chunk):
+def _loss(models: Models, params, frozen: Frozen, batch: OpdBatch, weights, loss_function: Callable, hyper):
     """Weighted loss of one microbatch, differentiable in `params`, and per-token quantities [B, n, T]."""
     tokens = batch.rollout.tokens
     decoders = [nnx.merge(g, p) for g, p in zip(models, (params, *frozen), strict=True)]
@@ -92,7 +96,7 @@ def _loss(models: Models, params, frozen: Frozen, batch: OpdBatch, weights, hype
         lambda x: x.reshape(-1, *x.shape[3:]), (hiddens, tokens, batch.rollout.logprobs, weights)
     )
     heads = [d.head_weight() for d in decoders]
-    loss, per_token = opd_loss(hiddens, heads, *rows, hyper, variant, vocab=vocab, chunk=chunk)
+    loss, per_token = loss_function(hiddens, heads, *rows, hyper)
     return loss, {k: v.reshape(tokens.shape) for k, v in per_token.items()}
 
 
