@@ -17,7 +17,10 @@ def accumulated_grad(loss_of: Callable, params: Any, batch: Any, microbatch: int
     losses of the microbatches must add up to the loss of the batch; `aux` is a pytree with a leading row axis.
     """
     rows = jax.tree.leaves(batch)[0].shape[0]
-    parts = jax.tree.map(lambda x: to_chunks(x, (microbatch or rows) // row_multiple()), batch)
+    if microbatch in (0, rows):  # a loop of one turn would still copy what it carries
+        (loss, aux), grads = jax.value_and_grad(loss_of, has_aux=True)(params, batch)
+        return loss, constrain_state(grads), aux
+    parts = jax.tree.map(lambda x: to_chunks(x, microbatch // row_multiple()), batch)
     grad = jax.value_and_grad(loss_of, has_aux=True)
 
     def one(total, part):
