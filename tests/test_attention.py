@@ -5,12 +5,24 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from listopd_jax.ops.attention import attention
+from listopd_jax.ops.attention import Part, Prompt, attention, causal, stored
 
 
 def make(rng, B=3, n=2, T=5, S=5, P=7, N=4, KV=2, H=6, dtype=np.float32):
     shapes = [(B, n, T, N, H), (B, n, S, KV, H), (B, n, S, KV, H), (B, P, KV, H), (B, P, KV, H)]
     return [rng.normal(size=shape).astype(dtype) for shape in shapes]
+
+
+def prompt_of(k, v, lengths):
+    """A prompt from keys and values [B,P,KV,H]."""
+    return Prompt(*(x[:, 0] for x in stored(k[:, None], v[:, None])), jnp.asarray(lengths))
+
+
+def split(q, k, v, mask, prompt_k, prompt_v, lengths):
+    """Our attention to own keys, seen by `mask` [T,S], and a prompt."""
+    return attention(
+        q, [Part(*stored(k, v), mask[None, None]), prompt_of(prompt_k, prompt_v, lengths).part()]
+    )
 
 
 def oracle(q, k, v, mask, prompt_k, prompt_v, lengths):
@@ -34,13 +46,24 @@ def test_shared_prompt_equals_concatenated_keys(heads, step):
     arrays = make(np.random.default_rng(0), T=T, S=5, N=heads[0], KV=heads[1])
     mask = np.tril(np.ones((5, 5), bool)) if step is None else (np.arange(5) <= step)[None]
     lengths = np.array([7, 3, 1])
-    got = attention(*map(jnp.asarray, arrays[:3]), mask, *map(jnp.asarray, arrays[3:]), jnp.asarray(lengths))
+    got = split(*map(jnp.asarray, arrays[:3]), mask, *map(jnp.asarray, arrays[3:]), lengths)
     np.testing.assert_allclose(got, oracle(*arrays[:3], mask, *arrays[3:], lengths), rtol=0, atol=2e-6)
+
+
+@pytest.mark.parametrize("step", [0, 3])
+def test_the_current_token_is_a_part_of_its_own(step):
+    """Keys written before, in a cache whose rest is unwritten, and the new key give the same as one longer cache."""
+    q, k, v, pk, pv = map(jnp.asarray, make(np.random.default_rng(7), T=1))
+    lengths, before = np.array([7, 3, 1]), (np.arange(5) < step)[None, None, None]
+    new = Part(*stored(k[:, :, step : step + 1], v[:, :, step : step + 1]))
+    got = attention(q, [prompt_of(pk, pv, lengths).part(), Part(*stored(k, v), before), new])
+    mask = (np.arange(5) <= step)[None]
+    np.testing.assert_allclose(got, oracle(*map(np.asarray, (q, k, v)), mask, pk, pv, lengths), atol=2e-6)
 
 
 def test_without_prompt_equals_jax_causal_attention():
     q, k, v, *_ = make(np.random.default_rng(1))
-    got = attention(q, k, v, np.tril(np.ones((5, 5), bool)))
+    got = causal(*map(jnp.asarray, (q, k, v)))
     for i in range(q.shape[1]):
         expected = jax.nn.dot_product_attention(q[:, i], k[:, i], v[:, i], is_causal=True)
         np.testing.assert_allclose(got[:, i], expected, rtol=0, atol=2e-6)
@@ -62,28 +85,26 @@ def test_gradients_equal_concatenated_softmax():
         weights = jax.nn.softmax(jnp.where(seen[:, None, None], scores, -jnp.inf))
         return jnp.einsum("bnhts,bnshd->bnthd", weights, values)
 
-    def split(q, k, v, pk, pv):
-        return attention(q, k, v, mask, pk, pv, lengths)
+    def ours(q, k, v, pk, pv):
+        return causal(q, k, v, prompt_of(pk, pv, lengths))
 
     target = jnp.asarray(np.random.default_rng(3).normal(size=q.shape), jnp.float32)
     grads = [
         jax.jit(jax.grad(lambda *a, f=f: (f(*a) * target).sum(), argnums=range(5)))(q, k, v, pk, pv)
-        for f in (split, concatenated)
+        for f in (ours, concatenated)
     ]
-    for ours, theirs in zip(*grads, strict=True):
-        np.testing.assert_allclose(ours, theirs, rtol=0, atol=1e-5)
+    for got, expected in zip(*grads, strict=True):
+        np.testing.assert_allclose(got, expected, rtol=0, atol=1e-5)
 
 
 def test_masked_keys_have_no_influence_and_no_nan():
     """Even enormous values behind a mask leave the result and every gradient as they were."""
     q, k, v, pk, pv = make(np.random.default_rng(4))
     mask, lengths = np.tril(np.ones((5, 5), bool)), np.array([3, 3, 3])
-    clean = attention(q, k, v, mask, pk, pv, lengths)
+    clean = split(q, k, v, mask, pk, pv, lengths)
     pk[:, 3:], pv[:, 3:] = 1e18, -1e18
-    np.testing.assert_array_equal(attention(q, k, v, mask, pk, pv, lengths), clean)
-    grads = jax.grad(lambda *a: attention(*a[:3], mask, *a[3:], lengths).sum(), argnums=range(5))(
-        q, k, v, pk, pv
-    )
+    np.testing.assert_array_equal(split(q, k, v, mask, pk, pv, lengths), clean)
+    grads = jax.grad(lambda *a: split(*a[:3], mask, *a[3:], lengths).sum(), argnums=range(5))(q, k, v, pk, pv)
     assert all(np.isfinite(g).all() for g in grads)
     assert not grads[3][:, 3:].any() and not grads[4][:, 3:].any()
 
@@ -91,14 +112,14 @@ def test_masked_keys_have_no_influence_and_no_nan():
 def test_large_scores_do_not_overflow():
     q, k, v, pk, pv = make(np.random.default_rng(5))
     mask, lengths = np.tril(np.ones((5, 5), bool)), np.array([7, 7, 7])
-    got = attention(q * 1e4, k, v, mask, pk, pv, lengths)
+    got = split(q * 1e4, k, v, mask, pk, pv, lengths)
     np.testing.assert_allclose(got, oracle(q * 1e4, k, v, mask, pk, pv, lengths), rtol=0, atol=1e-4)
 
 
 def test_bfloat16_inputs_accumulate_in_float32():
     arrays = [jnp.asarray(a, jnp.bfloat16) for a in make(np.random.default_rng(6), P=512)]
     mask, lengths = np.tril(np.ones((5, 5), bool)), np.array([512, 300, 1])
-    got = attention(*arrays[:3], mask, *arrays[3:], lengths)
+    got = split(*arrays[:3], mask, *arrays[3:], lengths)
     exact = oracle(
         *(np.asarray(a, np.float64) for a in arrays[:3]), mask, *map(np.float64, arrays[3:]), lengths
     )
@@ -113,6 +134,6 @@ def test_prompt_scores_are_never_repeated_per_completion():
     own = jax.ShapeDtypeStruct((B, n, T, KV, H), jnp.float32)
     prompt = jax.ShapeDtypeStruct((B, P, KV, H), jnp.float32)
     lengths = jax.ShapeDtypeStruct((B,), jnp.int32)
-    f = jax.jit(lambda q, k, v, pk, pv, m: attention(q, k, v, jnp.ones((1, 1), bool), pk, pv, m))
+    f = jax.jit(lambda q, k, v, pk, pv, m: causal(q, k, v, prompt_of(pk, pv, m)))
     memory = f.lower(q, own, own, prompt, prompt, lengths).compile().memory_analysis()
     assert memory.temp_size_in_bytes < n * B * P * KV * H * 4

@@ -1,7 +1,10 @@
 """The decoder's passes agree with each other, and neither padding nor remat has any influence."""
 
+import contextlib
 import dataclasses
 import functools
+import math
+import re
 
 import jax
 import jax.numpy as jnp
@@ -28,6 +31,14 @@ def quick_compiles():
     jax.config.update("jax_disable_most_optimizations", True)
     yield
     jax.config.update("jax_disable_most_optimizations", False)
+
+
+@contextlib.contextmanager
+def optimized():
+    """Compilation as it is outside of these tests."""
+    jax.config.update("jax_disable_most_optimizations", False)
+    yield
+    jax.config.update("jax_disable_most_optimizations", True)
 
 
 @pytest.fixture(scope="module", params=[QWEN, LLAMA], ids=["qwen3", "llama"])
@@ -100,6 +111,24 @@ def test_decode_steps_equal_extend(model, batch):
     for t in range(T):
         hidden, cache = step(params, cache, jnp.int32(t), completions[:, :, t])
         np.testing.assert_allclose(hidden, expected[:, :, t + 1], atol=1e-5, err_msg=f"step {t}")
+
+
+def test_a_decode_step_copies_no_cache():
+    """The compiled step holds no transposed copy of a layer's keys or values, and updates the cache alone in place."""
+    B, n, P, C = 2, 4, 96, 64
+    config = dataclasses.replace(QWEN, head_dim=32)
+    graphdef, params = nnx.split(Decoder(config, rngs=nnx.Rngs(0)))
+    decoder = nnx.merge(graphdef, params)
+    _, prompt = jax.eval_shape(decoder.prefill, jnp.zeros((B, P), jnp.int32), jnp.ones(B, jnp.int32))
+    cache = jax.eval_shape(lambda: decoder.init_cache(B, n, C))
+    step = jax.jit(lambda p, *rest: nnx.merge(graphdef, p).decode_step(*rest), donate_argnums=3)
+    ints = [jax.ShapeDtypeStruct(shape, jnp.int32) for shape in ((B,), (), (B, n))]
+    with optimized():
+        text = step.lower(params, prompt, ints[0], cache, *ints[1:]).compile().as_text()
+    layer = B * config.num_kv_heads * config.head_dim * P  # the smaller of a layer's keys: the prompt's
+    made = re.findall(r"= f32\[([\d,]+)\]\S* (copy|transpose|dynamic-update-slice)\(", text)
+    large = [name for shape, name in made if math.prod(map(int, shape.split(","))) >= layer]
+    assert large == ["dynamic-update-slice"] * 2
 
 
 def test_padding_has_no_influence(model, batch):

@@ -11,8 +11,8 @@ from jaxtyping import Array, Float, Int
 
 from listopd_jax.errors import UserError
 from listopd_jax.models.config import ModelConfig
-from listopd_jax.ops.attention import attention
-from listopd_jax.parallel.rules import constrain, gathered, kv_copies
+from listopd_jax.ops.attention import Part, Prompt, attention, causal, stored
+from listopd_jax.parallel.rules import CACHE, constrain, gathered, kv_copies
 
 REMAT = {
     "none": None,
@@ -24,9 +24,10 @@ ROWS = ("batch", "completions", "length")  # logical axes in front of an activat
 
 
 class KVCache(NamedTuple):
-    """Rotated keys and values of all layers: [L,B,P,KV,H] of prompts, [L,B,n,C,KV,H] of completions.
+    """Rotated keys and values of all layers, in the order in which attention reads them.
 
-    KV counts the copies that a mesh may ask for (listopd_jax.parallel.rules.kv_copies).
+    k, v: of prompts [L,B,KV,H,P] and [L,B,KV,P,H]; of completions [L,B,n,KV,H,C] and [L,B,n,KV,C,H]. KV counts
+    the copies that a mesh may ask for (listopd_jax.parallel.rules.kv_copies).
     """
 
     k: Array
@@ -169,24 +170,21 @@ class Decoder(nnx.Module):
         self, prompt: KVCache, prompt_lengths: Int[Array, " B"], completions: Int[Array, "B n T"]
     ) -> Float[Array, "B n T D"]:
         """States after reading completions[..., t], for n completions of each prompt."""
-        T = completions.shape[-1]
-        mask = jnp.tril(jnp.ones((T, T), bool))
 
         def body(layer, x, rope, kv):
-            return layer(
-                x, rope, lambda q, k, v: (attention(q, k, v, mask, kv.k, kv.v, prompt_lengths), None)
-            )
+            prompt = Prompt(*kv, prompt_lengths)
+            return layer(x, rope, lambda q, k, v: (causal(q, k, v, prompt), None))
 
-        positions = (prompt_lengths[:, None] + jnp.arange(T))[:, None]
+        positions = (prompt_lengths[:, None] + jnp.arange(completions.shape[-1]))[:, None]
         hidden, _ = self._run(completions, positions, body, prompt)
         return self._final(hidden)
 
     def init_cache(self, B: int, n: int, C: int) -> KVCache:
-        """Empty KV for C tokens of n completions of B prompts: zeros [L,B,n,C,KV,H] in the compute dtype."""
+        """Empty KV for C tokens of n completions of B prompts: zeros in the compute dtype."""
         c = self.config
-        heads = c.num_kv_heads * kv_copies(c.num_kv_heads)
-        zeros = jnp.zeros((c.num_layers, B, n, C, heads, c.head_dim), self.dtype)
-        return KVCache(*(constrain(zeros, "layers", *ROWS, "kv_heads", "head_dim") for _ in range(2)))
+        heads = (c.num_layers, B, n, c.num_kv_heads * kv_copies(c.num_kv_heads))
+        zeros = (jnp.zeros((*heads, *tail), self.dtype) for tail in ((c.head_dim, C), (C, c.head_dim)))
+        return KVCache(*(constrain(x, *CACHE[x.ndim]) for x in zeros))
 
     def decode_step(
         self,
@@ -197,42 +195,43 @@ class Decoder(nnx.Module):
         tokens: Int[Array, "B n"],
     ) -> tuple[Float[Array, "B n D"], KVCache]:
         """Read a token of every completion, at position prompt_length + step: its state and the new cache."""
-        mask = (jnp.arange(cache.k.shape[3]) <= step)[None]
-
-        def put(own, new, axis):
-            return jax.lax.dynamic_update_slice_in_dim(own, new, step, axis)
+        written = (jnp.arange(cache.k.shape[-1]) < step)[None, None, None]
 
         def body(layer, x, rope, kvs):
             kv, own = kvs
+            read = [Prompt(*kv, prompt_lengths).part(), Part(*own, written)]
 
             def attend(q, k, v):
-                mixed = attention(q, put(own.k, k, 2), put(own.v, v, 2), mask, kv.k, kv.v, prompt_lengths)
-                return mixed, KVCache(k, v)
+                new = KVCache(*stored(k, v))
+                return attention(q, [*read, Part(*new)]), new
 
             return layer(x, rope, attend)
 
+        # The layers only read the cache; it is written once, in place, after them.
+        put = jax.lax.dynamic_update_slice_in_dim
+
         positions = (prompt_lengths + step)[:, None, None]
         hidden, new = self._run(tokens[..., None], positions, body, (prompt, cache))
-        return self._final(hidden)[:, :, 0], KVCache(put(cache.k, new.k, 3), put(cache.v, new.v, 3))
+        return self._final(hidden)[:, :, 0], KVCache(
+            put(cache.k, new.k, step, -1), put(cache.v, new.v, step, -2)
+        )
 
     def head_weight(self) -> Float[Array, "V D"]:
         """The LM head in the parameters' dtype: the embedding if tied."""
         return gathered("head", (self.embed if self.config.tied else self.head)[...])
 
     def _causal(self, tokens, keep_kv: bool):
-        """Unnormalised hidden states [B,T,D] of whole sequences and, if asked, their KV [L,B,T,KV,H]."""
-        T = tokens.shape[1]
+        """Unnormalised hidden states [B,T,D] of whole sequences and, if asked, their KV."""
+
         # Padding is on the right, so causality alone keeps it from every valid token.
-        mask = jnp.tril(jnp.ones((T, T), bool))
+        def attend(q, k, v):
+            return causal(q, k, v), KVCache(*(x[:, 0] for x in stored(k, v))) if keep_kv else None
 
         def body(layer, x, rope, _):
-            return layer(
-                x,
-                rope,
-                lambda q, k, v: (attention(q, k, v, mask), KVCache(k[:, 0], v[:, 0]) if keep_kv else None),
-            )
+            return layer(x, rope, attend)
 
-        hidden, kv = self._run(tokens[:, None], jnp.arange(T)[None, None], body, None)
+        positions = jnp.arange(tokens.shape[1])[None, None]
+        hidden, kv = self._run(tokens[:, None], positions, body, None)
         return hidden[:, 0], kv
 
     def _run(self, tokens: Int[Array, "B n T"], positions: Int[Array, "b m T"], body: Callable, per_layer):

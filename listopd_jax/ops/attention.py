@@ -1,4 +1,8 @@
-"""Attention of n completions to one shared prompt and to themselves: the plain XLA reference."""
+"""Grouped-query attention as one softmax over several parts of keys: the plain XLA reference."""
+
+import functools
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -7,49 +11,80 @@ from jaxtyping import Array, Bool, Float, Int
 MASKED = -1e30  # finite: a masked score must give an exact zero probability and no NaN in any gradient
 
 
-def attention(
-    q: Float[Array, "B n T N H"],
-    k: Float[Array, "B n S KV H"],
-    v: Float[Array, "B n S KV H"],
-    mask: Bool[Array, "T S"],
-    prompt_k: Float[Array, "B P KV H"] | None = None,
-    prompt_v: Float[Array, "B P KV H"] | None = None,
-    prompt_lengths: Int[Array, " B"] | None = None,
-) -> Float[Array, "B n T N H"]:
-    """Grouped-query attention, one softmax over the prompt's keys (below its length) and the own (`mask`).
+class Part(NamedTuple):
+    """Some of the keys that the queries [B,n,T,N,H] see, with their values.
 
-    Without a prompt this is ordinary masked attention. Every query must see at least one own key. Scores,
-    softmax and accumulation are float32; the result has q's dtype.
+    k, v: [B,KV,H,S] and [B,KV,S,H], shared by the n completions, or [B,n,KV,H,S] and [B,n,KV,S,H], each its own: so
+        both products of attention read them as they lie, head by head, without a transposed copy.
+    mask: bool, broadcastable to [B,n,T,S], which key a query sees; None: all.
+    """
 
-    The result is that of a softmax over the concatenated keys, but the two parts stay apart and only share
-    their maximum and their denominator: the prompt's keys and values are read once for all n·T queries, and
-    nothing is repeated over heads or completions.
+    k: Array
+    v: Array
+    mask: Bool[Array, "#B #n #T S"] | None = None
+
+
+class Prompt(NamedTuple):
+    """Keys and values of prompts, right-padded, shared by all completions of each."""
+
+    k: Float[Array, "B KV H P"]
+    v: Float[Array, "B KV P H"]
+    lengths: Int[Array, " B"]
+
+    def part(self) -> Part:
+        """What every query sees of it: all but the padding."""
+        valid = jnp.arange(self.k.shape[-1]) < self.lengths[:, None]
+        return Part(self.k, self.v, valid[:, None, None])
+
+
+def stored(
+    k: Float[Array, "B n T KV H"], v: Float[Array, "B n T KV H"]
+) -> tuple[Float[Array, "B n KV H T"], Float[Array, "B n KV T H"]]:
+    """Keys and values of a layer in the order in which they are stored and read."""
+    return k.transpose(0, 1, 3, 4, 2), v.transpose(0, 1, 3, 2, 4)
+
+
+def attention(q: Float[Array, "B n T N H"], parts: Sequence[Part]) -> Float[Array, "B n T N H"]:
+    """Attention of each query to the visible keys of all `parts`; every query must see at least one key.
+
+    The result is that of a softmax over the concatenated keys, but the parts stay apart and only share their maximum
+    and their denominator: nothing is copied, shared keys and values are read once for all n·T queries, and nothing is
+    repeated over heads or completions. Scores, softmax and accumulation are float32; the result has q's dtype.
     """
     B, n, T, N, H = q.shape
-    # Batch axes first, so that every product is a plain batched matrix product without a transposed result.
-    q = q.reshape(B, n, T, k.shape[3], -1, H).transpose(0, 3, 1, 2, 4, 5)
-    scores = _scores("bkntgh,bnskh->bkntgs", q, k)
-    scores = jnp.where(mask[:, None], scores, MASKED)
-    top = scores.max(-1, keepdims=True)
-    if prompt_k is not None:
-        prompt_scores = _scores("bkntgh,bpkh->bkntgp", q, prompt_k)
-        seen = jnp.arange(prompt_k.shape[1]) < prompt_lengths[:, None]
-        prompt_scores = jnp.where(seen[:, None, None, None, None], prompt_scores, MASKED)
-        top = jnp.maximum(top, prompt_scores.max(-1, keepdims=True))
-    top = jax.lax.stop_gradient(top)
+    q = q.reshape(B, n, T, parts[0].k.shape[-3], -1, H).transpose(0, 1, 3, 2, 4, 5)
+    tops, totals, outs = zip(*[_partial(q, part) for part in parts], strict=True)
+    scales = [jnp.exp(top - functools.reduce(jnp.maximum, tops)) for top in tops]
+    out = sum(map(jnp.multiply, scales, outs)) / sum(map(jnp.multiply, scales, totals))
+    return out.astype(q.dtype).transpose(0, 1, 3, 2, 4, 5).reshape(B, n, T, N, H)
+
+
+def causal(
+    q: Float[Array, "B n T N H"],
+    k: Float[Array, "B n T KV H"],
+    v: Float[Array, "B n T KV H"],
+    prompt: Prompt | None = None,
+) -> Float[Array, "B n T N H"]:
+    """Token t of completion (b, i) attends to prompt b, if there is one, and to its own tokens up to t."""
+    own = Part(*stored(k, v), jnp.tril(jnp.ones((q.shape[2],) * 2, bool))[None, None])
+    return attention(q, [own] if prompt is None else [own, prompt.part()])
+
+
+def _partial(q: Float[Array, "B n KV T G H"], part: Part) -> tuple[Array, Array, Array]:
+    """The maximum m of a part's scores s, Σ exp(s-m) and Σ exp(s-m)·v, float32 [B,n,KV,T,G,1 or H]."""
+    if part.v.ndim == 5:
+        return _visible(q, part, "bnktgh,bnkhs->bnktgs", "bnktgs,bnksh->bnktgh", heads=2)
+    # The rows of all completions are those of one product: one reading of the keys for all of them.
+    found = _visible(q.swapaxes(1, 2), part, "bkntgh,bkhs->bkntgs", "bkntgs,bksh->bkntgh", heads=1)
+    return tuple(x.swapaxes(1, 2) for x in found)
+
+
+def _visible(q: Array, part: Part, scores_of: str, mix: str, heads: int) -> tuple[Array, Array, Array]:
+    """`_partial` by the two products; the KV heads are axis `heads` of q."""
+    scores = jnp.einsum(scores_of, q, part.k, preferred_element_type=jnp.float32) * q.shape[-1] ** -0.5
+    if part.mask is not None:
+        scores = jnp.where(jnp.expand_dims(part.mask, (heads, 4)), scores, MASKED)
+    top = jax.lax.stop_gradient(scores.max(-1, keepdims=True))
     weights = jnp.exp(scores - top)
-    total = weights.sum(-1, keepdims=True)
-    out = _mix("bkntgs,bnskh->bkntgh", weights, v)
-    if prompt_k is not None:
-        weights = jnp.exp(prompt_scores - top)
-        total += weights.sum(-1, keepdims=True)
-        out += _mix("bkntgp,bpkh->bkntgh", weights, prompt_v)
-    return (out / total).astype(q.dtype).transpose(0, 2, 3, 1, 4, 5).reshape(B, n, T, N, H)
-
-
-def _scores(equation: str, q: Array, k: Array) -> Array:
-    return jnp.einsum(equation, q, k, preferred_element_type=jnp.float32) * q.shape[-1] ** -0.5
-
-
-def _mix(equation: str, weights: Array, v: Array) -> Array:
-    return jnp.einsum(equation, weights.astype(v.dtype), v, preferred_element_type=jnp.float32)
+    out = jnp.einsum(mix, weights.astype(part.v.dtype), part.v, preferred_element_type=jnp.float32)
+    return top, weights.sum(-1, keepdims=True), out

@@ -146,9 +146,10 @@ def _caches(config: Any, c: ModelConfig, mesh: Mesh) -> Any:
     """Abstract keys and values of the prompts and of the completions."""
     opd, task, dtype = config.opd, config.task, jnp.dtype(config.dtype.compute)
     with use_mesh(mesh):
-        heads = (c.num_kv_heads * rules.kv_copies(c.num_kv_heads), c.head_dim)
-    prompt = jax.ShapeDtypeStruct((c.num_layers, opd.batch_size, task.max_prompt, *heads), dtype)
-    own = jax.ShapeDtypeStruct((c.num_layers, opd.batch_size, opd.rollouts, task.max_response, *heads), dtype)
+        heads = c.num_kv_heads * rules.kv_copies(c.num_kv_heads)
+    rows = (c.num_layers, opd.batch_size)
+    prompt = jax.ShapeDtypeStruct((*rows, heads, task.max_prompt, c.head_dim), dtype)
+    own = jax.ShapeDtypeStruct((*rows, opd.rollouts, heads, task.max_response, c.head_dim), dtype)
     tree = KVCache(prompt, prompt), KVCache(own, own)
     return rules.abstract(tree, rules.cache_shardings(tree, mesh))
 

@@ -52,8 +52,8 @@ PARAMS: dict[str, tuple[str, ...]] = {
 }
 
 CACHE = {
-    5: ("layers", "batch", "length", "kv_heads", "head_dim"),
-    6: ("layers", "batch", "completions", "length", "kv_heads", "head_dim"),
+    5: ("layers", "batch", "kv_heads", None, None),  # the last two are length and head_dim, in either order
+    6: ("layers", "batch", "completions", "kv_heads", None, None),
 }
 
 
@@ -216,7 +216,7 @@ def batch_shardings(tree: Any, mesh: Mesh, grid: bool = False) -> Any:
 
 
 def cache_shardings(tree: Any, mesh: Mesh) -> Any:
-    """NamedShardings of KV caches [L,B,P,KV,H] of prompts and [L,B,n,C,KV,H] of completions."""
+    """NamedShardings of KV caches of prompts [L,B,KV,…] and of completions [L,B,n,KV,…]."""
     return jax.tree.map(lambda x: NamedSharding(mesh, spec(CACHE[len(x.shape)], x.shape, mesh)), tree)
 
 
