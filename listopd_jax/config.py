@@ -28,6 +28,7 @@ AGGREGATES = ("token", "sequence")
 SOURCES = ("synthetic", "clothing", "amazon2018", "amazon2023")
 DTYPES = ("float32", "bfloat16")
 REMATS = ("none", "full", "dots")
+ATTENTIONS = ("auto", "xla", "cudnn", "splash")
 
 
 def _section(**fields: Any) -> ml_collections.ConfigDict:
@@ -100,6 +101,7 @@ def defaults() -> ml_collections.ConfigDict:
         student=_model(),
         dtype=_section(param="float32", compute="float32", frozen="float32"),
         remat="none",
+        attention="auto",  # splash on TPUs, cudnn on GPUs in 16 bit, else xla
         sft=_section(teacher=_sft(), student=_sft()),
         optimizer=_section(b1=0.9, weight_decay=0.0, max_grad_norm=1.0),
         opd=_section(
@@ -186,6 +188,7 @@ _NAMES = {
     "data.source": SOURCES,
     "task.ndcg_gain": ("linear", "exponential"),
     "remat": REMATS,
+    "attention": ATTENTIONS,
     "dtype.param": ("float32",),  # in bfloat16, p - lr*u rounds back to p at these learning rates
     "dtype.compute": DTYPES,
     "dtype.frozen": DTYPES,
@@ -403,7 +406,7 @@ def _plain(value: Any) -> Any:
     return str(value) if isinstance(value, float) and math.isinf(value) else value
 
 
-MAY_CHANGE = ("opd.lambdas", "opd.seeds", "forecast.lambdas", "parallel.")
+MAY_CHANGE = ("opd.lambdas", "opd.seeds", "forecast.lambdas", "parallel.", "attention")
 """Fields and sections that may differ between calls on one workdir: the grid may grow, the devices may be others."""
 
 

@@ -6,6 +6,7 @@ import pathlib
 from collections.abc import Iterator
 from typing import Any
 
+import jax
 import ml_collections
 from absl import logging
 from flax import nnx
@@ -18,6 +19,7 @@ from listopd_jax.data.tokenizer import check_tokenizers_agree, load_tokenizer, t
 from listopd_jax.errors import UserError
 from listopd_jax.models.build import graph_of, model_config
 from listopd_jax.models.config import ModelConfig
+from listopd_jax.ops.attention_forms import resolve
 from listopd_jax.parallel import hosts, rules
 from listopd_jax.task.codec import Codec
 from listopd_jax.task.prompt import ListExample
@@ -41,7 +43,8 @@ class Job:
     def graphs(self) -> dict[str, nnx.GraphDef]:
         """Static halves of teacher and student; the base has the student's."""
         compute, remat = self.config.dtype.compute, self.config.remat
-        return {role: graph_of(shape, compute, remat) for role, shape in self.shapes.items()}
+        form = resolve(self.config.attention, jax.default_backend(), compute)
+        return {role: graph_of(shape, compute, remat, form) for role, shape in self.shapes.items()}
 
     def encoded(self, split: str) -> data_input.EncodedSplit:
         """A split as ids."""

@@ -136,6 +136,7 @@ def verdict(plan: Mapping[str, Any]) -> str:
     word = "fits" if plan["fits"] else "does not fit"
     mesh = " ".join(f"{axis}={size}" for axis, size in plan["mesh"].items() if size > 1) or "one device"
     setting = f"{plan['topology']}, {mesh}, microbatch {plan['microbatch']}, remat {plan['remat']}"
+    setting += f", attention {plan['attention']}"
     size = f"{plan['peak_gib']:.3g} GiB of {plan['hbm_gib']:.4g} a device"
     size += ", estimated" if plan["bytes_compiled"] is None else ""
     return (

@@ -17,6 +17,9 @@ from listopd_jax.models import hf
 from listopd_jax.models.build import initial_params
 from listopd_jax.models.config import ModelConfig
 from listopd_jax.models.decoder import Decoder, abstract
+from listopd_jax.ops import attention_splash
+from listopd_jax.ops.attention import Prompt, causal
+from listopd_jax.ops.attention_forms import FORMS, causal_attention
 from listopd_jax.ops.fused import fused_loss
 from listopd_jax.ops.gather_kernel import gather_logprobs
 from listopd_jax.ops.head import token_logprobs
@@ -63,6 +66,20 @@ def opd_batch(seed):
     logprobs = np.where(mask, -3 * rng.random(mask.shape), 0).astype(np.float32)
     prompts = rng.integers(VOCAB, size=(B, P)).astype(np.int32)
     return OpdBatch(prompts, rng.integers(1, P + 1, B).astype(np.int32), Rollout(tokens, logprobs, lengths))
+
+
+@pytest.mark.parametrize("sizes", [(2, 2, 2), (1, 2, 4)])
+def test_fused_attention_is_that_of_one_device(sizes, monkeypatch):
+    """A kernel runs on each device's rows and heads: here by interpreter."""
+    ours = functools.partial(attention_splash.causal, interpret=True)
+    monkeypatch.setitem(FORMS, "splash", ours)
+    rng = np.random.default_rng(0)
+    shapes = ((4, 2, 3, 8, 8), (4, 2, 3, 4, 8), (4, 2, 3, 4, 8), (4, 4, 8, 5), (4, 4, 5, 8))
+    q, k, v, *prompt = (rng.normal(size=shape).astype(np.float32) for shape in shapes)
+    prompt = Prompt(*prompt, np.array([5, 1, 3, 2], np.int32))
+    with use_mesh(mesh_of(*sizes)):
+        split = jax.jit(functools.partial(causal_attention, "splash"))(q, k, v, prompt)
+    np.testing.assert_allclose(split, causal(q, k, v, prompt), rtol=0, atol=2e-6)
 
 
 def sft_batch(batch):

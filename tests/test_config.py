@@ -67,6 +67,7 @@ def test_k_follows_the_source():
         ({"student.head_dim": 15}, "even head_dim"),
         ({"teacher.num_kv_heads": 3}, "must divide teacher.num_heads"),
         ({"remat": "some"}, "remat='some' is unknown"),
+        ({"attention": "flash"}, "attention='flash' is unknown"),
     ],
 )
 def test_what_cannot_be_run_is_one_line_that_names_the_field(changes, message):
@@ -85,6 +86,8 @@ def test_no_clip_is_infinity_and_survives_json():
 
 def test_the_digest_changes_with_any_field():
     a, b = fashion.get_config("tiny"), fashion.get_config("tiny")
+    assert config_module.digest(a) == config_module.digest(b)
+    b.attention = "xla"  # may change: a run may go on on other devices
     assert config_module.digest(a) == config_module.digest(b)
     b.opd.lr *= 2
     assert config_module.digest(a) != config_module.digest(b)

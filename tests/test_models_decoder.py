@@ -16,6 +16,8 @@ from flax import nnx
 from listopd_jax.errors import UserError
 from listopd_jax.models.config import ModelConfig, RopeScaling, num_params
 from listopd_jax.models.decoder import Decoder, abstract, rms_norm, rope_frequencies
+from listopd_jax.ops import attention_cudnn
+from listopd_jax.ops.attention_forms import FORMS
 
 QWEN = ModelConfig(61, 32, 48, 3, 4, 2, 12, rope_theta=5e6, tied=False)
 LLAMA = ModelConfig(
@@ -187,6 +189,22 @@ def test_remat_policies_store_less():
 def test_unknown_remat_is_refused():
     with pytest.raises(UserError, match="remat: 'ful' is not a policy"):
         Decoder(QWEN, rngs=nnx.Rngs(0), remat="ful")
+
+
+def test_the_form_of_attention_changes_no_gradient(batch, monkeypatch):
+    """The fused form for GPUs, by XLA on a CPU, in prefill and extend."""
+    monkeypatch.setitem(FORMS, "cudnn", functools.partial(attention_cudnn.causal, implementation="xla"))
+    graphdef, params = nnx.split(Decoder(QWEN, rngs=nnx.Rngs(0)))
+    fused, _ = abstract(QWEN, attention="cudnn")
+    (_, states), gradients = shared(fused, params, *batch[:2])
+    (_, expected), expected_gradients = shared(graphdef, params, *batch[:2])
+    assert_close(states, expected, 1e-5)
+    assert_close(gradients, expected_gradients, 1e-5)
+
+
+def test_unknown_form_of_attention_is_refused():
+    with pytest.raises(UserError, match="attention: 'flash' is not a form"):
+        Decoder(QWEN, rngs=nnx.Rngs(0), attention="flash")
 
 
 def test_bfloat16_compute_is_close_and_leaves_float32_parameters(batch):

@@ -192,12 +192,24 @@ def test_unknown_hub_ids_are_refused():
 
 
 def test_an_estimate_says_so_and_too_little_memory_does_not_fit():
-    plan = make_plan(big(), parse_topology("h100:1"), EC, compile_it=False)
+    plan = make_plan(big(attention="xla"), parse_topology("h100:1"), EC, compile_it=False)
     assert plan["memory_source"].startswith("estimate") and plan["bytes_compiled"] is None
     assert not plan["fits"] and plan["peak_gib"] > plan["hbm_gib"]
     assert make_plan(big(**{"parallel.fsdp": 8, "parallel.data": 1}), parse_topology("h100:8"), EC, False)[
         "fits"
     ]
+
+
+def test_a_plan_has_the_attention_of_its_devices():
+    """Not of the host it runs on; and a kernel that stores no scores needs less memory."""
+    plans = {
+        name: make_plan(big(), parse_topology(name), EC, False) for name in ("v5p:2x2x1", "h100:1", "cpu:4")
+    }
+    assert {plan["attention"] for plan in plans.values()} == {"splash", "cudnn", "xla"}
+    plain = make_plan(big(attention="xla"), parse_topology("h100:1"), EC, False)
+    assert plans["h100:1"]["peak_gib"] < plain["peak_gib"]
+    with pytest.raises(UserError, match="needs a TPU, not a gpu"):
+        make_plan(big(attention="splash"), parse_topology("h100:1"), EC, False)
 
 
 def test_the_search_is_no_slower_than_any_layout_that_fits():
@@ -219,6 +231,7 @@ def command(*flags, timeout=300):
 
 def test_the_command_answers_scripts_and_exits_1_when_it_does_not_fit():
     flags = ("--config=configs/fashion.py:paper", "--topology=h100:1", "--compiles=0", "--json")
+    flags += ("--config.attention=xla",)
     done = command(*flags)
     plan = json.loads(done.stdout)
     assert done.returncode == 1 and plan["fits"] is False
@@ -231,6 +244,7 @@ def test_the_command_answers_scripts_and_exits_1_when_it_does_not_fit():
         "mesh",
         "microbatch",
         "remat",
+        "attention",
         "bound_by",
     } <= set(plan)
     assert plan["flops"] == pytest.approx(3.3e15, rel=0.08)

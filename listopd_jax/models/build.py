@@ -52,9 +52,9 @@ def weights_folder(weights: str) -> pathlib.Path:
     return folder
 
 
-def graph_of(config: ModelConfig, compute_dtype: str, remat: str) -> nnx.GraphDef:
-    """The static half of a decoder."""
-    return abstract(config, dtype=jnp.dtype(compute_dtype), remat=remat)[0]
+def graph_of(config: ModelConfig, compute_dtype: str, remat: str, attention: str) -> nnx.GraphDef:
+    """The static half of a decoder; `attention` is one of listopd_jax.ops.attention_forms.FORMS."""
+    return abstract(config, dtype=jnp.dtype(compute_dtype), remat=remat, attention=attention)[0]
 
 
 def initial_params(model: ml_collections.FrozenConfigDict, config: ModelConfig, seed: int, dtype: str) -> Any:

@@ -11,7 +11,8 @@ from jaxtyping import Array, Float, Int
 
 from listopd_jax.errors import UserError
 from listopd_jax.models.config import ModelConfig
-from listopd_jax.ops.attention import Part, Prompt, attention, causal, stored
+from listopd_jax.ops.attention import Part, Prompt, attention, stored
+from listopd_jax.ops.attention_forms import FORMS, causal_attention
 from listopd_jax.parallel.rules import CACHE, constrain, gathered, kv_copies
 
 REMAT = {
@@ -131,6 +132,8 @@ class Decoder(nnx.Module):
     param_dtype: of the weights, which are cast to `dtype` at use.
     remat: what of a layer the backward pass finds stored: 'none' (no remat: everything), 'full' (nothing but
         its input), 'dots' (the results of the matrix products with weights).
+    attention: the form of passes over many tokens, of listopd_jax.ops.attention_forms.FORMS; a decode step, which is
+        bound by the bytes that it reads, always has the reference's.
     """
 
     def __init__(
@@ -141,10 +144,13 @@ class Decoder(nnx.Module):
         dtype=jnp.float32,
         param_dtype=jnp.float32,
         remat: str = "none",
+        attention: str = "xla",
     ):
         if remat not in REMAT:
             raise UserError(f"remat: '{remat}' is not a policy (known: {', '.join(REMAT)})")
-        self.config, self.dtype, self.remat = config, jnp.dtype(dtype), remat
+        if attention not in FORMS:
+            raise UserError(f"attention: '{attention}' is not a form (known: {', '.join(FORMS)})")
+        self.config, self.dtype, self.remat, self.attention = config, jnp.dtype(dtype), remat, attention
         table = (config.vocab_size, config.hidden_size)
 
         self.embed = _normal(rngs, table, config.hidden_size, param_dtype)
@@ -173,7 +179,7 @@ class Decoder(nnx.Module):
 
         def body(layer, x, rope, kv):
             prompt = Prompt(*kv, prompt_lengths)
-            return layer(x, rope, lambda q, k, v: (causal(q, k, v, prompt), None))
+            return layer(x, rope, lambda q, k, v: (self._attend(q, k, v, prompt), None))
 
         positions = (prompt_lengths[:, None] + jnp.arange(completions.shape[-1]))[:, None]
         hidden, _ = self._run(completions, positions, body, prompt)
@@ -225,7 +231,7 @@ class Decoder(nnx.Module):
 
         # Padding is on the right, so causality alone keeps it from every valid token.
         def attend(q, k, v):
-            return causal(q, k, v), KVCache(*(x[:, 0] for x in stored(k, v))) if keep_kv else None
+            return self._attend(q, k, v), KVCache(*(x[:, 0] for x in stored(k, v))) if keep_kv else None
 
         def body(layer, x, rope, _):
             return layer(x, rope, attend)
@@ -233,6 +239,9 @@ class Decoder(nnx.Module):
         positions = jnp.arange(tokens.shape[1])[None, None]
         hidden, kv = self._run(tokens[:, None], positions, body, None)
         return hidden[:, 0], kv
+
+    def _attend(self, q: Array, k: Array, v: Array, prompt: Prompt | None = None) -> Array:
+        return causal_attention(self.attention, q, k, v, prompt)
 
     def _run(self, tokens: Int[Array, "B n T"], positions: Int[Array, "b m T"], body: Callable, per_layer):
         """Embed, then scan body(layer, x, rope, per_layer[l]) → (x, extra[l]) over the layers."""

@@ -38,7 +38,7 @@ class Load(NamedTuple):
 
 
 class Layout(NamedTuple):
-    """How the step is laid out: devices along the mesh axes, prompts a gradient pass, remat policy, dtypes."""
+    """How the step is laid out: devices along the mesh axes, prompts a gradient pass, remat, dtypes, attention."""
 
     sizes: Mapping[str, int]
     microbatch: int
@@ -47,6 +47,12 @@ class Layout(NamedTuple):
     frozen: str = "bfloat16"
     gather_rollout: bool = True
     chunk: int = 1024
+    attention: str = "xla"
+
+    @property
+    def keeps_scores(self) -> bool:
+        """Whether attention scores are arrays in memory: fused kernels have but blocks of them."""
+        return self.attention == "xla"
 
     @property
     def rows(self) -> int:
@@ -229,14 +235,17 @@ def memory_estimate(
     """Bytes on one device by kind, without a compiler: weights and cache exact, temporaries rough.
 
     `load` has the widths that programs are compiled for. Temporaries: three float32 arrays of attention scores at once
-    (the XLA attention stores them), the logits of four chunks, gathered weights of two layers and of the head,
-    gradients twice and the head's once more on every device (ops/fused.py), and the stored activations of the layers.
+    (the XLA attention stores them, fused kernels do not), the logits of four chunks, gathered weights of two layers and
+    of the head, gradients twice and the head's once more on every device (ops/fused.py), and the stored activations of
+    the layers.
     """
     width, tensor = WIDTHS[layout.compute], layout.sizes["tensor"]
     own, frozen = num_params(student), WIDTHS[layout.frozen]
     copies = tensor if layout.gather_rollout else layout.shards
     prompts = load.prompts / layout.rows
-    prefill_scores = 3 * F32 * prompts * math.ceil(student.num_heads / tensor) * load.prompt**2
+    prefill_scores = (
+        layout.keeps_scores * 3 * F32 * prompts * math.ceil(student.num_heads / tensor) * load.prompt**2
+    )
     return {
         "parameters": F32 * own / layout.shards,
         "optimizer": 2 * F32 * own / layout.shards,
@@ -263,7 +272,7 @@ def _pass_bytes(student: ModelConfig, teacher: ModelConfig, load: Load, layout: 
     prompts = (layout.microbatch or load.prompts) / layout.rows
     tokens = prompts * (load.prompt + load.rollouts * load.response)
     keys = load.prompt + load.response
-    pairs = prompts * (load.prompt**2 + load.rollouts * load.response * keys)
+    pairs = layout.keeps_scores * prompts * (load.prompt**2 + load.rollouts * load.response * keys)
     heads = math.ceil(max(student.num_heads, teacher.num_heads) / tensor)
     scores = 3 * F32 * heads * pairs
     units = (3 * student.intermediate_size + 4 * student.num_heads * student.head_dim) / tensor

@@ -65,6 +65,11 @@ class Topology(NamedTuple):
         """Whether the TPU compiler serves it."""
         return self.kind in SLICES
 
+    @property
+    def platform(self) -> str:
+        """What jax calls such devices."""
+        return "tpu" if self.is_tpu else "gpu" if self.kind == "h100" else "cpu"
+
     def arriving(self, size: int, stride: int) -> float:
         """Bytes/s that reach a device from its group of `size` along a mesh axis, neighbours `stride` apart.
 

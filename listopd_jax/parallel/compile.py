@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from flax import nnx
 from jax.experimental import topologies
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
@@ -19,6 +20,7 @@ from listopd_jax.errors import UserError
 from listopd_jax.models.build import cast, graph_of
 from listopd_jax.models.config import ModelConfig
 from listopd_jax.models.decoder import KVCache, abstract
+from listopd_jax.ops.attention_forms import resolve
 from listopd_jax.ops.objective import Hyper
 from listopd_jax.parallel import rules
 from listopd_jax.parallel.chips import GIB, Topology
@@ -59,8 +61,7 @@ def devices_of(topology: Topology) -> list[Any] | None:
     Raises UserError if libtpu is missing.
     """
     if not topology.is_tpu:
-        kind = "gpu" if topology.kind == "h100" else "cpu"
-        here = [d for d in jax.devices() if d.platform == kind]
+        here = [d for d in jax.devices() if d.platform == topology.platform]
         return here[: topology.devices] if len(here) >= topology.devices else None
     if importlib.util.find_spec("libtpu") is None:
         raise UserError(
@@ -83,7 +84,7 @@ def state_memory(config: Any, shapes: Mapping[str, ModelConfig], mesh: Mesh) -> 
 
 def compile_rollout(config: Any, shapes: Mapping[str, ModelConfig], vocab: int, mesh: Mesh) -> Program:
     """`generate` as the OPD stage calls it, at the widest prompts; TooLarge if the compiler refuses."""
-    graph = graph_of(shapes["student"], config.dtype.compute, config.remat)
+    graph = _graph(config, shapes["student"], mesh)
     params = _rollout_params(config, _state(config, shapes, mesh)[0].params, mesh)
     prompts, lengths, rollout = _batch(config, mesh)
     key = jax.eval_shape(lambda: jax.random.key(0))
@@ -98,7 +99,7 @@ def compile_rollout(config: Any, shapes: Mapping[str, ModelConfig], vocab: int, 
 
 def compile_update(config: Any, shapes: Mapping[str, ModelConfig], vocab: int, mesh: Mesh) -> Program:
     """The OPD stage's update at the widest prompts and completions; TooLarge if the compiler refuses."""
-    graphs = {role: graph_of(shapes[role], config.dtype.compute, config.remat) for role in shapes}
+    graphs = {role: _graph(config, shape, mesh) for role, shape in shapes.items()}
     step = make_step(SimpleNamespace(config=config, graphs=graphs, codec=SimpleNamespace(vocab=vocab)))
     state, frozen = _state(config, shapes, mesh)
     scalar = _whole(jax.ShapeDtypeStruct((), jnp.float32), mesh)
@@ -106,6 +107,13 @@ def compile_update(config: Any, shapes: Mapping[str, ModelConfig], vocab: int, m
     with use_mesh(mesh):
         lowered = step.lower(state, frozen, OpdBatch(*_batch(config, mesh)), hyper, scalar)
         return _compiled(lowered, "update", mesh)
+
+
+def _graph(config: Any, shape: ModelConfig, mesh: Mesh) -> nnx.GraphDef:
+    """The static half of a decoder, its attention in the form for the devices of the mesh, not for those at hand."""
+    compute = config.dtype.compute
+    form = resolve(config.attention, mesh.devices.flat[0].platform, compute)
+    return graph_of(shape, compute, config.remat, form)
 
 
 def _state(config: Any, shapes: Mapping[str, ModelConfig], mesh: Mesh) -> tuple[TrainState, Frozen]:

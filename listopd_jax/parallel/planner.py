@@ -76,13 +76,15 @@ def shapes_of(config: Any) -> dict[str, ModelConfig]:
 
 def layout_of(config: Any, topology: Topology) -> Layout:
     """The layout that the config asks for; UserError if its mesh does not fit the devices or the models."""
+    from listopd_jax.ops.attention_forms import resolve
     from listopd_jax.parallel.mesh import check_mesh, mesh_sizes
 
+    form = resolve(config.attention, topology.platform, config.dtype.compute)
     sizes = mesh_sizes(config.parallel, topology.devices)
     check_mesh(config, shapes_of(config), sizes)
     return Layout(
         sizes, config.opd.microbatch, config.remat, config.dtype.compute, config.dtype.frozen,
-        config.parallel.gather_rollout, config.opd.head_chunk,
+        config.parallel.gather_rollout, config.opd.head_chunk, form,
     )  # fmt: skip
 
 
@@ -109,6 +111,7 @@ def make_plan(config: Any, topology: Topology, load: Load, compile_it: bool) -> 
         "mesh": dict(layout.sizes),
         "microbatch": layout.microbatch,
         "remat": layout.remat,
+        "attention": layout.attention,
         "tokens": [load.prompt, load.response],
         "flops": sum(flops.values()),
         "flops_by_part": flops,
