@@ -1,8 +1,8 @@
 """The decoder's passes agree with each other, and neither padding nor remat has any influence."""
 
-import contextlib
 import dataclasses
 import functools
+import importlib.util
 import math
 import re
 
@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import scipy.special
 from flax import nnx
+from jax.experimental import topologies
 
 from listopd_jax.errors import UserError
 from listopd_jax.models.config import ModelConfig, RopeScaling, num_params
@@ -33,14 +34,6 @@ def quick_compiles():
     jax.config.update("jax_disable_most_optimizations", True)
     yield
     jax.config.update("jax_disable_most_optimizations", False)
-
-
-@contextlib.contextmanager
-def optimized():
-    """Compilation as it is outside of these tests."""
-    jax.config.update("jax_disable_most_optimizations", False)
-    yield
-    jax.config.update("jax_disable_most_optimizations", True)
 
 
 @pytest.fixture(scope="module", params=[QWEN, LLAMA], ids=["qwen3", "llama"])
@@ -115,22 +108,48 @@ def test_decode_steps_equal_extend(model, batch):
         np.testing.assert_allclose(hidden, expected[:, :, t + 1], atol=1e-5, err_msg=f"step {t}")
 
 
-def test_a_decode_step_copies_no_cache():
-    """The compiled step holds no transposed copy of a layer's keys or values, and updates the cache alone in place."""
-    B, n, P, C = 2, 4, 96, 64
-    config = dataclasses.replace(QWEN, head_dim=32)
-    graphdef, params = nnx.split(Decoder(config, rngs=nnx.Rngs(0)))
-    decoder = nnx.merge(graphdef, params)
-    _, prompt = jax.eval_shape(decoder.prefill, jnp.zeros((B, P), jnp.int32), jnp.ones(B, jnp.int32))
-    cache = jax.eval_shape(lambda: decoder.init_cache(B, n, C))
+def compiled_decode_step(config, B, n, P, C, dtype, sharding=None):
+    """The optimised program of one decode step whose cache is donated, for n completions of B prompts."""
+    graphdef, params = nnx.split(Decoder(config, rngs=nnx.Rngs(0), dtype=dtype, param_dtype=dtype))
+
+    def start(params):
+        decoder = nnx.merge(graphdef, params)
+        _, prompt = decoder.prefill(jnp.zeros((B, P), jnp.int32), jnp.ones(B, jnp.int32))
+        return params, prompt, jnp.ones(B, jnp.int32), decoder.init_cache(B, n, C), jnp.int32(0), tokens
+
+    tokens = jnp.zeros((B, n), jnp.int32)
+    shapes = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), jax.eval_shape(start, params)
+    )
     step = jax.jit(lambda p, *rest: nnx.merge(graphdef, p).decode_step(*rest), donate_argnums=3)
-    ints = [jax.ShapeDtypeStruct(shape, jnp.int32) for shape in ((B,), (), (B, n))]
-    with optimized():
-        text = step.lower(params, prompt, ints[0], cache, *ints[1:]).compile().as_text()
+    jax.config.update("jax_disable_most_optimizations", False)
+    try:
+        return step.lower(*shapes).compile(), shapes[3]
+    finally:
+        jax.config.update("jax_disable_most_optimizations", True)
+
+
+def test_a_decode_step_copies_no_cache():
+    """The compiled step makes no transposed copy of a layer's keys or values; it updates the cache in place."""
+    B, P = 2, 96
+    config = dataclasses.replace(QWEN, head_dim=32)
+    compiled, _ = compiled_decode_step(config, B, 4, P, 64, jnp.float32)
     layer = B * config.num_kv_heads * config.head_dim * P  # the smaller of a layer's keys: the prompt's
-    made = re.findall(r"= f32\[([\d,]+)\]\S* (copy|transpose|dynamic-update-slice)\(", text)
+    made = re.findall(r"= f32\[([\d,]+)\]\S* (copy|transpose|dynamic-update-slice)\(", compiled.as_text())
     large = [name for shape, name in made if math.prod(map(int, shape.split(","))) >= layer]
     assert large == ["dynamic-update-slice"] * 2
+
+
+@pytest.mark.skipif(
+    importlib.util.find_spec("libtpu") is None, reason="needs the TPU compiler: pip install listopd_jax[tpu]"
+)
+def test_a_decode_step_on_a_tpu_has_no_room_for_a_layer_of_the_cache(monkeypatch):
+    """Its temporary memory is less than one layer's keys: they are read where they lie."""
+    monkeypatch.setenv("TPU_SKIP_MDS_QUERY", "1")
+    device = topologies.get_topology_desc("v5e:2x2", "tpu").devices[0]
+    config, place = dataclasses.replace(QWEN, head_dim=128), jax.sharding.SingleDeviceSharding(device)
+    compiled, cache = compiled_decode_step(config, 8, 16, 512, 1024, jnp.bfloat16, place)
+    assert compiled.memory_analysis().temp_size_in_bytes < 2 * math.prod(cache.k.shape[1:])
 
 
 def test_padding_has_no_influence(model, batch):
