@@ -27,12 +27,13 @@ from listopd_jax.task.prompt import ListExample
 
 @dataclasses.dataclass(frozen=True)
 class Job:
-    """Everything but parameters. `examples` are the lists by split (train, validation)."""
+    """Everything but parameters. `examples` are the lists by split (train, validation); `attention` is never auto."""
 
     config: ml_collections.FrozenConfigDict
     workdir: pathlib.Path
     codec: Codec
     examples: dict[str, list[ListExample]]
+    attention: str
 
     @functools.cached_property
     def shapes(self) -> dict[str, ModelConfig]:
@@ -43,8 +44,7 @@ class Job:
     def graphs(self) -> dict[str, nnx.GraphDef]:
         """Static halves of teacher and student; the base has the student's."""
         compute, remat = self.config.dtype.compute, self.config.remat
-        form = resolve(self.config.attention, jax.default_backend(), compute)
-        return {role: graph_of(shape, compute, remat, form) for role, shape in self.shapes.items()}
+        return {role: graph_of(shape, compute, remat, self.attention) for role, shape in self.shapes.items()}
 
     def encoded(self, split: str) -> data_input.EncodedSplit:
         """A split as ids."""
@@ -106,6 +106,7 @@ class Job:
 
 def open_job(config: ml_collections.FrozenConfigDict, workdir: pathlib.Path) -> Job:
     """The prepare stage: build or find data set and tokenizer; UserError for whatever cannot be used."""
+    form = resolve(config.attention, jax.default_backend(), config.dtype.compute)
     with hosts.main_first():
         report = prepare(config.data, config.task, workdir / "data")
         refuse_other_data(workdir, report["fingerprint"])
@@ -113,7 +114,7 @@ def open_job(config: ml_collections.FrozenConfigDict, workdir: pathlib.Path) -> 
             logging.warning("data: %s", note)
         examples = {split: read_split(workdir / "data", split) for split in ("train", "validation")}
         tokenizer = _tokenizer(config, workdir, report["fingerprint"], examples["train"])
-    return Job(config, workdir, Codec(tokenizer), examples)
+    return Job(config, workdir, Codec(tokenizer), examples, form)
 
 
 def refuse_other_data(workdir: pathlib.Path, fingerprint: str) -> None:

@@ -207,6 +207,7 @@ def test_sigterm_in_training_and_in_evaluation_exits_with_0_and_loses_nothing(fi
         (["--config.opd.steps=many"], "--config.opd.steps=many"),
         (["--config.opd.lambdas=1.0,x"], "every lambda is a number"),
         (["--config.opd.ratio=teacher"], "opd.ratio='teacher' is unknown; did you mean 'teacher_student'?"),
+        (["--config.attention=splash"], "attention='splash' needs a TPU, not a cpu"),
         (["--config.opd.clip=1.0"], "opd.clip=1.0: the clip c must be > 1"),
         (["--config.opd.estimator=full_vocab"], "set opd.ratio='none'"),
         (["--config.opd.microbatch=7"], "opd.microbatch=7 must divide opd.batch_size"),
