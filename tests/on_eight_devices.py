@@ -27,7 +27,7 @@ from listopd_jax.ops.objective import Hyper, Variant
 from listopd_jax.parallel.hlo import traffic
 from listopd_jax.parallel.mesh import AXES, make_mesh, use_mesh
 from listopd_jax.parallel.rules import batch_shardings, param_sharding, rollout_shardings, state_shardings
-from listopd_jax.rollout.decode import Rollout, generate, generate_grid
+from listopd_jax.rollout.decode import Rollout, Settings, first_segment, generate, generate_grid, segment
 from listopd_jax.train.opd_step import Frozen, Models, OpdBatch, make_opd_step
 from listopd_jax.train.optimizer import TrainState, init_state
 from listopd_jax.train.sft_step import cross_entropy, make_sft_step
@@ -119,12 +119,17 @@ OPTIONS = {"max_tokens": 6, "vocab": VOCAB, "eos": 1, "pad": 0}
 
 
 def written(mesh):
-    """What the student writes, and the compiled program."""
+    """What the student writes, and the compiled programs: of the first token, and of the others."""
     batch = put(opd_batch(3), batch_shardings, mesh)
-    params = put(STUDENT, rollout_shardings, mesh)
-    arguments = (params,), jnp.ones((1, N)), *batch[:2], jax.random.key(1)
-    program = generate.lower((STUDENT_DEF,), *arguments, **OPTIONS).compile()
-    return jax.tree.map(np.asarray, program(*arguments)), program.as_text()
+    graphs, params, key = (STUDENT_DEF,), (put(STUDENT, rollout_shardings, mesh),), jax.random.key(1)
+    arguments = graphs, params, jnp.ones((1, N)), *batch[:2], key
+    rollout = jax.tree.map(np.asarray, generate(*arguments, **OPTIONS))
+    options = 1.0, None, Settings(**OPTIONS), OPTIONS["max_tokens"]
+    first = first_segment.lower(*arguments, *options).compile()
+    others = segment.lower(
+        graphs, params, *first_segment(*arguments, *options), key, *options[::2], least=B * N
+    ).compile()
+    return rollout, first.as_text() + others.as_text()
 
 
 @pytest.fixture(scope="module")

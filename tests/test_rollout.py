@@ -9,7 +9,7 @@ from flax import nnx
 
 from listopd_jax.models.config import ModelConfig
 from listopd_jax.models.decoder import Decoder
-from listopd_jax.rollout.decode import completion_mask, decode, generate
+from listopd_jax.rollout.decode import completion_mask, decode, generate, segment
 from listopd_jax.rollout.scoring import completion_hidden, completion_logprobs
 
 VOCAB, EOS, PAD = 16, 1, 0
@@ -318,10 +318,10 @@ def test_the_ends_of_the_grid_are_the_models_themselves(student, teacher, prompt
 
 
 def test_keys_weights_and_temperatures_share_one_program(student, prompts):
-    before = generate._cache_size()
+    before = segment._cache_size()
     for key, weight, temperature in ((0, 1.0, 1.0), (1, 0.5, 0.7), (2, 1.2, 2.0)):
         run([student], np.full((1, N), weight), prompts, key=key, temperature=temperature)
-    assert generate._cache_size() <= before + 1
+    assert segment._cache_size() <= before + 1
 
 
 # ---- frequencies

@@ -1,9 +1,13 @@
-"""Decoding: one prefill a prompt, then a jitted loop that writes n completions a prompt until all have ended.
+"""Decoding: one prefill a prompt, then jitted loops that write n completions a prompt until all have ended.
 
 The next token comes from Σ_i w_i log π_i over one or more models: one model with weight 1 is ordinary sampling;
 teacher and base with weights λ and 1−λ decode from the extrapolated target π_B(π_T/π_B)^λ without training
 (*forecast*, docs/theory.md). The n completions of a prompt may each have weights of their own, so a whole grid of λ
 shares one prompt cache.
+
+`decode` is one program with a cache of the whole budget. `generate` writes the same in segments: the cache grows with
+the completions, and rows that have ended leave the batch. The host reads three numbers after each segment and nothing
+in between. A row's random numbers are its own, so where it is computed does not change what it says.
 """
 
 import functools
@@ -12,22 +16,39 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
 from listopd_jax.models.decoder import Decoder
-from listopd_jax.ops.head import log_distribution, pick
-from listopd_jax.parallel.rules import constrain
+from listopd_jax.ops.head import pick
+from listopd_jax.parallel.rules import constrain, context_mesh
+from listopd_jax.rollout.sampling import categorical, mixed_logprobs, row_keys
+from listopd_jax.rollout.state import (
+    Prompts,
+    Rollout,
+    Rows,
+    State,
+    alive,
+    can_shrink,
+    fitting,
+    grow,
+    put_back,
+    shrink,
+)
+
+LEAST_ROWS = 8  # fewer cost hardly less, and each shape is one more program to compile
+LEAST_CAPACITY = 64  # tokens; a shorter cache is not worth a program
 
 
-class Rollout(NamedTuple):
-    """Completions and what the sampler knew of them."""
+class Settings(NamedTuple):
+    """The static options of a rollout."""
 
-    tokens: Int[Array, "B n T"]  # pad id after the end
-    logprobs: Float[
-        Array, "B n T"
-    ]  # log-probability under the distribution sampled from (greedy: at temperature 1)
-    lengths: Int[Array, "B n"]  # tokens up to and with EOS, or the budget
+    max_tokens: int  # at least 1
+    vocab: int
+    eos: int
+    pad: int
+    greedy: bool = False
 
 
 def completion_mask(lengths: Int[Array, "*s"], size: int) -> Bool[Array, "*s T"]:
@@ -35,13 +56,91 @@ def completion_mask(lengths: Int[Array, "*s"], size: int) -> Bool[Array, "*s T"]
     return jnp.arange(size) < lengths[..., None]
 
 
-def mixed_logprobs(decoders, hiddens, weights, vocab: int, temperature) -> Float[Array, "B n V"]:
-    """log softmax(Σ_i w_i log π_i / temperature) for hidden states [B, n, D_i] and weights [m, n]."""
-    logps = [log_distribution(h, d.head_weight(), vocab) for d, h in zip(decoders, hiddens, strict=True)]
-    if len(logps) == 1:
-        return jax.nn.log_softmax(logps[0] * weights[0][:, None] / temperature)
-    mixed = sum(w[:, None] * logp for w, logp in zip(weights, logps, strict=True))
-    return jax.nn.log_softmax(mixed / temperature)
+# --- one token, one segment, one rollout: traceable ---
+
+
+def start(
+    decoders: Sequence[Decoder],
+    weights: Float[Array, "m n"],
+    prompts: Int[Array, "B P"],
+    prompt_lengths: Int[Array, "B"],
+    key: Array,
+    temperature: Float[Array, ""],
+    budgets: Int[Array, "B n"] | None,
+    settings: Settings,
+    capacity: int,
+) -> tuple[Prompts, State]:
+    """Read the prompts and write the first token of every completion; caches for `capacity` tokens."""
+    shape, T = (prompts.shape[0], weights.shape[1]), settings.max_tokens
+    budgets = jnp.full(shape, T) if budgets is None else jnp.minimum(budgets, T)
+    last, caches = zip(*(d.prefill(prompts, prompt_lengths) for d in decoders), strict=True)
+    empty = Rollout(
+        constrain(jnp.full((*shape, T), settings.pad, jnp.int32), "batch", None, None),
+        constrain(jnp.zeros((*shape, T)), "batch", None, None),
+        constrain(jnp.zeros(shape, jnp.int32), "batch", None),
+    )
+    number = constrain(jnp.arange(shape[0] * shape[1]).reshape(shape), "batch", None)
+    each = constrain(jnp.broadcast_to(weights.T, (*shape, len(decoders))), "batch", None, None)
+    rows = Rows(number, each, budgets, constrain(budgets <= 0, "batch", None), empty)
+    hiddens = [jnp.broadcast_to(h[:, None], (*shape, h.shape[-1])) for h in last]
+    rows = write(decoders, hiddens, rows, jnp.int32(0), key, temperature, settings)
+    own = tuple(d.init_cache(*shape, capacity) for d in decoders)
+    return Prompts(prompt_lengths, caches), State(jnp.int32(1), own, rows)
+
+
+def write(
+    decoders: Sequence[Decoder],
+    hiddens: Sequence[Float[Array, "B n D"]],
+    rows: Rows,
+    step: Int[Array, ""],
+    key: Array,
+    temperature: Float[Array, ""],
+    settings: Settings,
+) -> Rows:
+    """Token `step` of every row that is not done, from the models' states before it."""
+    greedy = settings.greedy
+    logp = mixed_logprobs(decoders, hiddens, rows.weights, settings.vocab, 1.0 if greedy else temperature)
+    chosen = jnp.argmax(logp, -1) if greedy else categorical(row_keys(key, step, rows.number), logp)
+    token = jnp.where(rows.done, settings.pad, chosen).astype(jnp.int32)
+    tokens, logprobs, lengths = rows.rollout
+    rollout = Rollout(
+        tokens.at[..., step].set(token),
+        logprobs.at[..., step].set(jnp.where(rows.done, 0.0, pick(logp, token))),
+        lengths + ~rows.done,
+    )
+    done = rows.done | (token == settings.eos) | (rollout.lengths >= rows.budgets)
+    return rows._replace(done=done, rollout=rollout)
+
+
+def proceed(
+    decoders: Sequence[Decoder],
+    prompts: Prompts,
+    state: State,
+    key: Array,
+    temperature: Float[Array, ""],
+    settings: Settings,
+    until: int,
+    least: int,
+) -> State:
+    """Write up to `until` tokens a row; stops early once all are done, or a smaller batch would do (`can_shrink`)."""
+
+    def body(state):
+        token = jax.lax.dynamic_index_in_dim(
+            state.rows.rollout.tokens, state.step - 1, axis=-1, keepdims=False
+        )
+        read = [
+            d.decode_step(shared, prompts.lengths, own, state.step - 1, token)
+            for d, shared, own in zip(decoders, prompts.caches, state.caches, strict=True)
+        ]
+        hiddens, caches = zip(*read, strict=True)
+        rows = write(decoders, hiddens, state.rows, state.step, key, temperature, settings)
+        return State(state.step + 1, caches, rows)
+
+    def unfinished(state):
+        done = state.rows.done
+        return (state.step < until) & ~done.all() & ~can_shrink(done, least)
+
+    return jax.lax.while_loop(unfinished, body, state)
 
 
 def decode(
@@ -51,57 +150,61 @@ def decode(
     prompt_lengths: Int[Array, "B"],
     key: Array,
     *,
-    max_tokens: int,
-    vocab: int,
-    eos: int,
-    pad: int,
     temperature: float | Float[Array, ""] = 1.0,
-    greedy: bool = False,
     budgets: Int[Array, "B n"] | None = None,
+    **settings: Any,
 ) -> Rollout:
     """Write n completions for each prompt; stops early once every row has ended or spent its budget.
 
-    `max_tokens`, `vocab`, `eos`, `pad` and `greedy` are static. `budgets` (default `max_tokens`) bounds each row.
-    Row (b, j) of the result is a completion of prompt b under the mixture weights[:, j].
+    `settings` (static): `max_tokens`, `vocab`, `eos`, `pad` and `greedy`. `budgets` (default `max_tokens`) bounds each
+    row. Row (b, j) of the result is a completion of prompt b under the mixture weights[:, j].
     """
-    shape = (prompts.shape[0], weights.shape[1])
-    budgets = jnp.full(shape, max_tokens) if budgets is None else jnp.minimum(budgets, max_tokens)
-    prefilled = [d.prefill(prompts, prompt_lengths) for d in decoders]
-    prompt_caches = [kv for _, kv in prefilled]
-    temperature = 1.0 if greedy else temperature
-
-    def step(carry):
-        t, hiddens, caches, rollout, done = carry
-        logp = mixed_logprobs(decoders, hiddens, weights, vocab, temperature)
-        sampled = jnp.argmax(logp, -1) if greedy else jax.random.categorical(jax.random.fold_in(key, t), logp)
-        token = jnp.where(done, pad, sampled).astype(jnp.int32)
-        rollout = Rollout(
-            rollout.tokens.at[..., t].set(token),
-            rollout.logprobs.at[..., t].set(jnp.where(done, 0.0, pick(logp, token))),
-            rollout.lengths + ~done,
-        )
-        done = done | (token == eos) | (rollout.lengths >= budgets)
-        moved = [
-            d.decode_step(kv, prompt_lengths, cache, t, token)
-            for d, kv, cache in zip(decoders, prompt_caches, caches, strict=True)
-        ]
-        return t + 1, [h for h, _ in moved], [c for _, c in moved], rollout, done
-
-    def unfinished(carry):
-        return (carry[0] < max_tokens) & ~carry[-1].all()
-
-    hiddens = [jnp.broadcast_to(h[:, None], (*shape, h.shape[-1])) for h, _ in prefilled]
-    empty = Rollout(
-        constrain(jnp.full((*shape, max_tokens), pad, jnp.int32), "batch", None, None),
-        constrain(jnp.zeros((*shape, max_tokens)), "batch", None, None),
-        constrain(jnp.zeros(shape, jnp.int32), "batch", None),
+    settings = Settings(**settings)
+    T = settings.max_tokens
+    shared, state = start(
+        decoders, weights, prompts, prompt_lengths, key, temperature, budgets, settings, capacity=T
     )
-    caches = [d.init_cache(*shape, max_tokens) for d in decoders]
-    start = (jnp.int32(0), hiddens, caches, empty, budgets <= 0)
-    return jax.lax.while_loop(unfinished, step, start)[3]
+    state = proceed(decoders, shared, state, key, temperature, settings, until=T, least=state.rows.done.size)
+    return state.rows.rollout
 
 
-@functools.partial(jax.jit, static_argnames=("graphdefs", "max_tokens", "vocab", "eos", "pad", "greedy"))
+# --- the programs, and the host that runs them ---
+
+
+@jax.jit(static_argnames=("graphdefs", "settings", "capacity"))
+def first_segment(
+    graphdefs, params, weights, prompts, prompt_lengths, key, temperature, budgets, settings, capacity
+):
+    """`start`, compiled."""
+    decoders = _decoders(graphdefs, params)
+    return start(decoders, weights, prompts, prompt_lengths, key, temperature, budgets, settings, capacity)
+
+
+@jax.jit(static_argnames=("graphdefs", "settings", "least"), donate_argnames="state")
+def segment(
+    graphdefs, params, prompts: Prompts, state: State, key, temperature, settings: Settings, least: int
+) -> tuple[State, Int[Array, "3"]]:
+    """`proceed` while the cache has room, compiled; and what the host must know: step, and what is `alive`."""
+    until = min(
+        settings.max_tokens, state.caches[0].k.shape[3] + 1
+    )  # the last token written is not yet cached
+    state = proceed(_decoders(graphdefs, params), prompts, state, key, temperature, settings, until, least)
+    return state, constrain(jnp.stack([state.step, *alive(state.rows.done)]), None)
+
+
+def _decoders(graphdefs, params) -> list[Decoder]:
+    return [nnx.merge(g, p) for g, p in zip(graphdefs, params, strict=True)]
+
+
+def capacities(max_tokens: int) -> list[int]:
+    """Sizes that the cache of the completions takes in turn: quarters of the budget, none below LEAST_CAPACITY.
+
+    Each is a program to compile; with four, a step reads 1.25 times the keys that there are by the end of the budget.
+    """
+    part = max(LEAST_CAPACITY, -(-max_tokens // 4))
+    return [*range(part, max_tokens, part), max_tokens]
+
+
 def generate(
     graphdefs: tuple[nnx.GraphDef, ...],
     params: tuple[Any, ...],
@@ -109,11 +212,36 @@ def generate(
     prompts: Int[Array, "B P"],
     prompt_lengths: Int[Array, "B"],
     key: Array,
-    **options: Any,
+    *,
+    temperature: float | Float[Array, ""] = 1.0,
+    budgets: Int[Array, "B n"] | None = None,
+    **settings: Any,
 ) -> Rollout:
-    """`decode`, compiled: one program per models, options and shapes, shared by every λ, seed and evaluation."""
-    decoders = [nnx.merge(g, p) for g, p in zip(graphdefs, params, strict=True)]
-    return decode(decoders, weights, prompts, prompt_lengths, key, **options)
+    """What `decode` writes, by few compiled programs in turn, shared by every λ, seed and evaluation.
+
+    After a segment the cache grows if it is full, and the batch is halved, in prompts or in completions a prompt, as
+    often as the unfinished rows fit: a row that is done costs its share of each step until then and nothing after.
+    Over a mesh rows stay on their devices, and nothing shrinks. Not traceable: the host looks at lengths.
+    """
+    settings = Settings(**settings)
+    shape = (len(prompts), weights.shape[1])
+    least = LEAST_ROWS if context_mesh() is None else shape[0] * shape[1]
+    temperature, sizes = jnp.float32(temperature), capacities(settings.max_tokens)
+    shared, state = first_segment(
+        graphdefs, params, weights, prompts, prompt_lengths, key, temperature, budgets, settings, sizes[0]
+    )
+    out = None  # rows that have left, once there are any
+    while True:
+        state, seen = segment(graphdefs, params, shared, state, key, temperature, settings, least)
+        step, prompts_left, most = np.asarray(seen).tolist()
+        if step == settings.max_tokens or not most:
+            return state.rows.rollout if out is None else put_back(out, state.rows)
+        smaller = fitting(shape, prompts_left, most, least)
+        if smaller != shape:
+            out = state.rows.rollout if out is None else put_back(out, state.rows)
+            shape, (shared, state) = smaller, shrink(shared, state, smaller)
+        if step > (size := state.caches[0].k.shape[3]):
+            state = grow(state, min(s for s in sizes if s > size))
 
 
 @functools.partial(jax.jit, static_argnames=("graphdef", "max_tokens", "vocab", "eos", "pad", "greedy"))
@@ -126,7 +254,7 @@ def generate_grid(
     keys: Array,
     **options: Any,
 ) -> Rollout:
-    """`generate` for G students at once, each with its own prompts and key: Rollout of [G, B, n, …].
+    """`decode` for G students at once, each with its own prompts and key: Rollout of [G, B, n, …].
 
     Every leaf of `params` has the leading axis G, split along the mesh's `grid`. A student whose rows have all ended
     waits for the others.

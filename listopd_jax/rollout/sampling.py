@@ -1,0 +1,46 @@
+"""The distribution of the next token, and a draw from it with random numbers that belong to its row."""
+
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from listopd_jax.ops.head import log_distribution
+
+IMPOSSIBLE = -1e30  # finite: a block of nothing else must have a log-probability and no NaN
+
+
+def mixed_logprobs(
+    decoders: Sequence, hiddens: Sequence, weights: Float[Array, "B n m"], vocab: int, temperature
+) -> Float[Array, "B n V"]:
+    """log softmax(Σ_i w_i log π_i / temperature) for hidden states [B, n, D_i] of m decoders."""
+    logps = [log_distribution(h, d.head_weight(), vocab) for d, h in zip(decoders, hiddens, strict=True)]
+    mixed = sum(weights[..., i, None] * logp for i, logp in enumerate(logps))
+    return jax.nn.log_softmax(mixed / temperature)
+
+
+def row_keys(key: Array, step: Int[Array, ""], rows: Int[Array, "*s"]) -> Array:
+    """A key for each row at a step, by the row's own number: where the row is computed does not matter."""
+    at_step = jax.random.fold_in(key, step)
+    return jax.vmap(jax.random.fold_in, (None, 0))(at_step, rows.reshape(-1)).reshape(rows.shape)
+
+
+def categorical(keys: Array, logp: Float[Array, "*s V"]) -> Int[Array, "*s"]:
+    """One draw a row from log-probabilities, row r with keys[r], in two exact stages: a block of tokens, then a token.
+
+    A block is drawn by its total probability and a token by its share in the block, both by the Gumbel maximum. That
+    takes about 2·√V random numbers a row where one maximum over all tokens takes V, which on a CPU cost more than a
+    small model's decoding step.
+    """
+    width = 1 << (logp.shape[-1] - 1).bit_length() // 2
+    blocks = jnp.pad(
+        logp, [(0, 0)] * (logp.ndim - 1) + [(0, -logp.shape[-1] % width)], constant_values=IMPOSSIBLE
+    ).reshape(-1, -(-logp.shape[-1] // width), width)
+    first, second = jax.vmap(jax.random.split, out_axes=1)(keys.reshape(-1))
+    block = jax.vmap(jax.random.categorical)(first, jax.nn.logsumexp(blocks, -1))
+    # A sum, not a gather: over a split vocabulary only one block a row is sent.
+    chosen = (jnp.arange(blocks.shape[1]) == block[:, None])[..., None]
+    within = jnp.where(chosen, blocks, 0).sum(1)
+    token = block * width + jax.vmap(jax.random.categorical)(second, within)
+    return token.reshape(keys.shape)

@@ -1,0 +1,139 @@
+"""A rollout under way: its parts, and how they move when rows leave or the cache grows."""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+from listopd_jax.models.decoder import KVCache
+from listopd_jax.parallel.rules import CACHE, constrain
+
+
+class Rollout(NamedTuple):
+    """Completions and what the sampler knew of them."""
+
+    tokens: Int[Array, "B n T"]  # pad id after the end
+    logprobs: Float[
+        Array, "B n T"
+    ]  # log-probability under the distribution sampled from (greedy: at temperature 1)
+    lengths: Int[Array, "B n"]  # tokens up to and with EOS, or the budget
+
+
+class Rows(NamedTuple):
+    """What belongs to one completion and moves with it."""
+
+    number: Int[Array, "B n"]  # its place b·n + j in the result, which also names its random numbers
+    weights: Float[Array, "B n m"]
+    budgets: Int[Array, "B n"]
+    done: Bool[Array, "B n"]
+    rollout: Rollout
+
+
+class Prompts(NamedTuple):
+    """What the completions of a prompt share."""
+
+    lengths: Int[Array, " B"]
+    caches: tuple[KVCache, ...]  # of each model
+
+
+class State(NamedTuple):
+    """After `step` tokens of every completion, the last of which no model has read."""
+
+    step: Int[Array, ""]
+    caches: tuple[KVCache, ...]  # of each model, of the completions
+    rows: Rows
+
+
+def alive(done: Bool[Array, "B n"]) -> tuple[Int[Array, ""], Int[Array, ""]]:
+    """Prompts with an unfinished completion, and the most of these that one prompt has."""
+    left = (~done).sum(1)
+    return (left > 0).sum(), left.max()
+
+
+def fitting(shape: tuple[int, int], prompts: int, completions: int, least: int) -> tuple[int, int]:
+    """(B, n), halved as often as the unfinished rows fit: n first, no further once it has `least` rows."""
+    B, n = shape
+    while B * n > least:
+        if n > 1 and completions <= -(-n // 2):
+            n = -(-n // 2)
+        elif B > 1 and prompts <= -(-B // 2):
+            B = -(-B // 2)
+        else:
+            break
+    return B, n
+
+
+def can_shrink(done: Bool[Array, "B n"], least: int) -> Bool[Array, ""]:
+    """Whether `fitting` would give another shape."""
+    B, n = done.shape
+    prompts, completions = alive(done)
+    half_n = (completions <= -(-n // 2)) & (n > 1)
+    half_B = (prompts <= -(-B // 2)) & (B > 1)
+    return (half_n | half_B) & (B * n > least)
+
+
+def shrink(prompts: Prompts, state: State, shape: tuple[int, int]) -> tuple[Prompts, State]:
+    """The rows that are not done, and as many done ones as fill `shape`; the caches given are freed."""
+    B = len(prompts.lengths)
+    rows, b, j = _select(state.rows, shape)
+    state = State(state.step, jax.tree.map(lambda x: _freed(_pick_rows(x, b, j), x), state.caches), rows)
+    if shape[0] < B:
+        caches = jax.tree.map(lambda x: _freed(_pick_prompts(x, b), x), prompts.caches)
+        prompts = Prompts(prompts.lengths[b], caches)
+    return prompts, state
+
+
+def grow(state: State, capacity: int) -> State:
+    """The caches with room for `capacity` tokens a completion; those given are freed, one by one: see `growing`."""
+    return state._replace(caches=jax.tree.map(lambda x: _freed(_pad(x, capacity), x), state.caches))
+
+
+def put_back(out: Rollout, rows: Rows) -> Rollout:
+    """`out`, of all rows in their places, with what `rows` have written."""
+    return _put_back(out, rows.number.reshape(-1), rows.rollout)
+
+
+@jax.jit(static_argnames="shape")
+def _select(rows: Rows, shape: tuple[int, int]) -> tuple[Rows, Array, Array]:
+    """Rows (b[i], j[i, k]): unfinished prompts first, in each the unfinished completions first."""
+    B, n = rows.done.shape
+    b, j = jnp.arange(B), jnp.broadcast_to(jnp.arange(n), (B, n))
+    if shape[0] < B:
+        b = jnp.argsort(rows.done.all(1))[: shape[0]]
+    if shape[1] < n:
+        j = jnp.argsort(rows.done, axis=1)[:, : shape[1]]
+    j = j[b]
+    return jax.tree.map(lambda x: x[b[:, None], j], rows), b, j
+
+
+@jax.jit
+def _pick_rows(x: Array, b: Array, j: Array) -> Array:
+    return x[:, b[:, None], j]
+
+
+@jax.jit
+def _pick_prompts(x: Array, b: Array) -> Array:
+    return x[:, b]
+
+
+@jax.jit(static_argnames="capacity")
+def _pad(x: Array, capacity: int) -> Array:
+    room = [(0, 0)] * x.ndim
+    room[3] = (0, capacity - x.shape[3])
+    return constrain(jnp.pad(x, room), *CACHE[x.ndim])
+
+
+@jax.jit(donate_argnames="out")
+def _put_back(out: Rollout, number: Array, written: Rollout) -> Rollout:
+    def put(whole, part):
+        flat = whole.reshape(-1, *whole.shape[2:])
+        return flat.at[number].set(part.reshape(-1, *part.shape[2:])).reshape(whole.shape)
+
+    return jax.tree.map(put, out, written)
+
+
+def _freed(new: Array, old: Array) -> Array:
+    """`new`, computed from `old`, which is not needed any more: two whole caches never exist together."""
+    old.delete()
+    return new
