@@ -131,6 +131,17 @@ def kv_bytes(c: ModelConfig, tensor: int = 1, width: int = 2) -> float:
     return 2 * c.num_layers * heads * c.head_dim * width
 
 
+def decode_bytes(c: ModelConfig, load: Load, tensor: int = 1, width: int = 2) -> float:
+    """Bytes that writing the completions must move on one device, if every row is as long as the mean.
+
+    Each step reads the weights (of the embedding, the head), every prompt's keys and values once for all of its
+    completions, and what the completions have cached so far.
+    """
+    weights = width * (layer_weights(c) + c.vocab_size * c.hidden_size) / tensor
+    cached = load.prompts * (load.prompt + load.rollouts * load.response / 2) * kv_bytes(c, tensor, width)
+    return load.response * (weights + cached)
+
+
 def costs(student: ModelConfig, teacher: ModelConfig, load: Load, layout: Layout) -> dict[str, Cost]:
     """The phases of one step on one device, in their order."""
     tensor, width = layout.sizes["tensor"], WIDTHS[layout.compute]
@@ -139,7 +150,6 @@ def costs(student: ModelConfig, teacher: ModelConfig, load: Load, layout: Layout
     copy = width * num_params(student) / tensor
     prompts = load.prompts / layout.rows
     token = kv_bytes(student, tensor, width)
-    read = prompts * (load.prompt + load.rollouts * load.response / 2) * token
     gathers = 1 if layout.gather_rollout else 1 + load.response
     sent = _activations(student, load, layout)
     completion_share = load.completion_tokens / load.tokens
@@ -151,7 +161,7 @@ def costs(student: ModelConfig, teacher: ModelConfig, load: Load, layout: Layout
         ),
         "decode": Cost(
             share["decode"],
-            load.response * (copy + read),
+            decode_bytes(student, load._replace(prompts=prompts), tensor, width),
             {"fsdp": _gathered(copy, layout) * (gathers - 1), "tensor": sent * completion_share},
         ),
         "score": _score_cost(student, teacher, load, layout, share),

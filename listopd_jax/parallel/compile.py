@@ -6,6 +6,7 @@ memory is what a chip would say.
 
 import importlib.util
 import re
+from collections import Counter
 from collections.abc import Mapping
 from types import SimpleNamespace
 from typing import Any, NamedTuple
@@ -26,7 +27,7 @@ from listopd_jax.parallel import rules
 from listopd_jax.parallel.chips import GIB, Topology
 from listopd_jax.parallel.hlo import traffic
 from listopd_jax.parallel.mesh import use_mesh
-from listopd_jax.rollout.decode import Rollout, generate
+from listopd_jax.rollout.decode import Rollout, Settings, capacities, first_segment, segment
 from listopd_jax.train.opd import make_step
 from listopd_jax.train.opd_step import Frozen, OpdBatch
 from listopd_jax.train.optimizer import TrainState, adamw
@@ -45,6 +46,11 @@ class Program(NamedTuple):
     results: int  # without those that reuse an argument's memory
     temporaries: int
     traffic: Mapping[str, float]
+
+    @property
+    def peak(self) -> int:
+        """Bytes while it runs."""
+        return self.arguments + self.results + self.temporaries
 
 
 class TooLarge(Exception):
@@ -83,18 +89,36 @@ def state_memory(config: Any, shapes: Mapping[str, ModelConfig], mesh: Mesh) -> 
 
 
 def compile_rollout(config: Any, shapes: Mapping[str, ModelConfig], vocab: int, mesh: Mesh) -> Program:
-    """`generate` as the OPD stage calls it, at the widest prompts; TooLarge if the compiler refuses."""
-    graph = _graph(config, shapes["student"], mesh)
-    params = _rollout_params(config, _state(config, shapes, mesh)[0].params, mesh)
+    """What `generate` runs in the OPD stage, at the widest prompts; TooLarge if the compiler refuses.
+
+    Memory is that of its hungrier program, of the first token or of the last segment; traffic that of both.
+    """
+    first, last = _rollout_programs(config, shapes, vocab, mesh)
+    moved = dict(Counter(first.traffic) + Counter(last.traffic))
+    return max(first, last, key=lambda program: program.peak)._replace(traffic=moved)
+
+
+def _rollout_programs(config: Any, shapes: Mapping[str, ModelConfig], vocab: int, mesh: Mesh):
+    """Of the first token, and of the last segment, whose cache has the room of the whole budget."""
+    graphs = (_graph(config, shapes["student"], mesh),)
+    params = (_rollout_params(config, _state(config, shapes, mesh)[0].params, mesh),)
     prompts, lengths, rollout = _batch(config, mesh)
-    key = jax.eval_shape(lambda: jax.random.key(0))
-    weights = jax.ShapeDtypeStruct((1, config.opd.rollouts), jnp.float32)
+    weights = _whole(jax.ShapeDtypeStruct((1, config.opd.rollouts), jnp.float32), mesh)
+    sampling = _whole(jax.eval_shape(lambda: (jax.random.key(0), jnp.float32(1))), mesh)
+    settings = Settings(rollout.tokens.shape[-1], vocab, eos=0, pad=0)
+    sizes, rows = capacities(settings.max_tokens), rollout.lengths.size
+
+    def start(capacity):
+        arguments = weights, prompts, lengths, *sampling, None, settings, capacity
+        return first_segment.lower(graphs, params, *arguments)
+
     with use_mesh(mesh):
-        lowered = generate.lower(
-            (graph,), (params,), _whole(weights, mesh), prompts, lengths, _whole(key, mesh),
-            max_tokens=rollout.tokens.shape[-1], vocab=vocab, eos=0, pad=0, temperature=config.opd.temperature,
-        )  # fmt: skip
-        return _compiled(lowered, "rollout", mesh)
+        first, shardings = _compiled(start(sizes[0]), "rollout", mesh)
+        state = rules.abstract(start(sizes[-1]).out_info, shardings)
+        last, _ = _compiled(segment.lower(graphs, params, *state, *sampling, settings, rows), "rollout", mesh)
+    # While the caches grow one by one, the shorter twin of the one at hand is there too.
+    twin = max(map(_shard_bytes, state[1].caches)) // 2 * sizes[-2] // sizes[-1] if len(sizes) > 1 else 0
+    return first, last._replace(temporaries=max(last.temporaries, twin))
 
 
 def compile_update(config: Any, shapes: Mapping[str, ModelConfig], vocab: int, mesh: Mesh) -> Program:
@@ -106,7 +130,7 @@ def compile_update(config: Any, shapes: Mapping[str, ModelConfig], vocab: int, m
     hyper = Hyper(*[scalar] * len(Hyper._fields))
     with use_mesh(mesh):
         lowered = step.lower(state, frozen, OpdBatch(*_batch(config, mesh)), hyper, scalar)
-        return _compiled(lowered, "update", mesh)
+        return _compiled(lowered, "update", mesh)[0]
 
 
 def _graph(config: Any, shape: ModelConfig, mesh: Mesh) -> nnx.GraphDef:
@@ -162,8 +186,9 @@ def _caches(config: Any, c: ModelConfig, mesh: Mesh) -> Any:
     return rules.abstract(tree, rules.cache_shardings(tree, mesh))
 
 
-def _whole(x: jax.ShapeDtypeStruct, mesh: Mesh) -> jax.ShapeDtypeStruct:
-    return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(mesh, PartitionSpec()))
+def _whole(tree: Any, mesh: Mesh) -> Any:
+    """Abstract arrays, whole on every device."""
+    return rules.abstract(tree, jax.tree.map(lambda _: NamedSharding(mesh, PartitionSpec()), tree))
 
 
 def _shard_bytes(tree: Any) -> int:
@@ -179,7 +204,8 @@ def _count(shape: tuple[int, ...]) -> int:
     return count
 
 
-def _compiled(lowered: Any, name: str, mesh: Mesh) -> Program:
+def _compiled(lowered: Any, name: str, mesh: Mesh) -> tuple[Program, Any]:
+    """What the compiler says of a program, and the shardings of its results."""
     try:
         compiled = lowered.compile()
     except jax.errors.JaxRuntimeError as e:
@@ -188,12 +214,13 @@ def _compiled(lowered: Any, name: str, mesh: Mesh) -> Program:
             raise
         raise TooLarge(name, needed) from e
     memory = compiled.memory_analysis()
-    return Program(
+    program = Program(
         memory.argument_size_in_bytes,
         memory.output_size_in_bytes - memory.alias_size_in_bytes,
         memory.temp_size_in_bytes,
         traffic(compiled.as_text(), dict(mesh.shape)),
     )
+    return program, compiled.output_shardings
 
 
 def needed_bytes(message: str) -> float | None:

@@ -167,9 +167,9 @@ def _compiled_memory(config, shapes, topology: Topology, layout: Layout) -> dict
             continue
         # The rollout's own arguments are the copy of the student and the prompts; all else waits beside it.
         waiting = resident if phase == "rollout" else 0
-        peaks[phase] = waiting + program.arguments + program.results + program.temporaries
-        cache = memory["kv cache"] if phase == "rollout" else 0
-        memory[f"{phase} temporaries"] = program.temporaries - cache
+        peaks[phase] = waiting + program.peak
+        listed = memory["rollout copy"] + memory["kv cache"]
+        memory[f"{phase} temporaries"] = program.peak - listed if phase == "rollout" else program.temporaries
         moved[phase] = dict(program.traffic)
     return result | {
         "memory_gib": _gib(memory),

@@ -67,10 +67,10 @@ def fitting(shape: tuple[int, int], prompts: int, completions: int, least: int) 
 def can_shrink(done: Bool[Array, "B n"], least: int) -> Bool[Array, ""]:
     """Whether `fitting` would give another shape."""
     B, n = done.shape
+    if B * n <= least:
+        return jnp.bool_(False)
     prompts, completions = alive(done)
-    half_n = (completions <= -(-n // 2)) & (n > 1)
-    half_B = (prompts <= -(-B // 2)) & (B > 1)
-    return (half_n | half_B) & (B * n > least)
+    return ((n > 1) & (completions <= -(-n // 2))) | ((B > 1) & (prompts <= -(-B // 2)))
 
 
 def shrink(prompts: Prompts, state: State, shape: tuple[int, int]) -> tuple[Prompts, State]:
@@ -85,7 +85,7 @@ def shrink(prompts: Prompts, state: State, shape: tuple[int, int]) -> tuple[Prom
 
 
 def grow(state: State, capacity: int) -> State:
-    """The caches with room for `capacity` tokens a completion; those given are freed, one by one: see `growing`."""
+    """The caches with room for `capacity` tokens a completion; those given are freed one by one."""
     return state._replace(caches=jax.tree.map(lambda x: _freed(_pad(x, capacity), x), state.caches))
 
 
