@@ -27,6 +27,7 @@ from listopd_jax.ops.objective import Hyper, Variant
 from listopd_jax.parallel.hlo import traffic
 from listopd_jax.parallel.mesh import AXES, make_mesh, use_mesh
 from listopd_jax.parallel.rules import batch_shardings, param_sharding, rollout_shardings, state_shardings
+from listopd_jax.rollout import decode
 from listopd_jax.rollout.decode import Rollout, Settings, first_segment, generate, generate_grid, segment
 from listopd_jax.train.opd_step import Frozen, Models, OpdBatch, make_opd_step
 from listopd_jax.train.optimizer import TrainState, init_state
@@ -200,6 +201,33 @@ def test_rollout_writes_the_same_tokens(alone, sizes):
     np.testing.assert_allclose(rollout.logprobs, alone[2].logprobs, atol=1e-5)
     assert len(np.unique(rollout.tokens)) > 10
     check_traffic(program, *sizes[1:], updates=False)
+
+
+def test_a_cache_that_grows_writes_the_same_tokens(alone, monkeypatch):
+    """Over devices too; rows stay where they are, though half of them end at once."""
+    monkeypatch.setattr(decode, "LEAST_CAPACITY", 3)
+    mesh, shapes, segment = mesh_of(2, 2, 2), [], decode.segment
+
+    def watch(graphdefs, params, prompts, state, *rest):
+        shapes.append(state.caches[0].k.shape[1:4])
+        return segment(graphdefs, params, prompts, state, *rest)
+
+    monkeypatch.setattr(decode, "segment", watch)
+    budgets = np.where(np.arange(B)[:, None] % 2, 6, 1) * np.ones((1, N), np.int32)
+    with use_mesh(mesh):
+        batch, params = put(opd_batch(3), batch_shardings, mesh), put(STUDENT, rollout_shardings, mesh)
+        rollout = generate(
+            (STUDENT_DEF,),
+            (params,),
+            jnp.ones((1, N)),
+            *batch[:2],
+            jax.random.key(1),
+            budgets=budgets,
+            **OPTIONS,
+        )
+    assert shapes == [(B, N, 3), (B, N, 6)]
+    np.testing.assert_array_equal(rollout.lengths, np.minimum(budgets, alone[2].lengths))
+    np.testing.assert_array_equal(rollout.tokens[1::2], alone[2].tokens[1::2])
 
 
 def test_microbatches_take_rows_of_every_device(alone):

@@ -51,6 +51,20 @@ def test_a_step_of_ec_is_the_published_floor():
     assert arithmetic.kv_bytes(STUDENT) == 112 * 1024
 
 
+def test_decoding_moves_what_its_steps_read():
+    """Counted step by step, from the arrays that a step meets: weights, prompts' cache, completions' cache so far."""
+    load = Load(prompts=6, rollouts=4, prompt=50, response=20)
+    params = abstract(SMALL, param_dtype=jnp.bfloat16)[1]
+    weights = sum(x.nbytes for x in map(_array, jax.tree.leaves(params)) if x.size > 1000)
+    token = SMALL.num_layers * 2 * SMALL.num_kv_heads * SMALL.head_dim * 2
+    steps = [weights + token * load.prompts * (load.prompt + load.rollouts * (t + 0.5)) for t in range(20)]
+    assert arithmetic.decode_bytes(SMALL, load) == pytest.approx(sum(steps), rel=1e-9)
+
+
+def _array(x):
+    return jnp.zeros(x.shape, x.dtype)
+
+
 def test_decoding_on_one_h100_is_bound_by_memory_and_takes_a_second():
     phases = arithmetic.costs(STUDENT, TEACHER, EC, Layout(ONE, 8, "full"))
     floor = arithmetic.roofline(phases, parse_topology("h100:1"), ONE)
