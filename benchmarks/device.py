@@ -1,0 +1,85 @@
+"""What the device at hand can do, and how much memory the process has used at most."""
+
+import pathlib
+import re
+import resource
+import time
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array
+
+from listopd_jax.parallel.chips import CHIPS, Chip, Topology
+
+
+class Peak(NamedTuple):
+    """A floor's denominators: peak FLOP/s and bytes/s of one device, and where they are from."""
+
+    chip: Chip
+    source: str
+
+    @property
+    def topology(self) -> Topology:
+        """This one device, for listopd_jax.parallel.arithmetic."""
+        return Topology("here", "here", self.chip, (1,))
+
+
+def peak_of(device: Any, dtype: str) -> Peak:
+    """Of an H100 the data sheet's bfloat16 peak; of any other device what a product and a copy reach here and now."""
+    if "H100" in device.device_kind and dtype == "bfloat16":
+        return Peak(CHIPS["h100"], "data sheet (listopd_jax/parallel/chips.py)")
+    flops, bandwidth = matmul_flops(dtype, device.platform), copy_bandwidth(device.platform)
+    chip = CHIPS["cpu"]._replace(flops=flops, bandwidth=bandwidth)
+    return Peak(chip, f"measured in this run: {dtype} matrix product, float32 copy")
+
+
+def matmul_flops(dtype: str, platform: str) -> float:
+    """FLOP/s of the best of a few large square products."""
+    size = 2048 if platform == "cpu" else 8192
+    x = jnp.ones((size, size), dtype)
+    return 2 * size**3 / _best_seconds(jax.jit(lambda x: x @ x / size), x)
+
+
+def copy_bandwidth(platform: str) -> float:
+    """Bytes/s read and written by the best of a few large element-wise passes, in place: new pages would cost more."""
+    x = jnp.ones((64 if platform == "cpu" else 512) * 2**20, jnp.float32)
+    return 2 * x.nbytes / _best_seconds(jax.jit(lambda x: x + 1, donate_argnums=0), x)
+
+
+def _best_seconds(f: Callable, x: Array, repeats: int = 8) -> float:
+    """Of x ← f(x), the first run (compilation) left out."""
+    times = []
+    for _ in range(repeats):
+        began = time.perf_counter()
+        x = jax.block_until_ready(f(x))
+        times.append(time.perf_counter() - began)
+    return min(times[1:])
+
+
+STATUS, CLEAR = pathlib.Path("/proc/self/status"), pathlib.Path("/proc/self/clear_refs")
+
+
+def peak_resident() -> int:
+    """Largest resident set of this process in bytes since its start, or since `forget_peak`."""
+    if STATUS.exists():
+        return 1024 * int(re.search(r"VmHWM:\s+(\d+) kB", STATUS.read_text())[1])
+    return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+
+def forget_peak() -> bool:
+    """Start a new peak at what is resident now, where the system can (Linux); whether it could."""
+    try:
+        CLEAR.write_text("5")
+    except OSError:
+        return False
+    return True
+
+
+def peak_memory(device: Any) -> tuple[int, str]:
+    """Bytes, and what they count: an accelerator's allocator, or this process's resident set."""
+    stats = device.memory_stats()
+    if stats and "peak_bytes_in_use" in stats:
+        return stats["peak_bytes_in_use"], "device memory in use at most"
+    return peak_resident(), "largest resident set of the measured steps (interpreter, libraries and programs included)"

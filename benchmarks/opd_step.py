@@ -1,0 +1,169 @@
+"""Where the time of one on-policy distillation step goes, beside the floor that arithmetic gives.
+
+    python -m benchmarks.opd_step --preset=cpu [--completions=8]    the shape of benchmarks.peers
+    python -m benchmarks.opd_step --preset=paper                    EC's step: Qwen3-1.7B and 4B, for one H100
+    python -m benchmarks.opd_step --preset=paper_small              the same programs at a size for a CPU
+    python -m benchmarks.opd_step --preset=tpu [--topology=v5p:2x2x2]    compile only: memory and floor, no times
+
+Weights are random and lengths forced. FLOPs and bytes are counted from the configuration. `prefill` is a rollout that
+stops after one token, `decode` the rest of the rollout. `--trace=DIR` also writes a profile of one more step:
+`xprof DIR` shows it in a browser; DIR/plugins/profile/*/perfetto_trace.json.gz opens in ui.perfetto.dev.
+"""
+
+import argparse
+import json
+import pathlib
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+from benchmarks.command import Parser, exit_code, positive
+from listopd_jax.errors import UserError
+
+WARM_UP = 2
+RUNS = ("cpu", "paper", "paper_small")
+TPU = {"tpu": ("paper", "v5p:2x2x2"), "tpu_small": ("tiny", "v5e:2x4")}  # preset of configs/fashion.py, slice
+
+
+def parse(argv: Sequence[str]) -> argparse.Namespace:
+    """The flags; UserError for a mistake."""
+    parser = Parser(
+        prog="python -m benchmarks.opd_step", description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )  # fmt: skip
+    parser.add_argument("--preset", choices=(*RUNS, *TPU), required=True)
+    parser.add_argument("--completions", type=positive, help="of each prompt; default: the preset's")
+    parser.add_argument("--microbatch", type=positive, help="prompts a gradient pass; default: the preset's")
+    parser.add_argument("--remat", choices=("none", "full", "dots"), help="default: the preset's")
+    parser.add_argument("--steps", type=positive, default=5, help="measured steps, after two that warm up")
+    parser.add_argument("--trace", metavar="DIR", help="write a profile of one more step")
+    parser.add_argument("--topology", help="of a tpu preset, as listopd_jax.plan takes it")
+    parser.add_argument("--json", action="store_true")
+    args = parser.parse_args(argv)
+    if args.topology and args.preset not in TPU:
+        raise UserError("--topology: only the tpu presets compile for a described slice")
+    if args.preset in TPU and (args.trace or args.completions or args.microbatch or args.remat):
+        raise UserError(f"--preset={args.preset} compiles only: it takes --topology and --json")
+    return args
+
+
+def main(argv: Sequence[str]) -> None:
+    """Measure and print; with --json one object on stdout."""
+    args = parse(argv)
+    if args.preset in TPU:
+        compile_only(args)
+        return
+    config, tokens = configured(args)
+    result = {"preset": args.preset} | measure(config, tokens, args.steps, args.trace)
+    print(json.dumps(result, indent=1, allow_nan=False) if args.json else render(result))
+
+
+def configured(args: argparse.Namespace) -> tuple[Any, tuple[int, int]]:
+    """The preset's configuration with the flags' changes, and its mean tokens; UserError if they do not fit."""
+    from benchmarks.presets import PRESETS
+    from listopd_jax.config import validate
+
+    make, tokens = PRESETS[args.preset]
+    config = make()
+    config.opd.rollouts = args.completions or config.opd.rollouts
+    config.opd.microbatch = args.microbatch or config.opd.microbatch
+    config.remat = args.remat or config.remat
+    return validate(config), tokens
+
+
+def measure(config: Any, tokens: tuple[int, int], steps: int, trace: str | None = None) -> dict[str, Any]:
+    """Run the step `steps` times after warming up: rows of the table, memory, device, versions."""
+    import jax
+
+    from benchmarks.device import forget_peak, peak_memory, peak_of
+    from benchmarks.step import Step, random_prompts, timed
+    from benchmarks.table import stage_rows
+    from listopd_jax.parallel.arithmetic import Load
+    from listopd_jax.parallel.planner import layout_of, shapes_of
+
+    device = jax.devices()[0]
+    peak = peak_of(device, config.dtype.compute)
+    step = Step(config, random_prompts(config, tokens[0]), *tokens)
+    for _ in range(WARM_UP):
+        timed(step)
+    forget_peak()
+    turns = [timed(step) for _ in range(steps)]
+    memory, counted = peak_memory(device)
+    if trace:
+        write_trace(step, trace)
+    load = Load(config.opd.batch_size, config.opd.rollouts, *tokens)
+    return {
+        "device": device.device_kind,
+        "versions": versions(),
+        "peak_flops": peak.chip.flops,
+        "peak_bytes_per_s": peak.chip.bandwidth,
+        "peak_source": peak.source,
+        "load": load._asdict(),
+        "microbatch": config.opd.microbatch,
+        "remat": config.remat,
+        "compute": config.dtype.compute,
+        "steps": steps,
+        "memory_bytes": memory,
+        "memory_counts": counted,
+        "stages": stage_rows(shapes_of(config), load, layout_of(config, peak.topology), peak.topology, turns),
+    }
+
+
+def write_trace(step: Any, folder: str) -> None:
+    """A profile of one rollout and one update into `folder`."""
+    import jax
+
+    try:
+        with jax.profiler.trace(folder, create_perfetto_trace=True):
+            with jax.profiler.TraceAnnotation("rollout"):
+                rollout = step.rollout()
+            with jax.profiler.TraceAnnotation("update"):
+                step.update(rollout)
+    except OSError as e:
+        raise UserError(f"--trace={folder}: cannot be written ({e.strerror or e}); choose another folder") from e
+
+
+def versions() -> dict[str, str]:
+    """Of Python and of the libraries that make the programs."""
+    import platform
+    from importlib.metadata import version
+
+    return {"python": platform.python_version()} | {name: version(name) for name in ("jax", "jaxlib", "flax")}
+
+
+def compile_only(args: argparse.Namespace) -> None:
+    """The planner's verdict on a slice that need not exist (docs/planner.md)."""
+    from listopd_jax import plan
+
+    preset, topology = TPU[args.preset]
+    config = pathlib.Path(__file__).parents[1] / "configs" / "fashion.py"
+    flags = [f"--config={config}:{preset}", f"--topology={args.topology or topology}", "--config.parallel.data=1",
+             "--config.parallel.fsdp=-1"] + ["--json"] * args.json  # fmt: skip
+    code = plan.main([plan.__doc__.split()[2], *flags])
+    if code not in (0, 1):
+        raise SystemExit(code)
+
+
+def render(result: dict[str, Any]) -> str:
+    """The measurement for a reader."""
+    from benchmarks.table import markdown
+
+    load, gib = result["load"], result["memory_bytes"] / 2**30
+    software = ", ".join(f"{name} {number}" for name, number in result["versions"].items())
+    return "\n".join(
+        [
+            f"{result['preset']} on {result['device']} ({software}); medians of {result['steps']} steps",
+            f"{load['prompts']} prompts of {load['prompt']:g} tokens, {load['rollouts']} completions each of "
+            f"{load['response']:g}; {result['compute']}, microbatch {result['microbatch']}, remat {result['remat']}",
+            f"peak {result['peak_flops'] / 1e9:,.0f} GFLOP/s, {result['peak_bytes_per_s'] / 1e9:,.0f} GB/s "
+            f"({result['peak_source']})",
+            "",
+            markdown(result["stages"]),
+            "",
+            f"memory {gib:.2f} GiB: {result['memory_counts']}",
+        ]
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(exit_code(main, sys.argv[1:]))

@@ -1,0 +1,93 @@
+"""One OPD step of a configuration, on one device, with forced lengths: its two programs as the OPD stage calls them."""
+
+import time
+from types import SimpleNamespace
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Int
+
+from listopd_jax.models.build import cast, graph_of, initial_params
+from listopd_jax.parallel.planner import shapes_of, vocabulary
+from listopd_jax.rollout.decode import Rollout, generate
+from listopd_jax.train.opd import hyper_at, make_step
+from listopd_jax.train.opd_step import Frozen, OpdBatch
+from listopd_jax.train.optimizer import adamw, init_state
+
+PROMPT_MULTIPLE = 64  # widths of prompts, as the job's buckets have them
+
+
+def random_prompts(config: Any, tokens: int) -> Int[np.ndarray, "B P"]:
+    """Prompts of `tokens` random ids each (0 and 1, PAD and EOS, are none), right-padded to a bucket's width."""
+    width = min(config.task.max_prompt, -(-tokens // PROMPT_MULTIPLE) * PROMPT_MULTIPLE)
+    rng = np.random.default_rng(0)
+    ids = rng.integers(2, vocabulary(config), (config.opd.batch_size, tokens), dtype=np.int32)
+    return np.pad(ids, ((0, 0), (0, width - tokens)))
+
+
+class Step:
+    """Weights, optimizer state and prompts [B, P] of `prompt` tokens each, and what a step does with them.
+
+    Completions never end by themselves (no id is EOS): each has `response` tokens, by its budget.
+    """
+
+    def __init__(self, config: Any, prompts: Int[np.ndarray, "B P"], prompt: int, response: int):
+        shapes, self.config, self.vocab = shapes_of(config), config, vocabulary(config)
+        self.graphs = {
+            role: graph_of(shape, config.dtype.compute, config.remat) for role, shape in shapes.items()
+        }
+        self.prompts = jnp.asarray(prompts)
+        self.lengths, self.response = jnp.full(len(prompts), prompt, jnp.int32), response
+        student = initial_params(config.student, shapes["student"], 0, config.dtype.param)
+        teacher = initial_params(config.teacher, shapes["teacher"], 1, config.dtype.frozen)
+        self.frozen = Frozen(teacher, cast(student, config.dtype.frozen))
+        self.state = init_state(student, adamw(config.optimizer, config.opd.b2))
+        self.program = make_step(
+            SimpleNamespace(config=config, graphs=self.graphs, codec=SimpleNamespace(vocab=self.vocab))
+        )
+        self.count = 0
+
+    def rollout(self, response: int | None = None) -> Rollout:
+        """Completions of `response` tokens, cut to the widths that the OPD stage compiles (quarters of the budget)."""
+        response, opd, budget = response or self.response, self.config.opd, self.config.task.max_response
+        self.count += 1
+        rollout = generate(
+            (self.graphs["student"],), (cast(self.state.params, self.config.dtype.compute),),
+            jnp.ones((1, opd.rollouts)), self.prompts, self.lengths, jax.random.key(self.count),
+            max_tokens=budget, vocab=self.vocab, eos=-1, pad=0, temperature=opd.temperature,
+            budgets=jnp.full((len(self.prompts), opd.rollouts), response, jnp.int32),
+        )  # fmt: skip
+        quarter = -(-budget // 4)
+        size = min(budget, -(-int(rollout.lengths.max()) // quarter) * quarter)
+        cut = Rollout(rollout.tokens[..., :size], rollout.logprobs[..., :size], rollout.lengths)
+        return jax.block_until_ready(cut)
+
+    def update(self, rollout: Rollout) -> dict[str, Array]:
+        """Scores of teacher and base, loss, gradient, AdamW; the step's metrics."""
+        opd = self.config.opd
+        hyper = hyper_at(self.config, opd.lambdas[0], opd.lambda_warmup_steps)
+        batch = OpdBatch(self.prompts, self.lengths, rollout)
+        self.state, metrics, _ = self.program(self.state, self.frozen, batch, hyper, jnp.float32(opd.lr))
+        jax.block_until_ready((self.state, metrics))
+        return metrics
+
+
+def timed(step: Step) -> dict[str, float]:
+    """Seconds of the stages of one step. `prefill`: the rollout stopped after one token; `decode`: what it saves."""
+    began = time.perf_counter()
+    step.rollout(response=1)
+    read = time.perf_counter()
+    rollout = step.rollout()
+    written = time.perf_counter()
+    step.update(rollout)
+    updated = time.perf_counter()
+    prefill, whole, update = read - began, written - read, updated - written
+    return {
+        "prefill": prefill,
+        "decode": max(0.0, whole - prefill),
+        "rollout": whole,
+        "update": update,
+        "step": whole + update,
+    }
