@@ -1,8 +1,5 @@
-"""What the device at hand can do, and how much memory the process has used at most."""
+"""What the device at hand can do, and how much of its memory was in use at most."""
 
-import pathlib
-import re
-import resource
 import time
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -11,6 +8,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
+from benchmarks.memory import peak_resident
 from listopd_jax.parallel.chips import CHIPS, Chip, Topology
 
 
@@ -56,25 +54,6 @@ def _best_seconds(f: Callable, x: Array, repeats: int = 8) -> float:
         x = jax.block_until_ready(f(x))
         times.append(time.perf_counter() - began)
     return min(times[1:])
-
-
-STATUS, CLEAR = pathlib.Path("/proc/self/status"), pathlib.Path("/proc/self/clear_refs")
-
-
-def peak_resident() -> int:
-    """Largest resident set of this process in bytes since its start, or since `forget_peak`."""
-    if STATUS.exists():
-        return 1024 * int(re.search(r"VmHWM:\s+(\d+) kB", STATUS.read_text())[1])
-    return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-
-
-def forget_peak() -> bool:
-    """Start a new peak at what is resident now, where the system can (Linux); whether it could."""
-    try:
-        CLEAR.write_text("5")
-    except OSError:
-        return False
-    return True
 
 
 def peak_memory(device: Any) -> tuple[int, str]:

@@ -75,7 +75,8 @@ def measure(config: Any, tokens: tuple[int, int], steps: int, trace: str | None 
     """Run the step `steps` times after warming up: rows of the table, memory, device, versions."""
     import jax
 
-    from benchmarks.device import forget_peak, peak_memory, peak_of
+    from benchmarks.device import peak_memory, peak_of
+    from benchmarks.memory import forget_peak
     from benchmarks.step import Step, random_prompts, timed
     from benchmarks.table import stage_rows
     from listopd_jax.parallel.arithmetic import Load

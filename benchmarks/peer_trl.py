@@ -1,31 +1,36 @@
-"""trl's DistillationTrainer: on-policy, reverse KL over the whole vocabulary.
+"""trl's DistillationTrainer: on-policy, the student's reverse KL to the teacher over the whole vocabulary.
 
-No base, no λ; no completions per prompt: n completions are n copies of the prompt.
+Its own methods in the order of its training step: n completions are n copies of the prompt; the batch is split as its
+gradient accumulation splits it. It has no base and no λ.
 """
 
 import pathlib
 import tempfile
 
+import numpy as np
 import torch
 from datasets import Dataset
 from transformers import AutoTokenizer
 from trl import DistillationConfig, DistillationTrainer
+from trl.trainer.utils import split_tensor_dict
 
+from benchmarks.peer_torch import ROWS
 from benchmarks.shape import Shape
 
 
 class Peer:
-    """One step in the stages rollout and update, by the trainer's own methods."""
+    """One step in the stages rollout and update."""
 
     def __init__(self, shape: Shape, folder: pathlib.Path):
-        rows = shape.prompts * shape.completions
+        self.shape, self.rows = shape, shape.prompts * shape.completions
         texts = [" ".join(f"w{i}" for i in prompt) for prompt in shape.prompt_ids()]
         self.inputs = [{"prompt": text} for text in texts for _ in range(shape.completions)]
+        self.output = tempfile.TemporaryDirectory()
         config = DistillationConfig(
-            output_dir=tempfile.mkdtemp(), per_device_train_batch_size=rows, gradient_accumulation_steps=1,
-            max_completion_length=shape.new_tokens, temperature=1.0, beta=1.0, learning_rate=1e-5, max_steps=10_000,
-            generation_kwargs={"min_new_tokens": shape.new_tokens}, use_cpu=True, report_to=[], bf16=False,
-            gradient_checkpointing=False,
+            output_dir=self.output.name, per_device_train_batch_size=self.rows, max_completion_length=shape.new_tokens,
+            temperature=1.0, beta=1.0, learning_rate=shape.lr, max_steps=10_000, use_cpu=True, bf16=False,
+            generation_kwargs={"min_new_tokens": shape.new_tokens}, report_to=[], gradient_checkpointing=False,
+            gradient_accumulation_steps=1,
         )  # fmt: skip
         self.trainer = DistillationTrainer(
             model=str(folder / "student"), teacher_model=str(folder / "teacher"), args=config,
@@ -35,16 +40,22 @@ class Peer:
         self.trainer.create_optimizer()
         self.trainer.model.train()
 
-    def rollout(self):
+    def rollout(self) -> dict:
         """The trainer's generation."""
-        self.trainer.model.train()
         return self.trainer._generate_and_score_completions(self.inputs)
 
-    def update(self, batch) -> float:
-        """The trainer's loss, its gradient and the optimizer."""
-        loss = self.trainer.compute_loss(self.trainer.model, batch)
-        loss.backward()
+    def update(self, batch: dict) -> tuple[float, dict[str, float]]:
+        """The trainer's loss in parts of the batch, its clipped gradient, the optimizer; the loss."""
+        total = 0.0
+        for part in split_tensor_dict(batch, max(1, self.rows // ROWS)):
+            loss = self.trainer.compute_loss(self.trainer.model, part)
+            loss.backward()
+            total += float(loss.detach())
         torch.nn.utils.clip_grad_norm_(self.trainer.model.parameters(), 1.0)
         self.trainer.optimizer.step()
         self.trainer.optimizer.zero_grad()
-        return float(loss)
+        return total, {}
+
+    def tokens(self, batch: dict) -> np.ndarray:
+        """Sampled tokens [prompts, n, new]."""
+        return batch["completion_ids"].reshape(self.shape.prompts, self.shape.completions, -1).numpy()

@@ -1,108 +1,242 @@
 """The same tiny on-policy distillation step by us and by others, side by side, in turn.
 
-    python -m benchmarks.peers [--peers=ours,torch,trl] [--completions=1,8] [--steps=7] [--json]
+    python -m benchmarks.peers [--peers=ours,torch,trl,tunix] [--completions=1,8] [--steps=7] [--json]
+                               [--tunix-python=PATH]    the interpreter of a virtual environment with google-tunix
 
-Every peer runs in a process of its own (its memory is its own) on the same weights and prompts, and the processes
-take turns step by step, so that whatever else the machine does hits all alike. `update` is scoring and update. Ratios
-are medians over turns of peer/ours within a turn; the spread is the middle half. The first two turns (compilation) are
-not counted.
+Every peer runs in a process of its own (its memory is its own), on the same weights and prompts, two cores and two
+threads, and the processes take turns step by step. An idle process waits on its standard input. The first turns
+(compilation) are not counted. `update` is scoring, loss, gradient and optimizer; `score` and `gradient` are its parts
+where a peer has them apart. Ratios are of a turn: × ours = the peer's seconds / ours, median and middle half.
+
+Memory is a process's largest resident set: `peak` of the measured turns, `start-up peak` of everything before them
+(loading, compiling). Both include the interpreter, libraries, weights of three models and optimizer state.
+
+Before the turns, ours and torch compute the loss of the same sampled tokens at the same weights: it must agree.
 """
 
 import argparse
+import contextlib
+import dataclasses
 import json
+import os
 import pathlib
-import statistics
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
+from benchmarks.command import Parser, exit_code, positive
 from benchmarks.shape import Shape, write_models
+from benchmarks.table import spread
+from listopd_jax.errors import UserError
 
-STAGES = ("rollout", "update", "step")
-WARM_UP = 2
+STAGES = ("rollout", "update", "score", "gradient", "step")
+WARM_UP = 3
+SAME_OBJECTIVE = ("ours", "torch")
+TOLERANCE = 1e-4  # relative difference of two losses of the same tokens
 CANNOT = {
     "ours": "",
-    "torch": "no shared prompt in scoring and update: n completions are n whole sequences",
-    "trl": "no λ and no base (teacher's full-vocabulary reverse KL), no shared prompt, no strict parse",
+    "torch": "no shared prompt: n completions are n whole sequences in rollout, scoring and update; no strict parse",
+    "trl": "another objective: the teacher's full-vocabulary reverse KL, no λ and no base (one scoring pass less); "
+    "no shared prompt, no strict parse",
+    "tunix": "no on-policy distillation of its own: Sampler and DistillationTrainer put together; another objective: "
+    "the teacher's full-vocabulary forward KL, no λ and no base (one scoring pass less); no shared prompt, no "
+    "strict parse",
 }
+CORES = 2
 
 
-def measure(peers: list[str], completions: int, steps: int, folder: pathlib.Path) -> dict[str, list[dict]]:
-    """For each peer one record a turn: seconds of rollout, update and step, loss, peak_bytes."""
-    workers = {peer: _start(peer, completions, folder) for peer in peers}
+class Worker:
+    """A peer's process and the lines to it."""
+
+    def __init__(self, peer: str, python: str, shape: Shape, folder: pathlib.Path):
+        self.peer = peer
+        command = [python, "-m", "benchmarks.worker", peer, json.dumps(dataclasses.asdict(shape)), str(folder)]
+        self.process = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=os.environ | environment(),
+            cwd=pathlib.Path(__file__).parents[1],
+        )  # fmt: skip
+
+    def ask(self, line: str) -> dict[str, Any]:
+        """The answer to one line; UserError if the process has ended."""
+        try:
+            self.process.stdin.write(line + "\n")
+            self.process.stdin.flush()
+        except BrokenPipeError:
+            pass  # it has ended: the empty answer below says so
+        answer = self.process.stdout.readline()
+        if not answer:
+            raise UserError(f"--peers: {self.peer} stopped; what it said is above; leave it out or install it")
+        return json.loads(answer)
+
+    def close(self) -> None:
+        """End the process."""
+        with contextlib.suppress(BrokenPipeError):
+            self.process.stdin.close()
+        try:
+            self.process.wait(timeout=30)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+            self.process.wait()
+
+
+def environment() -> dict[str, str]:
+    """Two threads for every library, on the CPU, without a network."""
+    threads = {f"{library}_NUM_THREADS": str(CORES) for library in ("OMP", "MKL", "OPENBLAS")}
+    return threads | {"JAX_PLATFORMS": "cpu", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+
+
+@contextlib.contextmanager
+def workers(
+    peers: Sequence[str], pythons: Mapping[str, str], shape: Shape, folder: pathlib.Path
+) -> Iterator[dict[str, Worker]]:
+    """The processes of `peers`, ended on leaving."""
+    started: dict[str, Worker] = {}
     try:
-        turns = [{peer: _ask(workers[peer], peer) for peer in peers} for _ in range(WARM_UP + steps)][
-            WARM_UP:
-        ]
+        for peer in peers:
+            started[peer] = Worker(peer, pythons.get(peer, sys.executable), shape, folder)
+        yield started
     finally:
-        for worker in workers.values():
-            worker.stdin.close()
-            worker.wait(timeout=60)
-    return {peer: [turn[peer] for turn in turns] for peer in peers}
+        for worker in started.values():
+            worker.close()
 
 
-def _start(peer: str, completions: int, folder: pathlib.Path) -> subprocess.Popen:
-    command = [sys.executable, "-m", "benchmarks.worker", peer, str(completions), str(folder)]
-    return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+def measure(peers: Sequence[str], pythons: Mapping[str, str], shape: Shape, steps: int, folder: pathlib.Path) -> dict:
+    """{"turns": {peer: [answer of each turn]}, "memory": {peer: {...}}, "losses": {peer: x}} of one shape."""
+    with workers(peers, pythons, shape, folder) as running:
+        losses = same_losses(running, folder)
+        for _ in range(WARM_UP):
+            take_turn(running)
+        start_up = {peer: worker.ask("peak")["peak_bytes"] for peer, worker in running.items()}
+        for worker in running.values():
+            worker.ask("forget")
+        turns = [take_turn(running) for _ in range(steps)]
+        memory = {
+            peer: {"start_up_bytes": start_up[peer], "peak_bytes": worker.ask("peak")["peak_bytes"]}
+            for peer, worker in running.items()
+        }
+    return {
+        "turns": {peer: [turn[peer] for turn in turns] for peer in peers}, "memory": memory, "losses": losses
+    }  # fmt: skip
 
 
-def _ask(worker: subprocess.Popen, peer: str) -> dict:
-    worker.stdin.write("step\n")
-    worker.stdin.flush()
-    line = worker.stdout.readline()
-    if not line:
-        raise SystemExit(f"error: {peer} stopped; what it said is above")
-    record = json.loads(line)
-    return record | {"step": record["rollout"] + record["update"]}
+def take_turn(running: Mapping[str, Worker]) -> dict[str, dict[str, Any]]:
+    """One step of each peer, one after another."""
+    return {peer: worker.ask("step") for peer, worker in running.items()}
 
 
-def summary(records: dict[str, list[dict]], completions: int) -> list[dict]:
-    """One row for each peer and stage: median seconds, ratio to ours with its middle half, peak memory."""
-    rows = []
-    for peer, turns in records.items():
-        for stage in STAGES:
-            times = [turn[stage] for turn in turns]
-            ratios = [t / ours[stage] for t, ours in zip(times, records["ours"], strict=True)]
-            low, middle, high = statistics.quantiles(ratios, n=4)
-            rows.append(
-                {
-                    "completions": completions, "peer": peer, "stage": stage, "seconds": statistics.median(times),
-                    "ratio": middle, "ratio_low": low, "ratio_high": high,
-                    "peak_mib": max(turn["peak_bytes"] for turn in turns) / 2**20,
-                }
-            )  # fmt: skip
+def same_losses(running: Mapping[str, Worker], folder: pathlib.Path) -> dict[str, float]:
+    """The loss of one set of sampled tokens by each peer of our objective; UserError if they disagree."""
+    tokens = folder / "tokens.npy"
+    running["ours"].ask(f"sample {tokens}")
+    losses = {peer: running[peer].ask(f"check {tokens}")["loss"] for peer in SAME_OBJECTIVE if peer in running}
+    for peer, loss in losses.items():
+        if abs(loss - losses["ours"]) > TOLERANCE * abs(losses["ours"]):
+            raise UserError(f"{peer}'s loss {loss} of the same tokens is not ours, {losses['ours']}: no comparison")
+    return losses
+
+
+def summary(measured: Mapping[str, Any], completions: int) -> list[dict[str, Any]]:
+    """One row for each peer and stage: seconds, ratio to ours, memory."""
+    turns, rows = measured["turns"], []
+    for peer, own in turns.items():
+        for stage in (stage for stage in STAGES if stage in own[0]):
+            low, seconds, high = spread([turn[stage] for turn in own])
+            row = {"completions": completions, "peer": peer, "stage": stage} | measured["memory"][peer]
+            row |= {"seconds": seconds, "seconds_low": low, "seconds_high": high}
+            rows.append(row | ratio(own, turns["ours"], stage))
     return rows
 
 
-def table(rows: list[dict]) -> str:
-    """The rows as Markdown."""
-    lines = ["| n | peer | stage | seconds | × ours (middle half) | peak MiB |", "|---|---|---|---|---|---|"]
+def ratio(own: Sequence[Mapping], ours: Sequence[Mapping], stage: str) -> dict[str, float]:
+    """The peer's seconds over ours within a turn; nothing for a stage that ours does not have apart."""
+    if stage not in ours[0]:
+        return {}
+    low, middle, high = spread([turn[stage] / we[stage] for turn, we in zip(own, ours, strict=True)])
+    return {"ratio": middle, "ratio_low": low, "ratio_high": high}
+
+
+def markdown(rows: Sequence[Mapping[str, Any]]) -> str:
+    """The rows as a Markdown table."""
+    lines = [
+        "| n | peer | stage | seconds (middle half) | × ours (middle half) | peak MiB | start-up peak MiB |",
+        "|---|---|---|---|---|---|---|",
+    ]
     for r in rows:
-        ratio = f"{r['ratio']:.2f} ({r['ratio_low']:.2f}–{r['ratio_high']:.2f})"
-        head = f"| {r['completions']} | {r['peer']} | {r['stage']} |"
-        lines.append(f"{head} {r['seconds']:.3f} | {ratio} | {r['peak_mib']:.0f} |")
+        times = f"{r['ratio']:.2f} ({r['ratio_low']:.2f}–{r['ratio_high']:.2f})" if "ratio" in r else ""
+        lines.append(
+            f"| {r['completions']} | {r['peer']} | {r['stage']} "
+            f"| {r['seconds']:.3f} ({r['seconds_low']:.3f}–{r['seconds_high']:.3f}) | {times} "
+            f"| {r['peak_bytes'] / 2**20:.0f} | {r['start_up_bytes'] / 2**20:.0f} |"
+        )
     return "\n".join(lines)
 
 
-def main() -> None:
-    """Measure and print; with --json one object on stdout."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.peers", description=__doc__.split("\n")[0])
+def parse(argv: Sequence[str]) -> argparse.Namespace:
+    """The flags, lists split; UserError for a mistake."""
+    parser = Parser(
+        prog="python -m benchmarks.peers", description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )  # fmt: skip
     parser.add_argument("--peers", default="ours,torch,trl")
     parser.add_argument("--completions", default="1,8")
-    parser.add_argument("--steps", type=int, default=7)
+    parser.add_argument("--steps", type=positive, default=7)
+    parser.add_argument("--tunix-python", metavar="PATH")
     parser.add_argument("--json", action="store_true")
-    args = parser.parse_args()
-    peers = args.peers.split(",")
-    if "ours" not in peers or not set(peers) <= set(CANNOT) or args.steps < 2:
-        raise SystemExit(f"error: --peers must hold ours and be of {', '.join(CANNOT)}; --steps at least 2")
-    rows = []
-    with tempfile.TemporaryDirectory() as folder:
-        write_models(Shape(1), pathlib.Path(folder))
-        for n in map(int, args.completions.split(",")):
-            rows += summary(measure(peers, n, args.steps, pathlib.Path(folder)), n)
-    notes = [f"{peer}: {CANNOT[peer]}" for peer in peers if CANNOT[peer]]
-    print(json.dumps({"rows": rows, "cannot": notes}) if args.json else "\n".join([table(rows), "", *notes]))
+    args = parser.parse_args(argv)
+    args.peers = args.peers.split(",")
+    args.completions = [_count(n) for n in args.completions.split(",")]
+    unknown = set(args.peers) - set(CANNOT)
+    if unknown or "ours" not in args.peers or len(set(args.peers)) < len(args.peers):
+        raise UserError(f"--peers={','.join(args.peers)}: give ours and others of {', '.join(CANNOT)}, each once")
+    if "tunix" in args.peers and not os.access(args.tunix_python or "", os.X_OK):
+        raise UserError("--tunix-python=PATH is missing: the interpreter of an environment with google-tunix")
+    return args
+
+
+def _count(text: str) -> int:
+    try:
+        return positive(text)
+    except argparse.ArgumentTypeError as e:
+        raise UserError(f"--completions: {e}; give numbers such as 1,8") from e
+
+
+def main(argv: Sequence[str]) -> None:
+    """Measure and print; with --json one object on stdout."""
+    args = parse(argv)
+    if hasattr(os, "sched_setaffinity"):
+        os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:CORES])
+    os.environ.update(environment())
+    load, rows, losses = os.getloadavg()[0], [], {}
+    pythons = {"tunix": args.tunix_python}
+    with tempfile.TemporaryDirectory() as name:
+        folder = pathlib.Path(name)
+        write_models(Shape(), folder)
+        for n in args.completions:
+            measured = measure(args.peers, pythons, Shape(completions=n), args.steps, folder)
+            rows += summary(measured, n)
+            losses[str(n)] = measured["losses"]
+    result = {
+        "rows": rows,
+        "losses": losses,
+        "cannot": {peer: CANNOT[peer] for peer in args.peers if CANNOT[peer]},
+        "load_before": load,
+        "steps": args.steps,
+    }
+    print(json.dumps(result, indent=1, allow_nan=False) if args.json else render(result))
+
+
+def render(result: Mapping[str, Any]) -> str:
+    """The result for a reader."""
+    losses = [
+        f"n={n}: loss of the same tokens " + ", ".join(f"{peer} {loss:.7g}" for peer, loss in by_peer.items())
+        for n, by_peer in result["losses"].items()
+    ]
+    cannot = [f"{peer}: {what}" for peer, what in result["cannot"].items()]
+    quiet = f"load average before: {result['load_before']:.2f} (on a busy machine no number here is worth reporting)"
+    return "\n".join([markdown(result["rows"]), "", *losses, *cannot, quiet])
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(exit_code(main, sys.argv[1:]))

@@ -19,7 +19,7 @@ def cpu(shape: Shape = Shape()) -> ml_collections.ConfigDict:  # noqa: B008 (fro
     config.task.update(max_prompt=shape.prompt_tokens, max_response=shape.new_tokens)
     config.tokenizer.vocab_size = shape.vocab
     for role in ("student", "teacher"):
-        config[role].update(shape.dimensions(role))
+        config[role].update(shape.dimensions(role), rope_theta=float(shape.rope_theta))
     config.opd.update(
         batch_size=shape.prompts, rollouts=shape.completions, lambdas=(shape.lam,), clip=shape.clip, lr=shape.lr
     )  # fmt: skip

@@ -24,6 +24,7 @@ class Shape:
     lam: float = 1.1
     clip: float = 5.0
     lr: float = 1e-5
+    rope_theta: int = 10_000
 
     def dimensions(self, role: str) -> dict[str, int]:
         """Of the student or the teacher, in the names of listopd_jax's config."""

@@ -1,37 +1,60 @@
-"""One peer in a process of its own: a line on stdin asks for a step, a line on stdout answers with its times.
+"""One peer in a process of its own: a line on stdin asks, a line of JSON on stdout answers.
 
-python -m benchmarks.worker PEER COMPLETIONS FOLDER        # "step" → {"rollout": s, "update": s, "loss": x}
+    python -m benchmarks.worker PEER SHAPE FOLDER        SHAPE: the fields of benchmarks.shape.Shape as JSON
+
+    step         {"rollout": s, "update": s, "score": s, "gradient": s, "loss": x}    parts where the peer has them
+    sample FILE  writes the tokens of a rollout, int32 [prompts, completions, tokens], as FILE.npy; {}
+    check FILE   {"loss": x} of the update on these tokens
+    forget       a new peak of memory begins; {}
+    peak         {"peak_bytes": n}
+
+A peer is a module benchmarks.peer_NAME with a class Peer(shape, folder): rollout() → r, update(r) → (loss, seconds of
+its parts), tokens(r) → array, of_tokens(array) → r.
 """
 
 import importlib
 import json
 import pathlib
-import resource
 import sys
 import time
+from typing import Any
 
+import numpy as np
+
+from benchmarks.memory import forget_peak, peak_resident
 from benchmarks.shape import Shape
 
 
-def main(peer: str, completions: str, folder: str) -> None:
-    """Answer steps until stdin ends; the last answer also holds the process's peak memory."""
+def main(peer: str, shape: str, folder: str) -> None:
+    """Answer until stdin ends."""
     answers, sys.stdout = sys.stdout, sys.stderr  # what libraries print is no answer
-    system = importlib.import_module(f"benchmarks.peer_{peer}").Peer(
-        Shape(int(completions)), pathlib.Path(folder)
-    )
-    for _ in sys.stdin:
-        times, loss = timed_step(system)
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-        print(json.dumps(times | {"loss": loss, "peak_bytes": peak}), file=answers, flush=True)
+    fields = {k: tuple(v) if isinstance(v, list) else v for k, v in json.loads(shape).items()}
+    system = importlib.import_module(f"benchmarks.peer_{peer}").Peer(Shape(**fields), pathlib.Path(folder))
+    for line in sys.stdin:
+        print(json.dumps(answer(system, *line.split())), file=answers, flush=True)
 
 
-def timed_step(system) -> tuple[dict[str, float], float]:
+def answer(system: Any, ask: str, file: str = "") -> dict[str, float]:
+    """What `system` answers to one line."""
+    if ask == "step":
+        return timed_step(system)
+    if ask == "sample":
+        np.save(file, np.asarray(system.tokens(system.rollout()), np.int32))
+    if ask == "check":
+        return {"loss": system.update(system.of_tokens(np.load(file)))[0]}
+    if ask == "forget":
+        forget_peak()
+    return {"peak_bytes": peak_resident()} if ask == "peak" else {}
+
+
+def timed_step(system: Any) -> dict[str, float]:
     """Seconds of each stage of one step, and its loss."""
     began = time.perf_counter()
     rollout = system.rollout()
     written = time.perf_counter()
-    loss = system.update(rollout)
-    return {"rollout": written - began, "update": time.perf_counter() - written}, loss
+    loss, parts = system.update(rollout)
+    done = time.perf_counter()
+    return {"rollout": written - began, "update": done - written, "step": done - began, "loss": loss} | parts
 
 
 if __name__ == "__main__":
