@@ -61,4 +61,7 @@ def peak_memory(device: Any) -> tuple[int, str]:
     stats = device.memory_stats()
     if stats and "peak_bytes_in_use" in stats:
         return stats["peak_bytes_in_use"], "device memory in use at most"
-    return peak_resident(), "largest resident set of the measured steps (interpreter, libraries and programs included)"
+    return (
+        peak_resident(),
+        "largest resident set of the measured steps (interpreter, libraries and programs included)",
+    )

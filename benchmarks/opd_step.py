@@ -121,7 +121,9 @@ def write_trace(step: Any, folder: str) -> None:
             with jax.profiler.TraceAnnotation("update"):
                 step.update(rollout)
     except OSError as e:
-        raise UserError(f"--trace={folder}: cannot be written ({e.strerror or e}); choose another folder") from e
+        raise UserError(
+            f"--trace={folder}: cannot be written ({e.strerror or e}); choose another folder"
+        ) from e
 
 
 def versions() -> dict[str, str]:

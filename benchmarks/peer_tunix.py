@@ -56,7 +56,9 @@ class Peer:
         self.texts = [Words().decode(row) for row in shape.prompt_ids() for _ in range(shape.completions)]
         self.prompts = np.repeat(shape.prompt_ids(), shape.completions, 0)
         optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(shape.lr, weight_decay=0.0))
-        strategy = strategies.LogitStrategy(self._logits, self._logits, self._labels, temperature=1.0, alpha=1.0)
+        strategy = strategies.LogitStrategy(
+            self._logits, self._logits, self._labels, temperature=1.0, alpha=1.0
+        )
         config = distillation_trainer.TrainingConfig(eval_every_n_steps=10**9)
         self.trainer = distillation_trainer.DistillationTrainer(
             self.student, teacher, strategy, optimizer, config

@@ -52,7 +52,14 @@ class Worker:
 
     def __init__(self, peer: str, python: str, shape: Shape, folder: pathlib.Path):
         self.peer = peer
-        command = [python, "-m", "benchmarks.worker", peer, json.dumps(dataclasses.asdict(shape)), str(folder)]
+        command = [
+            python,
+            "-m",
+            "benchmarks.worker",
+            peer,
+            json.dumps(dataclasses.asdict(shape)),
+            str(folder),
+        ]
         self.process = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=os.environ | environment(),
             cwd=pathlib.Path(__file__).parents[1],
@@ -67,7 +74,9 @@ class Worker:
             pass  # it has ended: the empty answer below says so
         answer = self.process.stdout.readline()
         if not answer:
-            raise UserError(f"--peers: {self.peer} stopped; what it said is above; leave it out or install it")
+            raise UserError(
+                f"--peers: {self.peer} stopped; what it said is above; leave it out or install it"
+            )
         return json.loads(answer)
 
     def close(self) -> None:
@@ -102,7 +111,9 @@ def workers(
             worker.close()
 
 
-def measure(peers: Sequence[str], pythons: Mapping[str, str], shape: Shape, steps: int, folder: pathlib.Path) -> dict:
+def measure(
+    peers: Sequence[str], pythons: Mapping[str, str], shape: Shape, steps: int, folder: pathlib.Path
+) -> dict:
     """{"turns": {peer: [answer of each turn]}, "memory": {peer: {...}}, "losses": {peer: x}} of one shape."""
     with workers(peers, pythons, shape, folder) as running:
         losses = same_losses(running, folder)
@@ -130,10 +141,14 @@ def same_losses(running: Mapping[str, Worker], folder: pathlib.Path) -> dict[str
     """The loss of one set of sampled tokens by each peer of our objective; UserError if they disagree."""
     tokens = folder / "tokens.npy"
     running["ours"].ask(f"sample {tokens}")
-    losses = {peer: running[peer].ask(f"check {tokens}")["loss"] for peer in SAME_OBJECTIVE if peer in running}
+    losses = {
+        peer: running[peer].ask(f"check {tokens}")["loss"] for peer in SAME_OBJECTIVE if peer in running
+    }
     for peer, loss in losses.items():
         if abs(loss - losses["ours"]) > TOLERANCE * abs(losses["ours"]):
-            raise UserError(f"{peer}'s loss {loss} of the same tokens is not ours, {losses['ours']}: no comparison")
+            raise UserError(
+                f"{peer}'s loss {loss} of the same tokens is not ours, {losses['ours']}: no comparison"
+            )
     return losses
 
 
@@ -189,7 +204,9 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     args.completions = [_count(n) for n in args.completions.split(",")]
     unknown = set(args.peers) - set(CANNOT)
     if unknown or "ours" not in args.peers or len(set(args.peers)) < len(args.peers):
-        raise UserError(f"--peers={','.join(args.peers)}: give ours and others of {', '.join(CANNOT)}, each once")
+        raise UserError(
+            f"--peers={','.join(args.peers)}: give ours and others of {', '.join(CANNOT)}, each once"
+        )
     if "tunix" in args.peers and not os.access(args.tunix_python or "", os.X_OK):
         raise UserError("--tunix-python=PATH is missing: the interpreter of an environment with google-tunix")
     return args

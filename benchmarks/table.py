@@ -27,7 +27,10 @@ def spread(values: Sequence[float]) -> tuple[float, float, float]:
 
 
 def stage_rows(
-    shapes: Mapping[str, ModelConfig], load: Load, layout: Layout, topology: Topology,
+    shapes: Mapping[str, ModelConfig],
+    load: Load,
+    layout: Layout,
+    topology: Topology,
     turns: Sequence[Mapping[str, float]],
 ) -> list[dict[str, Any]]:
     """A row for each stage from the seconds of several turns.

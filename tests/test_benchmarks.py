@@ -1,0 +1,213 @@
+"""The benchmarks' arithmetic, their agreement with torch, and that every command runs; never how fast anything is."""
+
+import dataclasses
+import importlib.util
+import json
+import pathlib
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+from benchmarks import opd_step, peers, shared
+from benchmarks.command import exit_code
+from benchmarks.presets import PRESETS, cpu, paper
+from benchmarks.shape import Shape, write_models
+from benchmarks.step import Step, random_prompts
+from benchmarks.table import markdown, spread, stage_rows
+from listopd_jax.config import validate
+from listopd_jax.parallel.arithmetic import Layout, Load
+from listopd_jax.parallel.chips import CHIPS, Topology
+from listopd_jax.parallel.planner import shapes_of
+
+ROOT = pathlib.Path(__file__).parents[1]
+TINY = Shape(
+    completions=2, prompts=2, prompt_tokens=12, new_tokens=6, vocab=300, student=(1, 32), teacher=(2, 64),
+    head_dim=16,
+)  # fmt: skip
+needs_torch = pytest.mark.skipif(
+    importlib.util.find_spec("torch") is None, reason="needs the test extra's torch"
+)
+
+
+@pytest.mark.parametrize(
+    ("main", "flags", "says"),
+    [
+        (opd_step.main, ["--preset=gpu"], "invalid choice: 'gpu'"),
+        (opd_step.main, [], "--preset"),
+        (opd_step.main, ["--preset=cpu", "--steps=0"], "'0' is not a whole number of at least 1"),
+        (opd_step.main, ["--preset=cpu", "--stesp=3"], "unrecognized arguments: --stesp=3"),
+        (opd_step.main, ["--preset=cpu", "--topology=v5e:2x4"], "only the tpu presets"),
+        (opd_step.main, ["--preset=tpu", "--trace=x"], "compiles only"),
+        (opd_step.main, ["--preset=paper_small", "--microbatch=3"], "opd.microbatch=3 must divide"),
+        (peers.main, ["--peers=ours,jax"], "--peers=ours,jax"),
+        (peers.main, ["--peers=torch"], "give ours and others"),
+        (peers.main, ["--completions=1,x"], "--completions: 'x' is not a whole number"),
+        (peers.main, ["--peers=ours,tunix"], "--tunix-python"),
+        (shared.main, ["--tokens=700"], "--tokens=700"),
+    ],
+)
+def test_a_mistake_in_the_flags_is_one_line(main, flags, says, capsys):
+    assert exit_code(main, flags) == 2
+    out, err = capsys.readouterr()
+    assert out == "" and err.startswith("error: ") and err.count("\n") == 1 and says in err
+
+
+def test_flops_floor_and_utilisation_of_a_known_model_are_those_counted_by_hand():
+    shapes = shapes_of(cpu(dataclasses.replace(TINY, completions=1)))
+    load, layout = (
+        Load(2, 1, 12, 6),
+        Layout(dict.fromkeys(("grid", "data", "fsdp", "tensor"), 1), 0, "none", "float32"),
+    )
+    chip = CHIPS["cpu"]._replace(flops=1e9, bandwidth=1e15)
+    seconds = {"prefill": 0.1, "decode": 0.3, "rollout": 0.4, "update": 2.0, "step": 2.4}
+    rows = {
+        r["stage"]: r
+        for r in stage_rows(shapes, load, layout, Topology("here", "here", chip, (1,)), [seconds])
+    }
+    # student: 2 heads of 16, 1 KV head, width 32, 96 units: weights of q, o, k, v and three MLP products
+    weights = 32 * (2 * 32 + 2 * 16 + 3 * 96)
+    prefill = 2 * 24 * weights + 4 * 2 * 16 * (2 * 12 * 13 / 2)
+    decode = 2 * 12 * weights + 4 * 2 * 16 * (2 * 6 * (12 + 3.5)) + 2 * 32 * 300 * 12
+    assert rows["prefill"]["flops"] == prefill and rows["decode"]["flops"] == decode
+    assert rows["rollout"]["floor_s"] == pytest.approx((prefill + decode) / 1e9)
+    assert rows["rollout"]["floor_share"] == pytest.approx((prefill + decode) / 1e9 / 0.4)
+    assert rows["decode"]["mfu"] == rows["decode"]["hfu"] == pytest.approx(decode / 1e9 / 0.3)
+    # teacher: 2 layers, 4 heads, 2 KV heads, width 64, 192 units; base and student as above, forward + backward = 3
+    big = 2 * 64 * (2 * 64 + 2 * 32 + 3 * 192)
+    teacher = 2 * 36 * big + 4 * 2 * 4 * 16 * (2 * 12 * 13 / 2 + 2 * 6 * (12 + 3.5)) + 2 * 64 * 300 * 12
+    useful, again = teacher + 4 * (prefill + decode), 2 * 32 * 300 * 12
+    assert rows["update"]["mfu"] == pytest.approx(useful / 2e9)
+    assert rows["update"]["hfu"] == pytest.approx((useful + again) / 2e9)
+    assert rows["step"]["flops"] == pytest.approx(prefill + decode + useful + again)
+    assert rows["step"]["tokens_per_s"] == pytest.approx(36 / 2.4)
+    assert rows["prefill"]["tokens_per_s"] == pytest.approx(240) and rows["prefill"]["bound_by"] == "flops"
+
+
+def test_a_phase_that_memory_bounds_has_the_bytes_over_the_bandwidth_as_its_floor():
+    shapes, load = shapes_of(cpu(TINY)), Load(2, 2, 12, 6)
+    layout = Layout(dict.fromkeys(("grid", "data", "fsdp", "tensor"), 1), 0, "none", "float32")
+    chip = CHIPS["cpu"]._replace(flops=1e15, bandwidth=1e6)
+    seconds = dict.fromkeys(("prefill", "decode", "rollout", "update", "step"), 1.0)
+    for row in stage_rows(shapes, load, layout, Topology("here", "here", chip, (1,)), [seconds]):
+        assert row["bound_by"] == "hbm" and row["floor_s"] == pytest.approx(row["bytes"] / 1e6)
+
+
+def test_spread_is_the_median_within_the_middle_half():
+    assert spread([4.0, 1.0, 2.0, 3.0, 5.0]) == (2.0, 3.0, 4.0)
+    assert spread([7.0]) == (7.0, 7.0, 7.0)
+
+
+def test_the_paper_preset_is_ecs_step_on_random_weights():
+    config, shapes = validate(paper()), shapes_of(paper())
+    assert (config.opd.batch_size, config.task.max_prompt, config.task.max_response) == (128, 2048, 512)
+    assert config.student.weights == config.teacher.weights == "" and config.dtype.compute == "bfloat16"
+    assert (shapes["student"].hidden_size, shapes["teacher"].hidden_size) == (2048, 2560)
+    assert PRESETS["paper"][1] == (700, 225)
+
+
+def test_lengths_are_forced_and_the_rollout_is_cut_to_a_quarter_of_the_budget():
+    config = validate(PRESETS["paper_small"][0]())
+    prompts = random_prompts(config, 44)
+    step = Step(config, prompts, 44, 14)
+    rollout = step.rollout()
+    assert prompts.shape == (8, 64) and (prompts[:, :44] > 1).all() and not prompts[:, 44:].any()
+    assert rollout.tokens.shape == (8, 1, 16) and (np.asarray(rollout.lengths) == 14).all()
+    assert not np.asarray(rollout.tokens)[..., 14:].any()
+
+
+def test_paper_small_gives_a_row_for_every_stage(capsys, tmp_path):
+    flags = ["--preset=paper_small", "--steps=1", "--json", f"--trace={tmp_path}"]
+    assert exit_code(opd_step.main, flags) == 0
+    result = json.loads(capsys.readouterr().out)
+    assert [row["stage"] for row in result["stages"]] == ["prefill", "decode", "rollout", "update", "step"]
+    for row in result["stages"]:
+        assert row["seconds_low"] <= row["seconds"] <= row["seconds_high"] and row["floor_s"] > 0
+        assert row["mfu"] <= row["hfu"] and row["floor_share"] == pytest.approx(
+            row["floor_s"] / row["seconds"]
+        )
+    assert result["load"] == {"prompts": 8, "rollouts": 1, "prompt": 44, "response": 14}
+    assert result["memory_bytes"] > 2**20 and result["remat"] == "full" and result["microbatch"] == 4
+    assert list(tmp_path.glob("plugins/profile/*/*.xplane.pb"))
+    assert len(markdown(result["stages"]).splitlines()) == 7 and "| update |" in opd_step.render(result)
+
+
+def test_the_tpu_preset_is_the_planners_command():
+    """Only its mistakes here: that libtpu compiles is tested in test_plan_compile.py."""
+    argv = [sys.executable, "-m", "benchmarks.opd_step", "--preset=tpu_small", "--topology=v9:2x2"]
+    done = subprocess.run(argv, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 2 and done.stderr.startswith("error: --topology=v9:2x2")
+    assert done.stderr.count("\n") == 1
+
+
+@pytest.mark.slow
+def test_shared_and_unshared_do_the_same_work():
+    result = shared.measure(TINY, steps=1)
+    assert [row["stage"] for row in result["stages"]] == ["rollout", "update", "step"]
+    assert 0.5 < result["flops_ratio"] < 1 and "by arithmetic" in shared.render(result)
+    configs = shared.configurations(TINY)
+    assert configs["unshared"].opd.batch_size == 4 and configs["unshared"].opd.rollouts == 1
+    assert shared.configurations(dataclasses.replace(TINY, completions=1))["shared"].opd.microbatch == 1
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("models")
+    write_models(TINY, folder)
+    return folder
+
+
+@needs_torch
+def test_torch_and_we_find_the_same_loss_of_the_same_sampled_tokens(models):
+    from benchmarks import peer_ours, peer_torch
+
+    ours, torch = peer_ours.Peer(TINY, models), peer_torch.Peer(TINY, models)
+    tokens = ours.tokens(ours.rollout())
+    assert tokens.shape == (2, 2, 6)
+    assert (torch.tokens(torch.of_tokens(tokens)) == tokens).all()
+    assert torch.tokens(torch.rollout()).shape == tokens.shape
+    for _ in range(2):  # the second time after one update of each
+        loss, parts = torch.update(torch.of_tokens(tokens))
+        assert ours.update(ours.of_tokens(tokens))[0] == pytest.approx(loss, rel=peers.TOLERANCE)
+    assert parts.keys() == {"score", "gradient"}
+
+
+@pytest.mark.slow
+@needs_torch
+def test_peers_in_processes_agree_and_give_a_row_for_every_stage(models):
+    measured = peers.measure(["ours", "torch"], {}, TINY, 1, models)
+    assert measured["losses"].keys() == {"ours", "torch"}
+    rows = peers.summary(measured, 2)
+    assert [(r["peer"], r["stage"]) for r in rows] == [
+        *(("ours", s) for s in ("rollout", "update", "step")), *(("torch", s) for s in peers.STAGES)
+    ]  # fmt: skip
+    assert all(r["peak_bytes"] > 2**20 and r["seconds"] > 0 for r in rows)
+    assert {r["ratio"] for r in rows if r["peer"] == "ours"} == {1.0}
+    assert ["ratio" in r for r in rows if r["stage"] in ("score", "gradient")] == [False, False]
+    json.dumps(rows, allow_nan=False)
+    assert len(peers.markdown(rows).splitlines()) == 2 + len(rows)
+
+
+def test_losses_that_differ_end_the_comparison(tmp_path):
+    class Fake:
+        def __init__(self, loss):
+            self.loss = loss
+
+        def ask(self, line):
+            return {"loss": self.loss} if line.startswith("check") else {}
+
+    assert peers.same_losses({"ours": Fake(2.0), "torch": Fake(2.0001)}, tmp_path) == {
+        "ours": 2.0,
+        "torch": 2.0001,
+    }
+    with pytest.raises(peers.UserError, match="torch's loss 2.01"):
+        peers.same_losses({"ours": Fake(2.0), "torch": Fake(2.01)}, tmp_path)
+
+
+def test_a_peer_that_cannot_start_is_one_line(tmp_path):
+    worker = peers.Worker("none", sys.executable, TINY, tmp_path)
+    with pytest.raises(peers.UserError, match="none stopped"):
+        worker.ask("step")
+    worker.close()
+    assert worker.process.returncode not in (None, 0)
