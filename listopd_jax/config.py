@@ -101,7 +101,7 @@ def defaults() -> ml_collections.ConfigDict:
         student=_model(),
         dtype=_section(param="float32", compute="float32", frozen="float32"),
         remat="none",
-        attention="auto",  # splash on TPUs, cudnn on GPUs in 16 bit, else xla
+        attention="auto",  # splash (and the Pallas kernel for frozen scores) on TPUs, cudnn on GPUs in 16 bit, else xla
         sft=_section(teacher=_sft(), student=_sft()),
         optimizer=_section(b1=0.9, weight_decay=0.0, max_grad_norm=1.0),
         opd=_section(

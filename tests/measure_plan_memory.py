@@ -64,7 +64,8 @@ def main() -> None:
     shapes, vocab = shapes_of(config), vocabulary(config)
     plan = make_plan(config, parse_topology("cpu:1"), Load(ROWS, ROLLOUTS, PROMPT, RESPONSE), compile_it=True)
     graphs = {role: graph_of(shape, "float32", config.remat, "xla") for role, shape in shapes.items()}
-    step = make_step(SimpleNamespace(config=config, graphs=graphs, codec=SimpleNamespace(vocab=vocab)))
+    codec = SimpleNamespace(vocab=vocab)
+    step = make_step(SimpleNamespace(config=config, graphs=graphs, codec=codec, attention="xla"))
     prompts, lengths = jnp.zeros((ROWS, PROMPT), jnp.int32), jnp.full(ROWS, PROMPT)
 
     def build():

@@ -62,7 +62,7 @@ def watched(arguments, options, monkeypatch):
     seen, segment = [], module.segment
 
     def watch(graphdefs, params, prompts, state, *rest):
-        seen.append((*state.caches[0].k.shape[1:4], int(state.step)))
+        seen.append((*state.caches[0].k.shape[1:3], state.caches[0].capacity, int(state.step)))
         assert len(prompts.lengths) == prompts.caches[0].k.shape[1] == seen[-1][0]
         return segment(graphdefs, params, prompts, state, *rest)
 

@@ -34,6 +34,11 @@ class KVCache(NamedTuple):
     k: Array
     v: Array
 
+    @property
+    def capacity(self) -> int:
+        """Tokens that there is room for."""
+        return self.k.shape[-1]
+
 
 def rms_norm(x: Float[Array, "*r D"], weight: Float[Array, " D"], eps: float) -> Float[Array, "*r D"]:
     """x / rms(x) · weight over the last axis, in float32; the result has x's dtype."""
@@ -201,7 +206,7 @@ class Decoder(nnx.Module):
         tokens: Int[Array, "B n"],
     ) -> tuple[Float[Array, "B n D"], KVCache]:
         """Read a token of every completion, at position prompt_length + step: its state and the new cache."""
-        written = (jnp.arange(cache.k.shape[-1]) < step)[None, None, None]
+        written = (jnp.arange(cache.capacity) < step)[None, None, None]
 
         def body(layer, x, rope, kvs):
             kv, own = kvs

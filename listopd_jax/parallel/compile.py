@@ -124,7 +124,9 @@ def _rollout_programs(config: Any, shapes: Mapping[str, ModelConfig], vocab: int
 def compile_update(config: Any, shapes: Mapping[str, ModelConfig], vocab: int, mesh: Mesh) -> Program:
     """The OPD stage's update at the widest prompts and completions; TooLarge if the compiler refuses."""
     graphs = {role: _graph(config, shape, mesh) for role, shape in shapes.items()}
-    step = make_step(SimpleNamespace(config=config, graphs=graphs, codec=SimpleNamespace(vocab=vocab)))
+    codec = SimpleNamespace(vocab=vocab)
+    job = SimpleNamespace(config=config, graphs=graphs, codec=codec, attention=_attention(config, mesh))
+    step = make_step(job)
     state, frozen = _state(config, shapes, mesh)
     scalar = _whole(jax.ShapeDtypeStruct((), jnp.float32), mesh)
     hyper = Hyper(*[scalar] * len(Hyper._fields))
@@ -133,11 +135,14 @@ def compile_update(config: Any, shapes: Mapping[str, ModelConfig], vocab: int, m
         return _compiled(lowered, "update", mesh)[0]
 
 
+def _attention(config: Any, mesh: Mesh) -> str:
+    """The form of attention for the devices of the mesh, not for those at hand."""
+    return resolve(config.attention, mesh.devices.flat[0].platform, config.dtype.compute)
+
+
 def _graph(config: Any, shape: ModelConfig, mesh: Mesh) -> nnx.GraphDef:
-    """The static half of a decoder, its attention in the form for the devices of the mesh, not for those at hand."""
-    compute = config.dtype.compute
-    form = resolve(config.attention, mesh.devices.flat[0].platform, compute)
-    return graph_of(shape, compute, config.remat, form)
+    """The static half of a decoder."""
+    return graph_of(shape, config.dtype.compute, config.remat, _attention(config, mesh))
 
 
 def _state(config: Any, shapes: Mapping[str, ModelConfig], mesh: Mesh) -> tuple[TrainState, Frozen]:

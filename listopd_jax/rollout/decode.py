@@ -185,9 +185,7 @@ def segment(
     graphdefs, params, prompts: Prompts, state: State, key, temperature, settings: Settings, least: int
 ) -> tuple[State, Int[Array, "3"]]:
     """`proceed` while the cache has room, compiled; and what the host must know: step, and what is `alive`."""
-    until = min(
-        settings.max_tokens, state.caches[0].k.shape[3] + 1
-    )  # the last token written is not yet cached
+    until = min(settings.max_tokens, state.caches[0].capacity + 1)  # the last token written is not yet cached
     state = proceed(_decoders(graphdefs, params), prompts, state, key, temperature, settings, until, least)
     return state, constrain(jnp.stack([state.step, *alive(state.rows.done)]), None)
 
@@ -240,7 +238,7 @@ def generate(
         if smaller != shape:
             out = state.rows.rollout if out is None else put_back(out, state.rows)
             shape, (shared, state) = smaller, shrink(shared, state, smaller)
-        if step > (size := state.caches[0].k.shape[3]):
+        if step > (size := state.caches[0].capacity):
             state = grow(state, min(s for s in sizes if s > size))
 
 

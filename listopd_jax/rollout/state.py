@@ -86,7 +86,11 @@ def shrink(prompts: Prompts, state: State, shape: tuple[int, int]) -> tuple[Prom
 
 def grow(state: State, capacity: int) -> State:
     """The caches with room for `capacity` tokens a completion; those given are freed one by one."""
-    return state._replace(caches=jax.tree.map(lambda x: _freed(_pad(x, capacity), x), state.caches))
+    longer = (
+        KVCache(_freed(_pad(c.k, -1, capacity), c.k), _freed(_pad(c.v, -2, capacity), c.v))
+        for c in state.caches
+    )
+    return state._replace(caches=tuple(longer))
 
 
 def put_back(out: Rollout, rows: Rows) -> Rollout:
@@ -117,10 +121,10 @@ def _pick_prompts(x: Array, b: Array) -> Array:
     return x[:, b]
 
 
-@jax.jit(static_argnames="capacity")
-def _pad(x: Array, capacity: int) -> Array:
+@jax.jit(static_argnames=("axis", "capacity"))
+def _pad(x: Array, axis: int, capacity: int) -> Array:
     room = [(0, 0)] * x.ndim
-    room[3] = (0, capacity - x.shape[3])
+    room[axis] = (0, capacity - x.shape[axis])
     return constrain(jnp.pad(x, room), *CACHE[x.ndim])
 
 

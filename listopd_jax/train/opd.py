@@ -59,6 +59,7 @@ def make_step(job: Job) -> Callable:
         vocab=job.codec.vocab,
         chunk=opd.head_chunk,
         microbatch=opd.microbatch,
+        pallas=job.attention == "splash",  # both are kernels for TPUs
     )
 
 
