@@ -10,6 +10,7 @@ import numpy as np
 from jaxtyping import Array, Int
 
 from listopd_jax.models.build import cast, graph_of, initial_params
+from listopd_jax.ops.attention_forms import resolve
 from listopd_jax.parallel.planner import shapes_of, vocabulary
 from listopd_jax.rollout.decode import Rollout, generate
 from listopd_jax.train.opd import hyper_at, make_step
@@ -35,17 +36,18 @@ class Step:
 
     def __init__(self, config: Any, prompts: Int[np.ndarray, "B P"], prompt: int, response: int):
         shapes, self.config, self.vocab = shapes_of(config), config, vocabulary(config)
-        self.graphs = {
-            role: graph_of(shape, config.dtype.compute, config.remat) for role, shape in shapes.items()
-        }
+        compute = config.dtype.compute
+        form = resolve(config.attention, jax.default_backend(), compute)
+        self.graphs = {role: graph_of(shape, compute, config.remat, form) for role, shape in shapes.items()}
         self.prompts = jnp.asarray(prompts)
         self.lengths, self.response = jnp.full(len(prompts), prompt, jnp.int32), response
         student = initial_params(config.student, shapes["student"], 0, config.dtype.param)
         teacher = initial_params(config.teacher, shapes["teacher"], 1, config.dtype.frozen)
         self.frozen = Frozen(teacher, cast(student, config.dtype.frozen))
         self.state = init_state(student, adamw(config.optimizer, config.opd.b2))
+        codec = SimpleNamespace(vocab=self.vocab)
         self.program = make_step(
-            SimpleNamespace(config=config, graphs=self.graphs, codec=SimpleNamespace(vocab=self.vocab))
+            SimpleNamespace(config=config, graphs=self.graphs, codec=codec, attention=form)
         )
         self.count = 0
 
