@@ -13,6 +13,7 @@ stops after one token, `decode` the rest of the rollout. `--trace=DIR` also writ
 import argparse
 import json
 import pathlib
+import subprocess
 import sys
 from collections.abc import Sequence
 from typing import Any
@@ -54,7 +55,7 @@ def main(argv: Sequence[str]) -> None:
         compile_only(args)
         return
     config, tokens = configured(args)
-    result = {"preset": args.preset} | measure(config, tokens, args.steps, args.trace)
+    result = {"preset": args.preset} | fitting(config, tokens, args.steps, args.trace)
     print(json.dumps(result, indent=1, allow_nan=False) if args.json else render(result))
 
 
@@ -71,13 +72,27 @@ def configured(args: argparse.Namespace) -> tuple[Any, tuple[int, int]]:
     return validate(config), tokens
 
 
+def fitting(config: Any, *arguments: Any) -> dict[str, Any]:
+    """`measure`; UserError where the device's memory does not suffice."""
+    import jax
+
+    try:
+        return measure(config, *arguments)
+    except jax.errors.JaxRuntimeError as e:
+        if "RESOURCE_EXHAUSTED" not in str(e):
+            raise
+        first = str(e).splitlines()[0]
+        now = f"microbatch {config.opd.microbatch}, remat {config.remat}"
+        raise UserError(f"does not fit this device with {now} ({first}); try a smaller --microbatch") from e
+
+
 def measure(config: Any, tokens: tuple[int, int], steps: int, trace: str | None = None) -> dict[str, Any]:
     """Run the step `steps` times after warming up: rows of the table, memory, device, versions."""
     import jax
 
     from benchmarks.device import peak_memory, peak_of
     from benchmarks.memory import forget_peak
-    from benchmarks.step import Step, random_prompts, timed
+    from benchmarks.step import Step, random_prompts, timed_stages
     from benchmarks.table import stage_rows
     from listopd_jax.parallel.arithmetic import Load
     from listopd_jax.parallel.planner import layout_of, shapes_of
@@ -86,9 +101,9 @@ def measure(config: Any, tokens: tuple[int, int], steps: int, trace: str | None 
     peak = peak_of(device, config.dtype.compute)
     step = Step(config, random_prompts(config, tokens[0]), *tokens)
     for _ in range(WARM_UP):
-        timed(step)
+        timed_stages(step)
     forget_peak()
-    turns = [timed(step) for _ in range(steps)]
+    turns = [timed_stages(step) for _ in range(steps)]
     memory, counted = peak_memory(device)
     if trace:
         write_trace(step, trace)
@@ -135,15 +150,18 @@ def versions() -> dict[str, str]:
 
 
 def compile_only(args: argparse.Namespace) -> None:
-    """The planner's verdict on a slice that need not exist (docs/planner.md)."""
-    from listopd_jax import plan
-
+    """The planner's verdict on a slice that need not exist (docs/planner.md), by its own command."""
     preset, topology = TPU[args.preset]
-    config = pathlib.Path(__file__).parents[1] / "configs" / "fashion.py"
-    flags = [f"--config={config}:{preset}", f"--topology={args.topology or topology}", "--config.parallel.data=1",
-             "--config.parallel.fsdp=-1"] + ["--json"] * args.json  # fmt: skip
-    code = plan.main([plan.__doc__.split()[2], *flags])
-    if code not in (0, 1):
+    root = pathlib.Path(__file__).parents[1]
+    flags = [
+        f"--config={root / 'configs' / 'fashion.py'}:{preset}",
+        f"--topology={args.topology or topology}",
+        "--config.parallel.data=1",
+        "--config.parallel.fsdp=-1",
+    ]
+    command = [sys.executable, "-m", "listopd_jax.plan", *flags, *["--json"] * args.json]
+    code = subprocess.run(command, cwd=root).returncode
+    if code:
         raise SystemExit(code)
 
 

@@ -23,6 +23,7 @@ import pathlib
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -45,6 +46,7 @@ CANNOT = {
     "strict parse",
 }
 CORES = 2
+PAUSE = 0.3  # seconds in which the threads of the peer before stop spinning
 
 
 class Worker:
@@ -134,7 +136,11 @@ def measure(
 
 def take_turn(running: Mapping[str, Worker]) -> dict[str, dict[str, Any]]:
     """One step of each peer, one after another."""
-    return {peer: worker.ask("step") for peer, worker in running.items()}
+    answers = {}
+    for peer, worker in running.items():
+        time.sleep(PAUSE)
+        answers[peer] = worker.ask("step")
+    return answers
 
 
 def same_losses(running: Mapping[str, Worker], folder: pathlib.Path) -> dict[str, float]:

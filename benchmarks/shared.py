@@ -1,6 +1,6 @@
 """What sharing the prompt saves: the n-completion step against our own step that is given each prompt n times.
 
-    python -m benchmarks.shared [--completions=8] [--prompts=4] [--tokens=700,225] [--steps=5] [--json]
+    python -m benchmarks.shared [--completions=8] [--prompts=2] [--tokens=700,225] [--steps=5] [--json]
 
 Both do the same work (prompts × n completions of the same forced length), with the models of benchmarks.peers, in one
 process, in turn. Each runs as many completions in a gradient pass as the other. The ratio is shared / unshared of a
@@ -32,7 +32,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )  # fmt: skip
     parser.add_argument("--completions", type=positive, default=8)
-    parser.add_argument("--prompts", type=positive, default=4)
+    parser.add_argument("--prompts", type=positive, default=2)
     parser.add_argument("--tokens", default="700,225")
     parser.add_argument("--steps", type=positive, default=5)
     parser.add_argument("--json", action="store_true")

@@ -77,19 +77,19 @@ class Step:
 
 
 def timed(step: Step) -> dict[str, float]:
-    """Seconds of the stages of one step. `prefill`: the rollout stopped after one token; `decode`: what it saves."""
+    """Seconds of one step and of its two programs."""
     began = time.perf_counter()
-    step.rollout(response=1)
-    read = time.perf_counter()
     rollout = step.rollout()
     written = time.perf_counter()
     step.update(rollout)
-    updated = time.perf_counter()
-    prefill, whole, update = read - began, written - read, updated - written
-    return {
-        "prefill": prefill,
-        "decode": max(0.0, whole - prefill),
-        "rollout": whole,
-        "update": update,
-        "step": whole + update,
-    }
+    done = time.perf_counter()
+    return {"rollout": written - began, "update": done - written, "step": done - began}
+
+
+def timed_stages(step: Step) -> dict[str, float]:
+    """`timed`, and the rollout's parts: `prefill`, a rollout stopped after one token, and `decode`, what it saves."""
+    began = time.perf_counter()
+    step.rollout(response=1)
+    prefill = time.perf_counter() - began
+    seconds = timed(step)
+    return {"prefill": prefill, "decode": max(0.0, seconds["rollout"] - prefill)} | seconds
