@@ -209,7 +209,7 @@ def test_a_cache_that_grows_writes_the_same_tokens(alone, monkeypatch):
     mesh, shapes, segment = mesh_of(2, 2, 2), [], decode.segment
 
     def watch(graphdefs, params, prompts, state, *rest):
-        shapes.append(state.caches[0].k.shape[1:4])
+        shapes.append((*state.caches[0].k.shape[1:3], state.caches[0].capacity))
         return segment(graphdefs, params, prompts, state, *rest)
 
     monkeypatch.setattr(decode, "segment", watch)

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from listopd_jax.errors import UserError
 from listopd_jax.models.config import ModelConfig
@@ -93,31 +93,52 @@ class Layer(nnx.Module):
         self.up = weight(D, F, fan_in=D)
         self.down = weight(F, D, fan_in=F, residual=True)
 
-    def __call__(self, x: Float[Array, "B n T D"], rope: tuple[Array, Array], attend: Callable):
-        """One layer. `attend(q, k, v) -> (mixed values, extra)` is what a pass does with keys and values."""
+    def __call__(
+        self,
+        x: Float[Array, "B n T D"],
+        rope: tuple[Array, Array],
+        attend: Callable,
+        goes_on: Bool[Array, ""] | None = None,
+    ) -> tuple[Float[Array, "B n T D"], tuple[Array, Array]]:
+        """One layer: the new x, and rotated keys and values [B,n,T,KV,H]. `attend(q, k, v)` mixes values, as q's shape.
+
+        Where `goes_on` is False only keys and values are computed.
+        """
         c, shape = self.config, x.shape
         x = constrain(x, *ROWS, "hidden")
         # Flat, because XLA's CPU backward pass through products of more axes is half as fast.
         x = x.reshape(-1, c.hidden_size)
         y = rms_norm(x, self.attn_norm[...], c.norm_eps)
-        q, k, v = (self._heads(y, name, shape) for name in ("q", "k", "v"))
-        if c.qk_norm:
-            q, k = rms_norm(q, self.q_norm[...], c.norm_eps), rms_norm(k, self.k_norm[...], c.norm_eps)
-        mixed, extra = attend(rotate(q, *rope), rotate(k, *rope), v)
-        x = x + self._dense(mixed.reshape(len(x), -1), "o")
-        y = rms_norm(x, self.mlp_norm[...], c.norm_eps)
-        units = jax.nn.silu(self._dense(y, "gate")) * self._dense(y, "up")
-        x = x + self._dense(constrain(units, "batch", "mlp"), "down")
-        return constrain(x.reshape(shape), *ROWS, "hidden"), extra
+        k, v = self._heads(y, "k", shape, rope), self._heads(y, "v", shape)
+
+        def rest(x):
+            mixed = attend(self._heads(y, "q", shape, rope), k, v)
+            x = x + self._dense(mixed.reshape(len(x), -1), "o")
+            z = rms_norm(x, self.mlp_norm[...], c.norm_eps)
+            units = jax.nn.silu(self._dense(z, "gate")) * self._dense(z, "up")
+            return x + self._dense(constrain(units, "batch", "mlp"), "down")
+
+        if goes_on is None:
+            x = rest(x)
+        else:  # a conditional stores all that its branches need again, weights too: let it store little
+            x = jax.lax.cond(goes_on, jax.checkpoint(rest, policy=REMAT["dots"]), lambda x: x, x)
+        return constrain(x.reshape(shape), *ROWS, "hidden"), (k, v)
 
     def _dense(self, x: Float[Array, "M inputs"], name: str) -> Float[Array, "M outputs"]:
         """x @ weight in x's dtype, the weight seen as [inputs, outputs]."""
         return x @ self._weight(name, x.dtype).reshape(x.shape[1], -1)
 
-    def _heads(self, x: Float[Array, "M D"], name: str, shape: tuple[int, ...]) -> Float[Array, "B n T N H"]:
-        """Queries, keys or values of rows of `shape`; keys and values of as many heads as `kv_copies` gives."""
+    def _heads(self, x: Float[Array, "M D"], name: str, shape: tuple[int, ...], rope=None) -> Array:
+        """Queries, keys (both normalised if the model does it, and rotated) or values [B,n,T,N,H] of rows of `shape`.
+
+        Keys and values have as many heads as `kv_copies` gives.
+        """
         heads = self._dense(x, name).reshape(*shape[:3], -1, self.config.head_dim)
-        return constrain(heads, *ROWS, "heads" if name == "q" else "kv_heads", "head_dim")
+        heads = constrain(heads, *ROWS, "heads" if name == "q" else "kv_heads", "head_dim")
+        if name == "v":
+            return heads
+        norm = self.q_norm if name == "q" else self.k_norm
+        return rotate(heads if norm is None else rms_norm(heads, norm[...], self.config.norm_eps), *rope)
 
     def _weight(self, name: str, dtype) -> Array:
         """Parameter `name` cast and, over devices, gathered."""
@@ -177,14 +198,18 @@ class Decoder(nnx.Module):
         last = jnp.take_along_axis(hidden, (lengths - 1)[:, None, None], axis=1)[:, 0]
         return self._final(last), kv
 
+    def keys_values(self, tokens: Int[Array, "B P"]) -> KVCache:
+        """Only the KV of prompts: the last layer ends with them, so a prompt costs one layer less."""
+        return self._causal(tokens, keep_kv=True, all_layers=False)[1]
+
     def extend(
         self, prompt: KVCache, prompt_lengths: Int[Array, " B"], completions: Int[Array, "B n T"]
     ) -> Float[Array, "B n T D"]:
-        """States after reading completions[..., t], for n completions of each prompt."""
+        """States after reading completions[..., t], for n completions of each prompt (lengths ≥ 0)."""
 
         def body(layer, x, rope, kv):
             prompt = Prompt(*kv, prompt_lengths)
-            return layer(x, rope, lambda q, k, v: (self._attend(q, k, v, prompt), None))
+            return layer(x, rope, lambda q, k, v: self._attend(q, k, v, prompt))[0], None
 
         positions = (prompt_lengths[:, None] + jnp.arange(completions.shape[-1]))[:, None]
         hidden, _ = self._run(completions, positions, body, prompt)
@@ -211,12 +236,8 @@ class Decoder(nnx.Module):
         def body(layer, x, rope, kvs):
             kv, own = kvs
             read = [Prompt(*kv, prompt_lengths).part(), Part(*own, written)]
-
-            def attend(q, k, v):
-                new = KVCache(*stored(k, v))
-                return attention(q, [*read, Part(*new)]), new
-
-            return layer(x, rope, attend)
+            x, new = layer(x, rope, lambda q, k, v: attention(q, [*read, Part(*stored(k, v))]))
+            return x, KVCache(*stored(*new))
 
         # The layers only read the cache; it is written once, in place, after them.
         put = jax.lax.dynamic_update_slice_in_dim
@@ -231,18 +252,18 @@ class Decoder(nnx.Module):
         """The LM head in the parameters' dtype: the embedding if tied."""
         return gathered("head", (self.embed if self.config.tied else self.head)[...])
 
-    def _causal(self, tokens, keep_kv: bool):
+    def _causal(self, tokens, keep_kv: bool, all_layers: bool = True):
         """Unnormalised hidden states [B,T,D] of whole sequences and, if asked, their KV."""
 
         # Padding is on the right, so causality alone keeps it from every valid token.
-        def attend(q, k, v):
-            return self._attend(q, k, v), KVCache(*(x[:, 0] for x in stored(k, v))) if keep_kv else None
+        def body(layer, x, rope, goes_on):
+            x, kv = layer(x, rope, self._attend, goes_on)
+            return x, KVCache(*(x[:, 0] for x in stored(*kv))) if keep_kv else None
 
-        def body(layer, x, rope, _):
-            return layer(x, rope, attend)
-
+        layers = self.config.num_layers
+        goes_on = None if all_layers else jnp.arange(layers) < layers - 1
         positions = jnp.arange(tokens.shape[1])[None, None]
-        hidden, kv = self._run(tokens[:, None], positions, body, None)
+        hidden, kv = self._run(tokens[:, None], positions, body, goes_on)
         return hidden[:, 0], kv
 
     def _attend(self, q: Array, k: Array, v: Array, prompt: Prompt | None = None) -> Array:

@@ -84,16 +84,30 @@ def attention_flops(c: ModelConfig, pairs: float) -> float:
     return 4 * c.num_layers * c.num_heads * c.head_dim * pairs
 
 
+def prompt_pairs(load: Load) -> float:
+    """(query, key) pairs of causal prompts."""
+    return load.prompts * load.prompt * (load.prompt + 1) / 2
+
+
+def completion_pairs(load: Load) -> float:
+    """(query, key) pairs of completions: with their prompt and with what is not after them."""
+    return load.completion_tokens * (load.prompt + (load.response + 1) / 2)
+
+
 def prompt_flops(c: ModelConfig, load: Load) -> float:
     """Reading the prompts, without the head."""
-    pairs = load.prompts * load.prompt * (load.prompt + 1) / 2
-    return 2 * layer_weights(c) * load.prompts * load.prompt + attention_flops(c, pairs)
+    return 2 * layer_weights(c) * load.prompts * load.prompt + attention_flops(c, prompt_pairs(load))
+
+
+def shared_prompt_flops(c: ModelConfig, load: Load) -> float:
+    """Reading the prompts for their keys and values only: the last layer ends with them (Decoder.keys_values)."""
+    ends = 2 * 2 * c.hidden_size * c.num_kv_heads * c.head_dim * load.prompts * load.prompt
+    return prompt_flops(c, load) * (c.num_layers - 1) / c.num_layers + ends
 
 
 def completion_flops(c: ModelConfig, load: Load) -> float:
     """Reading the completions after their shared prompts, or writing them: layers and attention, without the head."""
-    pairs = load.completion_tokens * (load.prompt + (load.response + 1) / 2)
-    return 2 * layer_weights(c) * load.completion_tokens + attention_flops(c, pairs)
+    return 2 * layer_weights(c) * load.completion_tokens + attention_flops(c, completion_pairs(load))
 
 
 def head_flops(c: ModelConfig, load: Load) -> float:
@@ -103,14 +117,14 @@ def head_flops(c: ModelConfig, load: Load) -> float:
 
 def forward_flops(c: ModelConfig, load: Load) -> float:
     """One scoring pass: prompts, completions, head."""
-    return prompt_flops(c, load) + completion_flops(c, load) + head_flops(c, load)
+    return shared_prompt_flops(c, load) + completion_flops(c, load) + head_flops(c, load)
 
 
 def recomputed_flops(c: ModelConfig, load: Load, remat: str) -> float:
     """What the backward pass computes a second time: of the layers what `remat` says, of the fused head nothing."""
     layers = forward_flops(c, load) - head_flops(c, load)
-    weights = 2 * layer_weights(c) * load.tokens
-    return {"none": 0.0, "dots": layers - weights, "full": layers}[remat]
+    pairs = prompt_pairs(load) * (c.num_layers - 1) / c.num_layers + completion_pairs(load)
+    return {"none": 0.0, "dots": attention_flops(c, pairs), "full": layers}[remat]
 
 
 def step_flops(student: ModelConfig, teacher: ModelConfig, load: Load, remat: str) -> dict[str, float]:

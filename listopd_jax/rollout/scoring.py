@@ -13,13 +13,15 @@ def completion_hidden(
     prompt_lengths: Int[Array, "B"],
     completions: Int[Array, "B n T"],
 ) -> Float[Array, "B n T D"]:
-    """The hidden state that predicts each completion token: the prompt's last state predicts the first."""
-    last, prompt = decoder.prefill(prompts, prompt_lengths)
-    first = jnp.broadcast_to(last[:, None, None], (*completions.shape[:2], 1, last.shape[-1]))
-    if completions.shape[-1] == 1:
-        return first
-    rest = decoder.extend(prompt, prompt_lengths, completions[..., :-1])
-    return jnp.concatenate([first, rest], axis=2)
+    """The hidden state that predicts each completion token.
+
+    The first is predicted by the prompt's last token, which is therefore read with each completion; of the prompt
+    before it only keys and values are needed.
+    """
+    prompt = decoder.keys_values(prompts)
+    last = jnp.take_along_axis(prompts, prompt_lengths[:, None] - 1, axis=1)[:, None]
+    last = jnp.broadcast_to(last, (*completions.shape[:2], 1))
+    return decoder.extend(prompt, prompt_lengths - 1, jnp.concatenate([last, completions[..., :-1]], axis=2))
 
 
 def completion_logprobs(
