@@ -8,6 +8,7 @@ turn; `by arithmetic` is that of their FLOPs.
 """
 
 import argparse
+import dataclasses
 import json
 import sys
 from collections.abc import Sequence
@@ -37,13 +38,21 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--steps", type=positive, default=5)
     parser.add_argument("--json", action="store_true")
     args = parser.parse_args(argv)
-    try:
-        args.prompt, args.response = map(positive, args.tokens.split(","))
-    except (ValueError, argparse.ArgumentTypeError):
-        raise UserError(
-            f"--tokens={args.tokens}: give tokens of prompt and response, such as 700,225"
-        ) from None
+    args.prompt, args.response = _pair(
+        "--tokens", args.tokens, "tokens of prompt and response, such as 700,225"
+    )
+    args.student, args.teacher = _pair(
+        "--layers", args.layers, "layers of student and teacher, such as 16,20"
+    )
     return args
+
+
+def _pair(flag: str, text: str, wanted: str) -> tuple[int, int]:
+    try:
+        first, second = map(positive, text.split(","))
+    except (ValueError, argparse.ArgumentTypeError):
+        raise UserError(f"{flag}={text}: give {wanted}") from None
+    return first, second
 
 
 def configurations(shape: Shape) -> dict[str, ml_collections.ConfigDict]:
@@ -88,6 +97,7 @@ def measure(shape: Shape, steps: int) -> dict[str, Any]:
         "completions": shape.completions,
         "prompts": shape.prompts,
         "tokens": [shape.prompt_tokens, shape.new_tokens],
+        "layers": [shape.student[0], shape.teacher[0]],
         "steps": steps,
     }
 
@@ -103,7 +113,7 @@ def render(result: dict[str, Any]) -> str:
     prompt, response = result["tokens"]
     lines = [
         f"{result['prompts']} prompts of {prompt} tokens, {result['completions']} completions each of {response}; "
-        f"medians of {result['steps']} turns",
+        f"{result['layers'][0]} and {result['layers'][1]} layers; medians of {result['steps']} turns",
         "",
         "| stage | shared s | unshared s | shared / unshared (middle half) |",
         "|---|---|---|---|",
@@ -118,6 +128,7 @@ def main(argv: Sequence[str]) -> None:
     """Measure and print; with --json one object on stdout."""
     args = parse(argv)
     shape = Shape(args.completions, args.prompts, args.prompt, args.response)
+    shape = dataclasses.replace(shape, student=(args.student, 256), teacher=(args.teacher, 384))
     result = measure(shape, args.steps)
     print(json.dumps(result, indent=1, allow_nan=False) if args.json else render(result))
 

@@ -46,6 +46,7 @@ needs_torch = pytest.mark.skipif(
         (peers.main, ["--completions=1,x"], "--completions: 'x' is not a whole number"),
         (peers.main, ["--peers=ours,tunix"], "--tunix-python"),
         (shared.main, ["--tokens=700"], "--tokens=700"),
+        (shared.main, ["--layers=4,x"], "--layers=4,x"),
     ],
 )
 def test_a_mistake_in_the_flags_is_one_line(main, flags, says, capsys):
