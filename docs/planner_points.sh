@@ -10,8 +10,8 @@ while read -r preset topology; do
     [ -s "$file" ] && continue
     "${PYTHON:-python}" -m listopd_jax.plan --json --search --compiles=3 \
         --config=configs/fashion.py:"$preset" --topology="$topology" > "$file.part"
-    # 0: fits, 1: does not; anything else is no plan.
-    if [ $? -le 1 ]; then mv "$file.part" "$file"; else rm -f "$file.part"; echo "$file: failed" >&2; fi
+    # 0: fits, 1: does not; anything else, or nothing printed, is no plan.
+    if [ $? -le 1 ] && [ -s "$file.part" ]; then mv "$file.part" "$file"; else rm -f "$file.part"; echo "$file: failed" >&2; fi
 done <<'POINTS'
 paper v5p:2x2x2
 paper v5e:16x16

@@ -6,8 +6,14 @@ import os
 import pathlib
 import subprocess
 import sys
+from unittest import mock
 
 import pytest
+
+from listopd_jax.parallel.chips import parse_topology
+from listopd_jax.parallel.compile import devices_of
+from listopd_jax.parallel.mesh import AXES, make_mesh
+from listopd_jax.plan import set_environment
 
 HERE = pathlib.Path(__file__).parent
 TINY = (
@@ -36,6 +42,17 @@ def test_the_real_programs_compile_for_eight_devices(topology):
     assert plan["peak_gib"] == max(plan["peaks_gib"].values())
     moved = plan["bytes_compiled"]["update"]
     assert {"fsdp", "tensor"} <= set("+".join(moved).split("+"))
+
+
+@needs_libtpu
+def test_a_mesh_axis_may_take_a_part_of_a_slices_axis():
+    """4 x 2 of a row of 8 chips, and 2 x 8 of 4 x 4: jax refuses to split an axis of the slice unless it is told to."""
+    for name, sizes in (("v5e:2x4", (1, 2, 2, 2)), ("v5e:4x4", (1, 1, 2, 8))):
+        topology = parse_topology(name)
+        with mock.patch.dict(os.environ):
+            set_environment(topology)
+            mesh = make_mesh(dict(zip(AXES, sizes, strict=True)), devices_of(topology))
+        assert mesh.devices.shape == sizes and len({d.id for d in mesh.devices.flat}) == mesh.size
 
 
 @pytest.mark.slow

@@ -41,9 +41,13 @@ def mesh_sizes(parallel: Mapping[str, int], devices: int) -> dict[str, int]:
 
 
 def make_mesh(sizes: Mapping[str, int], devices: Sequence[Any] | None = None) -> Mesh:
-    """The mesh over `devices` (default: all; a topology's too), neighbours on the last axes."""
+    """The mesh over `devices` (default: all; a topology's too), neighbours on the last axes.
+
+    An axis may take a part of a slice's axis: 32 x 8 of 16 x 16 chips.
+    """
     devices = jax.devices() if devices is None else devices
-    grid = mesh_utils.create_device_mesh([sizes[axis] for axis in AXES], devices)
+    shape = [sizes[axis] for axis in AXES]
+    grid = mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
     return Mesh(grid, AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
 
