@@ -15,7 +15,7 @@ from listopd_jax.config import defaults, validate
 from listopd_jax.errors import UserError
 from listopd_jax.models.config import ModelConfig, named_config, num_params
 from listopd_jax.models.decoder import abstract
-from listopd_jax.parallel import arithmetic
+from listopd_jax.parallel import arithmetic, planner
 from listopd_jax.parallel.arithmetic import Layout, Load
 from listopd_jax.parallel.chips import SLICES, parse_topology
 from listopd_jax.parallel.hlo import traffic
@@ -234,6 +234,24 @@ def test_the_search_is_no_slower_than_any_layout_that_fits():
         sizes = {"parallel.data": 1, "parallel.fsdp": fsdp, "parallel.tensor": tensor}
         other = make_plan(big(**sizes), topology, EC, False)
         assert best["step_s_floor"] <= other["step_s_floor"] * 1.01
+
+
+def test_the_search_learns_from_a_compiler_that_needs_more(monkeypatch):
+    """A compiler that needs four times the estimated working memory: the second layout it is given fits."""
+
+    def compiled(config, topology, load, compile_it):
+        plan = make_plan(config, topology, load, False)
+        if compile_it:
+            resting = sum(plan["memory_gib"][k] for k in ("parameters", "optimizer", "teacher", "base"))
+            peak = resting + 4 * (plan["peak_gib"] - resting)
+            plan |= {"peak_gib": peak, "fits": peak <= plan["hbm_gib"], "bytes_compiled": {}}
+        return plan
+
+    monkeypatch.setattr(planner, "make_plan", compiled)
+    best = search(big(), parse_topology("v5e:4x4"), EC, compiles=3)
+    first, second = best["tried"]["compiled"]
+    assert not first["fits"] and second["fits"] and best["fits"]
+    assert second["step_s_floor"] >= first["step_s_floor"]
 
 
 def command(*flags, timeout=300):

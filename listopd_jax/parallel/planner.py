@@ -213,24 +213,40 @@ def _meshes(devices: int, grid: int) -> Iterator[dict[str, int]]:
 def search(config: Any, topology: Topology, load: Load, compiles: int) -> dict[str, Any]:
     """The plan of the fastest layout that fits, for its devices are the same number in all.
 
-    By arithmetic all are ranked, those that fit first; of these the best are compiled, at most `compiles`, until one
-    fits. If none does, the one that misses by least. UserError if nothing divides. The plan has `tried` too.
+    By arithmetic all are ranked, those that fit first; the best is compiled. If it does not fit after all, the working
+    memory of the others is taken to be underestimated as much, and the best of them is compiled, at most `compiles` in
+    all. If none fits, the one that misses by least. UserError if nothing divides. The plan has `tried` too.
     """
-    by_arithmetic = [(make_plan(c, topology, load, False), c) for c in candidates(config, topology)]
-    if not by_arithmetic:
+    left = [(make_plan(c, topology, load, False), c) for c in candidates(config, topology)]
+    if not left:
         raise UserError(
             f"--search: no mesh of {topology.devices} devices divides the models' heads and opd.batch_size="
             f"{config.opd.batch_size}; change the batch or the topology"
         )
-    ranked = sorted(by_arithmetic, key=lambda pair: _rank(pair[0]))
-    best, done = ranked[0][0], []
-    for plan, candidate in ranked[:compiles]:
+    count, factor, done = len(left), 1.0, []
+    left.sort(key=lambda pair: _rank(pair[0]))
+    best = left[0][0]
+    while left and len(done) < compiles:
+        i = min(range(len(left)), key=lambda i: _rank(_enlarged(left[i][0], factor)))
+        estimate, candidate = left.pop(i)
         plan = make_plan(candidate, topology, load, True)
         done.append(plan)
         best = min(done, key=_rank)
         if plan["fits"]:
             break
-    return best | {"tried": {"by_arithmetic": len(ranked), "compiled": [summary(p) for p in done]}}
+        factor = max(factor, _working_gib(plan, estimate) / _working_gib(estimate, estimate))
+    return best | {"tried": {"by_arithmetic": count, "compiled": [summary(p) for p in done]}}
+
+
+def _working_gib(plan: Mapping[str, Any], estimate: Mapping[str, Any]) -> float:
+    """What is needed at the peak beside what rests (known exactly, from the estimate)."""
+    resting = sum(estimate["memory_gib"][kind] for kind in ("parameters", "optimizer", "teacher", "base"))
+    return max(plan["peak_gib"] - resting, 1e-3)
+
+
+def _enlarged(estimate: Mapping[str, Any], factor: float) -> dict[str, Any]:
+    """An estimated plan with `factor` times the working memory."""
+    return {**estimate, "peak_gib": estimate["peak_gib"] + (factor - 1) * _working_gib(estimate, estimate)}
 
 
 def _rank(plan: Mapping[str, Any]) -> tuple:
