@@ -34,9 +34,12 @@ def start_two(command, devices=1, ids=(0, 1)):
 
 
 def finish(processes, limit=300):
-    """(exit code, lines of stdout, lines of stderr) of each, without gloo's greetings."""
+    """(exit code, lines of stdout, lines of stderr) of each, without gloo's greetings, which may break into lines."""
     ends = [p.communicate(timeout=limit) for p in processes]
-    said = [[[x for x in text.splitlines() if "[Gloo]" not in x] for text in end] for end in ends]
+    said = [
+        [[x for x in text.splitlines() if x and "[Gloo]" not in x and "peer ranks" not in x] for text in end]
+        for end in ends
+    ]
     return [(p.returncode, *lines) for p, lines in zip(processes, said, strict=True)]
 
 
