@@ -33,8 +33,9 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )  # fmt: skip
     parser.add_argument("--completions", type=positive, default=8)
-    parser.add_argument("--prompts", type=positive, default=2)
+    parser.add_argument("--prompts", type=positive, default=1)
     parser.add_argument("--tokens", default="700,225")
+    parser.add_argument("--layers", default="16,20", help="of student and teacher; the peers have 4,6")
     parser.add_argument("--steps", type=positive, default=5)
     parser.add_argument("--json", action="store_true")
     args = parser.parse_args(argv)
