@@ -17,7 +17,7 @@ def peak_resident() -> int:
 
 
 def forget_peak() -> bool:
-    """Start a new peak at what is resident now, where the system can (Linux); whether it could.
+    """Start a new peak at what is resident now; whether the system can (Linux), else the peak is since the start.
 
     What the allocator holds back of memory that was freed, such as a compiler's, is given back first.
     """

@@ -20,6 +20,7 @@ from typing import Any
 
 from benchmarks.command import Parser, exit_code, positive
 from listopd_jax.errors import UserError
+from listopd_jax.lifecycle import say
 
 WARM_UP = 2
 RUNS = ("cpu", "paper", "paper_small")
@@ -36,16 +37,26 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--completions", type=positive, help="of each prompt; default: the preset's")
     parser.add_argument("--microbatch", type=positive, help="prompts a gradient pass; default: the preset's")
     parser.add_argument("--remat", choices=("none", "full", "dots"), help="default: the preset's")
-    parser.add_argument("--steps", type=positive, default=5, help="measured steps, after two that warm up")
+    parser.add_argument("--steps", type=positive, help="measured steps, after two that warm up; default: 5")
     parser.add_argument("--trace", metavar="DIR", help="write a profile of one more step")
     parser.add_argument("--topology", help="of a tpu preset, as listopd_jax.plan takes it")
     parser.add_argument("--json", action="store_true")
     args = parser.parse_args(argv)
     if args.topology and args.preset not in TPU:
         raise UserError("--topology: only the tpu presets compile for a described slice")
-    if args.preset in TPU and (args.trace or args.completions or args.microbatch or args.remat):
+    if args.preset in TPU and any((args.trace, args.completions, args.microbatch, args.remat, args.steps)):
         raise UserError(f"--preset={args.preset} compiles only: it takes --topology and --json")
+    if args.trace:
+        _make_folder(args.trace)
     return args
+
+
+def _make_folder(folder: str) -> None:
+    """So that a profile that cannot be written is refused before anything is measured."""
+    try:
+        pathlib.Path(folder).mkdir(parents=True, exist_ok=True)
+    except OSError as e:
+        raise UserError(f"--trace={folder}: cannot be written ({e.strerror}); choose another folder") from e
 
 
 def main(argv: Sequence[str]) -> None:
@@ -55,8 +66,8 @@ def main(argv: Sequence[str]) -> None:
         compile_only(args)
         return
     config, tokens = configured(args)
-    result = {"preset": args.preset} | fitting(config, tokens, args.steps, args.trace)
-    print(json.dumps(result, indent=1, allow_nan=False) if args.json else render(result))
+    result = {"preset": args.preset} | fitting(config, tokens, args.steps or 5, args.trace)
+    say(json.dumps(result, indent=1, allow_nan=False) if args.json else render(result))
 
 
 def configured(args: argparse.Namespace) -> tuple[Any, tuple[int, int]]:

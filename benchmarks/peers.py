@@ -31,6 +31,7 @@ from benchmarks.command import Parser, exit_code, positive
 from benchmarks.shape import Shape, write_models
 from benchmarks.table import spread
 from listopd_jax.errors import UserError
+from listopd_jax.lifecycle import say
 
 STAGES = ("rollout", "update", "score", "gradient", "step")
 WARM_UP = 3
@@ -213,7 +214,8 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
         raise UserError(
             f"--peers={','.join(args.peers)}: give ours and others of {', '.join(CANNOT)}, each once"
         )
-    if "tunix" in args.peers and not os.access(args.tunix_python or "", os.X_OK):
+    python = pathlib.Path(args.tunix_python or "")
+    if "tunix" in args.peers and not (python.is_file() and os.access(python, os.X_OK)):
         raise UserError("--tunix-python=PATH is missing: the interpreter of an environment with google-tunix")
     return args
 
@@ -247,7 +249,7 @@ def main(argv: Sequence[str]) -> None:
         "load_before": load,
         "steps": args.steps,
     }
-    print(json.dumps(result, indent=1, allow_nan=False) if args.json else render(result))
+    say(json.dumps(result, indent=1, allow_nan=False) if args.json else render(result))
 
 
 def render(result: Mapping[str, Any]) -> str:

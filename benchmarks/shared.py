@@ -1,10 +1,11 @@
 """What sharing the prompt saves: the n-completion step against our own step that is given each prompt n times.
 
-    python -m benchmarks.shared [--completions=8] [--prompts=2] [--tokens=700,225] [--steps=5] [--json]
+    python -m benchmarks.shared [--completions=8] [--prompts=1] [--tokens=700,225] [--layers=16,20] [--steps=5] [--json]
 
-Both do the same work (prompts × n completions of the same forced length), with the models of benchmarks.peers, in one
-process, in turn. Each runs as many completions in a gradient pass as the other. The ratio is shared / unshared of a
-turn; `by arithmetic` is that of their FLOPs.
+Both do the same work (prompts × n completions of the same forced length), in one process, in turn, with the models of
+benchmarks.peers made deeper, as the head and the layer in which a shared prompt ends weigh less in real models. Each
+runs as many completions in a gradient pass as the other. The ratio is shared / unshared of a turn; `by arithmetic` is
+that of their FLOPs.
 """
 
 import argparse
@@ -21,6 +22,7 @@ from benchmarks.command import Parser, exit_code, positive
 from benchmarks.shape import Shape
 from benchmarks.table import spread
 from listopd_jax.errors import UserError
+from listopd_jax.lifecycle import say
 
 STAGES = ("rollout", "update", "step")
 WARM_UP = 2
@@ -131,7 +133,7 @@ def main(argv: Sequence[str]) -> None:
     shape = Shape(args.completions, args.prompts, args.prompt, args.response)
     shape = dataclasses.replace(shape, student=(args.student, 256), teacher=(args.teacher, 384))
     result = measure(shape, args.steps)
-    print(json.dumps(result, indent=1, allow_nan=False) if args.json else render(result))
+    say(json.dumps(result, indent=1, allow_nan=False) if args.json else render(result))
 
 
 if __name__ == "__main__":

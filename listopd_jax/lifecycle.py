@@ -1,4 +1,4 @@
-"""One job, one workdir: the lock that keeps a second run out, and a SIGTERM that is heard in time.
+"""One job, one workdir: the lock that keeps a second run out, a SIGTERM that is heard in time, a reader that leaves.
 
 SIGTERM (pre-emption) ends the job with exit code 0. In training that takes at most one step and one save, besides the
 rest of a save that is still being written; elsewhere the job stops at once, since every result is written whole and
@@ -7,13 +7,23 @@ found again. A second SIGTERM changes nothing.
 
 import contextlib
 import fcntl
+import os
 import pathlib
 import signal
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from typing import Any
 
 from listopd_jax.errors import Interrupted, UserError
+
+
+def say(text: str) -> None:
+    """Print to stdout at once; a reader that has left (`| head`) is no error, and hears nothing more."""
+    try:
+        print(text, flush=True)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 @contextlib.contextmanager

@@ -17,6 +17,7 @@ from ml_collections import config_flags
 
 from listopd_jax import config as config_module
 from listopd_jax.errors import UserError
+from listopd_jax.lifecycle import say
 from listopd_jax.parallel.arithmetic import Load
 from listopd_jax.parallel.chips import Topology, known, parse_topology
 
@@ -49,7 +50,7 @@ def main(argv: list[str]) -> int:
         return 2
     except KeyboardInterrupt:
         return 130
-    print(json.dumps(plan, indent=1, allow_nan=False) if _JSON.value else render(plan))
+    say(json.dumps(plan, indent=1, allow_nan=False) if _JSON.value else render(plan))
     return 0 if plan["fits"] else 1
 
 

@@ -61,8 +61,13 @@ def test_the_current_token_is_a_part_of_its_own(step):
     np.testing.assert_allclose(got, oracle(*map(np.asarray, (q, k, v)), mask, pk, pv, lengths), atol=2e-6)
 
 
-def test_without_prompt_equals_jax_causal_attention():
-    q, k, v, *_ = make(np.random.default_rng(1))
+@pytest.mark.parametrize("tokens", [5, 257, 700])
+def test_without_prompt_equals_jax_causal_attention(tokens):
+    """In one block of queries, and in several of which the last is short."""
+    rng = np.random.default_rng(1)
+    q, k, v = (
+        rng.normal(size=(*x.shape[:2], tokens, *x.shape[3:])).astype(np.float32) for x in make(rng)[:3]
+    )
     got = causal(*map(jnp.asarray, (q, k, v)))
     for i in range(q.shape[1]):
         expected = jax.nn.dot_product_attention(q[:, i], k[:, i], v[:, i], is_causal=True)

@@ -45,8 +45,11 @@ needs_torch = pytest.mark.skipif(
         (peers.main, ["--peers=torch"], "give ours and others"),
         (peers.main, ["--completions=1,x"], "--completions: 'x' is not a whole number"),
         (peers.main, ["--peers=ours,tunix"], "--tunix-python"),
-        (shared.main, ["--tokens=700"], "--tokens=700"),
-        (shared.main, ["--layers=4,x"], "--layers=4,x"),
+        (shared.main, ["--tokens=700"], "--tokens=700: give tokens"),
+        (shared.main, ["--layers=4,x"], "--layers=4,x: give layers"),
+        (opd_step.main, ["--preset=cpu", "--trace=/proc/x"], "--trace=/proc/x: cannot be written"),
+        (opd_step.main, ["--preset=tpu", "--steps=3"], "compiles only"),
+        (peers.main, ["--peers=ours,tunix", "--tunix-python=."], "--tunix-python"),
     ],
 )
 def test_a_mistake_in_the_flags_is_one_line(main, flags, says, capsys):

@@ -156,8 +156,9 @@ class Decoder(nnx.Module):
 
     dtype: of the activations (norms, rotary positions and softmax are float32 inside).
     param_dtype: of the weights, which are cast to `dtype` at use.
-    remat: what of a layer the backward pass finds stored: 'none' (no remat: everything), 'full' (nothing but
-        its input), 'dots' (the results of the matrix products with weights).
+    remat: what of a layer the backward pass finds stored: 'none' (no remat: everything, but of prompts read by
+        `keys_values` what 'dots' stores), 'full' (nothing but its input), 'dots' (the results of the matrix
+        products with weights).
     attention: the form of passes over many tokens, of listopd_jax.ops.attention_forms.FORMS; a decode step, which is
         bound by the bytes that it reads, always has the reference's.
     """

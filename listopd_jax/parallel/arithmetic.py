@@ -121,10 +121,14 @@ def forward_flops(c: ModelConfig, load: Load) -> float:
 
 
 def recomputed_flops(c: ModelConfig, load: Load, remat: str) -> float:
-    """What the backward pass computes a second time: of the layers what `remat` says, of the fused head nothing."""
-    layers = forward_flops(c, load) - head_flops(c, load)
-    pairs = prompt_pairs(load) * (c.num_layers - 1) / c.num_layers + completion_pairs(load)
-    return {"none": 0.0, "dots": attention_flops(c, pairs), "full": layers}[remat]
+    """What the backward pass computes again: of the layers what `remat` says, of the fused head nothing.
+
+    Attention of shared prompts is always computed again (`Layer`).
+    """
+    if remat == "full":
+        return forward_flops(c, load) - head_flops(c, load)
+    prompts = prompt_pairs(load) * (c.num_layers - 1) / c.num_layers
+    return attention_flops(c, prompts + (completion_pairs(load) if remat == "dots" else 0.0))
 
 
 def step_flops(student: ModelConfig, teacher: ModelConfig, load: Load, remat: str) -> dict[str, float]:

@@ -217,6 +217,9 @@ def search(config: Any, topology: Topology, load: Load, compiles: int) -> dict[s
     memory of the others is taken to be underestimated as much, and the best of them is compiled, at most `compiles` in
     all. If none fits, the one that misses by least. UserError if nothing divides. The plan has `tried` too.
     """
+    from listopd_jax.ops.attention_forms import resolve
+
+    resolve(config.attention, topology.platform, config.dtype.compute)  # no layout mends that
     left = [(make_plan(c, topology, load, False), c) for c in candidates(config, topology)]
     if not left:
         raise UserError(
