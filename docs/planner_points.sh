@@ -15,8 +15,8 @@ while read -r preset topology; do
 done <<'POINTS'
 paper v5p:2x2x2
 paper v5e:16x16
-paper_8b v6e:16x16
 paper_8b v5p:4x4x4
+paper_8b v6e:16x16
 paper_8b v5e:16x16
 paper v6e:2x4
 paper v5e:8x8
