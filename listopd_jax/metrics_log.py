@@ -12,7 +12,6 @@ import time
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-import tensorboardX
 from tqdm import tqdm
 
 from listopd_jax import files
@@ -52,6 +51,8 @@ class MetricsLog:
     def __enter__(self) -> "MetricsLog":
         if not is_main():
             return self
+        import tensorboardX  # here, because it imports torch where that is installed
+
         path = self._workdir / FILE
         forget_after(self._workdir, self._head["run"], self._resume_step)
         try:

@@ -3,7 +3,9 @@
 import io
 import json
 import math
+import pathlib
 import struct
+import subprocess
 import sys
 
 import numpy as np
@@ -155,3 +157,10 @@ def test_progress_on_a_terminal_redraws_one_line(monkeypatch):
     for _ in progress(range(3), "eval"):
         pass
     assert "\r" in stream.getvalue() and "3/3" in stream.getvalue()
+
+
+def test_our_modules_do_not_import_torch():
+    """TensorBoard's writer and transformers do so where it is installed, 190 MB: not before they are used."""
+    root = pathlib.Path(__file__).parents[1]
+    code = "import sys, listopd_jax.pipeline; sys.exit('torch' in sys.modules)"
+    subprocess.run([sys.executable, "-c", code], cwd=root, check=True)
