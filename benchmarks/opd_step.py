@@ -19,6 +19,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from benchmarks.command import Parser, exit_code, positive
+from listopd_jax.config import REMATS
 from listopd_jax.errors import UserError
 from listopd_jax.lifecycle import say
 
@@ -36,7 +37,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--preset", choices=(*RUNS, *TPU), required=True)
     parser.add_argument("--completions", type=positive, help="of each prompt; default: the preset's")
     parser.add_argument("--microbatch", type=positive, help="prompts a gradient pass; default: the preset's")
-    parser.add_argument("--remat", choices=("none", "full", "dots"), help="default: the preset's")
+    parser.add_argument("--remat", choices=REMATS, help="default: the preset's")
     parser.add_argument("--steps", type=positive, help="measured steps, after two that warm up; default: 5")
     parser.add_argument("--trace", metavar="DIR", help="write a profile of one more step")
     parser.add_argument("--topology", help="of a tpu preset, as listopd_jax.plan takes it")

@@ -27,7 +27,7 @@ ESTIMATORS = ("sampled", "full_vocab")
 AGGREGATES = ("token", "sequence")
 SOURCES = ("synthetic", "clothing", "amazon2018", "amazon2023")
 DTYPES = ("float32", "bfloat16")
-REMATS = ("none", "full", "dots")
+REMATS = ("full", "attention", "dots", "none")
 ATTENTIONS = ("auto", "xla", "cudnn", "splash")
 
 

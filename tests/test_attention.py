@@ -102,6 +102,26 @@ def test_gradients_equal_concatenated_softmax():
         np.testing.assert_allclose(got, expected, rtol=0, atol=1e-5)
 
 
+@pytest.mark.parametrize("dtype, atol", [(jnp.float32, 2e-6), (jnp.bfloat16, 0.04)])
+def test_gradients_over_several_blocks_equal_jax_causal_attention(dtype, atol):
+    """In float32; from bfloat16 inputs up to their rounding."""
+    rng, shape = np.random.default_rng(8), (1, 2, 300, 4, 8)
+    q, k, v, target = (jnp.asarray(rng.normal(size=shape), jnp.float32) for _ in range(4))
+    k, v = k[..., :2, :], v[..., :2, :]
+
+    def jax_form(q, k, v):
+        return jax.nn.dot_product_attention(q[0], k[0], v[0], is_causal=True)[None]
+
+    def gradients(f, *arrays):
+        return jax.grad(lambda *a: (f(*a) * target).sum(), argnums=(0, 1, 2))(*arrays)
+
+    cast = [x.astype(dtype) for x in (q, k, v)]
+    expected = gradients(jax_form, *(x.astype(jnp.float32) for x in cast))
+    for got, exact in zip(gradients(causal, *cast), expected, strict=True):
+        assert got.dtype == dtype
+        np.testing.assert_allclose(np.asarray(got, np.float32), exact, rtol=2e-2, atol=atol)
+
+
 def test_masked_keys_have_no_influence_and_no_nan():
     """Even enormous values behind a mask leave the result and every gradient as they were."""
     q, k, v, pk, pv = make(np.random.default_rng(4))

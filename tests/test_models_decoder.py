@@ -14,6 +14,7 @@ import scipy.special
 from flax import nnx
 from jax.experimental import topologies
 
+from listopd_jax.config import REMATS
 from listopd_jax.errors import UserError
 from listopd_jax.models.config import ModelConfig, RopeScaling, num_params
 from listopd_jax.models.decoder import Decoder, abstract, rms_norm, rope_frequencies
@@ -182,7 +183,7 @@ def test_padding_is_zero_and_gradients_finite(model):
     assert all(np.isfinite(g).all() for g in jax.tree.leaves(grads))
 
 
-@pytest.mark.parametrize("remat", ["full", "dots"])
+@pytest.mark.parametrize("remat", ["full", "attention", "dots"])
 def test_remat_changes_no_gradient(batch, remat):
     graphdef, params = nnx.split(Decoder(QWEN, rngs=nnx.Rngs(0)))
     recomputing, _ = abstract(QWEN, remat=remat)
@@ -191,7 +192,7 @@ def test_remat_changes_no_gradient(batch, remat):
 
 
 def test_remat_policies_store_less():
-    """The stored residuals of a deep model shrink from 'none' to 'dots' to 'full'."""
+    """The stored residuals of a deep model grow from policy to policy."""
     config = dataclasses.replace(QWEN, num_layers=8)
     tokens = jax.ShapeDtypeStruct((8, 32), jnp.int32)
     lengths = jax.ShapeDtypeStruct((8,), jnp.int32)
@@ -201,8 +202,8 @@ def test_remat_policies_store_less():
         grad = jax.jit(jax.grad(lambda p, t, n: (nnx.merge(graphdef, p)(t, n) ** 2).sum()))
         return grad.lower(params, tokens, lengths).compile().memory_analysis().temp_size_in_bytes
 
-    none, dots, full = map(temporaries, ("none", "dots", "full"))
-    assert full < dots < none
+    full, attention, dots, none = map(temporaries, REMATS)
+    assert full < attention < dots < none
 
 
 def test_unknown_remat_is_refused():

@@ -11,14 +11,18 @@ from jaxtyping import Array, Bool, Float, Int
 
 from listopd_jax.errors import UserError
 from listopd_jax.models.config import ModelConfig
-from listopd_jax.ops.attention import Part, Prompt, attention, stored
+from listopd_jax.ops.attention import SAVED, Part, Prompt, attention, stored
 from listopd_jax.ops.attention_forms import FORMS, causal_attention
 from listopd_jax.parallel.rules import CACHE, constrain, gathered, kv_copies
 
 REMAT = {
-    "none": None,
     "full": jax.checkpoint_policies.nothing_saveable,
-    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    "attention": jax.checkpoint_policies.save_only_these_names(SAVED),
+    "dots": jax.checkpoint_policies.save_from_both_policies(
+        jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+        jax.checkpoint_policies.save_only_these_names(SAVED),
+    ),
+    "none": None,
 }
 
 ROWS = ("batch", "completions", "length")  # logical axes in front of an activation's own
@@ -156,9 +160,10 @@ class Decoder(nnx.Module):
 
     dtype: of the activations (norms, rotary positions and softmax are float32 inside).
     param_dtype: of the weights, which are cast to `dtype` at use.
-    remat: what of a layer the backward pass finds stored: 'none' (no remat: everything, but of prompts read by
-        `keys_values` what 'dots' stores), 'full' (nothing but its input), 'dots' (the results of the matrix
-        products with weights).
+    remat: what of a layer the backward pass finds stored: 'full' (nothing but its input), 'attention' (besides it what
+        attention mixed), 'dots' (besides these the results of the matrix products with weights) or 'none' (no remat:
+        all but attention's scores; of prompts read by `keys_values` what 'dots' stores). Only the form xla of
+        attention has a result that can be stored.
     attention: the form of passes over many tokens, of listopd_jax.ops.attention_forms.FORMS; a decode step, which is
         bound by the bytes that it reads, always has the reference's.
     """

@@ -38,7 +38,10 @@ class Load(NamedTuple):
 
 
 class Layout(NamedTuple):
-    """How the step is laid out: devices along the mesh axes, prompts a gradient pass, remat, dtypes, attention."""
+    """How the step is laid out: devices along the mesh axes, prompts a gradient pass, remat, dtypes, attention.
+
+    remat is what the policy amounts to: 'attention' stores no more than 'full' where the form of attention is fused.
+    """
 
     sizes: Mapping[str, int]
     microbatch: int
@@ -123,12 +126,15 @@ def forward_flops(c: ModelConfig, load: Load) -> float:
 def recomputed_flops(c: ModelConfig, load: Load, remat: str) -> float:
     """What the backward pass computes again: of the layers what `remat` says, of the fused head nothing.
 
-    Attention of shared prompts is always computed again (`Layer`).
+    Attention's scores are always computed again, its mixture only by 'full' (listopd_jax.ops.attention; the fused forms
+    do both again with 'dots' too, some 0.2 % of a step that is not counted).
     """
+    layers = forward_flops(c, load) - head_flops(c, load)
     if remat == "full":
-        return forward_flops(c, load) - head_flops(c, load)
+        return layers
     prompts = prompt_pairs(load) * (c.num_layers - 1) / c.num_layers
-    return attention_flops(c, prompts + (completion_pairs(load) if remat == "dots" else 0.0))
+    scores = attention_flops(c, prompts + completion_pairs(load)) / 2
+    return layers - scores if remat == "attention" else scores
 
 
 def step_flops(student: ModelConfig, teacher: ModelConfig, load: Load, remat: str) -> dict[str, float]:
@@ -203,7 +209,7 @@ def _update_cost(student, load: Load, layout: Layout, share: Mapping[str, float]
     weights = 2 * _passes(load, layout) * width * num_params(student) / sizes["tensor"]
     state = 28 * num_params(student) / layout.shards
     gradients = _passes(load, layout) * F32 * num_params(student) / layout.shards
-    forwards = 3 if layout.remat == "full" else 2
+    forwards = 3 if layout.remat in ("full", "attention") else 2
     arriving = {
         "data": 2 * gradients * (sizes["data"] - 1) / sizes["data"],
         "fsdp": 3 * _gathered(weights, layout),  # gathered forward and backward, gradients scattered
@@ -303,8 +309,9 @@ def _pass_bytes(student: ModelConfig, teacher: ModelConfig, load: Load, layout: 
     pairs = layout.keeps_scores * prompts * (load.prompt**2 + load.rollouts * load.response * keys)
     heads = math.ceil(max(student.num_heads, teacher.num_heads) / tensor)
     scores = 3 * F32 * heads * pairs
-    units = (3 * student.intermediate_size + 4 * student.num_heads * student.head_dim) / tensor
-    stored = {"full": 0.0, "dots": units, "none": 2 * units + heads * 2 * pairs / tokens}[layout.remat]
+    mixed = student.num_heads * student.head_dim / tensor
+    units = 3 * student.intermediate_size / tensor + 5 * mixed
+    stored = {"full": 0.0, "attention": mixed, "dots": units, "none": 2 * units}[layout.remat]
     layer = max(layer_weights(c) / c.num_layers for c in (student, teacher))
     kept = student.num_layers * tokens * width * (student.hidden_size + stored)
     head_gradient = F32 * student.vocab_size * student.hidden_size / tensor

@@ -82,8 +82,9 @@ def layout_of(config: Any, topology: Topology) -> Layout:
     form = resolve(config.attention, topology.platform, config.dtype.compute)
     sizes = mesh_sizes(config.parallel, topology.devices)
     check_mesh(config, shapes_of(config), sizes)
+    remat = "full" if config.remat == "attention" and form != "xla" else config.remat
     return Layout(
-        sizes, config.opd.microbatch, config.remat, config.dtype.compute, config.dtype.frozen,
+        sizes, config.opd.microbatch, remat, config.dtype.compute, config.dtype.frozen,
         config.parallel.gather_rollout, config.opd.head_chunk, form,
     )  # fmt: skip
 
@@ -195,10 +196,11 @@ def candidates(config: Any, topology: Topology) -> Iterator[ml_collections.Confi
                 for section in (changed.opd, changed.sft.teacher, changed.sft.student):
                     section.microbatch = math.gcd(microbatch, section.batch_size)
                 try:
-                    layout_of(changed, topology)
+                    layout = layout_of(changed, topology)
                 except UserError:
                     continue
-                yield changed
+                if layout.remat == remat:  # else it is another policy by another name
+                    yield changed
 
 
 def _meshes(devices: int, grid: int) -> Iterator[dict[str, int]]:
