@@ -16,12 +16,8 @@ class Peer:
     """One step in the stages rollout and update."""
 
     def __init__(self, shape: Shape, folder: pathlib.Path):
-        config = cpu(shape)
-        for role in ("student", "teacher"):
-            config[role].weights = str(folder / role)
-        config.tokenizer.path = str(folder / "student")
-        self.shape = shape
-        self.work = Step(validate(config), shape.prompt_ids(), shape.prompt_tokens, shape.new_tokens)
+        config, prompts = validate(cpu(shape)), shape.prompt_ids()
+        self.work = Step(config, prompts, shape.prompt_tokens, shape.new_tokens, folder)
 
     def rollout(self) -> Rollout:
         """Completions of forced length."""

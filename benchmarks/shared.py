@@ -1,6 +1,6 @@
 """What sharing the prompt saves: the n-completion step against our own step that is given each prompt n times.
 
-    python -m benchmarks.shared [--completions=8] [--prompts=1] [--tokens=700,225] [--layers=16,20] [--steps=5] [--json]
+    python -m benchmarks.shared [--completions=8] [--prompts=4] [--tokens=700,225] [--layers=10,14] [--steps=3] [--json]
 
 Both do the same work (prompts × n completions of the same forced length), in one process, in turn, with the models of
 benchmarks.peers made deeper, as the head and the layer in which a shared prompt ends weigh less in real models. Each
@@ -35,10 +35,10 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )  # fmt: skip
     parser.add_argument("--completions", type=positive, default=8)
-    parser.add_argument("--prompts", type=positive, default=1)
+    parser.add_argument("--prompts", type=positive, default=4)
     parser.add_argument("--tokens", default="700,225")
-    parser.add_argument("--layers", default="16,20", help="of student and teacher; the peers have 4,6")
-    parser.add_argument("--steps", type=positive, default=5)
+    parser.add_argument("--layers", default="10,14", help="of student and teacher; the peers have 4,6")
+    parser.add_argument("--steps", type=positive, default=3)
     parser.add_argument("--json", action="store_true")
     args = parser.parse_args(argv)
     args.prompt, args.response = _pair(

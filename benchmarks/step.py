@@ -1,5 +1,6 @@
 """One OPD step of a configuration, on one device, with forced lengths: its two programs as the OPD stage calls them."""
 
+import pathlib
 import time
 from types import SimpleNamespace
 from typing import Any
@@ -10,6 +11,7 @@ import numpy as np
 from jaxtyping import Array, Int
 
 from listopd_jax.models.build import cast, graph_of, initial_params
+from listopd_jax.models.hf import load_hf
 from listopd_jax.ops.attention_forms import resolve
 from listopd_jax.parallel.planner import shapes_of, vocabulary
 from listopd_jax.rollout.decode import Rollout, generate
@@ -31,18 +33,30 @@ def random_prompts(config: Any, tokens: int) -> Int[np.ndarray, "B P"]:
 class Step:
     """Weights, optimizer state and prompts [B, P] of `prompt` tokens each, and what a step does with them.
 
-    Completions never end by themselves (no id is EOS): each has `response` tokens, by its budget.
+    Completions never end by themselves (no id is EOS): each has `response` tokens, by its budget. The weights are
+    random, or those of `folder`/student and `folder`/teacher.
     """
 
-    def __init__(self, config: Any, prompts: Int[np.ndarray, "B P"], prompt: int, response: int):
+    def __init__(
+        self,
+        config: Any,
+        prompts: Int[np.ndarray, "B P"],
+        prompt: int,
+        response: int,
+        folder: pathlib.Path | None = None,
+    ):
         shapes, self.config, self.vocab = shapes_of(config), config, vocabulary(config)
         compute = config.dtype.compute
         form = resolve(config.attention, jax.default_backend(), compute)
         self.graphs = {role: graph_of(shape, compute, config.remat, form) for role, shape in shapes.items()}
         self.prompts = jnp.asarray(prompts)
         self.lengths, self.response = jnp.full(len(prompts), prompt, jnp.int32), response
-        student = initial_params(config.student, shapes["student"], 0, config.dtype.param)
-        teacher = initial_params(config.teacher, shapes["teacher"], 1, config.dtype.frozen)
+        if folder is None:
+            student = initial_params(config.student, shapes["student"], 0, config.dtype.param)
+            teacher = initial_params(config.teacher, shapes["teacher"], 1, config.dtype.frozen)
+        else:
+            student = load_hf(folder / "student", jnp.dtype(config.dtype.param))[1]
+            teacher = load_hf(folder / "teacher", jnp.dtype(config.dtype.frozen))[1]
         self.frozen = Frozen(teacher, cast(student, config.dtype.frozen))
         self.state = init_state(student, adamw(config.optimizer, config.opd.b2))
         codec = SimpleNamespace(vocab=self.vocab)
