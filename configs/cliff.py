@@ -47,7 +47,7 @@ def get_config(arm: str = "plain") -> ml_collections.ConfigDict:
         raise unknown_name("arm", arm, tuple(ARMS))
     config = _fashion().tiny()
     config.preset = arm
-    config.remat = "full"  # faster than storing activations on a CPU
+    config.remat = "full"  # was faster than storing activations on a CPU
     config.task.max_response = 64
     config.opd.update(batch_size=8, rollouts=4, lr=4e-4, seeds=(7, 13, 21, 42, 95), steps=200, budgets=(50,))
     config.forecast.lambdas = (1.05, 1.15, 1.2, 1.25, 1.4)
