@@ -17,8 +17,9 @@ from jax.experimental import topologies
 from listopd_jax.config import REMATS
 from listopd_jax.errors import UserError
 from listopd_jax.models.config import ModelConfig, RopeScaling, num_params
-from listopd_jax.models.decoder import Decoder, abstract, rms_norm, rope_frequencies
+from listopd_jax.models.decoder import REMAT, Decoder, abstract, rms_norm, rope_frequencies
 from listopd_jax.ops import attention_cudnn
+from listopd_jax.ops.attention import causal
 from listopd_jax.ops.attention_forms import FORMS
 
 QWEN = ModelConfig(61, 32, 48, 3, 4, 2, 12, rope_theta=5e6, tied=False)
@@ -204,6 +205,14 @@ def test_remat_policies_store_less():
 
     full, attention, dots, none = map(temporaries, REMATS)
     assert full < attention < dots < none
+
+
+@pytest.mark.parametrize("remat, count", [("full", 0), ("attention", 2), ("dots", 2)])
+def test_what_attention_leaves_is_stored_where_the_policy_says_so(remat, count, capsys):
+    """The mixed values and the log of the softmax's denominator."""
+    x = jnp.ones((1, 2, 5, 4, 8))
+    jax.ad_checkpoint.print_saved_residuals(jax.checkpoint(causal, policy=REMAT[remat]), x, x, x)
+    assert capsys.readouterr().out.count("named 'attention'") == count
 
 
 def test_unknown_remat_is_refused():

@@ -128,6 +128,17 @@ def test_devices_share_the_work_and_split_weights_shrink():
     assert split["decode"].arriving["tensor"] > 0
 
 
+def test_layers_that_are_computed_again_send_their_activations_again():
+    """What a layer leaves to store is not the sum over the tensor axis, unless its products are stored."""
+
+    def sent(remat):
+        layout = Layout(ONE | {"tensor": 8}, 8, remat)
+        return arithmetic.costs(STUDENT, TEACHER, EC, layout)["update"].arriving["tensor"]
+
+    full, attention, dots, none = map(sent, REMATS)
+    assert full == attention == 1.5 * dots == 1.5 * none > 0
+
+
 def test_kv_heads_are_copied_when_tensor_has_more():
     assert arithmetic.kv_bytes(STUDENT, 8) == arithmetic.kv_bytes(STUDENT) / 8
     assert arithmetic.kv_bytes(STUDENT, 16) == arithmetic.kv_bytes(STUDENT, 8)
