@@ -27,8 +27,8 @@ setup(
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     python_requires=">=3.11",
-    packages=find_packages(include=["listopd_jax", "listopd_jax.*"]),
-    package_data={"listopd_jax.analysis": ["*.jinja"]},
+    packages=find_packages(include=["listopd_jax", "listopd_jax.*", "configs", "launch"]),
+    package_data={"listopd_jax.report": ["*.jinja"]},
     install_requires=[
         "jax>=0.10,<0.12",
         "flax>=0.12",

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jaxtyping import Array
 
 from benchmarks.memory import peak_resident
-from listopd_jax.parallel.chips import CHIPS, Chip, Topology
+from listopd_jax.plan.chips import CHIPS, Chip, Topology
 
 
 class Peak(NamedTuple):
@@ -20,14 +20,14 @@ class Peak(NamedTuple):
 
     @property
     def topology(self) -> Topology:
-        """This one device, for listopd_jax.parallel.arithmetic."""
+        """This one device, for listopd_jax.plan.arithmetic."""
         return Topology("here", "here", self.chip, (1,))
 
 
 def peak_of(device: Any, dtype: str) -> Peak:
     """Of an H100 the data sheet's bfloat16 peak; of any other device what a product and a copy reach here and now."""
     if "H100" in device.device_kind and dtype == "bfloat16":
-        return Peak(CHIPS["h100"], "data sheet (listopd_jax/parallel/chips.py)")
+        return Peak(CHIPS["h100"], "data sheet (listopd_jax/plan/chips.py)")
     flops, bandwidth = matmul_flops(dtype, device.platform), copy_bandwidth(device.platform)
     chip = CHIPS["cpu"]._replace(flops=flops, bandwidth=bandwidth)
     return Peak(chip, f"measured in this run: {dtype} matrix product, float32 copy")

@@ -106,8 +106,8 @@ def measure(config: Any, tokens: tuple[int, int], steps: int, trace: str | None 
     from benchmarks.memory import forget_peak
     from benchmarks.step import Step, random_prompts, timed_stages
     from benchmarks.table import stage_rows
-    from listopd_jax.parallel.arithmetic import Load
-    from listopd_jax.parallel.planner import layout_of, shapes_of
+    from listopd_jax.plan.arithmetic import Load
+    from listopd_jax.plan.search import layout_of, shapes_of
 
     device = jax.devices()[0]
     peak = peak_of(device, config.dtype.compute)

@@ -28,7 +28,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from benchmarks.command import Parser, exit_code, positive
-from benchmarks.shape import Shape, write_models
+from benchmarks.shape import Shape
 from benchmarks.table import spread
 from listopd_jax.errors import UserError
 from listopd_jax.lifecycle import say
@@ -233,6 +233,8 @@ def main(argv: Sequence[str]) -> None:
     if hasattr(os, "sched_setaffinity"):
         os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:CORES])
     os.environ.update(environment())
+    from benchmarks.models import write_models  # imports jax, which reads the environment once
+
     load, rows, losses = os.getloadavg()[0], [], {}
     pythons = {"tunix": args.tunix_python}
     with tempfile.TemporaryDirectory() as name:

@@ -1,15 +1,11 @@
 """The configurations that benchmarks measure, and the tokens that each step is forced to."""
 
-import importlib.util
-import pathlib
-from typing import Any
-
 import ml_collections
 
 from benchmarks.shape import Shape
+from configs import fashion
 from listopd_jax.config import defaults
 
-CONFIGS = pathlib.Path(__file__).parents[1] / "configs"
 FASHION = (700, 225)  # mean tokens of prompt and response on Amazon Fashion
 
 
@@ -29,7 +25,7 @@ def cpu(shape: Shape = Shape()) -> ml_collections.ConfigDict:  # noqa: B008 (fro
 
 def paper() -> ml_collections.ConfigDict:
     """EC's step of configs/fashion.py:paper, with random weights of the published shapes."""
-    config = _fashion().paper()
+    config = fashion.paper()
     config.student.update(weights="", architecture="qwen3_1_7b")
     config.teacher.update(weights="", architecture="qwen3_4b")
     return config
@@ -48,11 +44,3 @@ def paper_small() -> ml_collections.ConfigDict:
 
 PRESETS = {"cpu": (cpu, (256, 64)), "paper": (paper, FASHION), "paper_small": (paper_small, (44, 14))}
 """Configuration and mean tokens (prompt, response) of each preset that runs."""
-
-
-def _fashion() -> Any:
-    """configs/fashion.py as a module: configs are files, not a package."""
-    spec = importlib.util.spec_from_file_location("fashion", CONFIGS / "fashion.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module

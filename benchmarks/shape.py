@@ -1,10 +1,9 @@
-"""The work that every peer is given: forced lengths, prompts and two random models of one vocabulary, on disk.
+"""The work that every peer is given: forced lengths, prompts and two models of one vocabulary.
 
 Only numpy is imported with this module: the processes of other libraries load it too.
 """
 
 import dataclasses
-import pathlib
 
 import numpy as np
 
@@ -43,29 +42,3 @@ class Shape:
         """Random prompts int32 [prompts, prompt_tokens]; ids 0 and 1 are PAD and EOS."""
         ids = np.random.default_rng(seed).integers(2, self.vocab, (self.prompts, self.prompt_tokens))
         return ids.astype(np.int32)
-
-
-def words_tokenizer(vocab: int):
-    """A tokenizer whose text is the ids: "w17 w4 …"."""
-    from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
-
-    words = {"<pad>": 0, "</s>": 1} | {f"w{i}": i for i in range(2, vocab)}
-    tokenizer = Tokenizer(models.WordLevel(words, unk_token="<pad>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, pad_token="<pad>", eos_token="</s>", padding_side="left"
-    )
-
-
-def write_models(shape: Shape, folder: pathlib.Path) -> None:
-    """Random float32 weights of both roles as Hugging Face folders: folder/student, folder/teacher."""
-    from benchmarks.presets import cpu
-    from listopd_jax.models.build import initial_params
-    from listopd_jax.models.hf import save_hf
-    from listopd_jax.parallel.planner import shapes_of
-
-    config = cpu(shape)
-    for seed, (role, dimensions) in enumerate(shapes_of(config).items()):
-        params = initial_params(config[role], dimensions, seed, "float32")
-        save_hf(folder / role, dimensions, params, words_tokenizer(shape.vocab))

@@ -74,8 +74,8 @@ def configurations(shape: Shape) -> dict[str, ml_collections.ConfigDict]:
 def measure(shape: Shape, steps: int) -> dict[str, Any]:
     """Seconds and ratios of both, and the ratio of their FLOPs."""
     from benchmarks.step import Step, timed
-    from listopd_jax.parallel.arithmetic import Load, step_flops
-    from listopd_jax.parallel.planner import shapes_of
+    from listopd_jax.plan.arithmetic import Load, step_flops
+    from listopd_jax.plan.search import shapes_of
 
     configs, prompts = configurations(shape), shape.prompt_ids()
     given = {"shared": prompts, "unshared": np.repeat(prompts, shape.completions, 0)}

@@ -13,9 +13,9 @@ from jaxtyping import Array, Int
 from listopd_jax.models.build import cast, graph_of, initial_params
 from listopd_jax.models.hf import load_hf
 from listopd_jax.ops.attention_forms import resolve
-from listopd_jax.parallel.planner import shapes_of, vocabulary
+from listopd_jax.plan.search import shapes_of, vocabulary
 from listopd_jax.rollout.decode import Rollout, generate
-from listopd_jax.train.opd import hyper_at, make_step
+from listopd_jax.stages.opd import hyper_at, make_step
 from listopd_jax.train.opd_step import Frozen, OpdBatch
 from listopd_jax.train.optimizer import adamw, init_state
 

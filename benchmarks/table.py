@@ -5,9 +5,9 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from listopd_jax.models.config import ModelConfig
-from listopd_jax.parallel import arithmetic
-from listopd_jax.parallel.arithmetic import Layout, Load
-from listopd_jax.parallel.chips import Topology
+from listopd_jax.plan import arithmetic
+from listopd_jax.plan.arithmetic import Layout, Load
+from listopd_jax.plan.chips import Topology
 
 PHASES = {
     "prefill": ("prefill",),
@@ -16,7 +16,7 @@ PHASES = {
     "update": ("score", "update"),
     "step": ("prefill", "decode", "score", "update"),
 }
-"""The phases of listopd_jax.parallel.arithmetic that each measured stage consists of."""
+"""The phases of listopd_jax.plan.arithmetic that each measured stage consists of."""
 
 
 def spread(values: Sequence[float]) -> tuple[float, float, float]:

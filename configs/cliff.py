@@ -10,12 +10,11 @@ models and SFT are those of configs/fashion.py:tiny. `plain` goes first and trai
 cores: see docs/results.md for times and for what came out.
 """
 
-import importlib.util
 import math
-import pathlib
 
 import ml_collections
 
+from configs.fashion import tiny
 from listopd_jax.config import unknown_name
 
 RUNS = "runs/cliff"
@@ -45,7 +44,7 @@ def get_config(arm: str = "plain") -> ml_collections.ConfigDict:
     """The configuration of `arm`, one of ARMS."""
     if arm not in ARMS:
         raise unknown_name("arm", arm, tuple(ARMS))
-    config = _fashion().tiny()
+    config = tiny()
     config.preset = arm
     config.remat = "full"  # was faster than storing activations on a CPU
     config.task.max_response = 64
@@ -78,11 +77,3 @@ def _models(config: ml_collections.ConfigDict, arm: str) -> None:
             config.sft[role].update(steps=0, epochs=0.0)
     if made != "both":
         config.tokenizer.path = f"{RUNS}/plain/export/sft_teacher"
-
-
-def _fashion():
-    """configs/fashion.py as a module: configs are files, not a package."""
-    spec = importlib.util.spec_from_file_location("fashion", pathlib.Path(__file__).with_name("fashion.py"))
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module

@@ -17,9 +17,9 @@ from typing import Any, NamedTuple
 from launch import cli
 from launch.grid import COMMON, Grid, Point, read_grid
 from listopd_jax import files
-from listopd_jax.analysis.inputs import Inputs, read_inputs
-from listopd_jax.analysis.report import write_report
 from listopd_jax.errors import UserError
+from listopd_jax.report.inputs import Inputs, read_inputs
+from listopd_jax.report.write import write_report
 
 
 class Gathered(NamedTuple):

@@ -35,6 +35,62 @@ def _section(**fields: Any) -> ml_collections.ConfigDict:
     return ml_collections.ConfigDict(fields)
 
 
+def defaults() -> ml_collections.ConfigDict:
+    """Every field of a run, with EC's recipe as the default where EC gives one."""
+    return _section(
+        preset="paper",
+        seed=0,
+        task=_task(),
+        tokenizer=_tokenizer(),
+        data=_data(),
+        teacher=_model(),
+        student=_model(),
+        dtype=_section(param="float32", compute="float32", frozen="float32"),
+        remat="none",
+        attention="auto",  # splash (and the Pallas kernel for frozen scores) on TPUs, cudnn on GPUs in 16 bit, else xla
+        sft=_section(teacher=_sft(), student=_sft()),
+        optimizer=_section(b1=0.9, weight_decay=0.0, max_grad_norm=1.0),
+        opd=_opd(),
+        forecast=_section(lambdas=(), batch_size=8),  # lambdas besides opd.lambdas, decoded without training
+        evaluation=_section(batch_size=64, max_lists=0, bootstrap=2000, examples=3),
+        parallel=_parallel(),
+        train=_section(checkpoint_every=50, keep_checkpoints=2, export=True),
+    )
+
+
+def _task() -> ml_collections.ConfigDict:
+    return _section(
+        k=0,  # reviews a list; 0: 8, EC's, but 4 for the synthetic source, which two cores learn in minutes
+        max_prompt=2048,  # tokens
+        max_response=512,  # tokens
+        max_review_words=200,  # 0: uncut
+        prompt_buckets=4,  # prompt widths to compile for
+        chat_template=False,
+        ndcg_gain="linear",
+    )
+
+
+def _tokenizer() -> ml_collections.ConfigDict:
+    return _section(path="", vocab_size=512)  # empty path: train a byte-level BPE on the training prompts
+
+
+def _data() -> ml_collections.ConfigDict:
+    return _section(
+        source="synthetic",
+        path="",
+        meta_path="",
+        labels="",  # JSONL of review key -> score 0..10; empty: from votes
+        vote_cap=50,  # votes that mean a score of 10
+        max_broken=0.05,
+        max_reviews_per_product=0,  # 0: all
+        max_lists=0,  # 0: all
+        validation_share=0.1,
+        seed=0,
+        verify=True,
+        synthetic=_section(products=500, reviews_per_product=16, noise=0.5, notes=()),
+    )
+
+
 def _model() -> ml_collections.ConfigDict:
     return _section(
         weights="",  # folder with safetensors or hub id; empty: random weights of `architecture`
@@ -66,93 +122,48 @@ def _sft() -> ml_collections.ConfigDict:
     )
 
 
-def defaults() -> ml_collections.ConfigDict:
-    """Every field of a run, with EC's recipe as the default where EC gives one."""
+def _opd() -> ml_collections.ConfigDict:
     return _section(
-        preset="paper",
-        seed=0,
-        task=_section(
-            k=0,  # reviews a list; 0: 8, EC's, but 4 for the synthetic source, which two cores learn in minutes
-            max_prompt=2048,  # tokens
-            max_response=512,  # tokens
-            max_review_words=200,  # 0: uncut
-            prompt_buckets=4,  # prompt widths to compile for
-            chat_template=False,
-            ndcg_gain="linear",
+        lambdas=(1.0, 1.05, 1.1, 1.15, 1.2, 1.25),  # (): stop after the forecast, as launch/ does once a grid
+        seeds=(0,),
+        steps=0,  # 0: as many as `epochs` give
+        epochs=3.0,
+        batch_size=128,  # prompts a step
+        rollouts=1,  # completions a prompt
+        microbatch=0,  # prompts a gradient pass; 0: the whole batch
+        updates_per_batch=1,
+        lr=1e-6,
+        b2=0.999,  # of AdamW
+        temperature=1.0,
+        clip=5.0,  # c of EC Eq. 3; inf: no clip
+        ratio="teacher_student",
+        advantage="base_relative",
+        estimator="sampled",
+        aggregate="token",
+        kl_to_base=0.0,
+        entropy_bonus=0.0,
+        lambda_warmup_steps=0,
+        ppo_clip=0.0,  # 0: off
+        guard=_section(  # keep the teacher's mode: λ_t = λ where λ·margin ≤ λ_flip, else that of `fallback`
+            margin=0.0,  # 0: off
+            fallback="teacher",  # teacher: 1; base: 0 where base and teacher have one mode, else 1
         ),
-        tokenizer=_section(
-            path="", vocab_size=512
-        ),  # empty path: train a byte-level BPE on the training prompts
-        data=_section(
-            source="synthetic",
-            path="",
-            meta_path="",
-            labels="",  # JSONL of review key -> score 0..10; empty: from votes
-            vote_cap=50,  # votes that mean a score of 10
-            max_broken=0.05,
-            max_reviews_per_product=0,  # 0: all
-            max_lists=0,  # 0: all
-            validation_share=0.1,
-            seed=0,
-            verify=True,
-            synthetic=_section(products=500, reviews_per_product=16, noise=0.5, notes=()),
-        ),
-        teacher=_model(),
-        student=_model(),
-        dtype=_section(param="float32", compute="float32", frozen="float32"),
-        remat="none",
-        attention="auto",  # splash (and the Pallas kernel for frozen scores) on TPUs, cudnn on GPUs in 16 bit, else xla
-        sft=_section(teacher=_sft(), student=_sft()),
-        optimizer=_section(b1=0.9, weight_decay=0.0, max_grad_norm=1.0),
-        opd=_section(
-            lambdas=(
-                1.0,
-                1.05,
-                1.1,
-                1.15,
-                1.2,
-                1.25,
-            ),  # (): stop after the forecast, as launch/ does once a grid
-            seeds=(0,),
-            steps=0,  # 0: as many as `epochs` give
-            epochs=3.0,
-            batch_size=128,  # prompts a step
-            rollouts=1,  # completions a prompt
-            microbatch=0,  # prompts a gradient pass; 0: the whole batch
-            updates_per_batch=1,
-            lr=1e-6,
-            b2=0.999,  # of AdamW
-            temperature=1.0,
-            clip=5.0,  # c of EC Eq. 3; inf: no clip
-            ratio="teacher_student",
-            advantage="base_relative",
-            estimator="sampled",
-            aggregate="token",
-            kl_to_base=0.0,
-            entropy_bonus=0.0,
-            lambda_warmup_steps=0,
-            ppo_clip=0.0,  # 0: off
-            guard=_section(  # keep the teacher's mode: λ_t = λ where λ·margin ≤ λ_flip, else that of `fallback`
-                margin=0.0,  # 0: off
-                fallback="teacher",  # teacher: 1; base: 0 where base and teacher have one mode, else 1
-            ),
-            budgets=(),  # steps before the last at which each run is evaluated too
-            head_chunk=1024,  # completion positions whose logits exist at one time
-        ),
-        forecast=_section(lambdas=(), batch_size=8),  # lambdas besides opd.lambdas, decoded without training
-        evaluation=_section(batch_size=64, max_lists=0, bootstrap=2000, examples=3),
-        parallel=_section(
-            grid=1,  # points of (λ, seed) trained at once: 1, the main job trains them one after another
-            data=-1,  # devices among which rows are split, weights copied; -1: all that are left
-            fsdp=1,  # devices among which rows and weights are split
-            tensor=1,  # devices among which heads, MLP units and vocabulary are split
-            gather_rollout=True,  # gather the student's weights over fsdp once before it writes, not at every token
-            coordinator="",  # host:port of process 0, or JAX_COORDINATOR_ADDRESS; empty: one process, or found by jax
-            num_processes=0,  # or JAX_NUM_PROCESSES
-            process_id=-1,  # or JAX_PROCESS_ID
-            timeout_s=60,  # that processes wait for each other at start and end, and for a lost heartbeat
-        ),
-        train=_section(checkpoint_every=50, keep_checkpoints=2, export=True),
+        budgets=(),  # steps before the last at which each run is evaluated too
+        head_chunk=1024,  # completion positions whose logits exist at one time
+    )
+
+
+def _parallel() -> ml_collections.ConfigDict:
+    return _section(
+        grid=1,  # points of (λ, seed) trained at once: 1, the main job trains them one after another
+        data=-1,  # devices among which rows are split, weights copied; -1: all that are left
+        fsdp=1,  # devices among which rows and weights are split
+        tensor=1,  # devices among which heads, MLP units and vocabulary are split
+        gather_rollout=True,  # gather the student's weights over fsdp once before it writes, not at every token
+        coordinator="",  # host:port of process 0, or JAX_COORDINATOR_ADDRESS; empty: one process, or found by jax
+        num_processes=0,  # or JAX_NUM_PROCESSES
+        process_id=-1,  # or JAX_PROCESS_ID
+        timeout_s=60,  # that processes wait for each other at start and end, and for a lost heartbeat
     )
 
 

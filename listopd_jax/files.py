@@ -7,15 +7,27 @@ import tempfile
 from typing import IO, Any
 
 from listopd_jax.errors import UserError
-from listopd_jax.parallel.hosts import is_main
+
+_on_process_0 = True
+
+
+def run_on_process_0(yes: bool) -> None:
+    """Say whether this process is process 0 (parallel/hosts.py does): of many, only that one writes."""
+    global _on_process_0
+    _on_process_0 = yes
+
+
+def on_process_0() -> bool:
+    """Whether this process writes; true until it is told otherwise."""
+    return _on_process_0
 
 
 def write_text(path: str | os.PathLike, text: str) -> None:
-    """Write `text` (UTF-8) to `path` atomically: temporary file, fsync, rename. Of many hosts only the first writes.
+    """Write `text` (UTF-8) to `path` atomically: temporary file, fsync, rename. Only process 0 writes.
 
     Raises UserError if the folder cannot be written (full disk, read-only).
     """
-    if not is_main():
+    if not _on_process_0:
         return
     path = pathlib.Path(path)
     try:

@@ -98,14 +98,3 @@ def _heard_by(handler: Callable) -> Iterator[Any]:
         raise
     finally:
         signal.signal(signal.SIGTERM, after)
-
-
-def anywhere(flag: bool) -> bool:
-    """Whether `flag` is up on any host; every host asks at the same point."""
-    import jax
-    import numpy
-    from jax.experimental import multihost_utils
-
-    if jax.process_count() == 1:
-        return flag
-    return bool(multihost_utils.process_allgather(numpy.array(flag)).any())

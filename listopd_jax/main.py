@@ -164,8 +164,8 @@ def run(config: Any, workdir: pathlib.Path) -> pathlib.Path:
     """Every stage in order; returns the path of the report."""
     import jax
 
-    from listopd_jax.analysis.report import write_report
-    from listopd_jax.pipeline import run_stages
+    from listopd_jax.report.write import write_report
+    from listopd_jax.stages.pipeline import run_stages
 
     jax.config.update("jax_compilation_cache_dir", str(workdir / "compile_cache"))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 1.0)

@@ -16,7 +16,6 @@ from tqdm import tqdm
 
 from listopd_jax import files
 from listopd_jax.errors import UserError
-from listopd_jax.parallel.hosts import is_main
 
 FILE = "metrics.jsonl"
 
@@ -24,7 +23,7 @@ FILE = "metrics.jsonl"
 class MetricsLog:
     """Context manager that appends the metrics of one run to metrics.jsonl and its TensorBoard events.
 
-    Of many hosts only the first writes.
+    Only process 0 writes.
 
     Args:
       workdir: has metrics.jsonl, shared by all runs; rows of other runs are kept.
@@ -49,7 +48,7 @@ class MetricsLog:
         self._resume_step = resume_step
 
     def __enter__(self) -> "MetricsLog":
-        if not is_main():
+        if not files.on_process_0():
             return self
         import tensorboardX  # here, because it imports torch where that is installed
 
@@ -68,7 +67,7 @@ class MetricsLog:
 
     def log(self, step: int, metrics: Mapping[str, Any]) -> None:
         """Append one row: names and scalars (Python, NumPy or JAX). NaN and infinities become null."""
-        if not is_main():
+        if not files.on_process_0():
             return
         values = {name: float(value) for name, value in metrics.items()}
         finite = {name: value if math.isfinite(value) else None for name, value in values.items()}
@@ -82,7 +81,7 @@ class MetricsLog:
             raise _not_writable(self._workdir / FILE, e) from e
 
     def __exit__(self, *_: object) -> None:
-        if is_main():
+        if files.on_process_0():
             self._file.close()
             self._events.close()
 
@@ -139,12 +138,14 @@ def progress(
 
     `initial` is how many of the total were done before this start; `total` is for iterables that do not know their
     length. Show key metrics with `bar.set_postfix(loss=…, refresh=False)`. Where stderr is no terminal, a line is
-    printed at most every 10 s; of many hosts only the first prints.
+    printed at most every 10 s; only process 0 prints.
     """
     bar = tqdm if sys.stderr.isatty() else _Lines
     given = isinstance(iterable_or_total, int)
     source = {"total": iterable_or_total} if given else {"iterable": iterable_or_total, "total": total}
-    return bar(**source, desc=description, initial=initial, dynamic_ncols=True, disable=not is_main())
+    return bar(
+        **source, desc=description, initial=initial, dynamic_ncols=True, disable=not files.on_process_0()
+    )
 
 
 class _Lines(tqdm):

@@ -24,9 +24,9 @@ from listopd_jax.ops.fused import fused_loss
 from listopd_jax.ops.gather_kernel import gather_logprobs
 from listopd_jax.ops.head import token_logprobs
 from listopd_jax.ops.objective import Hyper, Variant
-from listopd_jax.parallel.hlo import traffic
 from listopd_jax.parallel.mesh import AXES, make_mesh, use_mesh
 from listopd_jax.parallel.rules import batch_shardings, param_sharding, rollout_shardings, state_shardings
+from listopd_jax.plan.hlo import traffic
 from listopd_jax.rollout import decode
 from listopd_jax.rollout.decode import Rollout, Settings, first_segment, generate, generate_grid, segment
 from listopd_jax.train.opd_step import Frozen, Models, OpdBatch, make_opd_step

@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 
-from listopd_jax.analysis import arms
+from listopd_jax.report import arms
 
 PARSE = {(50, 1.0): [0.9, 1.0, 0.8], (50, 2.0): [0.5, 0.4, 0.3], (200, 2.0): [0.1, 0.0, 0.2]}
 

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from sklearn.isotonic import IsotonicRegression
 
-from listopd_jax.analysis import cliff
+from listopd_jax.theory import cliff
 
 EC_LAMBDAS = [1.18, 1.20, 1.22, 1.24]
 EC_SEEDS = np.array(  # seeds 7, 13, 21, 42, 95 down, λ across

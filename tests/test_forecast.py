@@ -5,10 +5,10 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from listopd_jax.analysis.evaluate import greedy_answers
 from listopd_jax.data.tokenizer import train_tokenizer
 from listopd_jax.models.config import ModelConfig
 from listopd_jax.models.decoder import Decoder
+from listopd_jax.stages.evaluate import greedy_answers
 from listopd_jax.task.codec import Codec
 
 LAMBDAS = [0.5, 1.0, 1.7]

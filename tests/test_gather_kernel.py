@@ -12,9 +12,9 @@ import pytest
 from jax.experimental import pallas as pl
 
 from listopd_jax.ops.gather_kernel import gather_logprobs
-from listopd_jax.parallel.chips import parse_topology
-from listopd_jax.parallel.compile import devices_of
-from listopd_jax.plan import set_environment
+from listopd_jax.plan.__main__ import set_environment
+from listopd_jax.plan.chips import parse_topology
+from listopd_jax.plan.compile import devices_of
 
 
 def make(n, width, rows, vocab, dtype=np.float32, scale=1.0):

@@ -3,7 +3,7 @@
 import pytest
 
 from listopd_jax.errors import UserError
-from listopd_jax.job import refuse_other_data
+from listopd_jax.stages.job import refuse_other_data
 
 
 def test_another_data_set_is_refused_once_models_are_trained(tmp_path):

@@ -11,7 +11,7 @@ import time
 
 import pytest
 
-from listopd_jax.pipeline import most_useful
+from listopd_jax.stages.pipeline import most_useful
 from listopd_jax.train.loop import Run
 
 REPO = pathlib.Path(__file__).resolve().parents[1]

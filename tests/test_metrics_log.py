@@ -162,5 +162,5 @@ def test_progress_on_a_terminal_redraws_one_line(monkeypatch):
 def test_our_modules_do_not_import_torch():
     """TensorBoard's writer and transformers do so where it is installed, 190 MB: not before they are used."""
     root = pathlib.Path(__file__).parents[1]
-    code = "import sys, listopd_jax.pipeline; sys.exit('torch' in sys.modules)"
+    code = "import sys, listopd_jax.stages.pipeline; sys.exit('torch' in sys.modules)"
     subprocess.run([sys.executable, "-c", code], cwd=root, check=True)

@@ -15,11 +15,12 @@ from listopd_jax.config import REMATS, defaults, validate
 from listopd_jax.errors import UserError
 from listopd_jax.models.config import ModelConfig, named_config, num_params
 from listopd_jax.models.decoder import abstract
-from listopd_jax.parallel import arithmetic, planner
-from listopd_jax.parallel.arithmetic import Layout, Load
-from listopd_jax.parallel.chips import SLICES, parse_topology
-from listopd_jax.parallel.hlo import traffic
-from listopd_jax.parallel.planner import make_plan, search, shape_of, vocabulary
+from listopd_jax.plan import arithmetic
+from listopd_jax.plan import search as planner
+from listopd_jax.plan.arithmetic import Layout, Load
+from listopd_jax.plan.chips import SLICES, parse_topology
+from listopd_jax.plan.hlo import traffic
+from listopd_jax.plan.search import make_plan, search, shape_of, vocabulary
 
 STUDENT, TEACHER = named_config("qwen3_1_7b"), named_config("qwen3_4b")
 EC = Load(prompts=128, rollouts=1, prompt=700, response=225)

@@ -10,10 +10,10 @@ from unittest import mock
 
 import pytest
 
-from listopd_jax.parallel.chips import parse_topology
-from listopd_jax.parallel.compile import devices_of
 from listopd_jax.parallel.mesh import AXES, make_mesh
-from listopd_jax.plan import set_environment
+from listopd_jax.plan.__main__ import set_environment
+from listopd_jax.plan.chips import parse_topology
+from listopd_jax.plan.compile import devices_of
 
 HERE = pathlib.Path(__file__).parent
 TINY = (

@@ -9,10 +9,10 @@ import sys
 
 import pytest
 
-from listopd_jax import prereg
-from listopd_jax.analysis import lock as locks
-from listopd_jax.analysis.verdict import judge
 from listopd_jax.errors import UserError
+from listopd_jax.prereg import __main__ as prereg
+from listopd_jax.prereg import lock as locks
+from listopd_jax.prereg.verdict import judge
 
 EC_GRID = {  # method.md §4: seeds 7, 13, 21, 42, 95
     1.18: [0.901, 0.934, 0.863, 0.934, 0.858],

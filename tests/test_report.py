@@ -8,12 +8,12 @@ import xml.etree.ElementTree as ElementTree
 import numpy as np
 import pytest
 
-from listopd_jax.analysis import findings, plots, wording
-from listopd_jax.analysis.calibrate import Positions, calibrate
-from listopd_jax.analysis.findings import FAILURES, headline, sentences
-from listopd_jax.analysis.report import write_report
-from listopd_jax.analysis.threshold_section import predicted
 from listopd_jax.errors import UserError
+from listopd_jax.report import findings, plots, wording
+from listopd_jax.report.findings import FAILURES, headline, sentences
+from listopd_jax.report.threshold_section import predicted
+from listopd_jax.report.write import write_report
+from listopd_jax.stages.calibrate import Positions, calibrate
 from listopd_jax.task.contract import FAILURES as CONTRACT_FAILURES
 
 HOSTILE = "\"'><script>alert(1)</script><img src=x onerror=alert(2)></svg></style>{{7*7}}$\\frac"

@@ -4,8 +4,8 @@ import json
 
 import pytest
 
-from listopd_jax.analysis.results import RESULTS, evaluated
 from listopd_jax.errors import UserError
+from listopd_jax.stages.results import RESULTS, evaluated
 from listopd_jax.train.loop import Run
 
 RUN = Run("opd_lambda1.0_seed0", "opd", {"lambda": 1.0, "seed": 0}, 60)

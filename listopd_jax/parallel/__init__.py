@@ -1,1 +1,1 @@
-"""Many devices and many hosts: the only place that knows how many there are."""
+"""The mesh, the rules of placement and many hosts: the only place that knows how many devices there are."""

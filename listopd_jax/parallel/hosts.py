@@ -19,6 +19,7 @@ from typing import Any
 
 import numpy as np
 
+from listopd_jax import files
 from listopd_jax.errors import Interrupted, UserError
 
 CLUSTERS = (
@@ -126,6 +127,7 @@ def _start(setting: dict[str, Any], timeout: int) -> None:
     finally:
         late.cancel()
     _process, _count = jax.process_index(), jax.process_count()
+    files.run_on_process_0(is_main())
     if _count > 1:
         _connect(jax)
 
@@ -222,6 +224,11 @@ def from_main(compute: Callable[[], Any]) -> Any:
     size = int(_everyone(np.int32(len(text)))[0])
     text = np.pad(text, (0, size - len(text))) if len(text) <= size else text[:size]
     return json.loads(_everyone(text)[0].tobytes())
+
+
+def anywhere(flag: bool) -> bool:
+    """Whether `flag` is up on any host; every host asks at the same point."""
+    return flag if _count == 1 else bool(_everyone(np.array(flag)).any())
 
 
 @contextlib.contextmanager

@@ -1,4 +1,4 @@
-"""The mesh: how many devices stand along each of its four axes, and what that must divide.
+"""The mesh: how many devices stand along each of its four axes.
 
 grid: independent (λ, seed) points, each with a student of its own. data: rows of the batch, weights copied. fsdp: rows
 of the batch too, weights split and gathered layer by layer. tensor: heads, MLP units and vocabulary. The order is that
@@ -15,7 +15,6 @@ from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh
 
 from listopd_jax.errors import UserError
-from listopd_jax.models.config import ModelConfig
 
 AXES = ("grid", "data", "fsdp", "tensor")
 
@@ -60,27 +59,3 @@ def configured_mesh(parallel: Mapping[str, int]) -> Mesh | None:
 def use_mesh(mesh: Mesh | None) -> contextlib.AbstractContextManager:
     """While inside, programs are split over `mesh`; None: they are for one device, without any constraint."""
     return contextlib.nullcontext() if mesh is None else jax.set_mesh(mesh)
-
-
-def check_mesh(config: Any, shapes: Mapping[str, ModelConfig], sizes: Mapping[str, int]) -> None:
-    """UserError for the first dimension of the models or size of a batch that its mesh axes do not divide."""
-    fsdp, tensor = sizes["fsdp"], sizes["tensor"]
-    for role, shape in shapes.items():
-        _divides(
-            f"parallel.tensor={tensor}", tensor, f"num_heads={shape.num_heads} of the {role}", shape.num_heads
-        )
-        units = shape.intermediate_size
-        _divides(f"parallel.tensor={tensor}", tensor, f"intermediate_size={units} of the {role}", units)
-        _divides(
-            f"parallel.fsdp={fsdp}", fsdp, f"hidden_size={shape.hidden_size} of the {role}", shape.hidden_size
-        )
-    sections = {"opd": config.opd, "sft.teacher": config.sft.teacher, "sft.student": config.sft.student}
-    rows = f"parallel.data*parallel.fsdp={sizes['data'] * fsdp}"
-    for name, section in sections.items():
-        for field in ("batch_size", "microbatch"):
-            _divides(rows, sizes["data"] * fsdp, f"{name}.{field}={section[field]}", section[field])
-
-
-def _divides(what: str, divisor: int, whole: str, size: int) -> None:
-    if size % divisor:
-        raise UserError(f"{what} must divide {whole}; change one of them")

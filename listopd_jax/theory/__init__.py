@@ -1,4 +1,4 @@
-"""Thresholds of λ in float64 NumPy. Nothing here imports JAX; the simulator, `theory.simulate`, does."""
+"""Thresholds of λ in float64 NumPy. Nothing here imports JAX; the simulator, listopd_jax.simulate, does."""
 
 from listopd_jax.theory.checks import Undefined
 from listopd_jax.theory.thresholds import (

@@ -1,0 +1,1 @@
+"""The training loop, its checkpoints, and the SFT and OPD steps. Knows no Job."""

@@ -26,7 +26,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, CustomSteps, LatestN
 
 from listopd_jax.errors import UserError
-from listopd_jax.lifecycle import anywhere
+from listopd_jax.parallel.hosts import anywhere
 from listopd_jax.train.fingerprint import fingerprint
 from listopd_jax.train.optimizer import TrainState
 

@@ -8,10 +8,10 @@ from typing import Any, NamedTuple, Protocol
 
 import jax
 
-from listopd_jax.config import digest
 from listopd_jax.errors import Interrupted, UserError
-from listopd_jax.lifecycle import anywhere, sigterm_flag
+from listopd_jax.lifecycle import sigterm_flag
 from listopd_jax.metrics_log import MetricsLog, progress
+from listopd_jax.parallel.hosts import anywhere
 from listopd_jax.train.checkpoints import Checkpoints, abstract
 from listopd_jax.train.optimizer import TrainState
 
@@ -40,12 +40,6 @@ class Saving(NamedTuple):
     keep: int  # of the newest
     best: int | None = None  # step of one that stays besides
     identity: dict[str, Any] = {}
-
-
-def saving(config: Any, best: int | None = None, **identity: Any) -> Saving:
-    """Saving as section `train` of `config` says, of a run that `config` and `identity` make."""
-    identity["config"] = digest(config)
-    return Saving(config.train.checkpoint_every, config.train.keep_checkpoints, best, identity)
 
 
 Update = Callable[[TrainState, dict[str, Any], int], tuple[TrainState, dict[str, Any]]]

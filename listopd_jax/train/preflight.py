@@ -1,5 +1,6 @@
-"""What must hold before the first OPD update, each a failure that other systems train through in silence."""
+"""What must hold before the first update, each a failure that other systems train through in silence."""
 
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -8,6 +9,7 @@ import numpy as np
 from flax import nnx
 
 from listopd_jax.errors import UserError
+from listopd_jax.models.config import ModelConfig
 from listopd_jax.parallel.hosts import whole
 from listopd_jax.rollout.decode import completion_mask
 from listopd_jax.rollout.scoring import completion_logprobs
@@ -52,3 +54,27 @@ def check_models(teacher: np.ndarray, student: np.ndarray, vocab: int) -> None:
         raise UserError(
             "student and teacher give the same log-probabilities everywhere: they are the same model"
         )
+
+
+def check_mesh(config: Any, shapes: Mapping[str, ModelConfig], sizes: Mapping[str, int]) -> None:
+    """UserError for the first dimension of the models or size of a batch that its mesh axes do not divide."""
+    fsdp, tensor = sizes["fsdp"], sizes["tensor"]
+    for role, shape in shapes.items():
+        _divides(
+            f"parallel.tensor={tensor}", tensor, f"num_heads={shape.num_heads} of the {role}", shape.num_heads
+        )
+        units = shape.intermediate_size
+        _divides(f"parallel.tensor={tensor}", tensor, f"intermediate_size={units} of the {role}", units)
+        _divides(
+            f"parallel.fsdp={fsdp}", fsdp, f"hidden_size={shape.hidden_size} of the {role}", shape.hidden_size
+        )
+    sections = {"opd": config.opd, "sft.teacher": config.sft.teacher, "sft.student": config.sft.student}
+    rows = f"parallel.data*parallel.fsdp={sizes['data'] * fsdp}"
+    for name, section in sections.items():
+        for field in ("batch_size", "microbatch"):
+            _divides(rows, sizes["data"] * fsdp, f"{name}.{field}={section[field]}", section[field])
+
+
+def _divides(what: str, divisor: int, whole: str, size: int) -> None:
+    if size % divisor:
+        raise UserError(f"{what} must divide {whole}; change one of them")

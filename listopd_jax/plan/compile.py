@@ -24,11 +24,11 @@ from listopd_jax.models.decoder import KVCache, abstract
 from listopd_jax.ops.attention_forms import resolve
 from listopd_jax.ops.objective import Hyper
 from listopd_jax.parallel import rules
-from listopd_jax.parallel.chips import GIB, Topology
-from listopd_jax.parallel.hlo import traffic
 from listopd_jax.parallel.mesh import use_mesh
+from listopd_jax.plan.chips import GIB, Topology
+from listopd_jax.plan.hlo import traffic
 from listopd_jax.rollout.decode import Rollout, Settings, capacities, first_segment, segment
-from listopd_jax.train.opd import make_step
+from listopd_jax.stages.opd import make_step
 from listopd_jax.train.opd_step import Frozen, OpdBatch
 from listopd_jax.train.optimizer import TrainState, adamw
 

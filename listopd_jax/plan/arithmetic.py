@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from typing import NamedTuple
 
 from listopd_jax.models.config import ModelConfig, num_params
-from listopd_jax.parallel.chips import Topology
+from listopd_jax.plan.chips import Topology
 
 WIDTHS = {"float32": 4, "bfloat16": 2}
 AXES = ("grid", "data", "fsdp", "tensor")

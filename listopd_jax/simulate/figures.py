@@ -1,6 +1,6 @@
 """The figures and numbers of docs/theory.md, all of them from one command (about two minutes on two cores):
 
-    python -m listopd_jax.theory.figures [--out=docs/figures]
+    python -m listopd_jax.simulate.figures [--out=docs/figures]
 
 Each experiment is a function that returns JSON values; `numbers.json` holds them all, and the figures draw
 them. The two processes are these: a *clean* teacher, surer than the base everywhere (p =
@@ -15,14 +15,14 @@ import sys
 import numpy as np
 
 from listopd_jax import files
-from listopd_jax.analysis.cliff import crossings
 from listopd_jax.errors import UserError
 from listopd_jax.ops.objective import Variant
+from listopd_jax.simulate.process import Process, Recipe, listwise, run_grid, single_position
 from listopd_jax.theory.budget import budget_lambda
+from listopd_jax.theory.cliff import crossings
 from listopd_jax.theory.estimators import flip_lambda_of, limit_log_odds
 from listopd_jax.theory.explain import explain
 from listopd_jax.theory.plots import PNG, save_tail_plot
-from listopd_jax.theory.simulate import Process, Recipe, listwise, run_grid, single_position
 from listopd_jax.theory.thresholds import clip_boundary_log_odds, clip_safe_lambda, flip_lambda, probability
 
 CLEAN, TRUNCATING = (0.9993, 0.81), (0.684, 0.988)
@@ -274,7 +274,7 @@ def make(out: pathlib.Path) -> dict:
 def main() -> int:
     """Make the figures; 2 after a user's mistake."""
     parser = argparse.ArgumentParser(
-        prog="python -m listopd_jax.theory.figures", description=__doc__.split("\n")[0]
+        prog="python -m listopd_jax.simulate.figures", description=__doc__.split("\n")[0]
     )
     parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path("docs/figures"))
     out = parser.parse_args().out

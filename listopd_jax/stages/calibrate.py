@@ -21,13 +21,13 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
 from listopd_jax import files
-from listopd_jax.job import Job
 from listopd_jax.metrics_log import progress
 from listopd_jax.ops.guard import flip_lambda
 from listopd_jax.ops.head import log_distribution, map_positions, pick
 from listopd_jax.parallel.hosts import from_main, whole
 from listopd_jax.rollout.decode import generate
 from listopd_jax.rollout.scoring import completion_hidden
+from listopd_jax.stages.job import Job
 from listopd_jax.task.codec import Codec
 from listopd_jax.task.contract import STRUCTURAL, TOKEN_CLASSES
 from listopd_jax.theory.checks import Undefined

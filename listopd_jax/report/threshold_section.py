@@ -5,10 +5,10 @@ from typing import Any
 
 from markupsafe import Markup
 
-from listopd_jax.analysis import plots
-from listopd_jax.analysis.inputs import Inputs
-from listopd_jax.analysis.page import Cell, Plot, Section, Table
-from listopd_jax.analysis.wording import (
+from listopd_jax.report import plots
+from listopd_jax.report.inputs import Inputs
+from listopd_jax.report.page import Cell, Plot, Section, Table
+from listopd_jax.report.wording import (
     NBSP,
     at,
     capital,

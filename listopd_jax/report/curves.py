@@ -7,11 +7,11 @@ from typing import Any, NamedTuple
 
 from markupsafe import Markup
 
-from listopd_jax.analysis import plots
-from listopd_jax.analysis.findings import STAGES
-from listopd_jax.analysis.inputs import Inputs
-from listopd_jax.analysis.page import Cell, Plot, Section, Table
-from listopd_jax.analysis.wording import at, fact, is_number
+from listopd_jax.report import plots
+from listopd_jax.report.findings import STAGES
+from listopd_jax.report.inputs import Inputs
+from listopd_jax.report.page import Cell, Plot, Section, Table
+from listopd_jax.report.wording import at, fact, is_number
 
 MAX_POINTS = 60  # longer curves are averaged in this many bins
 

@@ -23,8 +23,8 @@ from collections.abc import Sequence
 
 from listopd_jax import config as config_module
 from listopd_jax import files
-from listopd_jax.analysis import cliff
-from listopd_jax.analysis.lock import (
+from listopd_jax.errors import UserError
+from listopd_jax.prereg.lock import (
     TEMPLATES,
     Json,
     check_config,
@@ -33,8 +33,8 @@ from listopd_jax.analysis.lock import (
     read_lock,
     write_lock,
 )
-from listopd_jax.analysis.verdict import judge
-from listopd_jax.errors import UserError
+from listopd_jax.prereg.verdict import judge
+from listopd_jax.theory import cliff
 
 
 class _Parser(argparse.ArgumentParser):

@@ -5,11 +5,11 @@ from typing import Any
 
 import jax.numpy as jnp
 
-from listopd_jax.job import Job
 from listopd_jax.models.build import initial_params
 from listopd_jax.parallel.hosts import global_batch
 from listopd_jax.parallel.rules import place_state
-from listopd_jax.train.loop import Run, saving, train
+from listopd_jax.stages.job import Job, saving
+from listopd_jax.train.loop import Run, train
 from listopd_jax.train.optimizer import TrainState, adamw, cosine_lr
 from listopd_jax.train.sft_step import make_sft_step
 

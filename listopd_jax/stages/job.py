@@ -12,6 +12,7 @@ from absl import logging
 from flax import nnx
 
 from listopd_jax import files
+from listopd_jax.config import digest
 from listopd_jax.data import input as data_input
 from listopd_jax.data.builder import read_split
 from listopd_jax.data.prepare import prepare
@@ -23,6 +24,7 @@ from listopd_jax.ops.attention_forms import resolve
 from listopd_jax.parallel import hosts, rules
 from listopd_jax.task.codec import Codec
 from listopd_jax.task.prompt import ListExample
+from listopd_jax.train.loop import Saving
 
 
 @dataclasses.dataclass(frozen=True)
@@ -141,3 +143,9 @@ def _tokenizer(config, workdir: pathlib.Path, fingerprint: str, examples: list[L
         train_tokenizer(data_input.rendered(examples), config.tokenizer.vocab_size, folder)
         files.write_json(stamp, made_from)
     return load_tokenizer(folder)
+
+
+def saving(config: Any, best: int | None = None, **identity: Any) -> Saving:
+    """Saving as section `train` of `config` says, of a run that `config` and `identity` make."""
+    identity["config"] = digest(config)
+    return Saving(config.train.checkpoint_every, config.train.keep_checkpoints, best, identity)

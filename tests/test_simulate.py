@@ -7,8 +7,8 @@ import pytest
 
 from listopd_jax import theory
 from listopd_jax.ops.objective import Variant
+from listopd_jax.simulate.process import Process, Recipe, _draw_counts, listwise, run_grid, single_position
 from listopd_jax.theory.estimators import limit_log_odds
-from listopd_jax.theory.simulate import Process, Recipe, _draw_counts, listwise, run_grid, single_position
 
 P, B = 0.684, 0.988
 SGD = {"lists": 64, "optimizer": "sgd", "lr": 1.0}

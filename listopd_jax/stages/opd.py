@@ -8,16 +8,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from listopd_jax.job import Job
 from listopd_jax.models.build import cast
 from listopd_jax.ops.objective import Hyper, Variant, warmed_up_lambda
 from listopd_jax.parallel import hosts
 from listopd_jax.parallel.rules import decoding_copy
 from listopd_jax.rollout.decode import Rollout, generate
+from listopd_jax.stages.job import Job, saving
 from listopd_jax.task.codec import Codec
 from listopd_jax.task.contract import strict_parse
 from listopd_jax.task.prompt import review_ids
-from listopd_jax.train.loop import Run, saving, train
+from listopd_jax.train.loop import Run, train
 from listopd_jax.train.opd_step import Frozen, Models, OpdBatch, make_opd_step
 from listopd_jax.train.optimizer import adamw, init_state
 from listopd_jax.train.preflight import answer_logprobs, check_models

@@ -7,11 +7,11 @@ from typing import Any
 import jax.numpy as jnp
 
 from listopd_jax import files
-from listopd_jax.analysis.evaluate import Answer, greedy_answers, pick_examples, result_record
 from listopd_jax.errors import UserError
-from listopd_jax.job import Job
 from listopd_jax.parallel.hosts import from_main
 from listopd_jax.parallel.rules import decoding_copy
+from listopd_jax.stages.evaluate import Answer, greedy_answers, pick_examples, result_record
+from listopd_jax.stages.job import Job
 from listopd_jax.train.loop import Run
 
 RESULTS, EXAMPLES = "results.json", "examples.json"

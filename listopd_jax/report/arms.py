@@ -1,6 +1,6 @@
 """Several runs side by side: one table row for each run, budget and λ, and one panel for each run.
 
-    python -m listopd_jax.analysis.arms runs/cliff/plain runs/cliff/guard [--steps=200] [--figure=arms.png]
+    python -m listopd_jax.report.arms runs/cliff/plain runs/cliff/guard [--steps=200] [--figure=arms.png]
 
 A run is a workdir of main; its name is the folder's. Numbers are means over seeds ± their standard deviation. The
 figure draws parse against λ at every budget, the untrained forecast, and where EC Eq. 4 (between the measured and the
@@ -15,9 +15,9 @@ from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from listopd_jax.analysis.inputs import Inputs, read_inputs
-from listopd_jax.analysis.wording import is_number
 from listopd_jax.errors import UserError
+from listopd_jax.report.inputs import Inputs, read_inputs
+from listopd_jax.report.wording import is_number
 
 COLUMNS = ("parse", "useful", "ndcg@1", "mae")
 HEAD = ("run", "steps", "λ", "seeds", "parse", "useful", "NDCG@1", "MAE", "K−1 cut", "guarded", "forecast")
@@ -137,7 +137,7 @@ def _legend(figure) -> tuple[list, list]:
 def main(argv: Sequence[str]) -> int:
     """Print the table; exit code 2 for a folder that holds no run."""
     parser = argparse.ArgumentParser(
-        prog="python -m listopd_jax.analysis.arms", description=__doc__.split("\n")[0]
+        prog="python -m listopd_jax.report.arms", description=__doc__.split("\n")[0]
     )
     parser.add_argument("workdirs", nargs="+", type=pathlib.Path)
     parser.add_argument("--steps", type=int, help="only rows of this budget")

@@ -13,9 +13,9 @@ from typing import Any
 
 from listopd_jax import config as config_module
 from listopd_jax import files, theory
-from listopd_jax.analysis import cliff
-from listopd_jax.analysis.verdict import check_rule
 from listopd_jax.errors import UserError
+from listopd_jax.prereg.verdict import check_rule
+from listopd_jax.theory import cliff
 
 Json = dict[str, Any]
 

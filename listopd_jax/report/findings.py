@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from listopd_jax.analysis.wording import NBSP, at, number, percent
+from listopd_jax.report.wording import NBSP, at, number, percent
 
 CONTRACT_HOLDS = (
     0.8  # parse rate from which the contract counts as kept: EC's onset is the largest λ with parse ≥ .80

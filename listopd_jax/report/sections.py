@@ -13,13 +13,13 @@ from typing import Any
 
 from markupsafe import Markup
 
-from listopd_jax.analysis import findings, plots
-from listopd_jax.analysis.curves import opd_section, sft_section
-from listopd_jax.analysis.findings import FAILURES, Findings, Policy
-from listopd_jax.analysis.inputs import METRICS, Inputs
-from listopd_jax.analysis.page import Cell, Example, Listing, Plot, Section, Table
-from listopd_jax.analysis.threshold_section import predicted, threshold_section
-from listopd_jax.analysis.wording import (
+from listopd_jax.report import findings, plots
+from listopd_jax.report.curves import opd_section, sft_section
+from listopd_jax.report.findings import FAILURES, Findings, Policy
+from listopd_jax.report.inputs import METRICS, Inputs
+from listopd_jax.report.page import Cell, Example, Listing, Plot, Section, Table
+from listopd_jax.report.threshold_section import predicted, threshold_section
+from listopd_jax.report.wording import (
     at,
     capital,
     cut,

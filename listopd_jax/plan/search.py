@@ -13,9 +13,9 @@ import ml_collections
 from listopd_jax.config import REMATS
 from listopd_jax.errors import UserError
 from listopd_jax.models.config import NAMED_CONFIGS, ModelConfig, named_config
-from listopd_jax.parallel import arithmetic
-from listopd_jax.parallel.arithmetic import Layout, Load
-from listopd_jax.parallel.chips import GIB, Topology
+from listopd_jax.plan import arithmetic
+from listopd_jax.plan.arithmetic import Layout, Load
+from listopd_jax.plan.chips import GIB, Topology
 
 ROOM = 0.8  # share of the memory that an estimate may fill, since it is rough
 TOKENIZERS = {"qwen3": 151669, "llama3": 128256, "smollm2": 49152}
@@ -77,7 +77,8 @@ def shapes_of(config: Any) -> dict[str, ModelConfig]:
 def layout_of(config: Any, topology: Topology) -> Layout:
     """The layout that the config asks for; UserError if its mesh does not fit the devices or the models."""
     from listopd_jax.ops.attention_forms import resolve
-    from listopd_jax.parallel.mesh import check_mesh, mesh_sizes
+    from listopd_jax.parallel.mesh import mesh_sizes
+    from listopd_jax.train.preflight import check_mesh
 
     form = resolve(config.attention, topology.platform, config.dtype.compute)
     sizes = mesh_sizes(config.parallel, topology.devices)
@@ -148,8 +149,8 @@ def _estimated_memory(pair: tuple[ModelConfig, ModelConfig], load: Load, layout:
 
 def _compiled_memory(config, shapes, topology: Topology, layout: Layout) -> dict[str, Any] | None:
     """Memory of both programs by the compiler; None without devices to compile for."""
-    from listopd_jax.parallel import compile as aot
     from listopd_jax.parallel.mesh import make_mesh
+    from listopd_jax.plan import compile as aot
 
     devices = aot.devices_of(topology)
     if devices is None:

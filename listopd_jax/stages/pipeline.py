@@ -5,18 +5,19 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from listopd_jax.analysis.calibrate import calibrate_stage
-from listopd_jax.analysis.forecast import forecast
-from listopd_jax.analysis.results import evaluate, evaluated
-from listopd_jax.job import Job, open_job
 from listopd_jax.models.build import cast
 from listopd_jax.models.hf import save_hf
 from listopd_jax.parallel.hosts import is_main
-from listopd_jax.parallel.mesh import check_mesh, configured_mesh, use_mesh
+from listopd_jax.parallel.mesh import configured_mesh, use_mesh
+from listopd_jax.stages.calibrate import calibrate_stage
+from listopd_jax.stages.forecast import forecast
+from listopd_jax.stages.job import Job, open_job
+from listopd_jax.stages.opd import make_step, opd_runs, preflight, train_opd
+from listopd_jax.stages.results import evaluate, evaluated
+from listopd_jax.stages.sft import sft_run, train_sft
 from listopd_jax.train.loop import Run
-from listopd_jax.train.opd import make_step, opd_runs, preflight, train_opd
 from listopd_jax.train.opd_step import Frozen
-from listopd_jax.train.sft import sft_run, train_sft
+from listopd_jax.train.preflight import check_mesh
 
 
 def run_stages(config: Any, workdir: pathlib.Path) -> None:

@@ -12,12 +12,12 @@ import jinja2
 from markupsafe import Markup
 
 from listopd_jax import files
-from listopd_jax.analysis import findings, plots
-from listopd_jax.analysis.inputs import Inputs, read_inputs
-from listopd_jax.analysis.sections import SECTIONS, key_figures
-from listopd_jax.analysis.wording import visible
+from listopd_jax.report import findings, plots
+from listopd_jax.report.inputs import Inputs, read_inputs
+from listopd_jax.report.sections import SECTIONS, key_figures
+from listopd_jax.report.wording import visible
 
-_TEMPLATE = importlib.resources.files("listopd_jax.analysis") / "report.html.jinja"
+_TEMPLATE = importlib.resources.files("listopd_jax.report") / "report.html.jinja"
 
 
 def write_report(workdir: str | pathlib.Path) -> pathlib.Path:

@@ -7,7 +7,7 @@ A rule is a list of checks, all of which must pass:
     {"quantity": "midpoint", "reading": "interpolated", "within": "window"}
     {"quantity": "parse", "at": "first" | "last" | "all", "at_least" | "at_most": 0.85}
 
-Readings and levels are those of `analysis.cliff`.
+Readings and levels are those of `theory.cliff`.
 """
 
 import math
@@ -15,8 +15,8 @@ from typing import Any
 
 import numpy as np
 
-from listopd_jax.analysis import cliff
 from listopd_jax.errors import UserError
+from listopd_jax.theory import cliff
 
 Json = dict[str, Any]
 

@@ -7,10 +7,10 @@ from functools import cached_property
 from typing import Any
 
 from listopd_jax import files
-from listopd_jax.analysis import findings, plots
-from listopd_jax.analysis.wording import is_number
 from listopd_jax.errors import UserError
 from listopd_jax.metrics_log import read_metrics
+from listopd_jax.report import findings, plots
+from listopd_jax.report.wording import is_number
 
 METRICS = {
     "parse": "parse",

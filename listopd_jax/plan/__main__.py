@@ -18,8 +18,8 @@ from ml_collections import config_flags
 from listopd_jax import config as config_module
 from listopd_jax.errors import UserError
 from listopd_jax.lifecycle import say
-from listopd_jax.parallel.arithmetic import Load
-from listopd_jax.parallel.chips import Topology, known, parse_topology
+from listopd_jax.plan.arithmetic import Load
+from listopd_jax.plan.chips import Topology, known, parse_topology
 
 FIRST = flags.FlagValues()  # read before the config file, which may start jax
 _TOPOLOGY = flags.DEFINE_string("topology", None, f"one of: {known()}", flag_values=FIRST)
@@ -120,7 +120,7 @@ def accelerator_type(topology: Topology) -> str:
 
 def plan_of(config: Any, topology: Topology, load: Load) -> dict[str, Any]:
     """The plan that the flags ask for."""
-    from listopd_jax.parallel.planner import make_plan, search
+    from listopd_jax.plan.search import make_plan, search
 
     if _SEARCH.value:
         return search(config, topology, load, _COMPILES.value)

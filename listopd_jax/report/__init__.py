@@ -1,0 +1,1 @@
+"""From the files of a workdir to its report. Imports no JAX."""

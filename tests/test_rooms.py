@@ -1,0 +1,104 @@
+"""The rooms of the code: who imports whom, with no arrow back up, and how long a function may be."""
+
+import ast
+import graphlib
+import pathlib
+import re
+
+import pytest
+
+ROOT = pathlib.Path(__file__).resolve().parents[1]
+PACKAGES = ("listopd_jax", "launch", "benchmarks", "configs")
+LONGEST = 60  # lines of a function
+
+ARROWS = {
+    "plan": "stages config train rollout models ops parallel data lifecycle errors",
+    "prereg": "main config theory files errors",
+    "main": "stages config report parallel lifecycle files errors",
+    "stages": "config train rollout models ops parallel data task theory metrics_log files errors",
+    "config": "models errors",
+    "train": "rollout models ops parallel metrics_log lifecycle errors",
+    "report": "metrics_log files errors",
+    "rollout": "models ops parallel",
+    "models": "ops parallel data errors",
+    "simulate": "ops theory files errors",
+    "ops": "parallel errors",
+    "parallel": "files errors",
+    "data": "task metrics_log files errors",
+    "task": "errors",
+    "theory": "errors",
+    "lifecycle": "errors",
+    "metrics_log": "files errors",
+    "files": "errors",
+    "errors": "",
+}
+"""What each room of listopd_jax imports from others, in the order of README's list: downwards only."""
+
+
+def modules(package: str) -> dict[str, ast.Module]:
+    """The syntax trees of a package by dotted name; a package's own name stands for its __init__."""
+    paths = sorted((ROOT / package).rglob("*.py"))
+    names = [".".join(p.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__") for p in paths]
+    return {name: ast.parse(path.read_text("utf-8")) for name, path in zip(names, paths, strict=True)}
+
+
+TREES = {name: tree for package in PACKAGES for name, tree in modules(package).items()}
+
+
+def imported(tree: ast.Module) -> set[str]:
+    """The modules of this repository that a module imports, at its top or inside functions."""
+    found = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        if isinstance(node, ast.ImportFrom):
+            assert node.level == 0, "imports are absolute"
+            whole = {f"{node.module}.{alias.name}" for alias in node.names}
+            found |= whole & TREES.keys() or {node.module}
+    return found & TREES.keys()
+
+
+def room(module: str) -> str:
+    """plan of listopd_jax.plan.chips, errors of listopd_jax.errors, launch of launch.grid."""
+    parts = module.split(".")
+    return parts[1] if parts[0] == "listopd_jax" and len(parts) > 1 else parts[0]
+
+
+@pytest.mark.parametrize("name", ARROWS)
+def test_a_room_imports_what_its_arrows_say_and_no_more(name):
+    used = {
+        m: imported(tree) for m, tree in TREES.items() if m.startswith("listopd_jax.") and room(m) == name
+    }
+    arrows = {room(target) for targets in used.values() for target in targets} - {name}
+    assert arrows == set(ARROWS[name].split()), used
+
+
+def test_every_room_has_its_arrows_and_all_run_down():
+    rooms = {room(m) for m in TREES if m.startswith("listopd_jax.")}
+    assert rooms == ARROWS.keys()
+    order = list(ARROWS)
+    for name, arrows in ARROWS.items():
+        below = order[order.index(name) + 1 :]
+        assert set(arrows.split()) <= set(below), name
+
+
+def test_readme_lists_the_rooms_in_the_same_order():
+    section = (ROOT / "README.md").read_text("utf-8").split("\n## The code\n")[1].split("\n## ")[0]
+    listed = re.findall(r"^    ([a-z_]+)(?:/|\.py)  ", section, re.M)
+    assert listed == list(ARROWS)
+
+
+def test_no_module_imports_itself_by_way_of_others():
+    graph = {name: imported(tree) - {name} for name, tree in TREES.items()}
+    assert list(graphlib.TopologicalSorter(graph).static_order())  # raises CycleError, which names the circle
+
+
+def test_no_function_is_too_long():
+    functions = (ast.FunctionDef, ast.AsyncFunctionDef)
+    long = [
+        f"{name}.{node.name}: {node.end_lineno - node.lineno + 1} lines"
+        for name, tree in TREES.items()
+        for node in ast.walk(tree)
+        if isinstance(node, functions) and node.end_lineno - node.lineno >= LONGEST
+    ]
+    assert not long
