@@ -12,7 +12,7 @@ from jaxtyping import Array, Int
 
 from listopd_jax.models.build import cast, graph_of, initial_params
 from listopd_jax.models.hf import load_hf
-from listopd_jax.ops.attention_forms import resolve
+from listopd_jax.ops.attention_backends import resolve
 from listopd_jax.plan.search import shapes_of, vocabulary
 from listopd_jax.rollout.decode import Rollout, generate
 from listopd_jax.stages.opd import hyper_at, make_step
@@ -47,8 +47,10 @@ class Step:
     ):
         shapes, self.config, self.vocab = shapes_of(config), config, vocabulary(config)
         compute = config.dtype.compute
-        form = resolve(config.attention, jax.default_backend(), compute)
-        self.graphs = {role: graph_of(shape, compute, config.remat, form) for role, shape in shapes.items()}
+        backend = resolve(config.attention, jax.default_backend(), compute)
+        self.graphs = {
+            role: graph_of(shape, compute, config.remat, backend) for role, shape in shapes.items()
+        }
         self.prompts = jnp.asarray(prompts)
         self.lengths, self.response = jnp.full(len(prompts), prompt, jnp.int32), response
         if folder is None:
@@ -61,7 +63,7 @@ class Step:
         self.state = init_state(student, adamw(config.optimizer, config.opd.b2))
         codec = SimpleNamespace(vocab=self.vocab)
         self.program = make_step(
-            SimpleNamespace(config=config, graphs=self.graphs, codec=codec, attention=form)
+            SimpleNamespace(config=config, graphs=self.graphs, codec=codec, attention=backend)
         )
         self.count = 0
 

@@ -3,11 +3,11 @@
     python -m listopd_jax.main --config=configs/cliff.py:plain --workdir=runs/cliff/plain
     python -m listopd_jax.main --config=configs/cliff.py:small_clip --workdir=runs/cliff/small_clip
 
-One preset an experiment ("arm"), five seeds (or THREE), each run evaluated after N = 50 and 4N = 200 steps; reviews,
-models and SFT are those of configs/fashion.py:tiny. `plain` goes first and trains the pair, a teacher that truncates
-22 % of its training answers and a base that does not; `clean_teacher` trains a teacher that never truncates,
-`truncating_base` a base that truncates more than the teacher. The other arms load those from runs/cliff. Hours on two
-cores: see docs/results.md for times and for what came out.
+One preset for each ablation, five seeds (or THREE), each run evaluated after N = 50 and 4N = 200 steps; reviews, models
+and SFT are those of configs/fashion.py:tiny. `plain` goes first and trains the pair, a teacher that truncates 22 % of
+its training answers and a base that does not; `clean_teacher` trains a teacher that never truncates, `truncating_base`
+a base that truncates more than the teacher. The other ablations load those from runs/cliff. Hours on two cores: see
+docs/results.md for times and for what came out.
 """
 
 import math
@@ -18,9 +18,9 @@ from configs.fashion import tiny
 from listopd_jax.config import unknown_name
 
 RUNS = "runs/cliff"
-THREE = (7, 13, 21)  # seeds of the arms whose answer is plain
+THREE = (7, 13, 21)  # seeds of the ablations whose answer is plain
 
-ARMS = {
+ABLATIONS = {
     # the pair with p < b at the comma before the last object; at λ = 1 `no_base` and `guard` are `plain`
     "plain": dict(lambdas=(1.0, 1.1, 1.15, 1.3, 1.5, 1.6, 2.0)),
     "small_clip": dict(clip=1.5, lambdas=(1.0, 1.15, 1.5)),
@@ -40,36 +40,38 @@ ARMS = {
 }
 
 
-def get_config(arm: str = "plain") -> ml_collections.ConfigDict:
-    """The configuration of `arm`, one of ARMS."""
-    if arm not in ARMS:
-        raise unknown_name("arm", arm, tuple(ARMS))
+def get_config(name: str = "plain") -> ml_collections.ConfigDict:
+    """The configuration of `name`, one of ABLATIONS."""
+    if name not in ABLATIONS:
+        raise unknown_name("ablation", name, tuple(ABLATIONS))
     config = tiny()
-    config.preset = arm
+    config.preset = name
     config.remat = "full"  # was faster than storing activations on a CPU
     config.task.max_response = 64
-    config.opd.update(batch_size=8, rollouts=4, lr=4e-4, seeds=(7, 13, 21, 42, 95), steps=200, budgets=(50,))
+    config.opd.update(
+        batch_size=8, rollouts=4, lr=4e-4, seeds=(7, 13, 21, 42, 95), steps=200, eval_steps=(50,)
+    )
     config.forecast.lambdas = (1.05, 1.15, 1.2, 1.25, 1.4)
-    config.train.update(checkpoint_every=100, keep_checkpoints=1, export=arm in MAKES)
-    options = dict(ARMS[arm])
+    config.train.update(checkpoint_every=100, keep_checkpoints=1, export=name in MAKES)
+    options = dict(ABLATIONS[name])
     config.opd.guard.update(margin=options.pop("margin", 0.0), fallback=options.pop("fallback", "teacher"))
     config.opd.update(options)
-    _models(config, arm)
+    _models(config, name)
     return config
 
 
 MAKES = {"plain": "both", "clean_teacher": "teacher", "truncating_base": "student"}
-"""The SFT models that an arm trains; it loads the others."""
+"""The SFT models that an ablation trains; it loads the others."""
 
 
-def _models(config: ml_collections.ConfigDict, arm: str) -> None:
-    """Which models the arm trains with which noise, and where it finds those of another arm."""
-    made = MAKES.get(arm, "none")
+def _models(config: ml_collections.ConfigDict, name: str) -> None:
+    """Which models the ablation trains with which noise, and where it finds those of another ablation."""
+    made = MAKES.get(name, "none")
     source = {"teacher": "plain", "student": "plain"}
-    if arm.startswith("clean_teacher"):
+    if name.startswith("clean_teacher"):
         source["teacher"] = "clean_teacher"
         config.sft.teacher.truncation_rate = 0.0
-    if arm == "truncating_base":
+    if name == "truncating_base":
         config.sft.student.truncation_rate = 0.45
     for role in ("teacher", "student"):
         if made not in (role, "both"):

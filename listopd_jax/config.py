@@ -10,9 +10,10 @@ import hashlib
 import json
 import math
 import pathlib
+import re
 import shutil
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import ml_collections
@@ -29,6 +30,7 @@ SOURCES = ("synthetic", "clothing", "amazon2018", "amazon2023")
 DTYPES = ("float32", "bfloat16")
 REMATS = ("full", "attention", "dots", "none")
 ATTENTIONS = ("auto", "xla", "cudnn", "splash")
+RENAMED = {"opd.budgets": "opd.eval_steps"}  # fields that had another name before
 
 
 def _section(**fields: Any) -> ml_collections.ConfigDict:
@@ -36,8 +38,8 @@ def _section(**fields: Any) -> ml_collections.ConfigDict:
 
 
 def defaults() -> ml_collections.ConfigDict:
-    """Every field of a run, with EC's recipe as the default where EC gives one."""
-    return _section(
+    """Every field of a run, with EC's recipe as the default where EC gives one; no other field can be set."""
+    config = _section(
         preset="paper",
         seed=0,
         task=_task(),
@@ -56,6 +58,7 @@ def defaults() -> ml_collections.ConfigDict:
         parallel=_parallel(),
         train=_section(checkpoint_every=50, keep_checkpoints=2, export=True),
     )
+    return config.lock()
 
 
 def _task() -> ml_collections.ConfigDict:
@@ -148,7 +151,7 @@ def _opd() -> ml_collections.ConfigDict:
             margin=0.0,  # 0: off
             fallback="teacher",  # teacher: 1; base: 0 where base and teacher have one mode, else 1
         ),
-        budgets=(),  # steps before the last at which each run is evaluated too
+        eval_steps=(),  # steps before the last at which each run is evaluated too
         head_chunk=1024,  # completion positions whose logits exist at one time
     )
 
@@ -179,6 +182,20 @@ def unknown_name(field: str, value: str, known: tuple[str, ...]) -> UserError:
     close = difflib.get_close_matches(value, known, n=1)
     hint = f"did you mean {close[0]!r}? " if close else ""
     return UserError(f"{field}={value!r} is unknown; {hint}known: {', '.join(known)}")
+
+
+def unknown_field(argv: Sequence[str], e: Exception) -> str:
+    """One line for a field that does not exist, by its new name or a near one: ml_collections names the last part."""
+    message = str(e)
+    names = [a.split("=")[0] for a in argv if a.startswith("--config.")]
+    wrong = (re.search(r'(?:Key "|\b)(\w+)', message) or [""])[1]
+    where = next((n for n in names if n.rsplit(".", 1)[-1] == wrong), "--config")
+    for old, new in RENAMED.items():
+        if where == f"--config.{old}" or (where == "--config" and old.endswith(f".{wrong}")):
+            return f"{where}: {old} is {new} now"
+    near = re.search(r'Did you mean \\?"([^"\\]+)', message)
+    hint = f"did you mean {near[1]}? " if near else ""
+    return f"{where}: there is no such field; {hint}listopd_jax/config.py has them all"
 
 
 def flatten(tree: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
@@ -274,10 +291,10 @@ def _validate_grid(config: ml_collections.ConfigDict) -> None:
             f"forecast.lambdas={config.forecast.lambdas}: every lambda is a number >= 0, not {x!r}",
         )
     _require(len(seeds) > 0, "opd.seeds is empty: give at least one seed, e.g. (0,)")
-    budgets = config.opd.budgets
+    eval_steps = config.opd.eval_steps
     _require(
-        all(isinstance(n, int) and n > 0 for n in budgets) and sorted(set(budgets)) == list(budgets),
-        f"opd.budgets={budgets}: give ascending numbers of steps, e.g. (60,)",
+        all(isinstance(n, int) and n > 0 for n in eval_steps) and sorted(set(eval_steps)) == list(eval_steps),
+        f"opd.eval_steps={eval_steps}: give ascending numbers of steps, e.g. (60,)",
     )
     for x in lambdas:
         _require(_is_lambda(x), f"opd.lambdas={lambdas}: every lambda is a number >= 0, not {x!r}")

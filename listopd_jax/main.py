@@ -8,7 +8,6 @@ import contextlib
 import importlib.metadata
 import pathlib
 import platform
-import re
 import shlex
 import sys
 from typing import Any
@@ -37,7 +36,7 @@ def main(argv: list[str]) -> int:
         return 0
     try:
         config, workdir = parse(argv)
-        with hosts.joined(config.parallel), _alone(workdir), interruptible():
+        with hosts.initialize_distributed(config.parallel), _alone(workdir), interruptible():
             with hosts.main_first():
                 record_config(config, workdir, argv)
             report = run(config, workdir)
@@ -73,7 +72,7 @@ def parse(argv: list[str]) -> tuple[Any, pathlib.Path]:
     except UserError:
         raise
     except (AttributeError, KeyError) as e:
-        raise UserError(_unknown_field(argv, e)) from e
+        raise UserError(config_module.unknown_field(argv, e)) from e
     except (flags.Error, TypeError, ValueError, ImportError, OSError, SyntaxError) as e:
         raise UserError(" ".join(str(e).split()) or type(e).__name__) from e
     if any(arg.startswith("--config.preset") for arg in argv):
@@ -84,17 +83,6 @@ def parse(argv: list[str]) -> tuple[Any, pathlib.Path]:
         if not value:
             raise UserError(f"{name} is missing: give --config=configs/fashion.py --workdir=runs/NAME")
     return config_module.validate(config), pathlib.Path(workdir)
-
-
-def _unknown_field(argv: list[str], e: Exception) -> str:
-    """One line for an override whose field does not exist: ml_collections names only the last part, and a near one."""
-    message = str(e)
-    near = re.search(r'Did you mean \\?"([^"\\]+)', message)
-    names = [a.split("=")[0] for a in argv if a.startswith("--config.")]
-    wrong = re.search(r"\w+", message)
-    where = next((n for n in names if wrong and n.rsplit(".", 1)[-1] == wrong[0]), "--config")
-    hint = f"did you mean {near[1]}? " if near else ""
-    return f"{where}: there is no such field; {hint}listopd_jax/config.py has them all"
 
 
 def record_config(config: Any, workdir: pathlib.Path, argv: list[str]) -> None:
@@ -118,6 +106,10 @@ def record_config(config: Any, workdir: pathlib.Path, argv: list[str]) -> None:
     old, new = map(config_module.fixed_fields, (first["config"], now))
     for field in sorted(old.keys() | new.keys()):
         if old.get(field) != new.get(field):
+            if field in config_module.RENAMED:
+                raise UserError(
+                    f"{path}: {field} is {config_module.RENAMED[field]} now; choose another --workdir"
+                )
             raise UserError(
                 f"{path}: this workdir holds a run with {field}={old.get(field)!r}, not {new.get(field)!r}; "
                 "choose another --workdir"

@@ -21,7 +21,7 @@ def agree() -> None:
         rows = hosts.local_rows(8)
         assert len(rows) == 4
         batch = hosts.global_batch({"x": np.arange(24.0).reshape(8, 3)[rows]}, 8)
-        np.testing.assert_array_equal(hosts.whole(batch["x"]), np.arange(24.0).reshape(8, 3))
+        np.testing.assert_array_equal(hosts.gather(batch["x"]), np.arange(24.0).reshape(8, 3))
         assert float(jnp.sum(batch["x"])) == 276
         assert hosts.from_main(lambda: {"process": jax.process_index()}) == {"process": 0}
         with hosts.main_first():
@@ -45,7 +45,7 @@ def main(what: str, *arguments: str) -> int:
     if what == "agree" and arguments:
         parallel.timeout_s = int(arguments[0])
     try:
-        with hosts.joined(parallel):
+        with hosts.initialize_distributed(parallel):
             agree() if what == "agree" else wait(int(arguments[0]), arguments[1])
     except UserError as e:
         print(f"error: {e}", file=sys.stderr)

@@ -19,7 +19,7 @@ from listopd_jax.models.config import ModelConfig
 from listopd_jax.models.decoder import Decoder, abstract
 from listopd_jax.ops import attention_splash
 from listopd_jax.ops.attention import Prompt, causal
-from listopd_jax.ops.attention_forms import FORMS, causal_attention
+from listopd_jax.ops.attention_backends import BACKENDS, causal_attention
 from listopd_jax.ops.fused import fused_loss
 from listopd_jax.ops.gather_kernel import gather_logprobs
 from listopd_jax.ops.head import token_logprobs
@@ -73,7 +73,7 @@ def opd_batch(seed):
 def test_fused_attention_is_that_of_one_device(sizes, monkeypatch):
     """A kernel runs on each device's rows and heads: here by interpreter."""
     ours = functools.partial(attention_splash.causal, interpret=True)
-    monkeypatch.setitem(FORMS, "splash", ours)
+    monkeypatch.setitem(BACKENDS, "splash", ours)
     rng = np.random.default_rng(0)
     shapes = ((4, 2, 3, 8, 8), (4, 2, 3, 4, 8), (4, 2, 3, 4, 8), (4, 4, 8, 5), (4, 4, 5, 8))
     q, k, v, *prompt = (rng.normal(size=shape).astype(np.float32) for shape in shapes)

@@ -119,7 +119,7 @@ def test_later_updates_do_not_reach_a_checkpoint(tmp_path):
             for _ in range(5):
                 state = double(state)
     for step in range(4, 0, -1):
-        saved = restored(tmp_path, 9, size=200_000)  # its fingerprints, too, are of the state that was saved
+        saved = restored(tmp_path, 9, size=200_000)  # its checksums, too, are of the state that was saved
         assert saved.step == step
         assert_identical(saved.state, expected[step])
         shutil.rmtree(tmp_path / str(step))

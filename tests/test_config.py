@@ -99,3 +99,17 @@ def test_the_digest_is_of_what_may_not_change_in_a_workdir():
     b.opd.lambdas, b.opd.seeds, b.forecast.lambdas, b.parallel.fsdp = (1.0, 9.0), (3, 4), (7.0,), 4
     assert config_module.digest(a) == config_module.digest(b)
     assert "opd.lambda_warmup_steps" in config_module.fixed_fields(config_module.to_json(a))
+
+
+@pytest.mark.parametrize("flags", [[], ["--config.opd.budgets=2,"]])
+def test_a_renamed_field_is_answered_with_its_new_name(flags):
+    config = config_module.defaults()
+    with pytest.raises(KeyError) as e:
+        config.opd.update(budgets=(2,))
+    assert "opd.budgets is opd.eval_steps now" in config_module.unknown_field(flags, e.value)
+
+
+def test_no_field_can_be_added():
+    with pytest.raises(AttributeError) as e:
+        config_module.defaults().opd.lamdas = (1.0,)
+    assert "did you mean lambdas?" in config_module.unknown_field([], e.value)

@@ -447,7 +447,7 @@ def test_a_grid_of_processes_finds_what_one_run_finds(tmp_path):
         "--config=configs/fashion.py:tiny --config.data.synthetic.products=12 --config.data.validation_share=0.25 "
         "--config.evaluation.max_lists=6 --config.evaluation.batch_size=6 --config.evaluation.bootstrap=50 "
         "--config.sft.teacher.steps=4 --config.sft.student.steps=3 --config.sft.teacher.batch_size=4 "
-        "--config.sft.student.batch_size=4 --config.opd.batch_size=4 --config.opd.steps=3 --config.opd.budgets=2, "
+        "--config.sft.student.batch_size=4 --config.opd.batch_size=4 --config.opd.steps=3 --config.opd.eval_steps=2, "
         "--config.opd.lambdas=1.0,2.0 --config.train.checkpoint_every=1 --config.train.export=False "
         "--config.task.max_response=48 --config.forecast.lambdas=1.5 --config.opd.rollouts=2 "
         "--config.teacher.num_layers=1 --config.student.num_layers=1"

@@ -20,7 +20,7 @@ SMALL = (
     "--config.evaluation.max_lists=6 --config.evaluation.batch_size=6 "
     "--config.evaluation.bootstrap=50 --config.sft.teacher.steps=4 --config.sft.student.steps=3 "
     "--config.sft.teacher.batch_size=4 --config.sft.student.batch_size=4 --config.opd.batch_size=4 "
-    "--config.opd.steps=3 --config.opd.budgets=2, --config.opd.lambdas=1.0,2.0 --config.train.checkpoint_every=1 "
+    "--config.opd.steps=3 --config.opd.eval_steps=2, --config.opd.lambdas=1.0,2.0 --config.train.checkpoint_every=1 "
     "--config.task.max_response=64 --config.forecast.lambdas=1.5"
 ).split()
 
@@ -92,10 +92,10 @@ def test_every_step_is_logged_with_every_metric(finished):
     ]
     wanted = {
         "loss", "advantage_mean", "advantage_structural", "advantage_content", "ratio_max", "clip_fraction",
-        "reverse_kl", "entropy", "completion_length", "parse", "grad_norm", "rollout_gap",
+        "reverse_kl", "entropy", "completion_length", "parse", "grad_norm", "sampler_trainer_gap",
     }  # fmt: skip
     assert all(wanted <= row.keys() for row in opd)
-    assert all(row["rollout_gap"] < 1e-4 for row in opd)
+    assert all(row["sampler_trainer_gap"] < 1e-4 for row in opd)
 
 
 def test_the_run_says_what_it_was(finished):

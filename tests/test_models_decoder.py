@@ -20,7 +20,7 @@ from listopd_jax.models.config import ModelConfig, RopeScaling, num_params
 from listopd_jax.models.decoder import REMAT, Decoder, abstract, rms_norm, rope_frequencies
 from listopd_jax.ops import attention_cudnn
 from listopd_jax.ops.attention import causal
-from listopd_jax.ops.attention_forms import FORMS
+from listopd_jax.ops.attention_backends import BACKENDS
 
 QWEN = ModelConfig(61, 32, 48, 3, 4, 2, 12, rope_theta=5e6, tied=False)
 LLAMA = ModelConfig(
@@ -221,8 +221,8 @@ def test_unknown_remat_is_refused():
 
 
 def test_the_form_of_attention_changes_no_gradient(batch, monkeypatch):
-    """The fused form for GPUs, by XLA on a CPU, in prefill and extend."""
-    monkeypatch.setitem(FORMS, "cudnn", functools.partial(attention_cudnn.causal, implementation="xla"))
+    """The fused backend for GPUs, by XLA on a CPU, in prefill and extend."""
+    monkeypatch.setitem(BACKENDS, "cudnn", functools.partial(attention_cudnn.causal, implementation="xla"))
     graphdef, params = nnx.split(Decoder(QWEN, rngs=nnx.Rngs(0)))
     fused, _ = abstract(QWEN, attention="cudnn")
     (_, states), gradients = shared(fused, params, *batch[:2])
@@ -232,7 +232,7 @@ def test_the_form_of_attention_changes_no_gradient(batch, monkeypatch):
 
 
 def test_unknown_form_of_attention_is_refused():
-    with pytest.raises(UserError, match="attention: 'flash' is not a form"):
+    with pytest.raises(UserError, match="attention: 'flash' is not a backend"):
         Decoder(QWEN, rngs=nnx.Rngs(0), attention="flash")
 
 

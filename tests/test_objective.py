@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from listopd_jax.ops.head import entropy_of, pick
+from listopd_jax.ops.head import entropy_of, take_token
 from listopd_jax.ops.objective import (
     Hyper,
     Variant,
@@ -60,7 +60,7 @@ def total_loss(student_logits, other_logits, tokens, rollout, hyper: Hyper, vari
     if variant.estimator == "full_vocab":
         loss, _ = full_vocab_loss(logp, teacher, base, tokens, hyper, variant)
     else:
-        at = [pick(x, tokens) for x in (logp, teacher, base)]
+        at = [take_token(x, tokens) for x in (logp, teacher, base)]
         loss, _ = sampled_loss(at[0], entropy_of(logp), at[1], at[2], rollout, hyper, variant)
     return (loss * token_weights(jnp.asarray(MASK), variant.aggregate)).sum()
 
@@ -284,8 +284,8 @@ def exact_expectation(logits, under, hyper, variant):
         logp, teacher, base = map(jax.nn.log_softmax, (student_logits, *logits[1:]))
         if exact:
             return full_vocab_loss(logp, teacher, base, token, hyper, variant)[0]
-        at = [pick(x, token) for x in (logp, teacher, base)]
-        rollout = pick(jnp.log(under), token)
+        at = [take_token(x, token) for x in (logp, teacher, base)]
+        rollout = take_token(jnp.log(under), token)
         return sampled_loss(at[0], entropy_of(logp), *at[1:], rollout, hyper, variant)[0]
 
     sampled = jax.vmap(jax.grad(lambda x, a: one(x, a, False)), (None, 0))(logits[0], jnp.arange(V))

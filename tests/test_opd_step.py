@@ -205,7 +205,7 @@ def test_metrics_are_what_their_names_say(batch, frozen_logps, whole):
         "reverse_kl": (student - teacher).mean(),
         "entropy": -(np.exp(everywhere) * everywhere).sum(-1)[MASK].mean(),
         "completion_length": LENGTHS.sum() / (LENGTHS > 0).sum(),
-        "rollout_gap": np.abs(student - batch.rollout.logprobs[MASK]).max(),
+        "sampler_trainer_gap": np.abs(student - batch.rollout.logprobs[MASK]).max(),
         "grad_norm": np.sqrt(sum((x**2).sum() for x in jax.tree.leaves(grads))),
     }
     assert 0 < expected["clip_fraction"] < 1

@@ -53,8 +53,8 @@ def imported(tree: ast.Module) -> set[str]:
             found |= {alias.name for alias in node.names}
         if isinstance(node, ast.ImportFrom):
             assert node.level == 0, "imports are absolute"
-            whole = {f"{node.module}.{alias.name}" for alias in node.names}
-            found |= whole & TREES.keys() or {node.module}
+            full = {f"{node.module}.{alias.name}" for alias in node.names}
+            found |= full & TREES.keys() or {node.module}
     return found & TREES.keys()
 
 

@@ -202,9 +202,9 @@ def plan_epoch(
     plan, rest = [], order[:0]
     for i, bucket in enumerate(buckets):
         pool = np.concatenate([rest, order[bucket_of == i]])
-        whole = len(pool) - len(pool) % batch_size
-        plan += [(bucket, rows) for rows in pool[:whole].reshape(-1, batch_size)]
-        rest = pool[whole:]
+        full = len(pool) - len(pool) % batch_size
+        plan += [(bucket, rows) for rows in pool[:full].reshape(-1, batch_size)]
+        rest = pool[full:]
     return [plan[i] for i in rng.permutation(len(plan))]
 
 

@@ -14,7 +14,7 @@ from listopd_jax.errors import UserError
 from listopd_jax.models.config import ModelConfig, named_config
 from listopd_jax.models.decoder import Decoder, abstract
 from listopd_jax.models.hf import load_hf, read_config, resolve
-from listopd_jax.parallel.rules import resting
+from listopd_jax.parallel.rules import param_shardings
 
 CUSTOM = """
 hidden_size intermediate_size num_layers num_heads num_kv_heads head_dim rope_theta qk_norm tied
@@ -53,7 +53,7 @@ def weights_folder(weights: str) -> pathlib.Path:
 
 
 def graph_of(config: ModelConfig, compute_dtype: str, remat: str, attention: str) -> nnx.GraphDef:
-    """The static half of a decoder; `attention` is one of listopd_jax.ops.attention_forms.FORMS."""
+    """The static half of a decoder; `attention` is one of listopd_jax.ops.attention_backends.BACKENDS."""
     return abstract(config, dtype=jnp.dtype(compute_dtype), remat=remat, attention=attention)[0]
 
 
@@ -62,7 +62,7 @@ def initial_params(model: ml_collections.FrozenConfigDict, config: ModelConfig, 
     if model.weights:
         return load_hf(weights_folder(model.weights), jnp.dtype(dtype))[1]
     make = lambda: nnx.split(Decoder(config, rngs=nnx.Rngs(seed), param_dtype=jnp.dtype(dtype)))[1]  # noqa: E731
-    return jax.jit(make, out_shardings=resting(jax.eval_shape(make)))()
+    return jax.jit(make, out_shardings=param_shardings(jax.eval_shape(make)))()
 
 
 def cast(params: Any, dtype: str) -> Any:

@@ -12,7 +12,7 @@ from jaxtyping import Array, Bool, Float, Int
 from listopd_jax.errors import UserError
 from listopd_jax.models.config import ModelConfig
 from listopd_jax.ops.attention import SAVED, Part, Prompt, attention, stored
-from listopd_jax.ops.attention_forms import FORMS, causal_attention
+from listopd_jax.ops.attention_backends import BACKENDS, causal_attention
 from listopd_jax.parallel.rules import CACHE, constrain, gathered, kv_copies
 
 REMAT = {
@@ -115,7 +115,7 @@ class Layer(nnx.Module):
         y = rms_norm(x, self.attn_norm[...], c.norm_eps)
         k, v = self._heads(y, "k", shape, rope), self._heads(y, "v", shape)
 
-        def rest(x):
+        def attention_and_mlp(x):
             mixed = attend(self._heads(y, "q", shape, rope), k, v)
             x = x + self._dense(mixed.reshape(len(x), -1), "o")
             z = rms_norm(x, self.mlp_norm[...], c.norm_eps)
@@ -123,9 +123,9 @@ class Layer(nnx.Module):
             return x + self._dense(constrain(units, "batch", "mlp"), "down")
 
         if goes_on is None:
-            x = rest(x)
+            x = attention_and_mlp(x)
         else:  # a conditional stores all that its branches need again, weights too: let it store little
-            x = jax.lax.cond(goes_on, jax.checkpoint(rest, policy=REMAT["dots"]), lambda x: x, x)
+            x = jax.lax.cond(goes_on, jax.checkpoint(attention_and_mlp, policy=REMAT["dots"]), lambda x: x, x)
         return constrain(x.reshape(shape), *ROWS, "hidden"), (k, v)
 
     def _dense(self, x: Float[Array, "M inputs"], name: str) -> Float[Array, "M outputs"]:
@@ -162,10 +162,10 @@ class Decoder(nnx.Module):
     param_dtype: of the weights, which are cast to `dtype` at use.
     remat: what of a layer the backward pass finds stored: 'full' (nothing but its input), 'attention' (besides it what
         attention mixed), 'dots' (besides these the results of the matrix products with weights) or 'none' (no remat:
-        all but attention's scores; of prompts read by `keys_values` what 'dots' stores). Only the form xla of
-        attention has a result that can be stored.
-    attention: the form of passes over many tokens, of listopd_jax.ops.attention_forms.FORMS; a decode step, which is
-        bound by the bytes that it reads, always has the reference's.
+        all but attention's scores; of prompts read by `keys_values` what 'dots' stores). Only the
+        backend xla of attention has a result that can be stored.
+    attention: the backend of passes over many tokens, of listopd_jax.ops.attention_backends.BACKENDS; a decode step,
+        which is bound by the bytes that it reads, always has the reference's.
     """
 
     def __init__(
@@ -180,8 +180,8 @@ class Decoder(nnx.Module):
     ):
         if remat not in REMAT:
             raise UserError(f"remat: '{remat}' is not a policy (known: {', '.join(REMAT)})")
-        if attention not in FORMS:
-            raise UserError(f"attention: '{attention}' is not a form (known: {', '.join(FORMS)})")
+        if attention not in BACKENDS:
+            raise UserError(f"attention: '{attention}' is not a backend (known: {', '.join(BACKENDS)})")
         self.config, self.dtype, self.remat, self.attention = config, jnp.dtype(dtype), remat, attention
         table = (config.vocab_size, config.hidden_size)
 
@@ -282,8 +282,8 @@ class Decoder(nnx.Module):
         graphdef, weights = nnx.split(self.layers)
 
         def step(x, scanned):
-            layer_weights, rest = scanned
-            return body(nnx.merge(graphdef, layer_weights), x, rope, rest)
+            layer_weights, of_layer = scanned
+            return body(nnx.merge(graphdef, layer_weights), x, rope, of_layer)
 
         if self.remat != "none":
             step = jax.checkpoint(step, policy=REMAT[self.remat], prevent_cse=False)

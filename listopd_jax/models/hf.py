@@ -21,7 +21,7 @@ from safetensors.numpy import save_file
 from listopd_jax.errors import UserError
 from listopd_jax.models.config import ModelConfig, RopeScaling
 from listopd_jax.models.decoder import abstract
-from listopd_jax.parallel.hosts import is_main, whole
+from listopd_jax.parallel.hosts import gather, is_main
 from listopd_jax.parallel.rules import context_mesh, param_sharding
 
 NAMES = {"embed": "model.embed_tokens", "final_norm": "model.norm", "head": "lm_head"}
@@ -158,7 +158,7 @@ def _parse_config(raw: dict[str, Any]) -> ModelConfig:
         num_layers=raw["num_hidden_layers"],
         num_heads=heads,
         num_kv_heads=raw.get("num_key_value_heads") or heads,
-        head_dim=raw.get("head_dim") or (128 if qwen3 else _whole(raw["hidden_size"], heads)),
+        head_dim=raw.get("head_dim") or (128 if qwen3 else _default_head_dim(raw["hidden_size"], heads)),
         rope_theta=theta,
         rope_scaling=scaling,
         norm_eps=raw.get("rms_norm_eps", 1e-6),
@@ -168,7 +168,7 @@ def _parse_config(raw: dict[str, Any]) -> ModelConfig:
     )
 
 
-def _whole(hidden: Any, heads: Any) -> int:
+def _default_head_dim(hidden: Any, heads: Any) -> int:
     if not (isinstance(hidden, int) and isinstance(heads, int) and heads > 0 and hidden % heads == 0):
         raise UserError(
             f"hidden_size {hidden!r} is not a multiple of num_attention_heads {heads!r}; state head_dim"
@@ -438,7 +438,7 @@ def hf_tensors(params: nnx.State, dtype=None) -> Iterator[tuple[str, np.ndarray]
     for path, param in nnx.to_flat_state(params):
         rows = param[...] if path[0] == "layers" else param[...][None]
         for i, name in enumerate(_hf_names(path, len(rows))):
-            yield name, np.ascontiguousarray(np.asarray(_to_hf(path[-1], whole(rows[i])), dtype))
+            yield name, np.ascontiguousarray(np.asarray(_to_hf(path[-1], gather(rows[i])), dtype))
 
 
 def _to_hf(name: str, array: jax.Array | np.ndarray) -> jax.Array | np.ndarray:

@@ -55,12 +55,12 @@ def causal(
     blocks; a row of padding sees itself, so its softmax is finite.
     """
     B, n, T, N, H = q.shape
-    queries = whole_blocks(n * T)
+    queries = round_up_to_blocks(n * T)
     rows = _in_a_row((q.astype(jnp.float32) * H**-0.5).astype(q.dtype), queries)
     keys, values = _in_a_row(k, queries), _in_a_row(v, queries)
     slots, segments = 0, None
     if prompt is not None:
-        slots = whole_blocks(prompt.v.shape[2])
+        slots = round_up_to_blocks(prompt.v.shape[2])
         keys = jnp.concatenate([_lengthened(prompt.k.swapaxes(2, 3), slots), keys], 2)
         values = jnp.concatenate([_lengthened(prompt.v, slots), values], 2)
         segments = _segments(prompt.lengths, slots, queries)
@@ -69,7 +69,7 @@ def causal(
     return out[:, :, : n * T].reshape(B, N, n, T, H).transpose(0, 2, 3, 1, 4)
 
 
-def whole_blocks(length: int) -> int:
+def round_up_to_blocks(length: int) -> int:
     """`length` or the next length that blocks divide: a multiple of 128, and of 256 where that is short of it."""
     block = LANES if length <= LANES else 2 * LANES
     return -(-length // block) * block

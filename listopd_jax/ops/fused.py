@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from listopd_jax.ops.head import cut, logits_of
+from listopd_jax.ops.head import logits_of, slice_vocab
 from listopd_jax.parallel.rules import constrain, from_chunks, row_multiple, to_chunks
 
 Loss = Callable[[Float[Array, "c vocab"], Any, Any], tuple[Float[Array, ""], Any]]
@@ -42,11 +42,11 @@ def fused_loss(
     head = head.astype(hidden.dtype)
 
     def one(loss, xs):
-        part, extras = f(cut(logits_of(xs[0], head), vocab), xs[1], shared)
+        part, extras = f(slice_vocab(logits_of(xs[0], head), vocab), xs[1], shared)
         return loss + part, extras
 
     loss, extras = jax.lax.scan(one, jnp.float32(0), _chunks((hidden, rows), chunk))
-    return loss, _whole(extras, len(hidden))
+    return loss, _unchunk(extras, len(hidden))
 
 
 def _forward(f, vocab, chunk, hidden, head, rows, shared):
@@ -55,7 +55,7 @@ def _forward(f, vocab, chunk, hidden, head, rows, shared):
     def one(carry, xs):
         loss, d_head = carry
         part, pull, extras = jax.vjp(
-            lambda z: f(cut(z, vocab), xs[1], shared), logits_of(xs[0], cast), has_aux=True
+            lambda z: f(slice_vocab(z, vocab), xs[1], shared), logits_of(xs[0], cast), has_aux=True
         )
         d_logits = pull(jnp.ones_like(part))[0].astype(hidden.dtype)
         d_head = constrain(d_head + _products(d_logits, xs[0], len(d_head)), "batch", "vocab", "hidden")
@@ -67,7 +67,7 @@ def _forward(f, vocab, chunk, hidden, head, rows, shared):
     chunks = _chunks((hidden, rows), chunk)
     (loss, d_head), (d_hidden, extras) = jax.lax.scan(one, (jnp.float32(0), zero), chunks)
     n = len(hidden)
-    return (loss, _whole(extras, n)), (_whole(d_hidden, n), d_head.sum(0).astype(head.dtype))
+    return (loss, _unchunk(extras, n)), (_unchunk(d_hidden, n), d_head.sum(0).astype(head.dtype))
 
 
 def _backward(f, vocab, chunk, gradients, cotangents):
@@ -91,5 +91,5 @@ def _chunks(tree: Any, chunk: int) -> Any:
     return jax.tree.map(lambda x: to_chunks(x, chunk), tree)
 
 
-def _whole(tree: Any, n: int) -> Any:
+def _unchunk(tree: Any, n: int) -> Any:
     return jax.tree.map(lambda x: from_chunks(x, n), tree)

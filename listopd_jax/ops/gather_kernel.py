@@ -25,9 +25,9 @@ MASKED = -1e30  # finite: a device may hold none of the tokens that exist
 def gather_logprobs(
     hidden: Float[Array, "N D"],
     head: Float[Array, "V D"],
-    tokens: Int[Array, "N"],
+    tokens: Int[Array, " N"],
     vocab: int,
-) -> Float[Array, "N"]:
+) -> Float[Array, " N"]:
     """log softmax(hidden·headᵀ)[token] over the first `vocab` tokens, float32; head and hidden of one dtype.
 
     Over a mesh, rows stay on their devices and each device streams its own part of the vocabulary.
@@ -55,9 +55,9 @@ def gather_logprobs(
 def stream(
     hidden: Float[Array, "N D"],
     head: Float[Array, "V D"],
-    tokens: Int[Array, "N"],
+    tokens: Int[Array, " N"],
     vocab: Int[Array, ""],
-) -> tuple[Float[Array, "N"], Float[Array, "N"]]:
+) -> tuple[Float[Array, " N"], Float[Array, " N"]]:
     """log Σ exp of the first `vocab` logits of each row, and the logit of its token, 0 if that is not in the head."""
     n, width = hidden.shape
     rows = min(ROWS, -(-n // 16) * 16)

@@ -9,7 +9,7 @@ m: the teacher (λ = 1) or, where it has the same mode, the base (λ = 0), which
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from listopd_jax.ops.head import pick
+from listopd_jax.ops.head import take_token
 
 
 def flip_lambda(
@@ -20,7 +20,7 @@ def flip_lambda(
     min over v with Δ_B > Δ_T of Δ_B / (Δ_B − Δ_T), Δ = log π(mode) − log π(v): the float32 twin of
     `theory.thresholds.flip_lambda_from_log_probs`.
     """
-    margin_t, margin_b = (pick(logp, mode)[..., None] - logp for logp in (teacher, base))
+    margin_t, margin_b = (take_token(logp, mode)[..., None] - logp for logp in (teacher, base))
     is_rival = (margin_b > margin_t) & (jnp.arange(teacher.shape[-1]) != mode[..., None])
     gap = jnp.where(is_rival, margin_b - margin_t, 1.0)
     quotient = jnp.where(jnp.isfinite(margin_b), margin_b / gap, 1.0)

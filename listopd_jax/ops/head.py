@@ -23,7 +23,7 @@ def logits_of(hidden: Float[Array, "*s D"], head: Float[Array, "V D"]) -> Float[
     return constrain_logits(logits)
 
 
-def cut(logits: Float[Array, "*s V"], vocab: int) -> Float[Array, "*s vocab"]:
+def slice_vocab(logits: Float[Array, "*s V"], vocab: int) -> Float[Array, "*s vocab"]:
     """Logits of the tokens that exist. The head itself is not cut: it would be copied for every chunk and token."""
     return constrain_logits(logits[..., :vocab])
 
@@ -32,10 +32,10 @@ def log_distribution(
     hidden: Float[Array, "*s D"], head: Float[Array, "V D"], vocab: int
 ) -> Float[Array, "*s vocab"]:
     """log softmax of hidden·headᵀ over the first `vocab` tokens; float32 accumulation and output."""
-    return jax.nn.log_softmax(cut(logits_of(hidden, head), vocab))
+    return jax.nn.log_softmax(slice_vocab(logits_of(hidden, head), vocab))
 
 
-def pick(logp: Float[Array, "*s V"], tokens: Int[Array, "*s"]) -> Float[Array, "*s"]:
+def take_token(logp: Float[Array, "*s V"], tokens: Int[Array, "*s"]) -> Float[Array, "*s"]:
     """The entry of each row of `logp` that `tokens` names."""
     if is_split("vocab"):  # a gather would first collect the whole rows on every device
         return jnp.where(jnp.arange(logp.shape[-1]) == tokens[..., None], logp, 0).sum(-1)
@@ -67,7 +67,7 @@ def token_logprobs(
 
     def rows(xs):
         logp = log_distribution(xs[0], head, vocab)
-        return pick(logp, xs[1]), entropy_of(logp)
+        return take_token(logp, xs[1]), entropy_of(logp)
 
     flat = (hidden.reshape(-1, hidden.shape[-1]), tokens.reshape(-1))
     logprob, entropy = map_positions(rows, flat, chunk)

@@ -19,7 +19,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from listopd_jax.ops.guard import guarded_lambda
-from listopd_jax.ops.head import entropy_of, pick
+from listopd_jax.ops.head import entropy_of, take_token
 
 
 class Hyper(NamedTuple):
@@ -117,7 +117,7 @@ def full_vocab_loss(student, teacher, base, tokens, hyper: Hyper, variant: Varia
     loss = (
         loss + hyper.kl_to_base * (p * (student - base)).sum(-1) - hyper.entropy_bonus * entropy_of(student)
     )
-    at = [jax.lax.stop_gradient(pick(x, tokens)) for x in (student, teacher, base)]
+    at = [jax.lax.stop_gradient(take_token(x, tokens)) for x in (student, teacher, base)]
     adv = advantage(*at, lam, variant.advantage)
     return loss, {"advantage": adv, "ratio": jnp.ones_like(adv), "lambda": lam}
 

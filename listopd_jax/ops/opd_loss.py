@@ -13,23 +13,23 @@ from jaxtyping import Array, Float, Int
 
 from listopd_jax.ops.fused import fused_loss
 from listopd_jax.ops.gather_kernel import gather_logprobs
-from listopd_jax.ops.head import entropy_of, log_distribution, map_positions, pick
+from listopd_jax.ops.head import entropy_of, log_distribution, map_positions, take_token
 from listopd_jax.ops.objective import Hyper, Variant, full_vocab_loss, position_lambda, sampled_loss
 
 
 def opd_loss(
     hiddens: Sequence[Float[Array, "N D"]],
     heads: Sequence[Float[Array, "V D"]],
-    tokens: Int[Array, "N"],
-    rollout: Float[Array, "N"],
-    weights: Float[Array, "N"],
+    tokens: Int[Array, " N"],
+    rollout: Float[Array, " N"],
+    weights: Float[Array, " N"],
     hyper: Hyper,
     variant: Variant,
     *,
     vocab: int,
     chunk: int,
     pallas: bool = False,
-) -> tuple[Float[Array, ""], dict[str, Float[Array, "N"]]]:
+) -> tuple[Float[Array, ""], dict[str, Float[Array, " N"]]]:
     """Σ weight·loss over N completion positions (EC §2) and what is known of each; differentiable in the student's.
 
     Args:
@@ -68,7 +68,11 @@ def _frozen_scores(hiddens, heads, tokens, hyper: Hyper, variant: Variant, vocab
     def rows(xs):
         hiddens, token = xs
         teacher, base = (log_distribution(h, w, vocab) for h, w in zip(hiddens, heads, strict=True))
-        return pick(teacher, token), pick(base, token), position_lambda(teacher, base, hyper, variant)
+        return (
+            take_token(teacher, token),
+            take_token(base, token),
+            position_lambda(teacher, base, hyper, variant),
+        )
 
     return map_positions(rows, (hiddens, tokens), chunk)
 
@@ -76,7 +80,7 @@ def _frozen_scores(hiddens, heads, tokens, hyper: Hyper, variant: Variant, vocab
 def _sampled(variant: Variant, vocab: int, logits, rows, shared):
     """A chunk's weighted loss and quantities from the student's logits [c, vocab] and the others' scores [c]."""
     logp, hyper, kept = jax.nn.log_softmax(logits), shared[1], rows["weight"] > 0
-    student = pick(logp, rows["token"])
+    student = take_token(logp, rows["token"])
     # Zeros after the end: an infinite ratio there would turn the gradient of a masked loss into 0 · inf = NaN.
     student, teacher, base, rollout = (
         jnp.where(kept, x, 0.0) for x in (student, rows["teacher"], rows["base"], rows["rollout"])
@@ -93,6 +97,6 @@ def _full_vocab(variant: Variant, vocab: int, logits, rows, shared):
     frozen = (log_distribution(h, w, vocab) for h, w in zip(rows["hiddens"], heads, strict=True))
     logp = [jax.nn.log_softmax(logits), *frozen]
     loss, extra = full_vocab_loss(*logp, token, hyper, variant)
-    scores = dict(zip(("student", "teacher", "base"), (pick(x, token) for x in logp), strict=True))
+    scores = dict(zip(("student", "teacher", "base"), (take_token(x, token) for x in logp), strict=True))
     extra |= scores | {"entropy": entropy_of(logp[0]), "rollout": rows["rollout"]}
     return jnp.where(rows["weight"] > 0, loss * rows["weight"], 0.0).sum(), extra

@@ -43,7 +43,7 @@ def is_main() -> bool:
 
 
 @contextlib.contextmanager
-def joined(parallel: Mapping[str, Any]) -> Iterator[None]:
+def initialize_distributed(parallel: Mapping[str, Any]) -> Iterator[None]:
     """While inside, this process is one of those that config section `parallel` or the environment asks for.
 
     Coordinator, number and id are taken from the section, else from JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and
@@ -241,7 +241,7 @@ def main_first() -> Iterator[None]:
         _everyone(np.int32(0))
 
 
-def whole(x: Any) -> np.ndarray:
+def gather(x: Any) -> np.ndarray:
     """The whole of an array on the host, of every process; each calls it with its own part."""
     if getattr(x, "is_fully_addressable", True) or x.is_fully_replicated:
         return np.asarray(x)

@@ -135,7 +135,7 @@ def _row_shards(n: int) -> int:
     return shards if n % shards == 0 else 1
 
 
-def whole_rows(n: int) -> int:
+def round_up_rows(n: int) -> int:
     """`n` rows or a few more, so that they are split evenly."""
     return -(-n // row_multiple()) * row_multiple()
 
@@ -159,7 +159,7 @@ def context_mesh() -> Mesh | None:
     return None if mesh.empty else mesh
 
 
-def resting(tree: Any) -> Any:
+def param_shardings(tree: Any) -> Any:
     """`state_shardings` on the mesh of the context; None, which leaves the choice to jax, without one."""
     mesh = context_mesh()
     return None if mesh is None else state_shardings(tree, mesh)
@@ -173,7 +173,7 @@ def decoding_copy(params: Any) -> Any:
 
 def place_state(tree: Any) -> Any:
     """Parameters or a train state, moved to where they rest; untouched without a mesh."""
-    shardings = resting(tree)
+    shardings = param_shardings(tree)
     return tree if shardings is None else jax.device_put(tree, shardings)
 
 

@@ -69,9 +69,9 @@ def parse(argv: list[str]) -> tuple[Any, Topology, Load]:
         config = _CONFIG.value
     except UserError:
         raise
-    except (
-        flags.Error, AttributeError, KeyError, TypeError, ValueError, ImportError, OSError, SyntaxError
-    ) as e:  # fmt: skip
+    except (AttributeError, KeyError) as e:
+        raise UserError(config_module.unknown_field(argv, e)) from e
+    except (flags.Error, TypeError, ValueError, ImportError, OSError, SyntaxError) as e:
         raise UserError(" ".join(str(e).split()) or type(e).__name__) from e
     if len(rest) > 1:
         raise UserError(f"{rest[1]!r} is not a flag; overrides are written --config.field=value")

@@ -21,7 +21,7 @@ from listopd_jax.errors import UserError
 from listopd_jax.models.build import cast, graph_of
 from listopd_jax.models.config import ModelConfig
 from listopd_jax.models.decoder import KVCache, abstract
-from listopd_jax.ops.attention_forms import resolve
+from listopd_jax.ops.attention_backends import resolve
 from listopd_jax.ops.objective import Hyper
 from listopd_jax.parallel import rules
 from listopd_jax.parallel.mesh import use_mesh
@@ -103,8 +103,8 @@ def _rollout_programs(config: Any, shapes: Mapping[str, ModelConfig], vocab: int
     graphs = (_graph(config, shapes["student"], mesh),)
     params = (_rollout_params(config, _state(config, shapes, mesh)[0].params, mesh),)
     prompts, lengths, rollout = _batch(config, mesh)
-    weights = _whole(jax.ShapeDtypeStruct((1, config.opd.rollouts), jnp.float32), mesh)
-    sampling = _whole(jax.eval_shape(lambda: (jax.random.key(0), jnp.float32(1))), mesh)
+    weights = _replicate(jax.ShapeDtypeStruct((1, config.opd.rollouts), jnp.float32), mesh)
+    sampling = _replicate(jax.eval_shape(lambda: (jax.random.key(0), jnp.float32(1))), mesh)
     settings = Settings(rollout.tokens.shape[-1], vocab, eos=0, pad=0)
     sizes, rows = capacities(settings.max_tokens), rollout.lengths.size
 
@@ -128,7 +128,7 @@ def compile_update(config: Any, shapes: Mapping[str, ModelConfig], vocab: int, m
     job = SimpleNamespace(config=config, graphs=graphs, codec=codec, attention=_attention(config, mesh))
     step = make_step(job)
     state, frozen = _state(config, shapes, mesh)
-    scalar = _whole(jax.ShapeDtypeStruct((), jnp.float32), mesh)
+    scalar = _replicate(jax.ShapeDtypeStruct((), jnp.float32), mesh)
     hyper = Hyper(*[scalar] * len(Hyper._fields))
     with use_mesh(mesh):
         lowered = step.lower(state, frozen, OpdBatch(*_batch(config, mesh)), hyper, scalar)
@@ -136,7 +136,7 @@ def compile_update(config: Any, shapes: Mapping[str, ModelConfig], vocab: int, m
 
 
 def _attention(config: Any, mesh: Mesh) -> str:
-    """The form of attention for the devices of the mesh, not for those at hand."""
+    """The attention backend for the devices of the mesh, not for those at hand."""
     return resolve(config.attention, mesh.devices.flat[0].platform, config.dtype.compute)
 
 
@@ -191,8 +191,8 @@ def _caches(config: Any, c: ModelConfig, mesh: Mesh) -> Any:
     return rules.abstract(tree, rules.cache_shardings(tree, mesh))
 
 
-def _whole(tree: Any, mesh: Mesh) -> Any:
-    """Abstract arrays, whole on every device."""
+def _replicate(tree: Any, mesh: Mesh) -> Any:
+    """Abstract arrays, a copy on every device."""
     return rules.abstract(tree, jax.tree.map(lambda _: NamedSharding(mesh, PartitionSpec()), tree))
 
 

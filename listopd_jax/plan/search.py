@@ -76,17 +76,17 @@ def shapes_of(config: Any) -> dict[str, ModelConfig]:
 
 def layout_of(config: Any, topology: Topology) -> Layout:
     """The layout that the config asks for; UserError if its mesh does not fit the devices or the models."""
-    from listopd_jax.ops.attention_forms import resolve
+    from listopd_jax.ops.attention_backends import resolve
     from listopd_jax.parallel.mesh import mesh_sizes
     from listopd_jax.train.preflight import check_mesh
 
-    form = resolve(config.attention, topology.platform, config.dtype.compute)
+    backend = resolve(config.attention, topology.platform, config.dtype.compute)
     sizes = mesh_sizes(config.parallel, topology.devices)
     check_mesh(config, shapes_of(config), sizes)
-    remat = "full" if config.remat == "attention" and form != "xla" else config.remat
+    remat = "full" if config.remat == "attention" and backend != "xla" else config.remat
     return Layout(
         sizes, config.opd.microbatch, remat, config.dtype.compute, config.dtype.frozen,
-        config.parallel.gather_rollout, config.opd.head_chunk, form,
+        config.parallel.gather_rollout, config.opd.head_chunk, backend,
     )  # fmt: skip
 
 
@@ -220,7 +220,7 @@ def search(config: Any, topology: Topology, load: Load, compiles: int) -> dict[s
     memory of the others is taken to be underestimated as much, and the best of them is compiled, at most `compiles` in
     all. If none fits, the one that misses by least. UserError if nothing divides. The plan has `tried` too.
     """
-    from listopd_jax.ops.attention_forms import resolve
+    from listopd_jax.ops.attention_backends import resolve
 
     resolve(config.attention, topology.platform, config.dtype.compute)  # no layout mends that
     left = [(make_plan(c, topology, load, False), c) for c in candidates(config, topology)]

@@ -190,8 +190,8 @@ def _check_plan(lock: Json, config: Json) -> None:
             raise UserError(
                 f"opd.{name}={planned} would not run the locked {values}: set --config.opd.{name}=({values},)"
             )
-    budgets = [*opd.get("budgets", ()), opd.get("steps")]
+    budgets = [*opd.get("eval_steps", ()), opd.get("steps")]
     if opd.get("steps") and lock["steps"] not in budgets:
         raise UserError(
-            f"{lock['steps']} steps is none of the budgets that opd.budgets and opd.steps give: {budgets}"
+            f"{lock['steps']} steps is none of the budgets that opd.eval_steps and opd.steps give: {budgets}"
         )

@@ -21,7 +21,7 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
 from listopd_jax.models.decoder import Decoder
-from listopd_jax.ops.head import pick
+from listopd_jax.ops.head import take_token
 from listopd_jax.parallel.rules import constrain, context_mesh
 from listopd_jax.rollout.sampling import categorical, mixed_logprobs, row_keys
 from listopd_jax.rollout.state import (
@@ -63,7 +63,7 @@ def start(
     decoders: Sequence[Decoder],
     weights: Float[Array, "m n"],
     prompts: Int[Array, "B P"],
-    prompt_lengths: Int[Array, "B"],
+    prompt_lengths: Int[Array, " B"],
     key: Array,
     temperature: Float[Array, ""],
     budgets: Int[Array, "B n"] | None,
@@ -105,7 +105,7 @@ def write(
     tokens, logprobs, lengths = rows.rollout
     rollout = Rollout(
         tokens.at[..., step].set(token),
-        logprobs.at[..., step].set(jnp.where(rows.done, 0.0, pick(logp, token))),
+        logprobs.at[..., step].set(jnp.where(rows.done, 0.0, take_token(logp, token))),
         lengths + ~rows.done,
     )
     done = rows.done | (token == settings.eos) | (rollout.lengths >= rows.budgets)
@@ -147,7 +147,7 @@ def decode(
     decoders: Sequence[Decoder],
     weights: Float[Array, "m n"],
     prompts: Int[Array, "B P"],
-    prompt_lengths: Int[Array, "B"],
+    prompt_lengths: Int[Array, " B"],
     key: Array,
     *,
     temperature: float | Float[Array, ""] = 1.0,
@@ -183,7 +183,7 @@ def first_segment(
 @jax.jit(static_argnames=("graphdefs", "settings", "least"), donate_argnames="state")
 def segment(
     graphdefs, params, prompts: Prompts, state: State, key, temperature, settings: Settings, least: int
-) -> tuple[State, Int[Array, "3"]]:
+) -> tuple[State, Int[Array, " 3"]]:
     """`proceed` while the cache has room, compiled; and what the host must know: step, and what is `alive`."""
     until = min(settings.max_tokens, state.caches[0].capacity + 1)  # the last token written is not yet cached
     state = proceed(_decoders(graphdefs, params), prompts, state, key, temperature, settings, until, least)
@@ -208,7 +208,7 @@ def generate(
     params: tuple[Any, ...],
     weights: Float[Array, "m n"],
     prompts: Int[Array, "B P"],
-    prompt_lengths: Int[Array, "B"],
+    prompt_lengths: Int[Array, " B"],
     key: Array,
     *,
     temperature: float | Float[Array, ""] = 1.0,

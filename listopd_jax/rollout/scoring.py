@@ -10,7 +10,7 @@ from listopd_jax.ops.head import token_logprobs
 def completion_hidden(
     decoder: Decoder,
     prompts: Int[Array, "B P"],
-    prompt_lengths: Int[Array, "B"],
+    prompt_lengths: Int[Array, " B"],
     completions: Int[Array, "B n T"],
 ) -> Float[Array, "B n T D"]:
     """The hidden state that predicts each completion token.
@@ -46,7 +46,7 @@ def one_row_hidden(
 def completion_logprobs(
     decoder: Decoder,
     prompts: Int[Array, "B P"],
-    prompt_lengths: Int[Array, "B"],
+    prompt_lengths: Int[Array, " B"],
     completions: Int[Array, "B n T"],
     vocab: int,
     chunk: int,

@@ -130,9 +130,9 @@ def _pad(x: Array, axis: int, capacity: int) -> Array:
 
 @jax.jit(donate_argnames="out")
 def _put_back(out: Rollout, number: Array, written: Rollout) -> Rollout:
-    def put(whole, part):
-        flat = whole.reshape(-1, *whole.shape[2:])
-        return flat.at[number].set(part.reshape(-1, *part.shape[2:])).reshape(whole.shape)
+    def put(full, part):
+        flat = full.reshape(-1, *full.shape[2:])
+        return flat.at[number].set(part.reshape(-1, *part.shape[2:])).reshape(full.shape)
 
     return jax.tree.map(put, out, written)
 

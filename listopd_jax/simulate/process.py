@@ -39,7 +39,7 @@ class Process(NamedTuple):
     base: Float[np.ndarray, "P D"]
     features: Float[np.ndarray, "P F"]
     share: Float[np.ndarray, "D G"]  # class ← parameter groups
-    repeat: Int[np.ndarray, "D"]  # positions of each class in a whole list, in order of the classes
+    repeat: Int[np.ndarray, " D"]  # positions of each class in a whole list, in order of the classes
     ends: tuple[bool, ...]  # a miss in this class ends the list
 
 
@@ -149,7 +149,7 @@ def _train(arrays, lam, clip, key, static):
     return jax.tree.map(lambda x: x[np.array(budgets) - 1], readings)
 
 
-def _read(theta: Float[Array, "P D"], repeat: Int[Array, "D"]):
+def _read(theta: Float[Array, "P D"], repeat: Int[Array, " D"]):
     """Greedy parse, sampled parse and mean log-odds of a policy; classes that a list does not have do not
     count.
     """

@@ -23,8 +23,8 @@ from jaxtyping import Array, Bool, Float, Int
 from listopd_jax import files
 from listopd_jax.metrics_log import progress
 from listopd_jax.ops.guard import flip_lambda
-from listopd_jax.ops.head import log_distribution, map_positions, pick
-from listopd_jax.parallel.hosts import from_main, whole
+from listopd_jax.ops.head import log_distribution, map_positions, take_token
+from listopd_jax.parallel.hosts import from_main, gather
 from listopd_jax.rollout.decode import generate
 from listopd_jax.rollout.scoring import completion_hidden
 from listopd_jax.stages.job import Job
@@ -48,33 +48,33 @@ class Positions(NamedTuple):
     Log-odds keep the digits that probabilities lose next to 1.
     """
 
-    logit_p: Float[np.ndarray, "N"]  # of m under the teacher
-    logit_b: Float[np.ndarray, "N"]  # of m under the base
-    flip: Float[np.ndarray, "N"]  # λ_flip of m, ∞ if none
-    token_class: Int[np.ndarray, "N"]  # index into TOKEN_CLASSES
-    prompt: Int[np.ndarray, "N"]  # row of the split
+    logit_p: Float[np.ndarray, " N"]  # of m under the teacher
+    logit_b: Float[np.ndarray, " N"]  # of m under the base
+    flip: Float[np.ndarray, " N"]  # λ_flip of m, ∞ if none
+    token_class: Int[np.ndarray, " N"]  # index into TOKEN_CLASSES
+    prompt: Int[np.ndarray, " N"]  # row of the split
 
     @property
-    def p(self) -> Float[np.ndarray, "N"]:
+    def p(self) -> Float[np.ndarray, " N"]:
         """The teacher's maximum probability."""
         return probability(self.logit_p)
 
     @property
-    def b(self) -> Float[np.ndarray, "N"]:
+    def b(self) -> Float[np.ndarray, " N"]:
         """The base's probability of m."""
         return probability(self.logit_b)
 
     @property
-    def log_ratio(self) -> Float[np.ndarray, "N"]:
+    def log_ratio(self) -> Float[np.ndarray, " N"]:
         """log π_T(m) − log π_B(m)."""
         return np.logaddexp(0, -self.logit_b) - np.logaddexp(0, -self.logit_p)
 
     @property
-    def structural(self) -> Bool[np.ndarray, "N"]:
+    def structural(self) -> Bool[np.ndarray, " N"]:
         """Whether the contract dictates the token."""
         return _IS_STRUCTURAL[self.token_class]
 
-    def where(self, mask: Bool[np.ndarray, "N"]) -> "Positions":
+    def where(self, mask: Bool[np.ndarray, " N"]) -> "Positions":
         """The positions that `mask` selects."""
         return Positions(*(x[mask] for x in self))
 
@@ -107,15 +107,15 @@ def measure(
             graphdefs[:1], params[:1], jnp.ones((1, 1)), *prompts, jax.random.key(0),
             max_tokens=max_tokens, vocab=codec.vocab, eos=codec.eos, pad=codec.pad, greedy=True,
         )  # fmt: skip
-        lengths = whole(rollout.lengths)[:, 0]
+        lengths = gather(rollout.lengths)[:, 0]
         size = min(max_tokens, -(-int(lengths.max()) // ANSWER_STEP) * ANSWER_STEP)
         tokens = rollout.tokens[..., :size]
         seen = _look(graphdefs, params, *prompts, tokens, vocab=codec.vocab, chunk=chunk)
         written = (np.arange(size) < lengths[:, None]) & (batch["weight"] > 0)[:, None]
-        classes = codec.classes(whole(tokens)[:, 0], lengths)
+        classes = codec.classes(gather(tokens)[:, 0], lengths)
         index = np.broadcast_to(np.asarray(batch["index"])[:, None], written.shape)
         parts.append(
-            [*(whole(x).astype(np.float64)[written] for x in seen), classes[written], index[written]]
+            [*(gather(x).astype(np.float64)[written] for x in seen), classes[written], index[written]]
         )
     return Positions(*(np.concatenate(columns) for columns in zip(*parts, strict=True)))
 
@@ -125,7 +125,7 @@ def _look(
     graphdefs: tuple[nnx.GraphDef, nnx.GraphDef],
     params: tuple[Any, Any],
     prompts: Int[Array, "B P"],
-    prompt_lengths: Int[Array, "B"],
+    prompt_lengths: Int[Array, " B"],
     answers: Int[Array, "B 1 T"],
     *,
     vocab: int,
@@ -146,10 +146,10 @@ def _look(
     return tuple(x.reshape(shape) for x in map_positions(rows, flat, chunk))
 
 
-def _log_odds(logp: Float[Array, "s V"], token: Int[Array, "s"]) -> Float[Array, "s"]:
+def _log_odds(logp: Float[Array, "s V"], token: Int[Array, " s"]) -> Float[Array, " s"]:
     """Log-odds of `token`; the complement is summed over the other tokens, so that p → 1 keeps its digits."""
     is_token = jnp.arange(logp.shape[-1]) == token[:, None]
-    return pick(logp, token) - jax.nn.logsumexp(jnp.where(is_token, -jnp.inf, logp), axis=-1)
+    return take_token(logp, token) - jax.nn.logsumexp(jnp.where(is_token, -jnp.inf, logp), axis=-1)
 
 
 # --- from positions to thresholds ---
@@ -298,7 +298,7 @@ def _intervals(table, clip: float, bootstrap: int, seed: int) -> tuple[dict[str,
     return {k: np.percentile(x, [2.5, 97.5]).tolist() if x.size else None for k, x in defined.items()}, notes
 
 
-def _clip_lambdas(logit_p: Float[np.ndarray, "R"], logit_b: Float[np.ndarray, "R"], clip: float):
+def _clip_lambdas(logit_p: Float[np.ndarray, " R"], logit_b: Float[np.ndarray, " R"], clip: float):
     """λ* [R], NaN where it does not exist."""
     finite = np.isfinite(logit_p) & np.isfinite(logit_b)
     lam = np.full(finite.shape, np.nan)
@@ -306,7 +306,7 @@ def _clip_lambdas(logit_p: Float[np.ndarray, "R"], logit_b: Float[np.ndarray, "R
     return lam
 
 
-def _spread(p: Float[np.ndarray, "N"], logit_p: Float[np.ndarray, "N"]) -> dict[str, float | None]:
+def _spread(p: Float[np.ndarray, " N"], logit_p: Float[np.ndarray, " N"]) -> dict[str, float | None]:
     """p token by token: the ways to sum it up other than EC's."""
     names = ("p_max", "p_mean", "p_geometric_mean", "p_percentile_5", "p_min")
     if not p.size:
@@ -334,7 +334,7 @@ def _class_row(name: str, positions: Positions, clip: float, tau: float) -> dict
     return row | {"reason": reasons.get("lambda_typ_measured")} | quantiles
 
 
-def _first_flips(positions: Positions) -> dict[str, Float[np.ndarray, "n"]]:
+def _first_flips(positions: Positions) -> dict[str, Float[np.ndarray, " n"]]:
     """The smallest λ_flip of each list, over its structural positions and over all."""
     prompts, rows = np.unique(positions.prompt, return_inverse=True)
     first = {}
@@ -359,7 +359,7 @@ def _curve(positions: Positions, lambdas: Sequence[float]) -> list[dict[str, flo
     ]
 
 
-def _quantiles(flip: Float[np.ndarray, "N"]) -> dict[str, float | None]:
+def _quantiles(flip: Float[np.ndarray, " N"]) -> dict[str, float | None]:
     """Minimum and percentiles of λ_flip by the inverse distribution function: ∞ cannot be interpolated."""
     ranked = np.sort(flip)
     ranks = {q: max(0, -(-q * len(ranked) // 100) - 1) for q in _PERCENTILES}

@@ -9,7 +9,7 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from listopd_jax.metrics_log import progress
-from listopd_jax.parallel.hosts import whole
+from listopd_jax.parallel.hosts import gather
 from listopd_jax.rollout.decode import generate
 from listopd_jax.task.codec import Codec
 from listopd_jax.task.contract import Parsed, strict_parse
@@ -45,7 +45,7 @@ def greedy_answers(
             graphdefs, params, weights, batch["prompt"], batch["prompt_length"], jax.random.key(0),
             max_tokens=max_tokens, vocab=codec.vocab, eos=codec.eos, pad=codec.pad, greedy=True,
         )  # fmt: skip
-        tokens, lengths = whole(rollout.tokens), whole(rollout.lengths)
+        tokens, lengths = gather(rollout.tokens), gather(rollout.lengths)
         ids = review_ids(batch["scores"].shape[1])
         for row in np.flatnonzero(batch["weight"]):
             index, true = int(batch["index"][row]), tuple(batch["scores"][row].tolist())

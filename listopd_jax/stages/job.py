@@ -20,7 +20,7 @@ from listopd_jax.data.tokenizer import check_tokenizers_agree, load_tokenizer, t
 from listopd_jax.errors import UserError
 from listopd_jax.models.build import graph_of, model_config
 from listopd_jax.models.config import ModelConfig
-from listopd_jax.ops.attention_forms import resolve
+from listopd_jax.ops.attention_backends import resolve
 from listopd_jax.parallel import hosts, rules
 from listopd_jax.task.codec import Codec
 from listopd_jax.task.prompt import ListExample
@@ -102,13 +102,13 @@ class Job:
 
     def evaluation_batches(self, batch_size: int = 0) -> Iterator[dict[str, Any]]:
         """Every validation list once, `batch_size` (0: `evaluation.batch_size`) or a few more at a time."""
-        size = rules.whole_rows(batch_size or self.config.evaluation.batch_size)
+        size = rules.round_up_rows(batch_size or self.config.evaluation.batch_size)
         return data_input.evaluation_batches(self.validation, buckets=self.buckets, batch_size=size)
 
 
 def open_job(config: ml_collections.FrozenConfigDict, workdir: pathlib.Path) -> Job:
     """The prepare stage: build or find data set and tokenizer; UserError for whatever cannot be used."""
-    form = resolve(config.attention, jax.default_backend(), config.dtype.compute)
+    backend = resolve(config.attention, jax.default_backend(), config.dtype.compute)
     with hosts.main_first():
         report = prepare(config.data, config.task, workdir / "data")
         refuse_other_data(workdir, report["fingerprint"])
@@ -116,7 +116,7 @@ def open_job(config: ml_collections.FrozenConfigDict, workdir: pathlib.Path) -> 
             logging.warning("data: %s", note)
         examples = {split: read_split(workdir / "data", split) for split in ("train", "validation")}
         tokenizer = _tokenizer(config, workdir, report["fingerprint"], examples["train"])
-    return Job(config, workdir, Codec(tokenizer), examples, form)
+    return Job(config, workdir, Codec(tokenizer), examples, backend)
 
 
 def refuse_other_data(workdir: pathlib.Path, fingerprint: str) -> None:

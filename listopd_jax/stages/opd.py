@@ -28,7 +28,7 @@ def opd_runs(job: Job, lam: float, seed: int) -> list[Run]:
     opd = job.config.opd
     steps = opd.steps or job.steps(opd.epochs, opd.batch_size)
     run = Run(f"opd_lambda{float(lam)}_seed{seed}", "opd", {"lambda": float(lam), "seed": seed}, steps)
-    return [run._replace(steps=budget) for budget in opd.budgets if budget < steps] + [run]
+    return [run._replace(steps=budget) for budget in opd.eval_steps if budget < steps] + [run]
 
 
 def preflight(job: Job, frozen: Frozen) -> None:
@@ -118,10 +118,10 @@ def sample(job: Job, params: Any, prompts, lengths, key) -> Rollout:
 
 def contract_metrics(rollout: Rollout, advantage, codec: Codec, k: int) -> dict[str, float]:
     """What the sampled completions say of the contract: strict parse rate, and advantage by kind of token."""
-    tokens = hosts.whole(rollout.tokens).reshape(-1, rollout.tokens.shape[-1])
-    lengths = hosts.whole(rollout.lengths).reshape(-1)
+    tokens = hosts.gather(rollout.tokens).reshape(-1, rollout.tokens.shape[-1])
+    lengths = hosts.gather(rollout.lengths).reshape(-1)
     parsed = [strict_parse(text, review_ids(k)).failure == "ok" for text in codec.texts(tokens, lengths)]
-    structural, values = codec.structural(tokens, lengths), hosts.whole(advantage).reshape(tokens.shape)
+    structural, values = codec.structural(tokens, lengths), hosts.gather(advantage).reshape(tokens.shape)
     content = (np.arange(tokens.shape[1]) < lengths[:, None]) & ~structural
     return {
         "parse": np.mean(parsed),

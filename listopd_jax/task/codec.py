@@ -34,7 +34,7 @@ class Codec:
         return [self.text(row[:n].tolist()) for row, n in rows]
 
     def classes(
-        self, tokens: Int[np.ndarray, "N T"], lengths: Int[np.ndarray, "N"]
+        self, tokens: Int[np.ndarray, "N T"], lengths: Int[np.ndarray, " N"]
     ) -> Int[np.ndarray, "N T"]:
         """Index into TOKEN_CLASSES of each completion token; −1 after the end."""
         out = np.full(tokens.shape, -1)
@@ -43,7 +43,7 @@ class Codec:
         return out
 
     def structural(
-        self, tokens: Int[np.ndarray, "N T"], lengths: Int[np.ndarray, "N"]
+        self, tokens: Int[np.ndarray, "N T"], lengths: Int[np.ndarray, " N"]
     ) -> Bool[np.ndarray, "N T"]:
         """True at tokens that the contract dictates (everything but score digits and stray text)."""
         classes = self.classes(tokens, lengths)

@@ -26,7 +26,7 @@ METRICS = ("parse", *(f"ndcg@{k}" for k in CUTOFFS), "tau", "mae", "useful")
 
 
 def ndcg(
-    predicted: Float[np.ndarray, "K"], true: Float[np.ndarray, "K"], cutoff: int, gain: str = "linear"
+    predicted: Float[np.ndarray, " K"], true: Float[np.ndarray, " K"], cutoff: int, gain: str = "linear"
 ) -> float:
     """Normalised discounted cumulative gain at `cutoff` (Järvelin & Kekäläinen 2002); NaN if `true` is all 0.
 
@@ -44,7 +44,7 @@ def ndcg(
     return float(shared[np.argsort(-predicted)] @ discounts / ideal) if ideal > 0 else float("nan")
 
 
-def kendall_tau(predicted: Float[np.ndarray, "K"], true: Float[np.ndarray, "K"]) -> float:
+def kendall_tau(predicted: Float[np.ndarray, " K"], true: Float[np.ndarray, " K"]) -> float:
     """Kendall's tau-b in −1..1 (Kendall 1945), over all K² pairs; NaN if either side is constant."""
     p, t = _pair_signs(predicted), _pair_signs(true)
     norm = np.sqrt(np.sum(p * p) * np.sum(t * t))
@@ -129,12 +129,12 @@ def _weighted_means(
         return (weights @ np.where(finite, table, 0.0)) / (weights @ finite)
 
 
-def _gains(true: Float[np.ndarray, "K"], gain: str) -> Float[np.ndarray, "K"]:
+def _gains(true: Float[np.ndarray, " K"], gain: str) -> Float[np.ndarray, " K"]:
     if gain not in GAINS:
         raise UserError(f"gain={gain!r}: choose {' or '.join(map(repr, GAINS))}")
     return true if gain == "linear" else np.exp2(true) - 1
 
 
-def _pair_signs(x: Float[np.ndarray, "K"]) -> Float[np.ndarray, "K K"]:
+def _pair_signs(x: Float[np.ndarray, " K"]) -> Float[np.ndarray, "K K"]:
     """sign(x_i − x_j), by comparison, so that huge scores cannot overflow."""
     return (x[:, None] > x[None, :]) * 1.0 - (x[:, None] < x[None, :])

@@ -57,15 +57,17 @@ def table(
     return np.array(lambdas), seeds, values
 
 
-def grid_onsets(lambdas: Float[np.ndarray, "L"], curves: Curves, threshold: float) -> Float[np.ndarray, "R"]:
+def grid_onsets(
+    lambdas: Float[np.ndarray, " L"], curves: Curves, threshold: float
+) -> Float[np.ndarray, " R"]:
     """Per curve the largest λ of the grid with a value ≥ `threshold`; NaN where there is none."""
     reached = np.asarray(curves) >= threshold
     return np.where(reached.any(1), np.where(reached, lambdas, -np.inf).max(1), np.nan)
 
 
 def crossings(
-    lambdas: Float[np.ndarray, "L"], curves: Curves, levels: float | np.ndarray
-) -> Float[np.ndarray, "R"]:
+    lambdas: Float[np.ndarray, " L"], curves: Curves, levels: float | np.ndarray
+) -> Float[np.ndarray, " R"]:
     """Per curve the largest λ at which it, drawn with straight lines, is ≥ its level; NaN where it never is.
 
     The last λ of the grid for a curve that still holds there: read it as "at least".
@@ -81,7 +83,7 @@ def crossings(
     return np.where(held >= 0, at, np.nan)
 
 
-def isotonic(curve: Float[np.ndarray, "L"]) -> Float[np.ndarray, "L"]:
+def isotonic(curve: Float[np.ndarray, " L"]) -> Float[np.ndarray, " L"]:
     """The closest non-increasing curve in least squares (pool adjacent violators)."""
     blocks: list[tuple[float, int]] = []  # mean, length
     for value in np.asarray(curve, float):
@@ -92,14 +94,14 @@ def isotonic(curve: Float[np.ndarray, "L"]) -> Float[np.ndarray, "L"]:
     return np.concatenate([np.full(n, mean) for mean, n in blocks])
 
 
-def half_drop_levels(curves: Curves) -> Float[np.ndarray, "R"]:
+def half_drop_levels(curves: Curves) -> Float[np.ndarray, " R"]:
     """Per curve the value halfway between its peak and its lowest point from there on."""
     curves = np.asarray(curves)
     after_peak = np.arange(curves.shape[1]) >= curves.argmax(1)[:, None]
     return (curves.max(1) + np.where(after_peak, curves, np.inf).min(1)) / 2
 
 
-def falling(curve: Float[np.ndarray, "L"]) -> Float[np.ndarray, "L"]:
+def falling(curve: Float[np.ndarray, " L"]) -> Float[np.ndarray, " L"]:
     """The curve as it is up to its peak, its isotonic fit from there on: a cliff is what follows the peak."""
     peak = int(np.argmax(curve))
     return np.concatenate([curve[:peak], isotonic(curve[peak:])])
@@ -111,7 +113,7 @@ def resample_seeds(seeds: int, resamples: int, seed: int) -> Int[np.ndarray, "R 
     return np.concatenate([np.arange(seeds)[None], drawn])
 
 
-def percentile_interval(values: Float[np.ndarray, "R"], confidence: float) -> list[float] | None:
+def percentile_interval(values: Float[np.ndarray, " R"], confidence: float) -> list[float] | None:
     """Percentile interval of the defined values, None if there are none."""
     values = values[~np.isnan(values)]
     tail = 50 * (1 - confidence)
@@ -193,7 +195,7 @@ class _Bootstrap:
         at = {name: crossings(self.lambdas, curve, level(curve)) for name, curve in self.curves.items()}
         return {name: self.reading(onsets) for name, onsets in at.items()}
 
-    def reading(self, onsets: Float[np.ndarray, "R"]) -> dict[str, Any]:
+    def reading(self, onsets: Float[np.ndarray, " R"]) -> dict[str, Any]:
         """Estimate (row 0), interval and failures of one rule; one seed has no interval."""
         at, drawn = onsets[0], onsets[1:]
         return {
@@ -217,7 +219,7 @@ def _checked(lambdas, parse) -> tuple[np.ndarray, np.ndarray]:
     return lambdas, parse
 
 
-def _mean_of_defined(values: Float[np.ndarray, "R S"]) -> Float[np.ndarray, "R"]:
+def _mean_of_defined(values: Float[np.ndarray, "R S"]) -> Float[np.ndarray, " R"]:
     """Mean over the seeds that have an onset, NaN where none has."""
     defined = ~np.isnan(values)
     count = defined.sum(1)

@@ -2,11 +2,11 @@
 
 A run's folder is `workdir/checkpoints/<run>`. A checkpoint has three items: `params`, `opt_state` (an item of its own,
 so that a finished run's parameters load without it) and `record`, JSON: the step, the identity of the run (seed, λ and
-its warm-up, digest of the config), its progress (data iterator) and fingerprints of the arrays. Random numbers need no
+its warm-up, digest of the config), its progress (data iterator) and checksums of the arrays. Random numbers need no
 more: the key of every step is folded from seed and step.
 
 Orbax writes to a temporary folder and renames it: a killed save leaves no checkpoint at all. What a disk damages later
-the fingerprints tell, on whatever mesh; such a checkpoint is passed over for the one before it.
+the checksums tell, on whatever mesh; such a checkpoint is passed over for the one before it.
 """
 
 import contextlib
@@ -27,7 +27,7 @@ from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, CustomSt
 
 from listopd_jax.errors import UserError
 from listopd_jax.parallel.hosts import anywhere
-from listopd_jax.train.fingerprint import fingerprint
+from listopd_jax.train.checksum import checksum
 from listopd_jax.train.optimizer import TrainState
 
 
@@ -89,9 +89,9 @@ class Checkpoints:
 
     def save(self, step: int, state: TrainState, progress: dict[str, Any]) -> None:
         """Save after `step` updates; `progress` is JSON (data iterator state and the like)."""
-        prints = {name: fingerprint(tree) for name, tree in state._asdict().items()}
+        sums = {name: checksum(tree) for name, tree in state._asdict().items()}
         record = {"step": step, "identity": self._identity, "progress": progress}
-        record |= {"shapes": _shapes(state), "fingerprints": prints}
+        record |= {"shapes": _shapes(state), "checksums": sums}
         arrays = {name: ocp.args.StandardSave(tree) for name, tree in state._asdict().items()}
         items = ocp.args.Composite(**arrays, record=ocp.args.JsonSave(_sealed(record)))
         with self._reported():
@@ -140,7 +140,7 @@ class Checkpoints:
         wanted = like._asdict() if optimizer else {"params": like.params}
         arrays = self._load(step, **{name: ocp.args.StandardRestore(tree) for name, tree in wanted.items()})
         for name, tree in arrays.items():
-            if fingerprint(tree) != record["fingerprints"][name]:
+            if checksum(tree) != record["checksums"][name]:
                 raise _Damaged(f"{name} is not what was saved")
         return Saved(step, TrainState(**{"opt_state": None, **arrays}), record["progress"])
 

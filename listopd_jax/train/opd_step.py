@@ -42,7 +42,7 @@ class OpdBatch(NamedTuple):
     """Prompts and their n sampled completions."""
 
     prompts: Int[Array, "B P"]
-    prompt_lengths: Int[Array, "B"]
+    prompt_lengths: Int[Array, " B"]
     rollout: Rollout
 
 
@@ -63,8 +63,8 @@ def make_opd_step(
     has a leading axis G, split along the mesh's `grid`. `pallas`: see `opd_loss`.
 
     metrics: scalars over completion tokens (loss, advantage_mean, guarded_fraction, ratio_max, clip_fraction,
-    reverse_kl, entropy, rollout_gap, grad_norm). per_token: float32 arrays [B, n, T] of advantage, λ, student, teacher
-    and base log-probs, 0 after the end.
+    reverse_kl, entropy, sampler_trainer_gap, grad_norm). per_token: float32 arrays [B, n, T] of advantage, λ, student,
+    teacher and base log-probs, 0 after the end.
     """
 
     loss_function = functools.partial(opd_loss, variant=variant, vocab=vocab, chunk=chunk, pallas=pallas)
@@ -116,5 +116,5 @@ def summarize(per_token: dict[str, Float[Array, "B n T"]], mask, hyper: Hyper) -
         "reverse_kl": mean(per_token["student"] - per_token["teacher"]),
         "entropy": mean(per_token["entropy"]),
         "completion_length": mask.sum() / mask.any(-1).sum(),
-        "rollout_gap": jnp.where(mask, gap, 0).max(),
+        "sampler_trainer_gap": jnp.where(mask, gap, 0).max(),
     }

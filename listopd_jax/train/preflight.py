@@ -10,7 +10,7 @@ from flax import nnx
 
 from listopd_jax.errors import UserError
 from listopd_jax.models.config import ModelConfig
-from listopd_jax.parallel.hosts import whole
+from listopd_jax.parallel.hosts import gather
 from listopd_jax.rollout.decode import completion_mask
 from listopd_jax.rollout.scoring import completion_logprobs
 
@@ -32,7 +32,7 @@ def answer_logprobs(
         return logprobs, completion_mask(batch["answer_length"][:, None], answers.shape[-1])
 
     logprobs, mask = score(params, {k: jnp.asarray(v) for k, v in batch.items()})
-    return whole(logprobs)[whole(mask)]
+    return gather(logprobs)[gather(mask)]
 
 
 def check_models(teacher: np.ndarray, student: np.ndarray, vocab: int) -> None:
@@ -75,6 +75,6 @@ def check_mesh(config: Any, shapes: Mapping[str, ModelConfig], sizes: Mapping[st
             _divides(rows, sizes["data"] * fsdp, f"{name}.{field}={section[field]}", section[field])
 
 
-def _divides(what: str, divisor: int, whole: str, size: int) -> None:
+def _divides(what: str, divisor: int, dividend: str, size: int) -> None:
     if size % divisor:
-        raise UserError(f"{what} must divide {whole}; change one of them")
+        raise UserError(f"{what} must divide {dividend}; change one of them")

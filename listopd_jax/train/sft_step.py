@@ -9,7 +9,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from listopd_jax.ops.fused import fused_loss
-from listopd_jax.ops.head import entropy_of, pick
+from listopd_jax.ops.head import entropy_of, take_token
 from listopd_jax.ops.objective import token_weights
 from listopd_jax.rollout.decode import completion_mask
 from listopd_jax.rollout.scoring import completion_hidden
@@ -18,12 +18,12 @@ from listopd_jax.train.optimizer import TrainState, apply_gradients
 
 
 def cross_entropy(
-    logits: Float[Array, "c V"], rows: tuple[Int[Array, "c"], Float[Array, "c"]], _: None
-) -> tuple[Float[Array, ""], Float[Array, "c"]]:
+    logits: Float[Array, "c V"], rows: tuple[Int[Array, " c"], Float[Array, " c"]], _: None
+) -> tuple[Float[Array, ""], Float[Array, " c"]]:
     """Σ −w log π(token) over rows (token, w), and the weighted entropy of each row."""
     tokens, weights = rows
     logp = jax.nn.log_softmax(logits)
-    return -(weights * pick(logp, tokens)).sum(), weights * entropy_of(logp)
+    return -(weights * take_token(logp, tokens)).sum(), weights * entropy_of(logp)
 
 
 def make_sft_step(

@@ -1,6 +1,6 @@
 """Several runs side by side: one table row for each run, budget and λ, and one panel for each run.
 
-    python -m listopd_jax.report.arms runs/cliff/plain runs/cliff/guard [--steps=200] [--figure=arms.png]
+    python -m listopd_jax.report.ablations runs/cliff/plain runs/cliff/guard [--steps=200] [--figure=ablations.png]
 
 A run is a workdir of main; its name is the folder's. Numbers are means over seeds ± their standard deviation. The
 figure draws parse against λ at every budget, the untrained forecast, and where EC Eq. 4 (between the measured and the
@@ -137,7 +137,7 @@ def _legend(figure) -> tuple[list, list]:
 def main(argv: Sequence[str]) -> int:
     """Print the table; exit code 2 for a folder that holds no run."""
     parser = argparse.ArgumentParser(
-        prog="python -m listopd_jax.report.arms", description=__doc__.split("\n")[0]
+        prog="python -m listopd_jax.report.ablations", description=__doc__.split("\n")[0]
     )
     parser.add_argument("workdirs", nargs="+", type=pathlib.Path)
     parser.add_argument("--steps", type=int, help="only rows of this budget")

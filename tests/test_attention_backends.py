@@ -1,4 +1,4 @@
-"""The fused forms of causal attention against the reference; kernels by interpreter, or compiled for a TPU."""
+"""The fused backends of causal attention against the reference; kernels by interpreter, or compiled for a TPU."""
 
 import functools
 import importlib.util
@@ -13,7 +13,7 @@ from jax.sharding import NamedSharding
 from listopd_jax.errors import UserError
 from listopd_jax.ops import attention, attention_cudnn, attention_splash
 from listopd_jax.ops.attention import Prompt
-from listopd_jax.ops.attention_forms import causal_attention, resolve
+from listopd_jax.ops.attention_backends import causal_attention, resolve
 from listopd_jax.parallel.mesh import make_mesh, use_mesh
 from listopd_jax.parallel.rules import spec
 
@@ -31,18 +31,18 @@ def make(B, n, T, P, N, KV, H):
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def value_and_gradients(form, arrays, lengths):
+def value_and_gradients(backend, arrays, lengths):
     """The result and the gradient of a weighted sum of it with respect to every array."""
 
     def loss(q, k, v, *prompt):
-        out = form(q, k, v, Prompt(*prompt, lengths) if prompt else None)
+        out = backend(q, k, v, Prompt(*prompt, lengths) if prompt else None)
         return (out * jnp.cos(jnp.arange(out.size)).reshape(out.shape)).sum(), out
 
     (_, out), gradients = jax.value_and_grad(loss, argnums=range(len(arrays)), has_aux=True)(*arrays)
     return out, gradients
 
 
-@pytest.mark.parametrize("form", OURS)
+@pytest.mark.parametrize("backend", OURS)
 @pytest.mark.parametrize(
     ("sizes", "lengths"),
     [
@@ -52,13 +52,13 @@ def value_and_gradients(form, arrays, lengths):
     ],
     ids=["n=3", "n=1", "whole"],
 )
-def test_fused_forms_equal_the_reference_in_value_and_gradient(form, sizes, lengths):
+def test_fused_backends_equal_the_reference_in_value_and_gradient(backend, sizes, lengths):
     B, n, T, P, *heads = sizes
     arrays = make(B, n, T, P or 1, *heads)[: 5 if P else 3]
     lengths = lengths and jnp.array(lengths)
     expected = value_and_gradients(attention.causal, arrays, lengths)
     for ours, theirs in zip(
-        *map(jax.tree.leaves, (value_and_gradients(OURS[form], arrays, lengths), expected)), strict=True
+        *map(jax.tree.leaves, (value_and_gradients(OURS[backend], arrays, lengths), expected)), strict=True
     ):
         np.testing.assert_allclose(ours, theirs, rtol=0, atol=5e-6)
 
@@ -78,7 +78,7 @@ def test_completions_see_the_prompt_and_their_own_past():
 
 @pytest.mark.parametrize("length", [1, 128, 129, 700, 2048])
 def test_padding_is_less_than_a_block(length):
-    whole = attention_splash.whole_blocks(length)
+    whole = attention_splash.round_up_to_blocks(length)
     assert 0 <= whole - length < 256 and whole % 128 == 0
     assert length <= 128 or whole % 256 == 0
 
@@ -88,7 +88,7 @@ def test_padding_is_less_than_a_block(length):
 )
 @pytest.mark.parametrize("passes", ["prefill", "gradient of extend"])
 def test_splash_compiles_for_four_tpus_without_an_array_of_scores(passes, monkeypatch):
-    """Over rows and heads; XLA's own form stores B·N·P·P float32 scores of a prefill of 2048 tokens."""
+    """Over rows and heads; XLA's own backend stores B·N·P·P float32 scores of a prefill of 2048 tokens."""
     monkeypatch.setenv("TPU_SKIP_MDS_QUERY", "1")
     sizes = {"grid": 1, "data": 1, "fsdp": 2, "tensor": 2}
     mesh = make_mesh(sizes, topologies.get_topology_desc("v5e:2x2", "tpu").devices)
@@ -124,7 +124,7 @@ def test_splash_compiles_for_four_tpus_without_an_array_of_scores(passes, monkey
 
 
 @pytest.mark.parametrize(
-    ("platform", "dtype", "form"),
+    ("platform", "dtype", "backend"),
     [
         ("tpu", "float32", "splash"),
         ("tpu", "bfloat16", "splash"),
@@ -133,14 +133,14 @@ def test_splash_compiles_for_four_tpus_without_an_array_of_scores(passes, monkey
         ("cpu", "bfloat16", "xla"),
     ],
 )
-def test_auto_is_the_best_form_of_a_device(platform, dtype, form):
-    assert resolve("auto", platform, dtype) == form
-    assert resolve(form, platform, dtype) == form
+def test_auto_is_the_best_backend_of_a_device(platform, dtype, backend):
+    assert resolve("auto", platform, dtype) == backend
+    assert resolve(backend, platform, dtype) == backend
     assert resolve("xla", platform, dtype) == "xla"
 
 
 @pytest.mark.parametrize(
-    ("form", "platform", "dtype", "said"),
+    ("backend", "platform", "dtype", "said"),
     [
         ("splash", "cpu", "bfloat16", "needs a TPU, not a cpu"),
         ("splash", "gpu", "bfloat16", "needs a TPU, not a gpu"),
@@ -148,7 +148,7 @@ def test_auto_is_the_best_form_of_a_device(platform, dtype, form):
         ("cudnn", "gpu", "float32", "needs dtype.compute='bfloat16'"),
     ],
 )
-def test_a_form_that_cannot_run_is_refused_in_one_line(form, platform, dtype, said):
+def test_a_backend_that_cannot_run_is_refused_in_one_line(backend, platform, dtype, said):
     with pytest.raises(UserError, match=said) as error:
-        resolve(form, platform, dtype)
+        resolve(backend, platform, dtype)
     assert "\n" not in str(error.value) and "attention=" in str(error.value)

@@ -1,4 +1,4 @@
-"""A fingerprint of a tree of arrays that does not depend on how it is split over devices.
+"""A checksum of a tree of arrays that does not depend on how it is split over devices.
 
 Every word is mixed with its place and all are added modulo 2^32: devices sum their own shards and exchange one number.
 A single changed word always shows; other damage escapes with probability 2^-32.
@@ -13,13 +13,13 @@ from jaxtyping import Array, Shaped, UInt32
 _WORDS = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32}
 
 
-def fingerprint(tree: Any) -> int:
-    """The fingerprint of a tree of arrays with elements of at most four bytes; the same on every mesh."""
-    return int(_fingerprint(jax.tree.leaves(tree)))
+def checksum(tree: Any) -> int:
+    """The checksum of a tree of arrays with elements of at most four bytes; the same on every mesh."""
+    return int(_checksum(jax.tree.leaves(tree)))
 
 
 @jax.jit
-def _fingerprint(leaves: list[Shaped[Array, "..."]]) -> UInt32[Array, ""]:
+def _checksum(leaves: list[Shaped[Array, "..."]]) -> UInt32[Array, ""]:
     return sum((_mix(_leaf(x) + jnp.uint32(i)) for i, x in enumerate(leaves)), start=jnp.uint32(0))
 
 
