@@ -19,7 +19,7 @@ from listopd_jax import config as config_module
 from listopd_jax import files
 from listopd_jax.errors import Interrupted, UserError
 from listopd_jax.lifecycle import interruptible, locked
-from listopd_jax.parallel import hosts
+from listopd_jax.parallel import compiler, hosts
 
 _CONFIG = config_flags.DEFINE_config_file(
     "config", None, "configs/NAME.py[:PRESET]; override with --config.field=value"
@@ -36,6 +36,7 @@ def main(argv: list[str]) -> int:
         return 0
     try:
         config, workdir = parse(argv)
+        compiler.reserve_gpu_memory()
         with hosts.initialize_distributed(config.parallel), _alone(workdir), interruptible():
             with hosts.main_first():
                 record_config(config, workdir, argv)
@@ -159,6 +160,7 @@ def run(config: Any, workdir: pathlib.Path) -> pathlib.Path:
     from listopd_jax.report.write import write_report
     from listopd_jax.stages.pipeline import run_stages
 
+    compiler.exact_float32(config.dtype.compute)
     jax.config.update("jax_compilation_cache_dir", str(workdir / "compile_cache"))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 1.0)
     run_stages(config, workdir)

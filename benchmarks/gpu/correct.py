@@ -28,7 +28,9 @@ def say(check: str, errors: dict[str, float], bound: float, **facts: Any) -> boo
     """Print the check's line; whether every error is a number within the bound."""
     passed = all(e <= bound for e in errors.values())  # a NaN is not
     errors = {name: float(f"{e:.3g}") for name, e in errors.items()}
-    print(json.dumps({"check": check, "passed": passed, "bound": bound, "errors": errors, **facts}), flush=True)
+    print(
+        json.dumps({"check": check, "passed": passed, "bound": bound, "errors": errors, **facts}), flush=True
+    )
     return passed
 
 
@@ -63,7 +65,11 @@ def reference(q, k, v, visible, d_out) -> tuple[np.ndarray, ...]:
 
 def check_attention(small: bool) -> list[bool]:
     """Whole sequences and completions after ragged prompts, of each backend in bfloat16."""
-    cases = [(2, 1, 704, None, 16, 8, 128), (3, 2, 97, (192, 5, 101), 16, 8, 128), (2, 1, 256, (704, 650), 32, 8, 128)]
+    cases = [
+        (2, 1, 704, None, 16, 8, 128),
+        (3, 2, 97, (192, 5, 101), 16, 8, 128),
+        (2, 1, 256, (704, 650), 32, 8, 128),
+    ]
     if small:
         cases = [(2, 1, 24, None, 4, 2, 16), (3, 2, 9, (20, 1, 11), 4, 2, 16)]
     cudnn = functools.partial(attention_cudnn.causal, implementation="xla" if small else "cudnn")
@@ -99,12 +105,17 @@ def _attention_case(name: str, run: Callable, case: tuple) -> bool:
     pasts = [np.repeat(x, n, axis=0) for x in (past_k, past_v)]
     keys, values = (np.concatenate([p, own], 1) for p, own in zip(pasts, rows[K : V + 1], strict=True))
     seen = np.arange(P) < np.repeat(np.asarray(lengths or [0] * B), n)[:, None, None]
-    visible = np.concatenate([np.broadcast_to(seen, (B * n, T, P)), np.tril(np.ones((B * n, T, T), bool))], -1)
+    visible = np.concatenate(
+        [np.broadcast_to(seen, (B * n, T, P)), np.tril(np.ones((B * n, T, T), bool))], -1
+    )
     out_ref, d_q, d_k, d_v = reference(rows[Q], keys, values, visible, rows[3])
     past = [x[:, :P].reshape(B, n, P, KV, H).sum(1) for x in (d_k, d_v)]
     wanted = {"out": out_ref, "d_q": d_q, "d_k": d_k[:, P:], "d_v": d_v[:, P:]}
     got = {"out": out, "d_q": grads[0], "d_k": grads[1], "d_v": grads[2]}
-    errors = {key: relative(np.asarray(got[key], np.float32).reshape(want.shape), want) for key, want in wanted.items()}
+    errors = {
+        key: relative(np.asarray(got[key], np.float32).reshape(want.shape), want)
+        for key, want in wanted.items()
+    }
     if lengths:
         errors |= {"d_past_k": relative(grads[3], past[0]), "d_past_v": relative(grads[4], past[1])}
     return say(f"attention {name} {case}", errors, 2e-2)
@@ -137,7 +148,9 @@ def check_decoder(small: bool) -> list[bool]:
     runs = {"float32 default precision": ("float32", "xla"), "bfloat16 xla": ("bfloat16", "xla")}
     if not small:
         runs["bfloat16 cudnn"] = ("bfloat16", "cudnn")
-    passed = [say(f"decoder {name}", {"hidden": relative(hidden(*r), exact)}, 3e-2) for name, r in runs.items()]
+    passed = [
+        say(f"decoder {name}", {"hidden": relative(hidden(*r), exact)}, 3e-2) for name, r in runs.items()
+    ]
     return [*passed, *_decoding(config, small)]
 
 
@@ -153,9 +166,15 @@ def _decoding(config: Any, small: bool) -> list[bool]:
     prompts = jnp.asarray(rng.integers(2, config.vocab_size, (8, 64)), jnp.int32)
     lengths = jnp.asarray(rng.integers(1, 65, 8), jnp.int32)
     passed = []
-    for dtype, precision, bound in (("float32", "highest", 1e-4), ("float32", "default", 5e-3), ("bfloat16", "default", 0.25)):
+    for dtype, precision, bound in (
+        ("float32", "highest", 1e-4),
+        ("float32", "default", 5e-3),
+        ("bfloat16", "default", 0.25),
+    ):
         backend = "cudnn" if dtype == "bfloat16" and not small else "xla"
-        decoder = Decoder(config, rngs=nnx.Rngs(0), dtype=dtype, param_dtype=jnp.dtype(dtype), attention=backend)
+        decoder = Decoder(
+            config, rngs=nnx.Rngs(0), dtype=dtype, param_dtype=jnp.dtype(dtype), attention=backend
+        )
         graph, params = nnx.split(decoder)
 
         def forced(p, tokens, graph=graph):
@@ -218,7 +237,9 @@ def _update(step: Any, tokens: Any) -> dict[str, float]:
     from listopd_jax.rollout.decode import Rollout
 
     tokens = jnp.asarray(np.asarray(tokens))
-    rollout = Rollout(tokens, jnp.full(tokens.shape, -1.0), jnp.full(tokens.shape[:2], tokens.shape[2], jnp.int32))
+    rollout = Rollout(
+        tokens, jnp.full(tokens.shape, -1.0), jnp.full(tokens.shape[:2], tokens.shape[2], jnp.int32)
+    )
     metrics = step.update(rollout)
     return {name: float(metrics[name]) for name in ("loss", "grad_norm", "entropy", "reverse_kl")}
 

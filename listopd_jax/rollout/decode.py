@@ -22,6 +22,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from listopd_jax.models.decoder import Decoder
 from listopd_jax.ops.head import take_token
+from listopd_jax.parallel.compiler import ROLLOUT, BackendJit
 from listopd_jax.parallel.rules import constrain, context_mesh
 from listopd_jax.rollout.sampling import categorical, mixed_logprobs, row_keys
 from listopd_jax.rollout.state import (
@@ -171,7 +172,7 @@ def decode(
 # --- the programs, and the host that runs them ---
 
 
-@jax.jit(static_argnames=("graphdefs", "settings", "capacity"))
+@functools.partial(BackendJit, options=ROLLOUT, static_argnames=("graphdefs", "settings", "capacity"))
 def first_segment(
     graphdefs, params, weights, prompts, prompt_lengths, key, temperature, budgets, settings, capacity
 ):
@@ -180,7 +181,9 @@ def first_segment(
     return start(decoders, weights, prompts, prompt_lengths, key, temperature, budgets, settings, capacity)
 
 
-@jax.jit(static_argnames=("graphdefs", "settings", "least"), donate_argnames="state")
+@functools.partial(
+    BackendJit, options=ROLLOUT, static_argnames=("graphdefs", "settings", "least"), donate_argnames="state"
+)
 def segment(
     graphdefs, params, prompts: Prompts, state: State, key, temperature, settings: Settings, least: int
 ) -> tuple[State, Int[Array, " 3"]]:

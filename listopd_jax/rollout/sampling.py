@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from listopd_jax.ops.head import log_distribution
+from listopd_jax.ops.head import logits_of, slice_vocab
 
 IMPOSSIBLE = -1e30  # finite: a block of nothing else must have a log-probability and no NaN
 
@@ -14,9 +14,14 @@ IMPOSSIBLE = -1e30  # finite: a block of nothing else must have a log-probabilit
 def mixed_logprobs(
     decoders: Sequence, hiddens: Sequence, weights: Float[Array, "B n m"], vocab: int, temperature
 ) -> Float[Array, "B n V"]:
-    """log softmax(Σ_i w_i log π_i / temperature) for hidden states [B, n, D_i] of m decoders."""
-    logps = [log_distribution(h, d.head_weight(), vocab) for d, h in zip(decoders, hiddens, strict=True)]
-    mixed = sum(weights[..., i, None] * logp for i, logp in enumerate(logps))
+    """log softmax(Σ_i w_i log π_i / temperature) for hidden states [B, n, D_i] of m decoders.
+
+    Logits stand in for log π_i: they differ by a constant per row, which the softmax drops.
+    """
+    logits = (
+        slice_vocab(logits_of(h, d.head_weight()), vocab) for d, h in zip(decoders, hiddens, strict=True)
+    )
+    mixed = sum(weights[..., i, None] * z for i, z in enumerate(logits))
     return jax.nn.log_softmax(mixed / temperature)
 
 

@@ -35,7 +35,9 @@ def one_row_hidden(
 ) -> Float[Array, "B 1 T D"]:
     """`completion_hidden` of one completion per prompt, each read right after its prompt, as one sequence."""
     T = completions.shape[-1]
-    place = jnp.arange(prompts.shape[1] + T) - prompt_lengths[:, None]  # in the completion; below 0: in the prompt
+    place = (
+        jnp.arange(prompts.shape[1] + T) - prompt_lengths[:, None]
+    )  # in the completion; below 0: in the prompt
     own = jnp.take_along_axis(completions[:, 0], jnp.clip(place, 0, T - 1), axis=1)
     row = jnp.where(place < 0, jnp.pad(prompts, ((0, 0), (0, T))), own)
     hidden = decoder(row, prompt_lengths + T)

@@ -17,6 +17,7 @@ from jaxtyping import Array, Float, Int
 
 from listopd_jax.ops.objective import Hyper, Variant, token_weights
 from listopd_jax.ops.opd_loss import opd_loss
+from listopd_jax.parallel.compiler import UPDATE, backend_options
 from listopd_jax.rollout.decode import Rollout, completion_mask
 from listopd_jax.rollout.scoring import completion_hidden
 from listopd_jax.train.accumulate import accumulated_grad
@@ -84,7 +85,7 @@ def make_opd_step(
 
     if grid:
         step = jax.vmap(step, in_axes=(0, None, 0, 0, 0), spmd_axis_name="grid")
-    return jax.jit(step, donate_argnums=0)
+    return jax.jit(step, donate_argnums=0, compiler_options=backend_options(UPDATE))
 
 
 def _loss(models: Models, params, frozen: Frozen, batch: OpdBatch, weights, loss_function: Callable, hyper):

@@ -11,6 +11,7 @@ from jaxtyping import Array, Float, Int
 from listopd_jax.ops.fused import fused_loss
 from listopd_jax.ops.head import entropy_of, take_token
 from listopd_jax.ops.objective import token_weights
+from listopd_jax.parallel.compiler import UPDATE, backend_options
 from listopd_jax.rollout.decode import completion_mask
 from listopd_jax.rollout.scoring import completion_hidden
 from listopd_jax.train.accumulate import accumulated_grad
@@ -55,4 +56,4 @@ def make_sft_step(
         }
         return apply_gradients(state, grads, lr, tx), metrics
 
-    return jax.jit(step, donate_argnums=0)
+    return jax.jit(step, donate_argnums=0, compiler_options=backend_options(UPDATE))

@@ -1,0 +1,64 @@
+"""What the compiler is told besides the program: options per backend, memory, and how exact float32 is."""
+
+import functools
+import os
+from collections.abc import Callable
+from typing import Any
+
+import jax
+
+Options = dict[str, dict[str, Any]]  # XLA flags by backend
+
+ROLLOUT: Options = {
+    # Measured on an H100 at 128 rows, 1.7B (benchmarks/RESULTS.md): 19.6 ms per token without, 10.3 with. Triton's
+    # products copy each layer's weights and keys out of their stacks; merged products copy the weights once more.
+    "gpu": {"xla_gpu_enable_triton_gemm": False, "xla_disable_hlo_passes": "dot-merger"},
+}
+UPDATE: Options = {
+    # The dynamic-slice fusion computes a product that remat saved a second time.
+    "gpu": ROLLOUT["gpu"] | {"xla_gpu_enable_dynamic_slice_fusion": False},
+}
+
+MEMORY_VARIABLE = "XLA_PYTHON_CLIENT_MEM_FRACTION"
+MEMORY_FRACTION = "0.92"  # of a GPU, for the job alone; XLA's default of 0.75 leaves 20 GiB of 80 unused
+
+
+class BackendJit:
+    """`jax.jit(function, **jit_options)` with the compiler options of the backend that it first runs on.
+
+    The backend is looked up at the first use: importing a module must not start one. `lower` and the like are those
+    of the jitted function.
+    """
+
+    def __init__(self, function: Callable, options: Options, **jit_options: Any):
+        functools.update_wrapper(self, function)
+        self._make = lambda: jax.jit(function, compiler_options=backend_options(options), **jit_options)
+
+    @functools.cached_property
+    def _jitted(self) -> Any:
+        return self._make()
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self._jitted(*args, **kwargs)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._jitted, name)
+
+
+def backend_options(options: Options) -> dict[str, Any] | None:
+    """What of `options` (by backend) the backend of this process is told."""
+    return options.get(jax.default_backend())
+
+
+def reserve_gpu_memory() -> None:
+    """Let XLA use MEMORY_FRACTION of each GPU, unless the user has said otherwise; before a backend starts."""
+    os.environ.setdefault(MEMORY_VARIABLE, MEMORY_FRACTION)
+
+
+def exact_float32(dtype: str) -> None:
+    """Compute float32 products in float32 on GPUs and TPUs, whose default is TF32 or bfloat16.
+
+    On an H100 the default makes sampler and trainer differ by 3e-3 nats per token, 1e-4 is our bound.
+    """
+    if dtype == "float32" and jax.default_backend() != "cpu":
+        jax.config.update("jax_default_matmul_precision", "highest")
