@@ -22,6 +22,9 @@ from listopd_jax.ops import attention, attention_cudnn
 from listopd_jax.ops.attention import Prompt
 
 Q, K, V = range(3)
+TINY = {"num_layers": 2, "hidden_size": 64, "intermediate_size": 128, "head_dim": 16, "num_heads": 4}
+TINY |= {"num_kv_heads": 2, "vocab_size": 512}
+PRECISIONS = (("float32", "highest"), ("float32", "default"), ("bfloat16", "default"))
 
 
 def say(check: str, errors: dict[str, float], bound: float, **facts: Any) -> bool:
@@ -133,7 +136,7 @@ def check_decoder(small: bool) -> list[bool]:
 
     config = dataclasses.replace(named_config("qwen3_1_7b"), num_layers=4, vocab_size=4096)
     if small:
-        config = dataclasses.replace(config, num_layers=2, hidden_size=64, intermediate_size=128, head_dim=16, num_heads=4, num_kv_heads=2, vocab_size=512)  # fmt: skip
+        config = dataclasses.replace(config, **TINY)
     rng = np.random.default_rng(0)
     tokens = jnp.asarray(rng.integers(2, config.vocab_size, (4, 96)), jnp.int32)
     lengths = jnp.asarray([96, 70, 33, 1], jnp.int32)
@@ -195,18 +198,17 @@ def _decoding(config: Any, small: bool) -> list[bool]:
 # --- one OPD step ---
 
 
-def check_step(small: bool) -> list[bool]:
-    """Loss and gradient norm of one update on fixed tokens, on this device and on the CPU."""
+def check_step(_: bool) -> list[bool]:
+    """Loss and gradient norm of one update on fixed tokens, on this device and on the CPU; small models always."""
     cpu, passed = jax.devices("cpu")[0], []
-    runs = (("float32", "highest", 1e-4), ("float32", "default", 5e-3), ("bfloat16", "default", 3e-2))
     for estimator in ("sampled", "full_vocab"):
         with jax.default_device(cpu):
-            reference_step = _step(estimator, "float32", "xla", small)
+            reference_step = _step(estimator, "float32", "xla")
             tokens = jnp.asarray(reference_step.rollout().tokens)
             state, frozen = jax.device_get((reference_step.state, reference_step.frozen))
             want = _update(reference_step, tokens)
-        for dtype, precision, bound in runs:
-            step = _step(estimator, dtype, "auto", small)
+        for (dtype, precision), bound in zip(PRECISIONS, (1e-4, 5e-3, 3e-2), strict=True):
+            step = _step(estimator, dtype, "auto")
             dtypes = jax.tree.map(lambda x: x.dtype, (step.state, step.frozen))
             put = jax.tree.map(lambda x, d: jnp.asarray(x, d), (state, frozen), dtypes)
             step.state, step.frozen = put
@@ -217,13 +219,13 @@ def check_step(small: bool) -> list[bool]:
     return passed
 
 
-def _step(estimator: str, dtype: str, backend: str, small: bool) -> Any:
+def _step(estimator: str, dtype: str, backend: str) -> Any:
     from benchmarks.presets import cpu
     from benchmarks.shape import Shape
     from benchmarks.step import Step, random_prompts
     from listopd_jax.config import validate
 
-    shape = Shape(vocab=512, student=(2, 64), teacher=(2, 128), head_dim=32) if small else Shape(head_dim=64)
+    shape = Shape(vocab=512, student=(2, 64), teacher=(2, 128), head_dim=32)
     config = cpu(shape)
     config.opd.update(estimator=estimator, ratio="none" if estimator == "full_vocab" else "teacher_student")
     config.attention, config.dtype.compute = backend, dtype
