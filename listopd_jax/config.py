@@ -12,7 +12,7 @@ import math
 import pathlib
 import shutil
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import ml_collections
@@ -172,6 +172,26 @@ def auto_preset() -> str:
     import jax
 
     return "tiny" if jax.default_backend() == "cpu" else "paper"
+
+
+def find_config_file(argv: Sequence[str]) -> list[str]:
+    """`argv` with a config file that the working directory lacks taken from beside this package.
+
+    That is the checkout's own folder, or where `pip install .` put configs/. UserError if it is in neither place.
+    """
+    root = pathlib.Path(__file__).resolve().parents[1]
+    found = list(argv)
+    for i, arg in enumerate(found):
+        flag, _, value = arg.partition("=")
+        path, colon, preset = value.partition(":")
+        if flag != "--config" or not path or pathlib.Path(path).exists():
+            continue
+        if not (root / path).exists():
+            raise UserError(
+                f"--config={path}: no such file, here or beside the package; run in a checkout of listopd_jax"
+            )
+        found[i] = f"--config={root / path}{colon}{preset}"
+    return found
 
 
 def unknown_name(field: str, value: str, known: tuple[str, ...]) -> UserError:

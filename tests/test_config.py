@@ -99,3 +99,14 @@ def test_the_digest_is_of_what_may_not_change_in_a_workdir():
     b.opd.lambdas, b.opd.seeds, b.forecast.lambdas, b.parallel.fsdp = (1.0, 9.0), (3, 4), (7.0,), 4
     assert config_module.digest(a) == config_module.digest(b)
     assert "opd.lambda_warmup_steps" in config_module.fixed_fields(config_module.to_json(a))
+
+
+def test_a_config_file_is_found_beside_the_package_from_any_folder(tmp_path, monkeypatch):
+    here = config_module.find_config_file(["main", "--config=configs/fashion.py:tiny", "--workdir=x"])
+    assert here[1] == "--config=configs/fashion.py:tiny"
+    monkeypatch.chdir(tmp_path)
+    there = config_module.find_config_file(["main", "--config=configs/fashion.py:tiny", "--config.seed=1"])
+    path, _, preset = there[1].removeprefix("--config=").partition(":")
+    assert path == fashion.__file__ and preset == "tiny" and there[2] == "--config.seed=1"
+    with pytest.raises(UserError, match="configs/fashoin.py: no such file, .* in a checkout"):
+        config_module.find_config_file(["main", "--config=configs/fashoin.py"])
