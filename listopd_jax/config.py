@@ -324,7 +324,7 @@ def _validate_combinations(config: ml_collections.ConfigDict) -> None:
     )
     _require(
         margin == 0 or opd.advantage == "base_relative",
-        "opd.guard.margin: opd.advantage='no_base' flips no mode and needs no guard; set one of the two",
+        "opd.guard.margin guards the base-relative target, not opd.advantage='no_base'; set one of the two",
     )
     _require(opd.ppo_clip < 1, f"opd.ppo_clip={opd.ppo_clip}: must be in [0, 1); 0 turns it off")
     for name, part in (
