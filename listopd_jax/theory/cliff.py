@@ -121,7 +121,7 @@ def percentile_interval(
 ) -> list[float] | None:
     """EC's interval: percentiles of the mean of the defined onsets over resampled seeds; None for one seed.
 
-    Over five seeds it covers less than it says (83.5 % for 95 %, simulated): here for comparison with EC only.
+    Over five seeds it covers less than it says (about 83 % for 95 %): here for comparison with EC only.
     """
     if len(onsets) < 2:
         return None
