@@ -128,10 +128,10 @@ def test_the_digits_mode_survives_no_base_without_a_ratio_and_not_always_with_on
     p, other = rng.dirichlet(np.ones(11), 60), rng.dirichlet(np.ones(11), 60)
     base = (p + 0.5 * other) / 1.5
 
-    def kept(lam, clip):
-        return (no_base_limits(p, base, lam, clip).argmax(1) == p.argmax(1)).mean()
+    def kept(lam, clip, start=base):
+        return (no_base_limits(p, start, lam, clip).argmax(1) == p.argmax(1)).mean()
 
     np.testing.assert_allclose(
         [kept(lam, 5.0) for lam in (1.0, 1.3, 1.5, 2.0)], [1, 0.7, 0.6, 0.63], atol=0.02
     )
-    assert kept(2.0, None) == 1
+    assert kept(2.0, None) == 1 and kept(2.0, 5.0, start=p) == 1
