@@ -1,4 +1,14 @@
-"""Packaging of listopd_jax: run-time dependencies as few as serve; backends and test oracles are extras."""
+"""Packaging of listopd_jax: as few runtime dependencies as possible; backends and test oracles are extras.
+
+    pip install .              # CPU
+    pip install '.[cuda]'      # NVIDIA GPUs
+    pip install '.[tpu]'       # Google TPUs; also what the planner needs to compile for TPU slices
+    pip install '.[slurm]'     # launch.slurm
+    pip install -e '.[test]'   # linter, tests and the libraries they compare with; the tests need a checkout
+
+`configs` and `launch` are installed beside `listopd_jax`, so --config=configs/fashion.py works in any folder.
+`benchmarks` and `tests` stay in the checkout.
+"""
 
 import pathlib
 
@@ -13,7 +23,6 @@ ORACLES = [
     "mpmath>=1.3",
     "ranx>=0.3.20",
     "scikit-learn>=1.5",
-    "scipy>=1.13",
     "submitit>=1.5",
     "torch>=2.4",
     "trl>=1.16,<1.17",  # the oracles call functions of trl.experimental
@@ -26,11 +35,21 @@ setup(
     long_description=pathlib.Path(__file__).with_name("README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
     license="Apache-2.0",
+    license_files=["LICENSE"],
+    keywords="on-policy distillation, language models, structured output, JAX",
+    classifiers=[
+        "Development Status :: 3 - Alpha",
+        "Intended Audience :: Science/Research",
+        "Programming Language :: Python :: 3 :: Only",
+        "Programming Language :: Python :: 3.11",
+        "Programming Language :: Python :: 3.12",
+        "Topic :: Scientific/Engineering :: Artificial Intelligence",
+    ],
     python_requires=">=3.11",
     packages=find_packages(include=["listopd_jax", "listopd_jax.*", "configs", "launch"]),
     package_data={"listopd_jax.report": ["*.jinja"]},
     install_requires=[
-        "jax>=0.10,<0.12",
+        "jax>=0.10,<0.13",
         "flax>=0.12",
         "optax>=0.2.5",
         "orbax-checkpoint>=0.11.20",
@@ -41,6 +60,7 @@ setup(
         "importlib_resources>=6.4",  # tensorflow-datasets imports it and does not ask for it
         "grain>=0.2.11",
         "numpy>=2.0",
+        "scipy>=1.13",
         "absl-py>=2.1",
         "ml-collections>=1.0",
         "jaxtyping>=0.3",
@@ -50,8 +70,8 @@ setup(
         "tensorboardX>=2.6",
     ],
     extras_require={
-        "cuda": ["jax[cuda13]>=0.10,<0.12"],
-        "tpu": ["jax[tpu]>=0.10,<0.12"],
+        "cuda": ["jax[cuda13]>=0.10,<0.13"],
+        "tpu": ["jax[tpu]>=0.10,<0.13"],
         "slurm": ["submitit>=1.5"],
         "test": ORACLES,
     },

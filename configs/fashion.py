@@ -3,14 +3,14 @@
     python -m listopd_jax.main --config=configs/fashion.py --workdir=runs/demo
         `auto`: the preset `tiny` on a CPU, `paper` on a GPU or TPU
     python -m listopd_jax.main --config=configs/fashion.py:tiny --workdir=runs/tiny
-        embedded synthetic reviews, models trained from scratch; minutes on 2 cores
+        embedded synthetic reviews, models trained from scratch; takes minutes on 2 cores
     python -m listopd_jax.main --config=configs/fashion.py:paper --workdir=runs/paper
         Qwen3-1.7B student, Qwen3-4B teacher, Amazon Fashion 2023, EC's recipe
     python -m listopd_jax.main --config=configs/fashion.py:paper_8b --workdir=runs/paper_8b
         Qwen3-8B student, Qwen3-32B teacher
 
-Every field can be overridden: --config.opd.lambdas="(1.0,1.2)" --config.data.source=clothing --config.data.path=FILE.
-Expect of `tiny`: parse rises from the SFT student to OPD at lambda 1, and falls at large lambda (the cliff).
+Override any field: --config.opd.lambdas=1.0,1.2 --config.data.source=clothing --config.data.path=FILE.
+Expect of `tiny`: parse rises from the SFT student to OPD at lambda 1 and falls at large lambda, the cliff.
 Expect of `paper` (EC, 42 steps): parse .887 at lambda 1, .948 at 1.15, .651 at 1.25, .160 at 1.40.
 """
 

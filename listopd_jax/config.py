@@ -177,6 +177,26 @@ def auto_preset() -> str:
     return "tiny" if jax.default_backend() == "cpu" else "paper"
 
 
+def find_config_file(argv: Sequence[str]) -> list[str]:
+    """`argv` with a config file that the working directory lacks taken from beside this package.
+
+    That is the checkout's own folder, or where `pip install .` put configs/. UserError if it is in neither place.
+    """
+    root = pathlib.Path(__file__).resolve().parents[1]
+    found = list(argv)
+    for i, arg in enumerate(found):
+        flag, _, value = arg.partition("=")
+        path, colon, preset = value.partition(":")
+        if flag != "--config" or not path or pathlib.Path(path).exists():
+            continue
+        if not (root / path).exists():
+            raise UserError(
+                f"--config={path}: no such file, here or beside the package; run in a checkout of listopd_jax"
+            )
+        found[i] = f"--config={root / path}{colon}{preset}"
+    return found
+
+
 def unknown_name(field: str, value: str, known: tuple[str, ...]) -> UserError:
     """The error for a name that is not in a closed set, with the closest one that is."""
     close = difflib.get_close_matches(value, known, n=1)
@@ -321,7 +341,7 @@ def _validate_combinations(config: ml_collections.ConfigDict) -> None:
     )
     _require(
         margin == 0 or opd.advantage == "base_relative",
-        "opd.guard.margin: opd.advantage='no_base' flips no mode and needs no guard; set one of the two",
+        "opd.guard.margin guards the base-relative target, not opd.advantage='no_base'; set one of the two",
     )
     _require(opd.ppo_clip < 1, f"opd.ppo_clip={opd.ppo_clip}: must be in [0, 1); 0 turns it off")
     for name, part in (

@@ -63,7 +63,7 @@ def _alone(workdir: pathlib.Path) -> contextlib.AbstractContextManager:
 def parse(argv: list[str]) -> tuple[Any, pathlib.Path]:
     """The checked config and the workdir; UserError for an unknown flag, field, preset or a wrong value."""
     try:
-        rest = flags.FLAGS(argv)
+        rest = flags.FLAGS(config_module.find_config_file(argv))
         config, workdir = _CONFIG.value, _WORKDIR.value
         if config is not None:
             print(

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from scipy import stats
 from sklearn.isotonic import IsotonicRegression
 
 from listopd_jax.theory import cliff
@@ -39,7 +40,7 @@ def test_means_are_ecs():
     ("threshold", "printed"), [("0.80", [1.204, 1.228]), ("0.85", [1.196, 1.228]), ("0.90", [1.180, 1.213])]
 )
 def test_onset_intervals_are_ecs_to_the_printed_digits(ec, threshold, printed):
-    assert [round(x, 3) for x in ec["onset"][threshold]["grid"]["interval"]] == printed
+    assert [round(x, 3) for x in ec["onset"][threshold]["grid"]["percentile_interval"]] == printed
 
 
 def test_all_resamples_together_give_ecs_intervals_but_for_one_tie():
@@ -49,7 +50,7 @@ def test_all_resamples_together_give_ecs_intervals_but_for_one_tie():
         onsets = cliff.grid_onsets(np.array(EC_LAMBDAS), EC_SEEDS, threshold)[everyone]
         with np.errstate(invalid="ignore"):
             mean = np.nansum(onsets, 1) / (~np.isnan(onsets)).sum(1)
-        exact[threshold] = [round(x, 3) for x in cliff.percentile_interval(mean, 0.95)]
+        exact[threshold] = [round(x, 3) for x in np.nanpercentile(mean, [2.5, 97.5])]
     # 2.59 % of all 3125 resamples are ≤ 1.192: 10,000 draws put the 2.5 % point there or at EC's 1.196
     assert exact == {0.80: [1.204, 1.228], 0.85: [1.192, 1.228], 0.90: [1.180, 1.213]}
 
@@ -70,8 +71,9 @@ def test_midpoint_of_the_budget_run_is_near_ecs_but_not_its_1061(at_105, expecte
 def test_result_is_json_and_reports_censoring(ec):
     json.dumps(ec, allow_nan=False)
     assert ec["onset"]["0.90"]["interpolated"]["at"] is None  # the mean curve starts at .898
-    assert ec["onset"]["0.90"]["interpolated"]["undefined"] > 0.5
-    assert ec["midpoint"]["interpolated"]["at_edge"] > 0.1
+    assert ec["onset"]["0.90"]["interpolated"]["interval"] is None
+    assert ec["onset"]["0.90"]["grid"]["undefined"] == 0.2  # seed 95 never reaches .90
+    assert ec["midpoint"]["interpolated"]["at_edge"] == 0.2  # and is above .70 at the grid's end
 
 
 @given(st.lists(st.floats(0, 1), min_size=1, max_size=12))
@@ -105,15 +107,41 @@ def test_one_lucky_point_past_the_cliff_moves_the_raw_reading_but_not_the_isoton
     assert raw[1] - raw[0] > 0.2 and abs(fitted[1] - fitted[0]) < 0.03
 
 
-def test_bootstrap_interval_covers_the_truth():
+def test_the_interval_of_ecs_rule_is_students():
+    onsets = cliff.grid_onsets(np.array(EC_LAMBDAS), EC_SEEDS, 0.80)
+    expected = stats.t.interval(0.95, 4, loc=onsets.mean(), scale=stats.sem(onsets))
+    found = cliff.locate(EC_LAMBDAS, EC_SEEDS)["onset"]["0.80"]["grid"]
+    np.testing.assert_allclose(found["interval"], expected)
+    assert found["at"] == pytest.approx(onsets.mean())
+
+
+def test_where_the_crossing_is_linear_the_jackknife_is_students_interval_of_the_seeds_own_crossings():
+    lambdas, shifts = np.array([1.0, 2.0, 3.0]), np.array([-0.3, 0.05, 0.1, 0.2, -0.15])
+    parse = 0.5 + (2 + shifts[:, None] - lambdas) * 0.35  # a seed's own midpoint is 2 + its shift
+    found = cliff.locate(lambdas, parse, midpoint=0.5)["midpoint"]["interpolated"]
+    expected = stats.t.interval(0.95, 4, loc=2 + shifts.mean(), scale=stats.sem(shifts))
+    np.testing.assert_allclose(found["interval"], expected)
+
+
+def test_interval_covers_the_truth():
     rng, lambdas, hits = np.random.default_rng(0), np.linspace(1, 1.5, 11), 0
-    for trial in range(40):
-        shift = rng.normal(0, 0.03, (8, 1))  # a seed's cliff, around 1.25
+    for _ in range(300):
+        shift = rng.normal(0, 0.03, (5, 1))  # a seed's cliff, around 1.25
         parse = 1 / (1 + np.exp((lambdas - 1.25 - shift) / 0.03))
-        located = cliff.locate(lambdas, parse, midpoint=0.5, resamples=400, seed=trial)
+        located = cliff.locate(lambdas, parse, midpoint=0.5, resamples=1)
         low, high = located["midpoint"]["interpolated"]["interval"]
         hits += low <= 1.25 <= high
-    assert hits >= 32  # 95 % nominal; percentile intervals of 8 seeds run a little short
+    assert 0.92 <= hits / 300 <= 0.98
+
+
+def test_a_percentile_bootstrap_of_five_seeds_covers_less_than_it_says_and_students_interval_does_not():
+    rng, bootstrap, student = np.random.default_rng(0), 0, 0
+    for trial in range(1000):
+        onsets = rng.normal(0, 1, 5)
+        low, high = cliff.percentile_interval(onsets, 0.95, 400, seed=trial)
+        bootstrap += low <= 0 <= high
+        student += abs(onsets.mean()) <= cliff.t_half_width(onsets, 0.95)
+    assert 0.8 <= bootstrap / 1000 <= 0.87 and 0.935 <= student / 1000 <= 0.965
 
 
 @pytest.mark.parametrize(

@@ -113,3 +113,14 @@ def test_no_field_can_be_added():
     with pytest.raises(AttributeError) as e:
         config_module.defaults().opd.lamdas = (1.0,)
     assert "did you mean lambdas?" in config_module.unknown_field([], e.value)
+
+
+def test_a_config_file_is_found_beside_the_package_from_any_folder(tmp_path, monkeypatch):
+    here = config_module.find_config_file(["main", "--config=configs/fashion.py:tiny", "--workdir=x"])
+    assert here[1] == "--config=configs/fashion.py:tiny"
+    monkeypatch.chdir(tmp_path)
+    there = config_module.find_config_file(["main", "--config=configs/fashion.py:tiny", "--config.seed=1"])
+    path, _, preset = there[1].removeprefix("--config=").partition(":")
+    assert path == fashion.__file__ and preset == "tiny" and there[2] == "--config.seed=1"
+    with pytest.raises(UserError, match="configs/fashoin.py: no such file, .* in a checkout"):
+        config_module.find_config_file(["main", "--config=configs/fashoin.py"])

@@ -49,11 +49,13 @@ def workdir(tmp_path, curve, steps, seeds=(42,), **fields):
     return tmp_path
 
 
-def test_ecs_three_tests_pass_on_ecs_figures():
+def test_ecs_three_tests_on_ecs_figures():
     fine = lock_of("fine_grid", 1.2216, EC_GRID, 42, SEEDS)
     budget = lock_of("budget", 1.2216, BUDGET, 196)
     small = lock_of("small_clip", 1.0698, SMALL_CLIP, 196)
-    assert judge(fine, records(EC_GRID, 42, SEEDS))["verdict"] == "pass"
+    result = judge(fine, records(EC_GRID, 42, SEEDS))  # seed 95 is at .877 at 1.24, the grid's end
+    assert result["verdict"] == "inconclusive" and result["checks"][0]["reason"].startswith("1 of 5 onsets")
+    assert fine["window"][0] <= result["checks"][0]["value"] <= fine["window"][1]  # EC's pass
     assert judge(budget, records(BUDGET, 196))["verdict"] == "pass"
     result = judge(small, records(SMALL_CLIP, 196))
     assert result["verdict"] == "pass" and round(result["checks"][0]["value"], 4) == 1.0695
@@ -76,10 +78,55 @@ def test_each_check_of_a_rule_can_fail(curve, failing):
     assert any(check["check"].startswith(failing) and not check["pass"] for check in result["checks"])
 
 
-def test_a_cliff_beyond_the_grid_is_a_miss_not_a_hit():
+def test_a_cliff_beyond_the_grid_never_passes():
     curve = {1.18: 0.95, 1.2: 0.4, 1.22: 0.95, 1.24: 0.82}
     result = judge(lock_of("fine_grid", 1.2216, curve, 42), records(curve, 42))
-    assert result["verdict"] == "fail" and "lower bound" in result["checks"][0]["reason"]
+    assert result["verdict"] == "inconclusive" and "beyond the grid's end" in result["checks"][0]["reason"]
+    flat = dict.fromkeys(curve, 0.95)
+    assert judge(lock_of("fine_grid", 1.2216, curve, 42), records(flat, 42))["verdict"] == "inconclusive"
+    early = lock_of("fine_grid", 1.2216, curve, 42, window=[1.19, 1.22])
+    assert (
+        judge(early, records(flat, 42))["verdict"] == "fail"
+    )  # wherever the cliff is, it is past the window
+
+
+@pytest.mark.parametrize(
+    ("at_the_end", "verdict"),
+    [([0.7, 0.7, 0.7, 0.7, 0.7], "pass"), ([0.9, 0.7, 0.7, 0.7, 0.7], "inconclusive"), ([0.9] * 5, "fail")],
+)
+def test_one_censored_seed_leaves_a_verdict_open_and_all_of_them_may_refute(at_the_end, verdict):
+    curve = {1.0: [0.95] * 5, 1.3: [0.9] * 5, 1.6: [0.3] * 5, 3.0: at_the_end}
+    lock = lock_of("fine_grid", 1.4, curve, 42, SEEDS, window=[1.1, 1.7])
+    assert judge(lock, records(curve, 42, SEEDS))["verdict"] == verdict
+
+
+def test_a_cliff_before_the_grid_refutes_a_window_on_it_and_not_one_that_begins_earlier():
+    low = {1.3: 0.5, 1.5: 0.3, 1.6: 0.2, 2.0: 0.0}
+    assert judge(lock_of("fine_grid", 1.6, low, 42, window=[1.5, 1.7]), records(low, 42))["verdict"] == "fail"
+    wide = lock_of("fine_grid", 1.6, low, 42, window=[1.1, 1.55])
+    assert judge(wide, records(low, 42))["verdict"] == "inconclusive"
+
+
+def test_a_refuted_check_outweighs_an_open_one():
+    curve = dict.fromkeys(SMALL_CLIP, 0.95)
+    lock = lock_of("small_clip", 1.0698, SMALL_CLIP, 196, window=[1.0, 1.3])
+    result = judge(lock, records(curve, 196))
+    assert result["checks"][0]["inconclusive"] and result["verdict"] == "fail"
+
+
+@pytest.mark.parametrize(
+    ("template", "grid", "window"),
+    [
+        ("fine_grid", [1.0, 1.3], [1.0, 1.2]),  # whatever is seen, an onset that is not censored is at 1
+        ("fine_grid", [1.0, 1.1, 1.3], [1.0, 1.15]),
+        ("budget", [1.0, 1.05, 1.1], [1.0, 1.1]),
+    ],
+)
+def test_a_lock_that_cannot_fail_is_refused(template, grid, window):
+    with pytest.raises(UserError, match="cannot fail the window"):
+        lock_of(template, 1.1, dict.fromkeys(grid), 42, window=window)
+    wider = [*grid, grid[-1] + 0.2]
+    assert lock_of(template, 1.1, dict.fromkeys(wider), 42, window=window)["grid"] == wider
 
 
 def test_no_cliff_template_is_the_rival_prediction():
@@ -102,7 +149,7 @@ def test_a_lock_is_written_once_and_reads_back(tmp_path):
     locks.write_lock(path, lock)
     before = path.read_bytes()
     with pytest.raises(UserError, match="never overwritten"):
-        locks.write_lock(path, lock_of("budget", 1.5, BUDGET, 196))
+        locks.write_lock(path, lock_of("budget", 1.21, BUDGET, 196))
     assert path.read_bytes() == before and locks.read_lock(path) == lock
 
 
@@ -175,7 +222,7 @@ def test_other_records_do_not_matter():
 
 def test_lock_run_verdict_as_a_user_does(tmp_path):
     run = workdir(tmp_path, BUDGET, 196)
-    flags = ["lock", "--template=budget", "--threshold=1.2216", "--grid=1.0,1.05,1.1", "--window=1.0,1.1"]
+    flags = ["lock", "--template=budget", "--threshold=1.2216", "--grid=1.0,1.05,1.1", "--window=1.0,1.09"]
     flags += [f"--config={run / 'config.json'}", f"--out={run / 'lock.json'}"]
     text, code = prereg.run(flags)
     assert code == 0 and "locked" in text
@@ -188,6 +235,11 @@ def test_lock_run_verdict_as_a_user_does(tmp_path):
     (run / "results.json").write_text(json.dumps(records(BUDGET | {1.05: 0.9, 1.1: 0.85}, 196)))
     text, code = prereg.run([*verdict, "--json"])
     assert code == 1 and json.loads(text)["verdict"] == "fail"
+    (run / "results.json").write_text(json.dumps(records(BUDGET | {1.1: 0.75}, 196)))
+    lock = lock_of("budget", 1.2216, BUDGET, 196, window=[1.01, 1.2])
+    locks.write_lock(run / "wide.json", lock)
+    text, code = prereg.run(["verdict", f"--lock={run / 'wide.json'}", f"--workdir={run}"])
+    assert code == 3 and text.startswith("INCONCLUSIVE") and "  open  midpoint" in text
     with pytest.raises(UserError, match="comes before"):
         prereg.run([*flags[:-1], f"--out={run / 'late.json'}"])
 

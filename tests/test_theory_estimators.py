@@ -99,3 +99,39 @@ def test_aspo_runs_away_past_a_point():
     assert np.isfinite(limit_log_odds(0.9993, 0.81, 1.2, 5.0, "aspo"))
     assert limit_log_odds(0.9993, 0.81, 1.5, 5.0, "aspo") == np.inf
     assert limit_log_odds(0.684, 0.988, 1.5, 5.0, "aspo") == -np.inf
+
+
+def test_no_base_with_teacher_student_leaves_a_uniform_choice_past_one_plus_one_over_log_n():
+    # at a uniform choice of n tokens A = (1 − λ) log n for each; where A < −1 the drift pushes a larger token up
+    for lam, sign in ((1.0, -1), (2.4, -1), (2.5, 1)):  # 1 + 1/ln 2 = 2.443
+        slopes = [drift(x, 0.5, 0.9, lam, advantage="no_base") / x for x in (-0.01, 0.01)]
+        assert all(np.sign(slope) == sign for slope in slopes), lam
+        assert drift(0.01, 0.5, 0.9, lam, ratio="none", advantage="no_base") < 0
+
+
+def no_base_limits(p, start, lam, clip):
+    """Where the mean flow of no_base takes students [P, V] of teachers `p`; `clip` None: no ratio."""
+    theta, log_p = np.log(start), np.log(p)
+    for _ in range(6000):
+        theta = theta - theta.max(1, keepdims=True)
+        q = np.exp(theta) / np.exp(theta).sum(1, keepdims=True)
+        log_q = np.log(np.maximum(q, 1e-300))
+        ratio = 1.0 if clip is None else np.minimum(clip, np.exp(np.minimum(log_p - log_q, 50)))
+        pull = q * ratio * (lam * log_p - log_q)
+        theta = theta + 0.05 * (pull - q * pull.sum(1, keepdims=True))
+    return theta
+
+
+def test_the_digits_mode_survives_no_base_without_a_ratio_and_not_always_with_one():
+    """Sixty random teachers of eleven scores, and a base that mixes in another opinion: docs/theory.md §2."""
+    rng = np.random.default_rng(0)
+    p, other = rng.dirichlet(np.ones(11), 60), rng.dirichlet(np.ones(11), 60)
+    base = (p + 0.5 * other) / 1.5
+
+    def kept(lam, clip, start=base):
+        return (no_base_limits(p, start, lam, clip).argmax(1) == p.argmax(1)).mean()
+
+    np.testing.assert_allclose(
+        [kept(lam, 5.0) for lam in (1.0, 1.3, 1.5, 2.0)], [1, 0.7, 0.6, 0.63], atol=0.02
+    )
+    assert kept(2.0, None) == 1 and kept(2.0, 5.0, start=p) == 1

@@ -8,7 +8,9 @@ Per sampled token a_t ~ π_S, with π_T the teacher and π_B the base (all log-p
     L   = −Σ_t sg(ρ_t A_t) log π_S(a_t)
 
 `full_vocab` replaces the sampled estimate by the exact reverse KL per position to the same target,
-log target = λ log π_T + (1−λ) log π_B − log Z. Everything a sweep varies is a traced number in `Hyper`; what
+log target = λ log π_T + (1−λ) log π_B − log Z. The target is per token, given the prefix: no return-to-go, so it is
+not the tilt of whole sequences by (π_T/π_B)^λ. With a ratio other than 1 the limit is not the target either, and
+`no_base` can lose the teacher's mode (docs/theory.md §2). Everything a sweep varies is a traced number in `Hyper`; what
 changes the program is static in `Variant`.
 """
 

@@ -65,7 +65,7 @@ def parse(argv: list[str]) -> tuple[Any, Topology, Load]:
             raise UserError("--topology is missing: e.g. --topology=v5p:2x2x2")
         topology = parse_topology(_TOPOLOGY.value)
         set_environment(topology)
-        rest = FLAGS(rest)
+        rest = FLAGS(config_module.find_config_file(rest))
         config = _CONFIG.value
     except UserError:
         raise

@@ -8,7 +8,8 @@
 A lock is a JSON file with grid, seeds, budget, window, pass rule (data, never code), the config's hash, the
 code revision and its own SHA-256 over canonical JSON. It is written once. The hash shows an accidental or
 careless change; against a determined one, commit the lock to git before the run. Exit codes: 0 passed or
-unchanged, 1 the prediction is refuted, 2 a mistake, or a lock or config that changed.
+unchanged, 1 the prediction is refuted, 2 a mistake, or a lock or config that changed, 3 inconclusive: the grid only
+bounds the place that was predicted.
 
 Templates are EC's three tests (EC, tables of its results), scaled to any pair of models: places on the λ axis are given
 in units of λ* − 1, where λ* is the predicted threshold. `window` and `grid` can also be given in full.
@@ -35,6 +36,9 @@ from listopd_jax.prereg.lock import (
 )
 from listopd_jax.prereg.verdict import judge
 from listopd_jax.theory import cliff
+
+VERDICTS = {"pass": ("PASSED", 0), "fail": ("REFUTED", 1), "inconclusive": ("INCONCLUSIVE", 3)}
+"""What is printed, and the exit code."""
 
 
 class _Parser(argparse.ArgumentParser):
@@ -180,17 +184,18 @@ def _verdict(args: argparse.Namespace) -> tuple[str, int]:
     text = (
         json.dumps(result, indent=2, ensure_ascii=False, allow_nan=False) if args.json else _in_words(result)
     )
-    return text, 0 if result["verdict"] == "pass" else 1
+    return text, VERDICTS[result["verdict"]][1]
 
 
 def _in_words(result: Json) -> str:
-    lines = [f"{'PASSED' if result['verdict'] == 'pass' else 'REFUTED'} (lock {result['lock_sha256'][:12]})"]
+    lines = [f"{VERDICTS[result['verdict']][0]} (lock {result['lock_sha256'][:12]})"]
     for check in result["checks"]:
         value = "none" if check["value"] is None else f"{check['value']:.4f}"
         interval = check.get("interval")
         value += f" [{interval[0]:.4f}, {interval[1]:.4f}]" if interval else ""
         reason = f" ({check['reason']})" if "reason" in check else ""
-        lines.append(f"  {'pass' if check['pass'] else 'FAIL'}  {check['check']}: {value}{reason}")
+        word = "pass" if check["pass"] else "open" if check.get("inconclusive") else "FAIL"
+        lines.append(f"  {word}  {check['check']}: {value}{reason}")
     return "\n".join(lines + ([f"  note  {result['note']}"] if "note" in result else []))
 
 
@@ -206,7 +211,7 @@ def run(argv: Sequence[str] | None = None) -> tuple[str, int]:
 
 
 def main() -> int:
-    """0 passed or unchanged, 1 refuted, 2 a mistake or a change."""
+    """0 passed or unchanged, 1 refuted, 2 a mistake or a change, 3 inconclusive."""
     try:
         text, code = run()
     except UserError as e:

@@ -14,7 +14,7 @@ from typing import Any
 from listopd_jax import config as config_module
 from listopd_jax import files, theory
 from listopd_jax.errors import UserError
-from listopd_jax.prereg.verdict import check_rule
+from listopd_jax.prereg.verdict import can_fail, check_rule
 from listopd_jax.theory import cliff
 
 Json = dict[str, Any]
@@ -96,7 +96,7 @@ def make_lock(
     """The lock of a template for a predicted threshold `lam_star` > 1; `prediction` says where that comes
     from.
 
-    UserError if the config would not run the locked grid, seeds and budget.
+    UserError if the config would not run the locked grid, seeds and budget, or if no result could fail the lock.
     """
     plan = TEMPLATES[template]
     if not lam_star > 1:
@@ -118,6 +118,10 @@ def make_lock(
     }
     _check_lock(lock, "the lock")
     _check_plan(lock, config)
+    if not can_fail(lock):
+        raise UserError(
+            f"grid={lock['grid']} cannot fail the window {lock['window']}: give it a λ outside, and one beyond that"
+        )
     return lock | {"sha256": sha256(lock)}
 
 

@@ -1,5 +1,4 @@
-"""The verdict on a locked prediction, from the lock and results.json alone. A pass rule is data, never
-code.
+"""The verdict on a locked prediction, from the lock and results.json alone. A pass rule is data, never code.
 
 A rule is a list of checks, all of which must pass:
 
@@ -7,7 +6,10 @@ A rule is a list of checks, all of which must pass:
     {"quantity": "midpoint", "reading": "interpolated", "within": "window"}
     {"quantity": "parse", "at": "first" | "last" | "all", "at_least" | "at_most": 0.85}
 
-Readings and levels are those of `theory.cliff`.
+Readings and levels are those of `theory.cliff`. An onset or midpoint is censored where a seed (for the readings of the
+mean curve: that curve) still holds at the grid's last λ, or is below the level at the first already: the grid then
+bounds the place and does not give it. A censored place never passes. It is refuted if it lies outside the window
+whatever the truth, and inconclusive otherwise.
 """
 
 import math
@@ -40,6 +42,17 @@ def check_rule(check: Any, where: Any) -> None:
         raise UserError(f"{where}: the rule {check} is none that a verdict can read")
 
 
+def can_fail(lock: Json) -> bool:
+    """Whether some result on the lock's grid contradicts it: a place that the grid gives, outside the window."""
+    (low, high), grid = lock["window"], lock["grid"]
+    on_grid = any(not low <= x <= high for x in grid[:-1])  # at the last λ an onset is censored
+    between = grid[0] < low or grid[-1] > high
+    return any(
+        check["quantity"] == "parse" or (on_grid if check["reading"] == "grid" else between)
+        for check in lock["rule"]
+    )
+
+
 def select(lock: Json, records: Any) -> list[Json]:
     """The records of results.json that the lock is about. UserError if one is missing, doubled or broken."""
     if not isinstance(records, list) or not all(isinstance(r, dict) for r in records):
@@ -66,7 +79,10 @@ def _answers(record: Json, lam: float, seed: int, steps: int) -> bool:
 
 
 def judge(lock: Json, records: Any) -> Json:
-    """The verdict as JSON values, from the lock and the records alone: "pass" only if every check passes."""
+    """The verdict as JSON values, from the lock and the records alone.
+
+    "pass" if every check passes, "fail" if one is refuted, "inconclusive" if the grid leaves one open and none fails.
+    """
     lambdas, _, parse = cliff.table(select(lock, records))
     thresholds = tuple(sorted({check["threshold"] for check in lock["rule"] if "threshold" in check}))
     located, reason = None, None
@@ -79,15 +95,21 @@ def judge(lock: Json, records: Any) -> Json:
         if check["quantity"] == "parse":
             checks += _parse_checks(check, lambdas, mean)
         else:
-            checks.append(_place_check(check, lock, located, reason))
+            checks.append(_place_check(check, lock, lambdas, parse, located, reason))
     return {
-        "verdict": "pass" if all(check["pass"] for check in checks) else "fail",
+        "verdict": _verdict(checks),
         "checks": checks,
         "mean_parse": {f"{lam:g}": float(y) for lam, y in zip(lambdas, mean, strict=True)},
         "located": located,
         "no_cliff": reason,
         "lock_sha256": lock.get("sha256"),
     }
+
+
+def _verdict(checks: list[Json]) -> str:
+    if any(not check["pass"] and not check.get("inconclusive") for check in checks):
+        return "fail"
+    return "pass" if all(check["pass"] for check in checks) else "inconclusive"
 
 
 def _parse_checks(check: Json, lambdas: np.ndarray, mean: np.ndarray) -> list[Json]:
@@ -101,21 +123,48 @@ def _parse_checks(check: Json, lambdas: np.ndarray, mean: np.ndarray) -> list[Js
     ]
 
 
-def _place_check(check: Json, lock: Json, located: Json | None, reason: str | None) -> Json:
-    """Onset or midpoint within the window; a cliff that is not there, or not bracketed by the grid, is a
-    miss.
-    """
+def _place_check(
+    check: Json, lock: Json, lambdas: np.ndarray, parse: np.ndarray, located: Json | None, reason: str | None
+) -> Json:
+    """Onset or midpoint within the window; a cliff that is not there is a miss."""
     low, high = lock["window"]
     level = check.get("threshold", lock["midpoint"])
     name = f"{check['quantity']} (parse {level:.2f}, {check['reading']}) in [{low:g}, {high:g}]"
-    miss = {"check": name, "value": None, "pass": False}
+    result = {"check": name, "value": None, "pass": False}
+    if located is not None:
+        place = located["onset"][f"{level:.2f}"] if "threshold" in check else located["midpoint"]
+        reading = place[check["reading"]]
+        result |= {"value": reading["at"], "interval": reading["interval"]}
+    onsets = _onsets(check["reading"], lambdas, parse, level)
+    censored = _censored(onsets, lambdas)
+    if censored:
+        least, most = _bounds(onsets, lambdas)
+        return result | {"reason": censored, "inconclusive": least <= high and most > low}
     if located is None:
-        return miss | {"reason": reason}
-    place = located["onset"][f"{level:.2f}"] if "threshold" in check else located["midpoint"]
-    at, edge = place[check["reading"]]["at"], max(lock["grid"])
-    if at is None:
-        return miss | {"reason": f"parse reaches {level:.2f} nowhere on the grid"}
-    result = miss | {"value": at, "interval": place[check["reading"]]["interval"]}
-    if at >= edge:
-        return result | {"reason": f"parse still holds at the grid's end, λ = {edge:g}: only a lower bound"}
-    return result | {"pass": bool(low <= at <= high)}
+        return result | {"reason": reason}
+    return result | {"pass": bool(low <= result["value"] <= high)}
+
+
+def _onsets(reading: str, lambdas: np.ndarray, parse: np.ndarray, level: float) -> np.ndarray:
+    """What a reading takes its place from: the onset of each seed, or the one of the mean curve."""
+    if reading == "grid":
+        return cliff.grid_onsets(lambdas, parse, level)
+    mean = parse.mean(0)
+    return cliff.crossings(lambdas, (cliff.falling(mean) if reading == "isotonic" else mean)[None], level)
+
+
+def _censored(onsets: np.ndarray, lambdas: np.ndarray) -> str:
+    """How many onsets the grid only bounds, in words; empty if it gives them all."""
+    below, above = int(np.isnan(onsets).sum()), int((onsets >= lambdas[-1]).sum())
+    words = (
+        [f"{above} of {len(onsets)} onsets at or beyond the grid's end, λ = {lambdas[-1]:g}"] if above else []
+    )
+    words += [f"{below} of {len(onsets)} before its start, λ = {lambdas[0]:g}"] if below else []
+    return "; ".join(words) + (": only a bound" if words else "")
+
+
+def _bounds(onsets: np.ndarray, lambdas: np.ndarray) -> tuple[float, float]:
+    """The least mean of the true onsets, and one that they stay below; λ is never negative."""
+    below, above = np.isnan(onsets), onsets >= lambdas[-1]
+    least, most = np.where(below, 0.0, onsets), np.where(below, lambdas[0], onsets)
+    return float(least.mean()), math.inf if above.any() else float(most.mean())
