@@ -15,6 +15,7 @@ import pathlib
 from setuptools import find_packages, setup
 
 ORACLES = [
+    "beartype>=0.20",
     "pytest>=8",
     "hypothesis>=6.100",
     "ruff>=0.9",

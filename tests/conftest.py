@@ -15,7 +15,12 @@ if jaxlib.version.__version__.startswith("0.10."):
 else:
     os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
 
+import jaxtyping
 import pytest
+import typechecked  # noqa: F401 (before the package: it says what an array is)
+
+# Every call in the tests is checked against the shapes that the function is annotated with.
+jaxtyping.install_import_hook(["listopd_jax", "benchmarks"], "typechecked.typechecked")
 
 SHARED = pathlib.Path(__file__).resolve().parents[2] / "shared"
 

@@ -79,7 +79,7 @@ def test_result_is_json_and_reports_censoring(ec):
 @given(st.lists(st.floats(0, 1), min_size=1, max_size=12))
 def test_isotonic_is_the_least_squares_fit(curve):
     oracle = IsotonicRegression(increasing=False).fit_transform(np.arange(len(curve)), curve)
-    np.testing.assert_allclose(cliff.isotonic(curve), oracle, atol=1e-9)
+    np.testing.assert_allclose(cliff.isotonic(np.array(curve)), oracle, atol=1e-9)
 
 
 @given(st.floats(0.05, 0.95), st.floats(1.05, 1.95))

@@ -220,7 +220,7 @@ def test_unknown_remat_is_refused():
         Decoder(QWEN, rngs=nnx.Rngs(0), remat="ful")
 
 
-def test_the_form_of_attention_changes_no_gradient(batch, monkeypatch):
+def test_the_attention_backend_changes_no_gradient(batch, monkeypatch):
     """The fused backend for GPUs, by XLA on a CPU, in prefill and extend."""
     monkeypatch.setitem(BACKENDS, "cudnn", functools.partial(attention_cudnn.causal, implementation="xla"))
     graphdef, params = nnx.split(Decoder(QWEN, rngs=nnx.Rngs(0)))

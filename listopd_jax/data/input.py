@@ -16,7 +16,7 @@ import grain
 import numpy as np
 import transformers
 from absl import logging
-from jaxtyping import Float32, Int32, Int64
+from jaxtyping import Float32, Int, Int32, Int64
 
 from listopd_jax.data.reviews import first_words, hash64
 from listopd_jax.errors import UserError
@@ -44,8 +44,8 @@ NO_NOISE = AnswerNoise()
 class EncodedSplit:
     """A split as ids. `cut_prompts` counts the prompts whose reviews were cut to fit `max_prompt`."""
 
-    prompts: tuple[Int32[np.ndarray, " prompt"], ...]
-    answers: tuple[Int32[np.ndarray, " answer"], ...]
+    prompts: tuple[Int32[np.ndarray, " _"], ...]
+    answers: tuple[Int32[np.ndarray, " _"], ...]
     scores: Float32[np.ndarray, "N K"]
     pad_id: int
     cut_prompts: int
@@ -187,7 +187,7 @@ def choose_buckets(lengths: Sequence[int], count: int = 4) -> tuple[int, ...]:
 
 
 def plan_epoch(
-    lengths: Int32[np.ndarray, " N"], buckets: Sequence[int], batch_size: int, seed: int, epoch: int
+    lengths: Int[np.ndarray, " N"], buckets: Sequence[int], batch_size: int, seed: int, epoch: int
 ) -> list[tuple[int, Int64[np.ndarray, " B"]]]:
     """The batches of one epoch as (bucket, rows), shuffled; a pure function of its arguments.
 

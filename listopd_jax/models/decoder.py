@@ -65,7 +65,7 @@ def rope_frequencies(config: ModelConfig) -> np.ndarray:
 
 
 def rotate(
-    x: Float[Array, "*r N H"], cos: Float[Array, "*r 1 H/2"], sin: Float[Array, "*r 1 H/2"]
+    x: Float[Array, "*r N H"], cos: Float[Array, "*#r 1 H/2"], sin: Float[Array, "*#r 1 H/2"]
 ) -> Float[Array, "*r N H"]:
     """Rotary positions: the first and second half of a head are the two coordinates of its planes."""
     a, b = jnp.split(x.astype(jnp.float32), 2, axis=-1)

@@ -44,5 +44,5 @@ def _visible(lengths: Int[Array, " R"], slots: int, tokens: int) -> Bool[Array, 
     return jnp.concatenate([jnp.broadcast_to(x, (*rows, x.shape[-1])) for x in (past, own)], -1)
 
 
-def _padded(x: Float[Array, "R S X H"]) -> Float[Array, "R S' X H'"]:
+def _padded(x: Float[Array, "R S X H"]) -> Float[Array, "R even X multiple"]:
     return jnp.pad(x, ((0, 0), (0, x.shape[1] % 2), (0, 0), (0, -x.shape[3] % 8)))

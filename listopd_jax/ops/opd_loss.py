@@ -18,8 +18,8 @@ from listopd_jax.ops.objective import Hyper, Variant, full_vocab_loss, position_
 
 
 def opd_loss(
-    hiddens: Sequence[Float[Array, "N D"]],
-    heads: Sequence[Float[Array, "V D"]],
+    hiddens: Sequence[Float[Array, "N _"]],
+    heads: Sequence[Float[Array, "_ _"]],
     tokens: Int[Array, " N"],
     rollout: Float[Array, " N"],
     weights: Float[Array, " N"],

@@ -66,7 +66,7 @@ def start(
     prompts: Int[Array, "B P"],
     prompt_lengths: Int[Array, " B"],
     key: Array,
-    temperature: Float[Array, ""],
+    temperature: float | Float[Array, ""],
     budgets: Int[Array, "B n"] | None,
     settings: Settings,
     capacity: int,
@@ -91,11 +91,11 @@ def start(
 
 def write(
     decoders: Sequence[Decoder],
-    hiddens: Sequence[Float[Array, "B n D"]],
+    hiddens: Sequence[Float[Array, "B n _"]],
     rows: Rows,
     step: Int[Array, ""],
     key: Array,
-    temperature: Float[Array, ""],
+    temperature: float | Float[Array, ""],
     settings: Settings,
 ) -> Rows:
     """Token `step` of every row that is not done, from the models' states before it."""
@@ -118,7 +118,7 @@ def proceed(
     prompts: Prompts,
     state: State,
     key: Array,
-    temperature: Float[Array, ""],
+    temperature: float | Float[Array, ""],
     settings: Settings,
     until: int,
     least: int,

@@ -1,0 +1,25 @@
+"""What the import hook of conftest.py checks annotations with: beartype, for those that give the shape of an array.
+
+A NumPy array may stand for one of JAX's, as it may for any jitted function.
+"""
+
+from typing import Any, get_args
+
+import jax
+import jaxtyping
+import numpy as np
+from beartype import BeartypeConf, beartype
+
+jaxtyping.Array = jax.Array | np.ndarray  # before the package imports it
+
+
+def has_shape(hint: Any) -> bool:
+    """Whether an annotation is one of jaxtyping's, or is made of some."""
+    is_array = isinstance(hint, type) and issubclass(hint, jaxtyping.AbstractArray)
+    return is_array or any(map(has_shape, get_args(hint)))
+
+
+def typechecked(f):
+    """`f`, checked where its annotations have shapes; doubles may stand for anything else."""
+    f.__annotations__ = {name: hint for name, hint in f.__annotations__.items() if has_shape(hint)}
+    return beartype(conf=BeartypeConf(is_pep484_tower=True))(f)
