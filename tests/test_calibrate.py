@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import ml_collections
 import numpy as np
+import oracles
 import pytest
 from flax import nnx
 
@@ -95,9 +96,9 @@ def test_measure_agrees_with_full_softmaxes(models, batch, measured):
     np.testing.assert_allclose(measured.p, np.exp(log_t[every, mode]), rtol=1e-4)
     np.testing.assert_allclose(measured.b, np.exp(log_b[every, mode]), rtol=1e-4)
     np.testing.assert_allclose(measured.log_ratio, (log_t - log_b)[every, mode], atol=1e-4)
-    oracle = thresholds.log_odds_from_log_probs(log_t, mode)
+    oracle = oracles.log_odds(log_t, mode)
     np.testing.assert_allclose(measured.logit_p, oracle, rtol=1e-4, atol=1e-4)
-    flip = thresholds.flip_lambda_from_log_probs(log_t, log_b)
+    flip = oracles.flip_lambda(log_t, log_b)
     np.testing.assert_allclose(1 / measured.flip, 1 / flip, atol=1e-4)
     assert np.isfinite(flip).any()
     written = np.concatenate([tokens[i, : lengths[i]] for i in range(3)])
@@ -131,10 +132,10 @@ def test_flip_and_log_odds_agree_with_the_theory_on_any_distributions():
     log_t, log_b = (x.astype(np.float32) for x in (log_t, log_b))
     mode = jnp.asarray(log_t.argmax(-1))
     flip = flip_lambda(jnp.asarray(log_t), jnp.asarray(log_b), mode)
-    np.testing.assert_allclose(1 / flip, 1 / thresholds.flip_lambda_from_log_probs(log_t, log_b), atol=1e-4)
+    np.testing.assert_allclose(1 / flip, 1 / oracles.flip_lambda(log_t, log_b), atol=1e-4)
     assert np.isinf(flip[0]) and flip[3] <= 1
     odds = module._log_odds(jnp.asarray(log_b), mode)
-    np.testing.assert_allclose(odds, thresholds.log_odds_from_log_probs(log_b, mode), rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(odds, oracles.log_odds(log_b, mode), rtol=1e-4, atol=1e-4)
 
 
 def test_log_odds_keep_digits_where_p_rounds_to_one():

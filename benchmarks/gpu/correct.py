@@ -133,7 +133,10 @@ def check_decoder(small: bool) -> list[bool]:
 
     config = dataclasses.replace(named_config("qwen3_1_7b"), num_layers=4, vocab_size=4096)
     if small:
-        config = dataclasses.replace(config, num_layers=2, hidden_size=64, intermediate_size=128, head_dim=16, num_heads=4, num_kv_heads=2, vocab_size=512)  # fmt: skip
+        config = dataclasses.replace(
+            config, num_layers=2, hidden_size=64, intermediate_size=128, head_dim=16, num_heads=4, num_kv_heads=2,
+            vocab_size=512,
+        )  # fmt: skip
     rng = np.random.default_rng(0)
     tokens = jnp.asarray(rng.integers(2, config.vocab_size, (4, 96)), jnp.int32)
     lengths = jnp.asarray([96, 70, 33, 1], jnp.int32)

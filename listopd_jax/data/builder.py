@@ -19,7 +19,6 @@ NAME = "listwise_reviews"
 REPORT = "report.json"
 """Beside the data set; whoever builds writes it last, so a data set with a report is whole."""
 VERSION = "1.0.0"
-SPLITS = ("train", "validation")
 
 
 class _ListwiseReviews(tfds.core.GeneratorBasedBuilder, skip_registration=True):
