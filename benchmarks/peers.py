@@ -27,10 +27,9 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from benchmarks.command import Parser, exit_code, positive
 from benchmarks.shape import Shape
 from benchmarks.table import spread
-from listopd_jax.errors import UserError
+from listopd_jax.errors import Parser, UserError, exit_code, positive
 from listopd_jax.lifecycle import say
 
 STAGES = ("rollout", "update", "score", "gradient", "step")

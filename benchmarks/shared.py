@@ -18,10 +18,9 @@ from typing import Any
 import ml_collections
 import numpy as np
 
-from benchmarks.command import Parser, exit_code, positive
 from benchmarks.shape import Shape
 from benchmarks.table import spread
-from listopd_jax.errors import UserError
+from listopd_jax.errors import Parser, UserError, exit_code, positive
 from listopd_jax.lifecycle import say
 
 STAGES = ("rollout", "update", "step")

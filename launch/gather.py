@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 from launch import cli
 from launch.grid import COMMON, Grid, Point, read_grid
 from listopd_jax import files
-from listopd_jax.errors import UserError
+from listopd_jax.errors import UserError, exit_code
 from listopd_jax.report.inputs import Inputs, read_inputs
 from listopd_jax.report.write import write_report
 
@@ -31,7 +31,7 @@ class Gathered(NamedTuple):
 
 def main(argv: Sequence[str]) -> int:
     """Parse, gather, say what is missing."""
-    parser = cli.Parser("launch.gather", __doc__)
+    parser = cli.parser("launch.gather", __doc__)
     parser.add_argument("--root", required=True, type=pathlib.Path, help="folder of the grid")
     grid = read_grid(parser.parse_args(argv).root)
     gathered = gather(grid)
@@ -133,4 +133,4 @@ def strangers(grid: Grid) -> list[pathlib.Path]:
 
 
 if __name__ == "__main__":
-    sys.exit(cli.main(main))
+    sys.exit(exit_code(main, sys.argv[1:]))

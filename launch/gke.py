@@ -21,7 +21,7 @@ from launch import cli
 from launch.grid import COMMON, Grid, dns_name, make_grid
 from launch.tpu import Slice, parse_topology
 from listopd_jax import config as config_module
-from listopd_jax.errors import UserError
+from listopd_jax.errors import Parser, UserError, exit_code, positive
 
 GRACE_SECONDS = 120  # from SIGTERM to SIGKILL: the step that runs, and the save
 Json = dict[str, Any]
@@ -45,7 +45,7 @@ def main(argv: Sequence[str]) -> int:
     return 0
 
 
-def _parser() -> cli.Parser:
+def _parser() -> Parser:
     parser = cli.grid_parser("launch.gke", __doc__)
     parser.add_argument("--stage", choices=(COMMON, "points"), required=True)
     parser.add_argument("--topology", required=True, help="slice of one point, e.g. v5e:16x16")
@@ -59,7 +59,7 @@ def _parser() -> cli.Parser:
         "--mount", type=pathlib.Path, default=pathlib.Path("/mnt"), help="where it is mounted; /mnt"
     )
     parser.add_argument("--name", default="listopd", help="how the names of the JobSets begin")
-    parser.add_argument("--restarts", type=cli.positive, default=20, help="times a point may be restarted")
+    parser.add_argument("--restarts", type=positive, default=20, help="times a point may be restarted")
     parser.add_argument("--spot", action="store_true", help="machines that may be pre-empted")
     parser.add_argument("--queue", help="Kueue's LocalQueue")
     parser.add_argument("--format", choices=("jobset", "xpk"), default="jobset")
@@ -168,4 +168,4 @@ def xpk_command(grid: Grid, name: str, part: Slice, args: argparse.Namespace) ->
 
 
 if __name__ == "__main__":
-    sys.exit(cli.main(main))
+    sys.exit(exit_code(main, sys.argv[1:]))

@@ -21,7 +21,7 @@ from typing import TextIO
 from launch import cli
 from launch.grid import COMMON, Grid, State
 from listopd_jax import files
-from listopd_jax.errors import UserError
+from listopd_jax.errors import UserError, exit_code
 
 STOPPED = 75  # EX_TEMPFAIL of sysexits.h
 OWN = (".lock", "report.html", "tensorboard", "export")  # that a point does not take over
@@ -198,4 +198,4 @@ def host_index() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(cli.main(main))
+    sys.exit(exit_code(main, sys.argv[1:]))

@@ -17,7 +17,7 @@ from launch import cli
 from launch.grid import COMMON, Grid
 from launch.slurm_task import Task
 from listopd_jax import files
-from listopd_jax.errors import UserError
+from listopd_jax.errors import Parser, UserError, exit_code, positive
 
 JOBS = "slurm/jobs.json"
 
@@ -38,20 +38,20 @@ def main(argv: Sequence[str]) -> int:
     return 0
 
 
-def _parser() -> cli.Parser:
+def _parser() -> Parser:
     parser = cli.grid_parser("launch.slurm", __doc__)
-    parser.add_argument("--minutes", type=cli.positive, required=True, help="time limit of a job")
+    parser.add_argument("--minutes", type=positive, required=True, help="time limit of a job")
     parser.add_argument("--partition")
     parser.add_argument("--account")
     parser.add_argument("--qos")
     parser.add_argument("--constraint")
-    parser.add_argument("--nodes", type=cli.positive, default=1, help="nodes of a point, one process each")
-    parser.add_argument("--gpus-per-node", type=cli.positive)
-    parser.add_argument("--cpus-per-task", type=cli.positive)
+    parser.add_argument("--nodes", type=positive, default=1, help="nodes of a point, one process each")
+    parser.add_argument("--gpus-per-node", type=positive)
+    parser.add_argument("--cpus-per-task", type=positive)
     parser.add_argument("--mem", help="memory of a node, e.g. 200GB")
-    parser.add_argument("--parallel", type=cli.positive, default=256, help="points at one time")
+    parser.add_argument("--parallel", type=positive, default=256, help="points at one time")
     parser.add_argument(
-        "--requeues", type=cli.positive, default=100, help="times a job may reach its limit and go on"
+        "--requeues", type=positive, default=100, help="times a job may reach its limit and go on"
     )
     parser.add_argument(
         "--sbatch", action="append", default=[], metavar="OPTION=VALUE", help="any other of sbatch"
@@ -142,4 +142,4 @@ def _last_line(text: Any) -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(cli.main(main))
+    sys.exit(exit_code(main, sys.argv[1:]))

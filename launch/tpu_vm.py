@@ -21,7 +21,7 @@ from launch.gke import point_command, remote_grid, stage_names
 from launch.grid import COMMON, Grid, dns_name
 from launch.tpu import Slice, parse_topology
 from listopd_jax import files
-from listopd_jax.errors import UserError
+from listopd_jax.errors import Parser, UserError, exit_code
 
 ENDED = ("SUSPENDED", "SUSPENDING", "FAILED", "DELETING")
 
@@ -46,7 +46,7 @@ def main(argv: Sequence[str]) -> int:
     return 0
 
 
-def _parser() -> cli.Parser:
+def _parser() -> Parser:
     parser = cli.grid_parser("launch.tpu_vm", __doc__)
     parser.add_argument("--stage", choices=(COMMON, "points"), required=True)
     parser.add_argument("--topology", required=True, help="slice of one point, e.g. v5e:4x4")
@@ -139,4 +139,4 @@ def _run(command: Sequence[str]) -> subprocess.CompletedProcess[str]:
 
 
 if __name__ == "__main__":
-    sys.exit(cli.main(main))
+    sys.exit(exit_code(main, sys.argv[1:]))

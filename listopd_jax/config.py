@@ -5,7 +5,6 @@ here does not exist: ml_collections refuses misspelt names and wrong types, `val
 combinations.
 """
 
-import difflib
 import hashlib
 import json
 import math
@@ -18,7 +17,7 @@ from typing import Any
 
 import ml_collections
 
-from listopd_jax.errors import UserError
+from listopd_jax.errors import UserError, unknown_name
 from listopd_jax.models.config import named_config
 
 RATIOS = ("teacher_student", "trainer_rollout", "aspo", "none")
@@ -175,13 +174,6 @@ def auto_preset() -> str:
     import jax
 
     return "tiny" if jax.default_backend() == "cpu" else "paper"
-
-
-def unknown_name(field: str, value: str, known: tuple[str, ...]) -> UserError:
-    """The error for a name that is not in a closed set, with the closest one that is."""
-    close = difflib.get_close_matches(value, known, n=1)
-    hint = f"did you mean {close[0]!r}? " if close else ""
-    return UserError(f"{field}={value!r} is unknown; {hint}known: {', '.join(known)}")
 
 
 def unknown_field(argv: Sequence[str], e: Exception) -> str:

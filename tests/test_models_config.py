@@ -49,7 +49,7 @@ def test_count_equals_transformers(name):
 def test_named_config_suggests_the_closest():
     with pytest.raises(UserError, match="did you mean 'qwen3_1_7b'.*known: qwen3_0_6b, "):
         named_config("qwen3-1.7b")
-    with pytest.raises(UserError, match=r"model 'x' is not known \(known"):
+    with pytest.raises(UserError, match=r"model='x' is unknown; known"):
         named_config("x")
 
 

@@ -1,9 +1,8 @@
 """The shape of a decoder: one frozen, hashable record, and the published shapes by name."""
 
 import dataclasses
-import difflib
 
-from listopd_jax.errors import UserError
+from listopd_jax.errors import UserError, unknown_name
 
 
 @dataclasses.dataclass(frozen=True)
@@ -128,11 +127,9 @@ NAMED_CONFIGS = {
 
 def named_config(name: str) -> ModelConfig:
     """The published dimensions of `name`, such as 'qwen3_1_7b'; UserError with the known names if unknown."""
-    if name in NAMED_CONFIGS:
-        return NAMED_CONFIGS[name]
-    close = difflib.get_close_matches(name, NAMED_CONFIGS, n=1, cutoff=0.4)
-    hint = f"; did you mean '{close[0]}'?" if close else ""
-    raise UserError(f"model '{name}' is not known{hint} (known: {', '.join(NAMED_CONFIGS)})")
+    if name not in NAMED_CONFIGS:
+        raise unknown_name("model", name, NAMED_CONFIGS)
+    return NAMED_CONFIGS[name]
 
 
 def num_params(config: ModelConfig) -> int:

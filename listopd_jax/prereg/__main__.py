@@ -23,7 +23,7 @@ from collections.abc import Sequence
 
 from listopd_jax import config as config_module
 from listopd_jax import files
-from listopd_jax.errors import UserError
+from listopd_jax.errors import Parser, UserError, exit_code
 from listopd_jax.prereg.lock import (
     TEMPLATES,
     Json,
@@ -37,12 +37,6 @@ from listopd_jax.prereg.verdict import judge
 from listopd_jax.theory import cliff
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str):
-        """A user's mistake is one line, not argparse's usage block."""
-        raise UserError(f"{message}; see --help")
-
-
 def _numbers(text: str) -> list[float]:
     return [float(x) for x in text.split(",")]
 
@@ -51,8 +45,8 @@ def _seeds(text: str) -> list[int]:
     return [int(x) for x in text.split(",")]
 
 
-def _parser() -> _Parser:
-    parser = _Parser(
+def _parser() -> Parser:
+    parser = Parser(
         prog="python -m listopd_jax.prereg", description=__doc__.split("\n")[0], allow_abbrev=False
     )
     commands = parser.add_subparsers(dest="command", required=True)
@@ -194,7 +188,7 @@ def _in_words(result: Json) -> str:
     return "\n".join(lines + ([f"  note  {result['note']}"] if "note" in result else []))
 
 
-def run(argv: Sequence[str] | None = None) -> tuple[str, int]:
+def run(argv: Sequence[str]) -> tuple[str, int]:
     """What the command prints and its exit code; UserError for a user's mistake."""
     args, rest = _parser().parse_known_args(argv)
     strange = [x for x in rest if not (args.command == "lock" and x.startswith("--config."))]
@@ -205,16 +199,12 @@ def run(argv: Sequence[str] | None = None) -> tuple[str, int]:
     return _verify(args) if args.command == "verify" else _verdict(args)
 
 
-def main() -> int:
+def main(argv: Sequence[str]) -> int:
     """0 passed or unchanged, 1 refuted, 2 a mistake or a change."""
-    try:
-        text, code = run()
-    except UserError as e:
-        print(f"error: {e}", file=sys.stderr)
-        return 2
+    text, code = run(argv)
     print(text)
     return code
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(exit_code(main, sys.argv[1:]))

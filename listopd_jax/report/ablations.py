@@ -7,7 +7,6 @@ figure draws parse against λ at every budget, the untrained forecast, and where
 implied b) and the flip (its median over lists) put the threshold.
 """
 
-import argparse
 import pathlib
 import statistics
 import sys
@@ -15,7 +14,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from listopd_jax.errors import UserError
+from listopd_jax.errors import Parser, UserError, exit_code
 from listopd_jax.report.inputs import Inputs, read_inputs
 from listopd_jax.report.wording import is_number
 
@@ -93,7 +92,10 @@ def save_figure(runs: Mapping[str, Inputs], path: str) -> None:
     for axes in panels[len(runs) :]:
         axes.remove()
     figure.legend(*_legend(figure), loc="outside lower center", ncols=6, fontsize=8, frameon=False)
-    figure.savefig(path, format="png", dpi=150, metadata={"Software": None})
+    try:
+        figure.savefig(path, format="png", dpi=150, metadata={"Software": None})
+    except OSError as e:
+        raise UserError(f"--figure={path}: cannot be written ({e.strerror or e})") from e
 
 
 def _panel(axes, name: str, inputs: Inputs) -> None:
@@ -134,31 +136,23 @@ def _legend(figure) -> tuple[list, list]:
     return list(found.values()), list(found)
 
 
-def main(argv: Sequence[str]) -> int:
-    """Print the table; exit code 2 for a folder that holds no run."""
-    parser = argparse.ArgumentParser(
-        prog="python -m listopd_jax.report.ablations", description=__doc__.split("\n")[0]
-    )
+def main(argv: Sequence[str]) -> None:
+    """Print the table and draw the figure; UserError for a folder that holds no run."""
+    parser = Parser(prog="python -m listopd_jax.report.ablations", description=__doc__.split("\n")[0])
     parser.add_argument("workdirs", nargs="+", type=pathlib.Path)
     parser.add_argument("--steps", type=int, help="only rows of this budget")
     parser.add_argument("--figure", help="a PNG to write")
     args = parser.parse_args(argv)
-    try:
-        runs = {folder.name: read_inputs(folder) for folder in args.workdirs}
-        table = [row for name, inputs in runs.items() for row in rows(name, inputs)]
-        shown = [row for row in table if args.steps is None or int(row[1]) == args.steps]
-        if not shown:
-            raise UserError(
-                f"--steps={args.steps}: no such budget, only {sorted({int(row[1]) for row in table})}"
-            )
-        print(markdown(shown))
-        if args.figure:
-            save_figure(runs, args.figure)
-    except (UserError, OSError) as e:
-        print(f"error: {e}", file=sys.stderr)
-        return 2
-    return 0
+    runs = {folder.name: read_inputs(folder) for folder in args.workdirs}
+    table = [row for name, inputs in runs.items() for row in rows(name, inputs)]
+    shown = [row for row in table if args.steps is None or int(row[1]) == args.steps]
+    if not shown:
+        budgets = sorted({int(row[1]) for row in table})
+        raise UserError(f"--steps={args.steps}: no such budget, only {budgets}")
+    print(markdown(shown))
+    if args.figure:
+        save_figure(runs, args.figure)
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(exit_code(main, sys.argv[1:]))

@@ -8,14 +8,14 @@ them. The two processes are these: a *clean* teacher, surer than the base everyw
 .684) than the base (b = .988).
 """
 
-import argparse
 import pathlib
 import sys
+from collections.abc import Sequence
 
 import numpy as np
 
 from listopd_jax import files
-from listopd_jax.errors import UserError
+from listopd_jax.errors import Parser, exit_code
 from listopd_jax.ops.objective import Variant
 from listopd_jax.simulate.process import Process, Recipe, listwise, run_grid, single_position
 from listopd_jax.theory.budget import budget_lambda
@@ -271,21 +271,14 @@ def make(out: pathlib.Path) -> dict:
     return numbers
 
 
-def main() -> int:
-    """Make the figures; 2 after a user's mistake."""
-    parser = argparse.ArgumentParser(
-        prog="python -m listopd_jax.simulate.figures", description=__doc__.split("\n")[0]
-    )
+def main(argv: Sequence[str]) -> None:
+    """Make the figures."""
+    parser = Parser(prog="python -m listopd_jax.simulate.figures", description=__doc__.split("\n")[0])
     parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path("docs/figures"))
-    out = parser.parse_args().out
-    try:
-        make(out)
-    except UserError as e:
-        print(f"error: {e}", file=sys.stderr)
-        return 2
+    out = parser.parse_args(argv).out
+    make(out)
     print(f"figures and numbers.json: {out}")
-    return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(exit_code(main, sys.argv[1:]))
