@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Int
 
-from listopd_jax.models.build import cast, graph_of, initial_params
+from listopd_jax.models.build import PARAM_DTYPE, cast, graph_of, initial_params
 from listopd_jax.models.hf import load_hf
 from listopd_jax.ops.attention_backends import resolve
 from listopd_jax.plan.search import shapes_of, vocabulary
@@ -54,10 +54,10 @@ class Step:
         self.prompts = jnp.asarray(prompts)
         self.lengths, self.response = jnp.full(len(prompts), prompt, jnp.int32), response
         if folder is None:
-            student = initial_params(config.student, shapes["student"], 0, config.dtype.param)
+            student = initial_params(config.student, shapes["student"], 0, PARAM_DTYPE)
             teacher = initial_params(config.teacher, shapes["teacher"], 1, config.dtype.frozen)
         else:
-            student = load_hf(folder / "student", jnp.dtype(config.dtype.param))[1]
+            student = load_hf(folder / "student", jnp.dtype(PARAM_DTYPE))[1]
             teacher = load_hf(folder / "teacher", jnp.dtype(config.dtype.frozen))[1]
         self.frozen = Frozen(teacher, cast(student, config.dtype.frozen))
         self.state = init_state(student, adamw(config.optimizer, config.opd.b2))

@@ -1,5 +1,6 @@
 """Small files written whole or not at all: a reader never meets a half-written result, even after kill -9."""
 
+import hashlib
 import json
 import os
 import pathlib
@@ -65,6 +66,20 @@ def _umask() -> int:
 def write_json(path: str | os.PathLike, value: Any) -> None:
     """Write `value` as indented JSON, atomically; NaN and infinities are refused (they are not JSON)."""
     write_text(path, json.dumps(value, indent=2, allow_nan=False, ensure_ascii=False) + "\n")
+
+
+def json_sha256(value: Any, **form: Any) -> str:
+    """SHA-256 of `value` as JSON with sorted keys; `form` is json.dumps's: another form has another digest."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True, **form).encode()).hexdigest()
+
+
+def sha256(path: pathlib.Path) -> str:
+    """SHA-256 of a file, read in pieces; UserError if it cannot be read."""
+    try:
+        with open(path, "rb") as f:
+            return hashlib.file_digest(f, "sha256").hexdigest()
+    except OSError as e:
+        raise UserError(f"{path}: cannot be read ({e.strerror or e})") from e
 
 
 def read_json(path: str | os.PathLike) -> Any:

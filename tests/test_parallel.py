@@ -12,8 +12,9 @@ from jax.sharding import PartitionSpec as P
 from listopd_jax.config import defaults, validate
 from listopd_jax.errors import UserError
 from listopd_jax.models.config import ModelConfig
-from listopd_jax.parallel.mesh import check_mesh, mesh_sizes
+from listopd_jax.parallel.mesh import mesh_sizes
 from listopd_jax.parallel.rules import PARAMS, RULES, spec
+from listopd_jax.train.preflight import check_mesh
 
 TESTS = pathlib.Path(__file__).resolve().parent
 EIGHT = "--xla_force_host_platform_device_count=8"

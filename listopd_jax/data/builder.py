@@ -1,7 +1,6 @@
 """Lists of reviews to ArrayRecord and back, through a TFDS builder; TensorFlow is needed for neither."""
 
 import contextlib
-import hashlib
 import io
 import os
 import pathlib
@@ -12,6 +11,7 @@ import numpy as np
 import tensorflow_datasets as tfds
 from absl import logging
 
+from listopd_jax import files
 from listopd_jax.errors import UserError
 from listopd_jax.task.prompt import ListExample
 
@@ -80,9 +80,7 @@ def build(splits: Mapping[str, Iterable[dict]], folder: str | os.PathLike) -> di
 def built_files(folder: str | os.PathLike) -> dict[str, str]:
     """SHA-256 of each file of the finished data set in `folder`; empty if there is none."""
     place = pathlib.Path(folder) / NAME / VERSION
-    return {
-        p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in sorted(place.glob("*")) if p.is_file()
-    }
+    return {p.name: files.sha256(p) for p in sorted(place.glob("*")) if p.is_file()}
 
 
 def read_split(folder: str | os.PathLike, split: str) -> list[ListExample]:

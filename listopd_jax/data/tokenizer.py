@@ -10,7 +10,7 @@ import transformers
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from listopd_jax.data import manifest
-from listopd_jax.errors import UserError
+from listopd_jax.errors import UserError, one_line
 
 EOS, PAD = "<|im_end|>", "<|endoftext|>"
 
@@ -34,8 +34,9 @@ def load_tokenizer(path: str | os.PathLike) -> transformers.PreTrainedTokenizerB
     try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(os.fspath(path), revision=revision)
     except (OSError, ValueError, KeyError, TypeError, ImportError) as e:
-        reason = " ".join(str(e).split())[:200]
-        raise UserError(f"{path}: no tokenizer can be loaded from this folder or hub id ({reason})") from e
+        raise UserError(
+            f"{path}: no tokenizer can be loaded from this folder or hub id ({one_line(e)[:200]})"
+        ) from e
     except Exception as e:
         # The Rust parser reports a damaged tokenizer.json as a bare Exception.
         if type(e) is not Exception:

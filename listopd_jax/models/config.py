@@ -1,6 +1,7 @@
 """The shape of a decoder: one frozen, hashable record, and the published shapes by name."""
 
 import dataclasses
+from typing import Any
 
 from listopd_jax.errors import UserError, unknown_name
 
@@ -130,6 +131,16 @@ def named_config(name: str) -> ModelConfig:
     if name not in NAMED_CONFIGS:
         raise unknown_name("model", name, NAMED_CONFIGS)
     return NAMED_CONFIGS[name]
+
+
+CUSTOM = (
+    "hidden_size intermediate_size num_layers num_heads num_kv_heads head_dim rope_theta qk_norm tied".split()
+)
+
+
+def custom_config(model: Any, vocab: int) -> ModelConfig:
+    """The dimensions that config section `model` spells out, with `vocab` rows of the embedding."""
+    return ModelConfig(vocab_size=vocab, **{name: model[name] for name in CUSTOM})
 
 
 def num_params(config: ModelConfig) -> int:

@@ -11,7 +11,7 @@ import ml_collections
 
 from listopd_jax.config import REMATS
 from listopd_jax.errors import UserError, did_you_mean
-from listopd_jax.models.config import NAMED_CONFIGS, ModelConfig, named_config
+from listopd_jax.models.config import NAMED_CONFIGS, ModelConfig, custom_config, named_config
 from listopd_jax.plan import arithmetic
 from listopd_jax.plan.arithmetic import Layout, Load
 from listopd_jax.plan.chips import GIB, Topology
@@ -31,9 +31,7 @@ def shape_of(model: Any, vocab: int) -> ModelConfig:
         return named_config(_name_of(model.weights))
     if model.architecture != "custom":
         return named_config(model.architecture)
-    from listopd_jax.models.build import CUSTOM
-
-    return ModelConfig(vocab_size=vocab, **{name: model[name] for name in CUSTOM})
+    return custom_config(model, vocab)
 
 
 def _name_of(weights: str) -> str:

@@ -66,7 +66,7 @@ def make_step(job: Job) -> Callable:
 def train_opd(
     job: Job, frozen: Frozen, student: Any, run: Run, opd_step: Callable, best: int | None = None
 ) -> Any:
-    """Distil from `student` (the SFT parameters), or load the run if it is done; parameters in `dtype.param`.
+    """Distil from `student` (the SFT parameters), or load the run if it is done; parameters in float32.
 
     The checkpoint at step `best` is kept.
     """

@@ -45,7 +45,7 @@ def _models_to_policies(job: Job) -> None:
 
 
 def sft_stage(job: Job, role: str) -> Any:
-    """Train, evaluate and export `role`; its parameters in `dtype.param`."""
+    """Train, evaluate and export `role`; its parameters in float32."""
     params, run = train_sft(job, role), sft_run(job, role)
     if evaluated(job.workdir, run) is None:
         finish(job, role, params, run)
