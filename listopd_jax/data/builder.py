@@ -71,9 +71,7 @@ def build(splits: Mapping[str, Iterable[dict]], folder: str | os.PathLike) -> di
         with _quiet():
             _ListwiseReviews(splits, folder).download_and_prepare(download_dir=folder / NAME / "downloads")
     except OSError as e:
-        raise UserError(
-            f"{folder}: cannot be written ({e.strerror or e}); free space or choose another --workdir"
-        ) from e
+        raise files.not_written(folder, e) from e
     return built_files(folder)
 
 
