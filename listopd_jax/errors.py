@@ -37,6 +37,11 @@ def one_line(e: BaseException) -> str:
     return " ".join(str(e).split()) or type(e).__name__
 
 
+def first_line(e: BaseException) -> str:
+    """The first line of the message of any exception; the name of its type if it has none."""
+    return next(iter(str(e).strip().splitlines()), type(e).__name__)
+
+
 # --- commands ---
 
 

@@ -129,11 +129,11 @@ def sha256(path: pathlib.Path) -> str:
         raise UserError(f"{path}: cannot be read ({e.strerror or e})") from e
 
 
-def read_json(path: str | os.PathLike) -> Any:
-    """Read a JSON file; UserError if it is missing or broken."""
+def read_json(path: str | os.PathLike, fix: str = "restore it, or choose another --workdir") -> Any:
+    """Read a JSON file; UserError if it is missing, or broken, which `fix` mends."""
     try:
         return json.loads(pathlib.Path(path).read_text(encoding="utf-8"))
     except FileNotFoundError as e:
         raise UserError(f"{path}: no such file") from e
-    except (OSError, ValueError) as e:
-        raise UserError(f"{path}: not readable as JSON ({e}); restore it, or choose another --workdir") from e
+    except (OSError, ValueError, RecursionError) as e:
+        raise UserError(f"{path}: not readable as JSON ({e}); {fix}") from e

@@ -20,7 +20,7 @@ ARROWS = {
     "train": "rollout models ops parallel metrics_log lifecycle files errors",
     "report": "metrics_log files errors",
     "rollout": "models ops parallel",
-    "models": "ops parallel data errors",
+    "models": "ops parallel data files errors",
     "simulate": "ops theory files errors",
     "ops": "parallel errors",
     "parallel": "files errors",

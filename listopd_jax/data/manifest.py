@@ -6,7 +6,7 @@ import pathlib
 import tomllib
 
 from listopd_jax import files
-from listopd_jax.errors import UserError
+from listopd_jax.errors import UserError, first_line
 
 MANIFEST = pathlib.Path(__file__).parents[2] / "third_party" / "manifest.toml"
 
@@ -87,8 +87,7 @@ def download(name: str, file: str) -> str:
             entry["source"], file, repo_type="dataset", revision=entry["revision"]
         )
     except (HfHubHTTPError, OfflineModeIsEnabled, OSError, ValueError) as e:
-        reason = str(e).strip().splitlines()[0] if str(e).strip() else type(e).__name__
         raise UserError(
-            f"{entry['source']}: {file} cannot be downloaded ({reason}); "
+            f"{entry['source']}: {file} cannot be downloaded ({first_line(e)}); "
             "fetch it elsewhere and set data.path and data.meta_path"
         ) from e
