@@ -13,12 +13,12 @@ LONGEST = 60  # lines of a function
 
 ARROWS = {
     "plan": "stages config train rollout models ops parallel data lifecycle errors",
-    "prereg": "main config theory files errors",
+    "prereg": "main config records theory files errors",
     "main": "stages config report parallel lifecycle files errors",
-    "stages": "config train rollout models ops parallel data task theory metrics_log files errors",
+    "stages": "config train rollout models ops parallel data task records theory metrics_log files errors",
     "config": "models files errors",
     "train": "rollout models ops parallel metrics_log lifecycle files errors",
-    "report": "metrics_log files errors",
+    "report": "records metrics_log files errors",
     "rollout": "models ops parallel",
     "models": "ops parallel data files errors",
     "simulate": "ops theory files errors",
@@ -26,6 +26,7 @@ ARROWS = {
     "parallel": "files errors",
     "data": "task metrics_log files errors",
     "task": "errors",
+    "records": "files errors",
     "theory": "errors",
     "lifecycle": "errors",
     "metrics_log": "files errors",

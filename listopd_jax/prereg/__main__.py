@@ -34,6 +34,7 @@ from listopd_jax.prereg.lock import (
     write_lock,
 )
 from listopd_jax.prereg.verdict import judge
+from listopd_jax.records import RESULTS, read_results
 from listopd_jax.theory import cliff
 
 
@@ -142,13 +143,10 @@ def _lock(args: argparse.Namespace, overrides: Sequence[str]) -> tuple[str, int]
 
 def _check_not_run_yet(config_path: pathlib.Path, lock: Json) -> None:
     """UserError if the workdir of a config.json already holds results that the lock is to predict."""
-    results = config_path.with_name("results.json")
-    if config_path.suffix != ".json" or not results.exists():
+    if config_path.suffix != ".json":
         return
-    records = files.read_json(results)
-    if not isinstance(records, list) or not all(isinstance(r, dict) for r in records):
-        raise UserError(f"{results}: not a list of records; delete it to have the policies evaluated again")
-    done = [r for r in records if r.get("stage") == "opd" and r.get("steps") == lock["steps"]]
+    results = config_path.with_name(RESULTS)
+    done = [r for r in read_results(results) if (r.stage, r.steps) == ("opd", lock["steps"])]
     if done:
         raise UserError(
             f"{results}: holds {len(done)} results at {lock['steps']} steps; a prediction comes before them"
@@ -168,7 +166,7 @@ def _verdict(args: argparse.Namespace) -> tuple[str, int]:
     lock = read_lock(args.lock)
     saved = files.read_json(args.workdir / "config.json")
     check_config(lock, load_config(str(args.workdir / "config.json")), str(args.workdir / "config.json"))
-    result = judge(lock, files.read_json(args.workdir / "results.json"))
+    result = judge(lock, files.read_json(args.workdir / RESULTS))
     if saved.get("revision") != lock["code_revision"]:
         result["note"] = f"locked with code {lock['code_revision']}, run with {saved.get('revision')}"
     text = (

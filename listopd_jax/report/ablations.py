@@ -7,29 +7,27 @@ figure draws parse against λ at every budget, the untrained forecast, and where
 implied b) and the flip (its median over lists) put the threshold.
 """
 
+import math
 import pathlib
 import statistics
 import sys
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
 
 from listopd_jax.errors import Parser, UserError, exit_code
+from listopd_jax.records import Calibration, Result, is_number
 from listopd_jax.report.inputs import Inputs, read_inputs
-from listopd_jax.report.wording import is_number
 
 COLUMNS = ("parse", "useful", "ndcg@1", "mae")
 HEAD = ("run", "steps", "λ", "seeds", "parse", "useful", "NDCG@1", "MAE", "K−1 cut", "guarded", "forecast")
 
-Record = Mapping[str, Any]
 
-
-def groups(inputs: Inputs) -> dict[tuple[int, float], list[Record]]:
+def groups(inputs: Inputs) -> dict[tuple[int, float], list[Result]]:
     """The distilled policies of a run by budget and λ, ascending."""
     found = defaultdict(list)
     for record in inputs.results:
-        if record["stage"] == "opd":
-            found[record["steps"], record["lambda"]].append(record)
+        if record.stage == "opd":
+            found[record.steps, record.lam].append(record)
     return dict(sorted(found.items()))
 
 
@@ -42,9 +40,9 @@ def mean_and_deviation(values: Iterable[float | None]) -> str:
     return mean + (f" ± {statistics.stdev(there):.3f}" if len(there) > 1 else "")
 
 
-def truncated(record: Record) -> float:
+def truncated(record: Result) -> float:
     """Share of the lists that end after K−1 objects."""
-    return record["failures"].get("truncated_k_minus_1", 0) / max(1, record["n"])
+    return record.failures.get("truncated_k_minus_1", 0) / max(1, record.n or 0)
 
 
 def guarded(inputs: Inputs, lam: float, steps: int) -> float | None:
@@ -58,14 +56,14 @@ def guarded(inputs: Inputs, lam: float, steps: int) -> float | None:
 
 def forecasts(inputs: Inputs) -> dict[float, float]:
     """λ -> parse of the untrained target."""
-    return {r["lambda"]: r["parse"] for r in inputs.results if r["stage"] == "forecast"}
+    return {r.lam: r.parse for r in inputs.results if r.stage == "forecast"}
 
 
 def rows(name: str, inputs: Inputs) -> list[tuple[str, ...]]:
     """The table's rows of one run."""
     untrained, found = forecasts(inputs), []
     for (steps, lam), records in groups(inputs).items():
-        numbers = [mean_and_deviation(r.get(column) for r in records) for column in COLUMNS]
+        numbers = [mean_and_deviation(r.metric(column) for r in records) for column in COLUMNS]
         cut, share = mean_and_deviation(map(truncated, records)), guarded(inputs, lam, steps)
         forecast = f"{untrained[lam]:.3f}" if lam in untrained else "–"
         guard = "–" if share is None else f"{share:.3f}"
@@ -84,7 +82,7 @@ def save_figure(runs: Mapping[str, Inputs], path: str) -> None:
     from matplotlib.figure import Figure
 
     columns = min(4, len(runs))
-    height = -(-len(runs) // columns)
+    height = math.ceil(len(runs) / columns)
     figure = Figure(figsize=(3.2 * columns, 2.5 * height), layout="constrained")
     panels = list(figure.subplots(height, columns, squeeze=False, sharey=True).flat)
     for axes, (name, inputs) in zip(panels, runs.items(), strict=False):
@@ -102,7 +100,7 @@ def _panel(axes, name: str, inputs: Inputs) -> None:
     found = groups(inputs)
     for steps, colour in zip(sorted({steps for steps, _ in found}), ("#bccad8", "#0068ab"), strict=False):
         lams = [lam for n, lam in found if n == steps]
-        parse = [[r["parse"] for r in found[steps, lam]] for lam in lams]
+        parse = [[r.parse for r in found[steps, lam]] for lam in lams]
         axes.plot(
             lams, [statistics.fmean(p) for p in parse], "o-", ms=3, color=colour, label=f"{steps} steps"
         )
@@ -116,15 +114,14 @@ def _panel(axes, name: str, inputs: Inputs) -> None:
     axes.grid(alpha=0.3)
 
 
-def _thresholds(calibration: Mapping[str, Any]) -> list[tuple[float, float, str, str]]:
+def _thresholds(calibration: Calibration | None) -> list[tuple[float, float, str, str]]:
     """(low, high, colour, name) of the predictions that exist."""
-    ends = [calibration.get(f"lambda_typ_{b}") for b in ("measured", "implied")]
-    bands = [(min(ends), max(ends), "#b0569a", "Eq. 4")] if all(map(is_number, ends)) else []
-    flips = [f for f in calibration.get("flips", ()) if f["positions"] == "structural"]
-    for median in (f.get("percentile_50") for f in flips):
-        if is_number(median):
-            bands.append((median, median, "#007a5e", "flip, half of the lists"))
-    return bands
+    if calibration is None:
+        return []
+    ends = [calibration.lambda_typ_measured, calibration.lambda_typ_implied]
+    bands = [(min(ends), max(ends), "#b0569a", "Eq. 4")] if None not in ends else []
+    medians = [flip.percentile_50 for flip in calibration.flips if flip.positions == "structural"]
+    return bands + [(m, m, "#007a5e", "flip, half of the lists") for m in medians if m is not None]
 
 
 def _legend(figure) -> tuple[list, list]:

@@ -1,17 +1,13 @@
 """How the report writes numbers and strange text."""
 
-import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 from unicodedata import category
 
+from listopd_jax.records import is_number
+
 NBSP = "\u00a0"
 _HIDDEN = {"Cc", "Cf", "Cs", "Zl", "Zp"}  # control, format, surrogate, line and paragraph separators
-
-
-def is_number(value: Any) -> bool:
-    """Whether `value`, read from JSON, is a finite float64: no boolean, NaN, infinity or huge integer."""
-    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
 
 
 def number(value: float) -> str:
