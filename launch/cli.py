@@ -55,3 +55,8 @@ def list_states(grid: Grid, skip: Iterable[str] = ()) -> None:
     for name in (COMMON, *grid.names):
         if name not in skip:
             print(f"{name}: {grid.state(name)}", file=sys.stderr)
+
+
+def last_line(said: object) -> str:
+    """The last line of what a program or an exception said."""
+    return (str(said).strip().splitlines() or ["no reason given"])[-1]

@@ -83,11 +83,6 @@ def stage_names(grid: Grid, stage: str) -> list[str]:
     return names
 
 
-def point_command(grid: Grid, name: str) -> list[str]:
-    """What each host runs."""
-    return ["python", "-m", "launch.point", f"--root={grid.root}", f"--name={name}", *grid.arguments]
-
-
 def jobset(grid: Grid, name: str, part: Slice, args: argparse.Namespace) -> Json:
     """The JobSet (jobset.x-k8s.io/v1alpha2) of a point: one slice, an indexed Job with a pod on each of its hosts."""
     rules = [{"name": "mistake", "action": "FailJobSet", "onJobFailureReasons": ["PodFailurePolicy"]}]
@@ -138,7 +133,7 @@ def _pod(grid: Grid, name: str, part: Slice, args: argparse.Namespace) -> Json:
             {
                 "name": "point",
                 "image": args.image,
-                "command": point_command(grid, name),
+                "command": grid.point_command(name),
                 "env": [{"name": "JAX_PLATFORMS", "value": "tpu,cpu"}],  # no TPU is an error, not a slow run
                 "resources": {"requests": chips, "limits": chips},
                 "volumeMounts": [{"name": "grid", "mountPath": str(args.mount)}],
@@ -162,7 +157,7 @@ def xpk_command(grid: Grid, name: str, part: Slice, args: argparse.Namespace) ->
         f"--storage={args.claim}",
         f"--max-restarts={args.restarts}",
         f"--termination-grace-period-seconds={GRACE_SECONDS}",
-        f"--command={shlex.join(point_command(grid, name))}",
+        f"--command={shlex.join(grid.point_command(name))}",
     ]  # fmt: skip
     return command
 

@@ -83,6 +83,10 @@ class Grid:
         mine = [f"--config.{field}={value}".replace(" ", "") for field, value in own.items()]
         return [*given, *mine, f"--workdir={self.workdir(name)}"]
 
+    def point_command(self, name: str, python: str = "python") -> list[str]:
+        """What each host runs to bring a stage to its end."""
+        return [python, "-m", "launch.point", f"--root={self.root}", f"--name={name}", *self.arguments]
+
     def done(self, name: str) -> bool:
         """Whether the common stages, or a point, came to their end; a λ new to the grid is still to be forecast."""
         if not (self.workdir(name) / "report.html").exists():

@@ -37,8 +37,7 @@ def main(argv: Sequence[str]) -> int:
 
 
 def _commands(grid: Grid, names: Sequence[str]) -> dict[str, list[str]]:
-    point = [sys.executable, "-m", "launch.point", f"--root={grid.root}", *grid.arguments]
-    return {name: [*point, f"--name={name}"] for name in names}
+    return {name: grid.point_command(name, sys.executable) for name in names}
 
 
 def run_all(commands: Mapping[str, Sequence[str]], processes: int, logs: pathlib.Path) -> int:

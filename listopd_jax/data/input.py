@@ -21,6 +21,7 @@ from jaxtyping import Float32, Int32, Int64
 from listopd_jax.data.reviews import first_words, hash64
 from listopd_jax.errors import UserError
 from listopd_jax.metrics_log import progress
+from listopd_jax.rounding import round_up
 from listopd_jax.task.prompt import ListExample, render_answer, render_prompt, review_ids
 
 Batch = dict[str, np.ndarray]
@@ -57,7 +58,7 @@ class EncodedSplit:
     @functools.cached_property
     def answer_width(self) -> int:
         """The longest answer, rounded up to a multiple of 16."""
-        return _round_up(max(map(len, self.answers)), 16)
+        return round_up(max(map(len, self.answers)), 16)
 
 
 def encode_split(
@@ -183,7 +184,7 @@ def choose_buckets(lengths: Sequence[int], count: int = 4) -> tuple[int, ...]:
     """
     multiple = 64 if max(lengths) > 512 else 16
     quantiles = np.quantile(lengths, np.arange(1, count + 1) / count)
-    return tuple(sorted({_round_up(int(np.ceil(q)), multiple) for q in quantiles}))
+    return tuple(sorted({round_up(int(np.ceil(q)), multiple) for q in quantiles}))
 
 
 def plan_epoch(
@@ -301,7 +302,3 @@ def _check_buckets(split: EncodedSplit, buckets: Sequence[int]) -> None:
         raise UserError(
             f"buckets {tuple(buckets)} must increase and end at {longest} or above, the longest prompt"
         )
-
-
-def _round_up(value: int, multiple: int) -> int:
-    return -(-value // multiple) * multiple

@@ -17,6 +17,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from listopd_jax.errors import Parser, UserError, exit_code
 from listopd_jax.records import Calibration, Result, is_number
 from listopd_jax.report.inputs import Inputs, read_inputs
+from listopd_jax.report.wording import markdown
 
 COLUMNS = ("parse", "useful", "ndcg@1", "mae")
 HEAD = ("run", "steps", "λ", "seeds", "parse", "useful", "NDCG@1", "MAE", "K−1 cut", "guarded", "forecast")
@@ -69,12 +70,6 @@ def rows(name: str, inputs: Inputs) -> list[tuple[str, ...]]:
         guard = "–" if share is None else f"{share:.3f}"
         found.append((name, str(steps), f"{lam:g}", str(len(records)), *numbers, cut, guard, forecast))
     return found
-
-
-def markdown(table: Sequence[Sequence[str]]) -> str:
-    """A Markdown table under HEAD."""
-    lines = [HEAD, ("---",) * len(HEAD), *table]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
 def save_figure(runs: Mapping[str, Inputs], path: str) -> None:
@@ -146,7 +141,7 @@ def main(argv: Sequence[str]) -> None:
     if not shown:
         budgets = sorted({int(row[1]) for row in table})
         raise UserError(f"--steps={args.steps}: no such budget, only {budgets}")
-    print(markdown(shown))
+    print(markdown(HEAD, shown))
     if args.figure:
         save_figure(runs, args.figure)
 

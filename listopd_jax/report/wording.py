@@ -1,6 +1,6 @@
 """How the report writes numbers and strange text."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 from unicodedata import category
 
@@ -71,6 +71,11 @@ def label(text: str) -> str:
     """`text` as a label of a figure: visible, on one line, and not long."""
     text = visible(text).replace("\n", " ")
     return text if len(text) <= 24 else f"{text[:23]}…"
+
+
+def markdown(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """A Markdown table."""
+    return "\n".join("| " + " | ".join(line) + " |" for line in (head, ["---"] * len(head), *rows))
 
 
 def cut(text: str, limit: int) -> str:

@@ -8,6 +8,7 @@ them. The two processes are these: a *clean* teacher, surer than the base everyw
 .684) than the base (b = .988).
 """
 
+import math
 import pathlib
 import sys
 from collections.abc import Sequence
@@ -190,7 +191,7 @@ def draw_curves(
 def _axes(count: int):
     from matplotlib.figure import Figure
 
-    rows, columns = -(-count // 3), min(count, 3)
+    rows, columns = math.ceil(count / 3), min(count, 3)
     figure = Figure(figsize=(4.4 * columns, 3.5 * rows), layout="constrained")
     return figure, figure.subplots(rows, columns, squeeze=False).ravel()
 

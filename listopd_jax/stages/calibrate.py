@@ -29,6 +29,7 @@ from listopd_jax.parallel.hosts import from_main, gather
 from listopd_jax.records import CALIBRATION, Calibration, ClassRow, CurvePoint, FlipRow
 from listopd_jax.rollout.decode import generate
 from listopd_jax.rollout.scoring import completion_hidden
+from listopd_jax.rounding import ceil_div, round_up
 from listopd_jax.stages.job import Job
 from listopd_jax.task.codec import IS_STRUCTURAL, Codec
 from listopd_jax.task.contract import TOKEN_CLASSES
@@ -108,7 +109,7 @@ def measure(
             max_tokens=max_tokens, vocab=codec.vocab, eos=codec.eos, pad=codec.pad, greedy=True,
         )  # fmt: skip
         lengths = gather(rollout.lengths)[:, 0]
-        size = min(max_tokens, -(-int(lengths.max()) // ANSWER_STEP) * ANSWER_STEP)
+        size = min(max_tokens, round_up(int(lengths.max()), ANSWER_STEP))
         tokens = rollout.tokens[..., :size]
         seen = _look(graphdefs, params, *prompts, tokens, vocab=codec.vocab, chunk=chunk)
         written = (np.arange(size) < lengths[:, None]) & (batch["weight"] > 0)[:, None]
@@ -354,7 +355,7 @@ def _curve(positions: Positions) -> tuple[CurvePoint, ...]:
 def _quantiles(flip: Float[np.ndarray, " N"]) -> dict[str, float | None]:
     """Minimum and percentiles of λ_flip by the inverse distribution function: ∞ cannot be interpolated."""
     ranked = np.sort(flip)
-    ranks = {q: max(0, -(-q * len(ranked) // 100) - 1) for q in _PERCENTILES}
+    ranks = {q: max(0, ceil_div(q * len(ranked), 100) - 1) for q in _PERCENTILES}
     rest = {f"percentile_{q}": _finite(ranked[rank]) for q, rank in ranks.items()}
     return {"min": _finite(ranked[0])} | rest
 
