@@ -43,13 +43,12 @@ NO_NOISE = AnswerNoise()
 
 @dataclasses.dataclass(frozen=True)
 class EncodedSplit:
-    """A split as ids. `cut_prompts` counts the prompts whose reviews were cut to fit `max_prompt`."""
+    """A split as ids."""
 
     prompts: tuple[Int32[np.ndarray, " prompt"], ...]
     answers: tuple[Int32[np.ndarray, " answer"], ...]
     scores: Float32[np.ndarray, "N K"]
     pad_id: int
-    cut_prompts: int
 
     @functools.cached_property
     def prompt_lengths(self) -> Int32[np.ndarray, " N"]:
@@ -83,11 +82,11 @@ def encode_split(
         raise UserError(
             "task.chat_template=True, but this tokenizer has none; set it to False or use another tokenizer"
         )
-    prompts, answers, cut = [], [], 0
+    prompts, answers = [], []
     for example in progress(examples, "encoding lists"):
         ids = prompt_ids(example.title, example.reviews, tokenizer, chat_template)
         if len(ids) > max_prompt:
-            ids, cut = _cut_prompt(example, tokenizer, max_prompt, chat_template), cut + 1
+            ids = _cut_prompt(example, tokenizer, max_prompt, chat_template)
         prompts.append(ids)
         answers.append(answer_ids(example, tokenizer))
     longest = max(map(len, answers))
@@ -96,7 +95,7 @@ def encode_split(
             f"an answer takes {longest} tokens, above the limit of {max_answer}; raise it or lower task.k"
         )
     scores = np.array([example.scores for example in examples], np.float32)
-    return EncodedSplit(tuple(prompts), tuple(answers), scores, tokenizer.pad_token_id, cut)
+    return EncodedSplit(tuple(prompts), tuple(answers), scores, tokenizer.pad_token_id)
 
 
 def with_noise(

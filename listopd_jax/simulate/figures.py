@@ -46,9 +46,9 @@ VARIANTS = {
 }
 
 
-def truncating_process(seed: int = 0) -> Process:
+def truncating_process() -> Process:
     """Lists of 8 objects whose transition the teacher knows less well than the base."""
-    return listwise(SURE_STRUCTURE, TRUNCATING, spread=SPREAD, seed=seed)
+    return listwise(SURE_STRUCTURE, TRUNCATING, spread=SPREAD)
 
 
 def clean_process() -> Process:
