@@ -35,7 +35,6 @@ METRICS = {
 }
 """The metrics of a record and their names."""
 
-_CONFIG_PARTS = {"config": dict, "versions": dict, "notes": list}
 _Json = Mapping[str, Any]
 
 
@@ -77,8 +76,8 @@ def read_inputs(workdir: str | pathlib.Path) -> Inputs:
     workdir = pathlib.Path(workdir)
     if not workdir.is_dir():
         raise UserError(f"{workdir}: no such folder; give the --workdir of a run")
-    config = _read(workdir / "config.json", dict, _CONFIG_PARTS)
-    data = _read(workdir / "data" / "report.json", dict, {"notes": list})
+    config = _read(workdir / "config.json", {"config": dict, "versions": dict, "notes": list})
+    data = _read(workdir / "data" / "report.json", {"notes": list})
     return Inputs(
         config,
         data,
@@ -89,20 +88,19 @@ def read_inputs(workdir: str | pathlib.Path) -> Inputs:
     )
 
 
-def _read(path: pathlib.Path, kind: type, parts: Mapping[str, type] = {}) -> Any:
-    """A JSON file of one `kind`, its `parts` of theirs where they are there; an empty one for no file."""
-    if not path.exists():
-        return kind()
-    value = files.read_json(path)
-    _require(isinstance(value, kind), str(path), f"must hold {_KINDS[kind]}")
-    for name, of in parts.items():
-        _require(isinstance(value.get(name, of()), of), str(path), f"field '{name}' must be {_KINDS[of]}")
+def _read(path: pathlib.Path, parts: Mapping[str, type]) -> _Json:
+    """A JSON object from a file, its `parts` of their types where they are there; {} for no file."""
+    value = files.read_json(path) if path.exists() else {}
+    _require(isinstance(value, dict), path, "must hold a JSON object")
+    for name, kind in parts.items():
+        fits, called = (
+            isinstance(value.get(name, kind()), kind),
+            {dict: "a JSON object", list: "a list"}[kind],
+        )
+        _require(fits, path, f"field '{name}' must be {called}")
     return value
 
 
-_KINDS = {dict: "a JSON object", list: "a list"}
-
-
-def _require(holds: bool, where: str, what: str) -> None:
+def _require(holds: bool, path: pathlib.Path, what: str) -> None:
     if not holds:
-        raise UserError(f"{where}: {what}; mend it, or choose another --workdir")
+        raise UserError(f"{path}: {what}; mend it, or choose another --workdir")
