@@ -46,10 +46,10 @@ def copy_bandwidth(platform: str) -> float:
     return 2 * x.nbytes / _best_seconds(jax.jit(lambda x: x + 1, donate_argnums=0), x)
 
 
-def _best_seconds(f: Callable, x: Array, repeats: int = 8) -> float:
+def _best_seconds(f: Callable, x: Array) -> float:
     """Of x ← f(x), the first run (compilation) left out."""
     times = []
-    for _ in range(repeats):
+    for _ in range(8):
         began = time.perf_counter()
         x = jax.block_until_ready(f(x))
         times.append(time.perf_counter() - began)

@@ -18,9 +18,8 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
-from benchmarks.command import Parser, exit_code, positive
 from listopd_jax.config import REMATS
-from listopd_jax.errors import UserError
+from listopd_jax.errors import Parser, UserError, exit_code, positive
 from listopd_jax.lifecycle import say
 
 WARM_UP = 2

@@ -27,11 +27,11 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from benchmarks.command import Parser, exit_code, positive
 from benchmarks.shape import Shape
 from benchmarks.table import spread
-from listopd_jax.errors import UserError
+from listopd_jax.errors import Parser, UserError, exit_code, positive
 from listopd_jax.lifecycle import say
+from listopd_jax.report import wording
 
 STAGES = ("rollout", "update", "score", "gradient", "step")
 WARM_UP = 3
@@ -181,18 +181,15 @@ def ratio(own: Sequence[Mapping], ours: Sequence[Mapping], stage: str) -> dict[s
 
 def markdown(rows: Sequence[Mapping[str, Any]]) -> str:
     """The rows as a Markdown table."""
-    lines = [
-        "| n | peer | stage | seconds (middle half) | × ours (middle half) | peak MiB | start-up peak MiB |",
-        "|---|---|---|---|---|---|---|",
-    ]
-    for r in rows:
-        times = f"{r['ratio']:.2f} ({r['ratio_low']:.2f}–{r['ratio_high']:.2f})" if "ratio" in r else ""
-        lines.append(
-            f"| {r['completions']} | {r['peer']} | {r['stage']} "
-            f"| {r['seconds']:.3f} ({r['seconds_low']:.3f}–{r['seconds_high']:.3f}) | {times} "
-            f"| {r['peak_bytes'] / 2**20:.0f} | {r['start_up_bytes'] / 2**20:.0f} |"
-        )
-    return "\n".join(lines)
+    head = "n|peer|stage|seconds (middle half)|× ours (middle half)|peak MiB|start-up peak MiB".split("|")
+    return wording.markdown(head, map(_cells, rows))
+
+
+def _cells(r: Mapping[str, Any]) -> list[str]:
+    times = f"{r['ratio']:.2f} ({r['ratio_low']:.2f}–{r['ratio_high']:.2f})" if "ratio" in r else ""
+    seconds = f"{r['seconds']:.3f} ({r['seconds_low']:.3f}–{r['seconds_high']:.3f})"
+    memory = (f"{r[name] / 2**20:.0f}" for name in ("peak_bytes", "start_up_bytes"))
+    return [str(r["completions"]), r["peer"], r["stage"], seconds, times, *memory]
 
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:

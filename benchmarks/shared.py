@@ -12,19 +12,20 @@ import argparse
 import dataclasses
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import ml_collections
 import numpy as np
 
-from benchmarks.command import Parser, exit_code, positive
 from benchmarks.shape import Shape
 from benchmarks.table import spread
-from listopd_jax.errors import UserError
+from listopd_jax.errors import Parser, UserError, exit_code, positive
 from listopd_jax.lifecycle import say
+from listopd_jax.report import wording
 
 STAGES = ("rollout", "update", "step")
+HEAD = ("stage", "shared s", "unshared s", "shared / unshared (middle half)")
 WARM_UP = 2
 
 
@@ -118,13 +119,16 @@ def render(result: dict[str, Any]) -> str:
         f"{result['prompts']} prompts of {prompt} tokens, {result['completions']} completions each of {response}; "
         f"{result['layers'][0]} and {result['layers'][1]} layers; medians of {result['steps']} turns",
         "",
-        "| stage | shared s | unshared s | shared / unshared (middle half) |",
-        "|---|---|---|---|",
+        wording.markdown(HEAD, map(_cells, result["stages"])),
+        "",
+        f"by arithmetic {result['flops_ratio']:.2f} of the FLOPs of a step",
     ]
-    for r in result["stages"]:
-        spread_text = f"{r['ratio']:.2f} ({r['ratio_low']:.2f}–{r['ratio_high']:.2f})"
-        lines.append(f"| {r['stage']} | {r['shared']:.3g} | {r['unshared']:.3g} | {spread_text} |")
-    return "\n".join([*lines, "", f"by arithmetic {result['flops_ratio']:.2f} of the FLOPs of a step"])
+    return "\n".join(lines)
+
+
+def _cells(r: Mapping[str, Any]) -> list[str]:
+    ratio = f"{r['ratio']:.2f} ({r['ratio_low']:.2f}–{r['ratio_high']:.2f})"
+    return [r["stage"], f"{r['shared']:.3g}", f"{r['unshared']:.3g}", ratio]
 
 
 def main(argv: Sequence[str]) -> None:

@@ -10,12 +10,13 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Int
 
-from listopd_jax.models.build import cast, graph_of, initial_params
+from listopd_jax.models.build import PARAM_DTYPE, cast, graph_of, initial_params
 from listopd_jax.models.hf import load_hf
 from listopd_jax.ops.attention_backends import resolve
 from listopd_jax.plan.search import shapes_of, vocabulary
 from listopd_jax.rollout.decode import Rollout, generate
-from listopd_jax.stages.opd import hyper_at, make_step
+from listopd_jax.rounding import round_up
+from listopd_jax.stages.opd import hyper_at, make_step, trimmed
 from listopd_jax.train.opd_step import Frozen, OpdBatch
 from listopd_jax.train.optimizer import adamw, init_state
 
@@ -24,7 +25,7 @@ PROMPT_MULTIPLE = 64  # widths of prompts, as the job's buckets have them
 
 def random_prompts(config: Any, tokens: int) -> Int[np.ndarray, "B P"]:
     """Prompts of `tokens` random ids each (0 and 1, PAD and EOS, are none), right-padded to a bucket's width."""
-    width = min(config.task.max_prompt, -(-tokens // PROMPT_MULTIPLE) * PROMPT_MULTIPLE)
+    width = min(config.task.max_prompt, round_up(tokens, PROMPT_MULTIPLE))
     rng = np.random.default_rng(0)
     ids = rng.integers(2, vocabulary(config), (config.opd.batch_size, tokens), dtype=np.int32)
     return np.pad(ids, ((0, 0), (0, width - tokens)))
@@ -54,10 +55,10 @@ class Step:
         self.prompts = jnp.asarray(prompts)
         self.lengths, self.response = jnp.full(len(prompts), prompt, jnp.int32), response
         if folder is None:
-            student = initial_params(config.student, shapes["student"], 0, config.dtype.param)
+            student = initial_params(config.student, shapes["student"], 0, PARAM_DTYPE)
             teacher = initial_params(config.teacher, shapes["teacher"], 1, config.dtype.frozen)
         else:
-            student = load_hf(folder / "student", jnp.dtype(config.dtype.param))[1]
+            student = load_hf(folder / "student", jnp.dtype(PARAM_DTYPE))[1]
             teacher = load_hf(folder / "teacher", jnp.dtype(config.dtype.frozen))[1]
         self.frozen = Frozen(teacher, cast(student, config.dtype.frozen))
         self.state = init_state(student, adamw(config.optimizer, config.opd.b2))
@@ -77,10 +78,7 @@ class Step:
             max_tokens=budget, vocab=self.vocab, eos=-1, pad=0, temperature=opd.temperature,
             budgets=jnp.full((len(self.prompts), opd.rollouts), response, jnp.int32),
         )  # fmt: skip
-        quarter = -(-budget // 4)
-        size = min(budget, -(-int(rollout.lengths.max()) // quarter) * quarter)
-        cut = Rollout(rollout.tokens[..., :size], rollout.logprobs[..., :size], rollout.lengths)
-        return jax.block_until_ready(cut)
+        return jax.block_until_ready(trimmed(rollout, budget))
 
     def update(self, rollout: Rollout) -> dict[str, Array]:
         """Scores of teacher and base, loss, gradient, AdamW; the step's metrics."""

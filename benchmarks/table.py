@@ -8,6 +8,7 @@ from listopd_jax.models.config import ModelConfig
 from listopd_jax.plan import arithmetic
 from listopd_jax.plan.arithmetic import Layout, Load
 from listopd_jax.plan.chips import Topology
+from listopd_jax.report import wording
 
 PHASES = {
     "prefill": ("prefill",),
@@ -76,26 +77,19 @@ def stage_tokens(stage: str, load: Load) -> float:
 def markdown(rows: Sequence[Mapping[str, Any]]) -> str:
     """The rows as a Markdown table."""
     head = "stage|seconds (middle half)|TFLOP|GB|floor s|bound by|share of floor|MFU|HFU|tokens/s".split("|")
-    lines = [_line(head), _line(["---"] * len(head))]
-    for r in rows:
-        lines.append(
-            _line(
-                [
-                    r["stage"],
-                    f"{r['seconds']:.3g} ({r['seconds_low']:.3g}–{r['seconds_high']:.3g})",
-                    f"{r['flops'] / 1e12:.3g}",
-                    f"{r['bytes'] / 1e9:.3g}",
-                    f"{r['floor_s']:.3g}",
-                    r["bound_by"],
-                    f"{r['floor_share']:.0%}",
-                    f"{r['mfu']:.1%}",
-                    f"{r['hfu']:.1%}",
-                    f"{r['tokens_per_s']:,.0f}",
-                ]
-            )
-        )
-    return "\n".join(lines)
+    return wording.markdown(head, map(_cells, rows))
 
 
-def _line(cells: Sequence[str]) -> str:
-    return "| " + " | ".join(cells) + " |"
+def _cells(r: Mapping[str, Any]) -> list[str]:
+    return [
+        r["stage"],
+        f"{r['seconds']:.3g} ({r['seconds_low']:.3g}–{r['seconds_high']:.3g})",
+        f"{r['flops'] / 1e12:.3g}",
+        f"{r['bytes'] / 1e9:.3g}",
+        f"{r['floor_s']:.3g}",
+        r["bound_by"],
+        f"{r['floor_share']:.0%}",
+        f"{r['mfu']:.1%}",
+        f"{r['hfu']:.1%}",
+        f"{r['tokens_per_s']:,.0f}",
+    ]

@@ -15,7 +15,7 @@ import math
 import ml_collections
 
 from configs.fashion import tiny
-from listopd_jax.config import unknown_name
+from listopd_jax.errors import unknown_name
 
 RUNS = "runs/cliff"
 THREE = (7, 13, 21)  # seeds of the ablations whose answer is plain
@@ -43,7 +43,7 @@ ABLATIONS = {
 def get_config(name: str = "plain") -> ml_collections.ConfigDict:
     """The configuration of `name`, one of ABLATIONS."""
     if name not in ABLATIONS:
-        raise unknown_name("ablation", name, tuple(ABLATIONS))
+        raise unknown_name("ablation", name, ABLATIONS)
     config = tiny()
     config.preset = name
     config.remat = "full"  # was faster than storing activations on a CPU

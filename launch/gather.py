@@ -17,7 +17,8 @@ from typing import Any, NamedTuple
 from launch import cli
 from launch.grid import COMMON, Grid, Point, read_grid
 from listopd_jax import files
-from listopd_jax.errors import UserError
+from listopd_jax.errors import UserError, exit_code
+from listopd_jax.records import CALIBRATION, EXAMPLES, RESULTS, Result, write_records
 from listopd_jax.report.inputs import Inputs, read_inputs
 from listopd_jax.report.write import write_report
 
@@ -31,7 +32,7 @@ class Gathered(NamedTuple):
 
 def main(argv: Sequence[str]) -> int:
     """Parse, gather, say what is missing."""
-    parser = cli.Parser("launch.gather", __doc__)
+    parser = cli.parser("launch.gather", __doc__)
     parser.add_argument("--root", required=True, type=pathlib.Path, help="folder of the grid")
     grid = read_grid(parser.parse_args(argv).root)
     gathered = gather(grid)
@@ -69,19 +70,20 @@ def read_point(grid: Grid, point: Point, shared: Inputs) -> Inputs:
             f"{workdir}: goes on from other models than {grid.workdir(COMMON)} has; delete it and launch again"
         )
 
-    def own(rows: Sequence[Any]) -> list[Any]:
-        return [row for row in rows if (row["stage"], row.get("lambda"), row.get("seed")) == ("opd", *point)]
-
-    if not own(inputs.results):
+    mine = ("opd", *point)
+    results = [r for r in inputs.results if r.identity[:3] == mine]
+    examples = [e for e in inputs.examples if e.identity[:3] == mine]
+    metrics = [row for row in inputs.metrics if tuple(map(row.get, ("stage", "lambda", "seed"))) == mine]
+    if not results:
         raise UserError(
-            f"{workdir / 'results.json'}: has no record of this point; delete {workdir} and launch again"
+            f"{workdir / RESULTS}: has no record of this point; delete {workdir} and launch again"
         )
-    return Inputs(inputs.config, {}, own(inputs.results), own(inputs.metrics), own(inputs.examples), {})
+    return Inputs(inputs.config, {}, results, metrics, examples)
 
 
-def _models(inputs: Inputs) -> list[Any]:
+def _models(inputs: Inputs) -> list[Result]:
     """The records of the SFT models."""
-    return [record for record in inputs.results if record["stage"] in ("sft_teacher", "sft_student")]
+    return [record for record in inputs.results if record.stage in ("sft_teacher", "sft_student")]
 
 
 def write(grid: Grid, gathered: Gathered) -> pathlib.Path:
@@ -92,14 +94,15 @@ def write(grid: Grid, gathered: Gathered) -> pathlib.Path:
         return [row for inputs in gathered.inputs for row in part(inputs)]
 
     files.write_json(root / "config.json", describe(grid, gathered))
-    files.write_json(root / "results.json", all_of(lambda x: x.results))
-    files.write_json(root / "examples.json", all_of(lambda x: x.examples))
+    write_records(root / RESULTS, all_of(lambda x: x.results))
+    write_records(root / EXAMPLES, all_of(lambda x: x.examples))
     files.write_text(
         root / "metrics.jsonl", "".join(json.dumps(row) + "\n" for row in all_of(lambda x: x.metrics))
     )
-    for name, content in (("calibration.json", common.calibration), ("data/report.json", common.data)):
-        if content:
-            files.write_json(root / name, content)
+    if common.calibration is not None:
+        files.write_json(root / CALIBRATION, common.calibration.to_json())
+    if common.data:
+        files.write_json(root / "data" / "report.json", common.data)
     return write_report(root)
 
 
@@ -133,4 +136,4 @@ def strangers(grid: Grid) -> list[pathlib.Path]:
 
 
 if __name__ == "__main__":
-    sys.exit(cli.main(main))
+    sys.exit(exit_code(main, sys.argv[1:]))

@@ -21,7 +21,7 @@ from launch import cli
 from launch.grid import COMMON, Grid, dns_name, make_grid
 from launch.tpu import Slice, parse_topology
 from listopd_jax import config as config_module
-from listopd_jax.errors import UserError
+from listopd_jax.errors import Parser, UserError, exit_code, positive
 
 GRACE_SECONDS = 120  # from SIGTERM to SIGKILL: the step that runs, and the save
 Json = dict[str, Any]
@@ -45,7 +45,7 @@ def main(argv: Sequence[str]) -> int:
     return 0
 
 
-def _parser() -> cli.Parser:
+def _parser() -> Parser:
     parser = cli.grid_parser("launch.gke", __doc__)
     parser.add_argument("--stage", choices=(COMMON, "points"), required=True)
     parser.add_argument("--topology", required=True, help="slice of one point, e.g. v5e:16x16")
@@ -59,7 +59,7 @@ def _parser() -> cli.Parser:
         "--mount", type=pathlib.Path, default=pathlib.Path("/mnt"), help="where it is mounted; /mnt"
     )
     parser.add_argument("--name", default="listopd", help="how the names of the JobSets begin")
-    parser.add_argument("--restarts", type=cli.positive, default=20, help="times a point may be restarted")
+    parser.add_argument("--restarts", type=positive, default=20, help="times a point may be restarted")
     parser.add_argument("--spot", action="store_true", help="machines that may be pre-empted")
     parser.add_argument("--queue", help="Kueue's LocalQueue")
     parser.add_argument("--format", choices=("jobset", "xpk"), default="jobset")
@@ -81,11 +81,6 @@ def stage_names(grid: Grid, stage: str) -> list[str]:
     if not names:
         raise UserError(f"--stage={stage}: nothing is left to do")
     return names
-
-
-def point_command(grid: Grid, name: str) -> list[str]:
-    """What each host runs."""
-    return ["python", "-m", "launch.point", f"--root={grid.root}", f"--name={name}", *grid.arguments]
 
 
 def jobset(grid: Grid, name: str, part: Slice, args: argparse.Namespace) -> Json:
@@ -138,7 +133,7 @@ def _pod(grid: Grid, name: str, part: Slice, args: argparse.Namespace) -> Json:
             {
                 "name": "point",
                 "image": args.image,
-                "command": point_command(grid, name),
+                "command": grid.point_command(name),
                 "env": [{"name": "JAX_PLATFORMS", "value": "tpu,cpu"}],  # no TPU is an error, not a slow run
                 "resources": {"requests": chips, "limits": chips},
                 "volumeMounts": [{"name": "grid", "mountPath": str(args.mount)}],
@@ -162,10 +157,10 @@ def xpk_command(grid: Grid, name: str, part: Slice, args: argparse.Namespace) ->
         f"--storage={args.claim}",
         f"--max-restarts={args.restarts}",
         f"--termination-grace-period-seconds={GRACE_SECONDS}",
-        f"--command={shlex.join(point_command(grid, name))}",
+        f"--command={shlex.join(grid.point_command(name))}",
     ]  # fmt: skip
     return command
 
 
 if __name__ == "__main__":
-    sys.exit(cli.main(main))
+    sys.exit(exit_code(main, sys.argv[1:]))

@@ -83,6 +83,10 @@ class Grid:
         mine = [f"--config.{field}={value}".replace(" ", "") for field, value in own.items()]
         return [*given, *mine, f"--workdir={self.workdir(name)}"]
 
+    def point_command(self, name: str, python: str = "python") -> list[str]:
+        """What each host runs to bring a stage to its end."""
+        return [python, "-m", "launch.point", f"--root={self.root}", f"--name={name}", *self.arguments]
+
     def done(self, name: str) -> bool:
         """Whether the common stages, or a point, came to their end; a λ new to the grid is still to be forecast."""
         if not (self.workdir(name) / "report.html").exists():
@@ -153,13 +157,11 @@ def read_grid(root: pathlib.Path) -> Grid:
 
 def _refuse_another(path: pathlib.Path, old: dict[str, Any], new: dict[str, Any]) -> None:
     """UserError that names the first field in which two configurations differ besides the grid."""
-    before, now = map(config_module.fixed_fields, (old, new))
-    for field in sorted(before.keys() | now.keys()):
-        if before.get(field) != now.get(field):
-            raise UserError(
-                f"{path}: this folder holds a grid with {field}={before.get(field)!r}, not {now.get(field)!r}; "
-                "choose another --root"
-            )
+    if changed := config_module.changed_field(old, new):
+        field, before, now = changed
+        raise UserError(
+            f"{path}: this folder holds a grid with {field}={before!r}, not {now!r}; choose another --root"
+        )
 
 
 def dns_name(prefix: str, name: str) -> str:

@@ -16,12 +16,13 @@ from collections.abc import Mapping, Sequence
 from launch import cli
 from launch.grid import COMMON, Grid
 from launch.point import appended, terminating
+from listopd_jax.errors import exit_code, positive
 
 
 def main(argv: Sequence[str]) -> int:
     """Parse, run the common stages, run the points."""
     parser = cli.grid_parser("launch.local", __doc__)
-    parser.add_argument("--processes", type=cli.positive, default=1, help="points at one time; default 1")
+    parser.add_argument("--processes", type=positive, default=1, help="points at one time; default 1")
     args, arguments = cli.parse_grid(parser, argv)
     grid = cli.load(args, arguments)
     cli.list_states(grid)
@@ -36,8 +37,7 @@ def main(argv: Sequence[str]) -> int:
 
 
 def _commands(grid: Grid, names: Sequence[str]) -> dict[str, list[str]]:
-    point = [sys.executable, "-m", "launch.point", f"--root={grid.root}", *grid.arguments]
-    return {name: [*point, f"--name={name}"] for name in names}
+    return {name: grid.point_command(name, sys.executable) for name in names}
 
 
 def run_all(commands: Mapping[str, Sequence[str]], processes: int, logs: pathlib.Path) -> int:
@@ -65,4 +65,4 @@ def run_all(commands: Mapping[str, Sequence[str]], processes: int, logs: pathlib
 
 
 if __name__ == "__main__":
-    sys.exit(cli.main(main))
+    sys.exit(exit_code(main, sys.argv[1:]))

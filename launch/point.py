@@ -13,7 +13,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import tempfile
 from collections import deque
 from collections.abc import Iterator, Sequence
 from typing import TextIO
@@ -21,7 +20,7 @@ from typing import TextIO
 from launch import cli
 from launch.grid import COMMON, Grid, State
 from listopd_jax import files
-from listopd_jax.errors import UserError
+from listopd_jax.errors import UserError, exit_code
 
 STOPPED = 75  # EX_TEMPFAIL of sysexits.h
 OWN = (".lock", "report.html", "tensorboard", "export")  # that a point does not take over
@@ -68,14 +67,11 @@ def begin(grid: Grid, name: str) -> None:
         return
     if not grid.done(COMMON):
         raise UserError(f"{common}: the common stages are not done; run --name={COMMON} first")
-    workdir.parent.mkdir(parents=True, exist_ok=True)
-    temporary = pathlib.Path(tempfile.mkdtemp(prefix=f".{name}.", dir=workdir.parent))
-    temporary.chmod(common.stat().st_mode)
     try:
-        _take_over(common, temporary)
-        temporary.rename(workdir)
+        with files.whole_folder(workdir, replace=False) as new:
+            new.chmod(common.stat().st_mode)
+            _take_over(common, new)
     except OSError as e:
-        shutil.rmtree(temporary, ignore_errors=True)
         if not workdir.exists():
             raise UserError(
                 f"{workdir}: cannot be made ({e.strerror or e}); free space or mend the folder"
@@ -125,9 +121,7 @@ def appended(log: pathlib.Path) -> TextIO:
         log.parent.mkdir(parents=True, exist_ok=True)
         return log.open("a", encoding="utf-8")
     except OSError as e:
-        raise UserError(
-            f"{log}: cannot be written ({e.strerror or e}); free space or choose another --root"
-        ) from e
+        raise files.not_written(log, e, "another --root") from e
 
 
 class Children:
@@ -198,4 +192,4 @@ def host_index() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(cli.main(main))
+    sys.exit(exit_code(main, sys.argv[1:]))

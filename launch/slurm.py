@@ -8,6 +8,7 @@ A run that is pre-empted or reaches its time limit saves, is requeued and goes o
 Exit code 0: submitted, or nothing to do; 2: a mistake to mend.
 """
 
+import dataclasses
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -17,7 +18,7 @@ from launch import cli
 from launch.grid import COMMON, Grid
 from launch.slurm_task import Task
 from listopd_jax import files
-from listopd_jax.errors import UserError
+from listopd_jax.errors import Parser, UserError, exit_code, positive
 
 JOBS = "slurm/jobs.json"
 
@@ -38,20 +39,20 @@ def main(argv: Sequence[str]) -> int:
     return 0
 
 
-def _parser() -> cli.Parser:
+def _parser() -> Parser:
     parser = cli.grid_parser("launch.slurm", __doc__)
-    parser.add_argument("--minutes", type=cli.positive, required=True, help="time limit of a job")
+    parser.add_argument("--minutes", type=positive, required=True, help="time limit of a job")
     parser.add_argument("--partition")
     parser.add_argument("--account")
     parser.add_argument("--qos")
     parser.add_argument("--constraint")
-    parser.add_argument("--nodes", type=cli.positive, default=1, help="nodes of a point, one process each")
-    parser.add_argument("--gpus-per-node", type=cli.positive)
-    parser.add_argument("--cpus-per-task", type=cli.positive)
+    parser.add_argument("--nodes", type=positive, default=1, help="nodes of a point, one process each")
+    parser.add_argument("--gpus-per-node", type=positive)
+    parser.add_argument("--cpus-per-task", type=positive)
     parser.add_argument("--mem", help="memory of a node, e.g. 200GB")
-    parser.add_argument("--parallel", type=cli.positive, default=256, help="points at one time")
+    parser.add_argument("--parallel", type=positive, default=256, help="points at one time")
     parser.add_argument(
-        "--requeues", type=cli.positive, default=100, help="times a job may reach its limit and go on"
+        "--requeues", type=positive, default=100, help="times a job may reach its limit and go on"
     )
     parser.add_argument(
         "--sbatch", action="append", default=[], metavar="OPTION=VALUE", help="any other of sbatch"
@@ -107,16 +108,17 @@ def _submit(grid: Grid, names: Sequence[str], parameters: dict[str, Any], requeu
         import submitit
     except ImportError as e:
         raise UserError("submitit is not installed: pip install -e '.[slurm]'") from e
-    point = [sys.executable, "-m", "launch.point", f"--root={grid.root.absolute()}", *grid.arguments]
+    on_node = dataclasses.replace(grid, root=grid.root.absolute())
     # one process a node has all its GPUs: jax under SLURM would give it the first alone
     gpus = {"JAX_LOCAL_DEVICE_IDS": ",".join(map(str, range(parameters.get("gpus_per_node", 0))))}
-    tasks = [Task([*point, f"--name={name}"], gpus if gpus["JAX_LOCAL_DEVICE_IDS"] else {}) for name in names]
+    environment = gpus if gpus["JAX_LOCAL_DEVICE_IDS"] else {}
+    tasks = [Task(on_node.point_command(name, sys.executable), environment) for name in names]
     try:
         executor = submitit.SlurmExecutor(grid.root / "slurm", max_num_timeout=requeues)
         executor.update_parameters(job_name=f"listopd-{grid.root.name}", **parameters)
         jobs = executor.submit_array(tasks) if len(tasks) > 1 else [executor.submit(tasks[0])]
     except (RuntimeError, OSError) as e:
-        raise UserError(f"SLURM did not take the job: {_last_line(e)}") from e
+        raise UserError(f"SLURM did not take the job: {cli.last_line(e)}") from e
     return {name: job.job_id for name, job in zip(names, jobs, strict=True)}
 
 
@@ -134,12 +136,8 @@ def queued_jobs() -> set[str]:
     except subprocess.TimeoutExpired as e:
         raise UserError("squeue does not answer; try again when SLURM is up") from e
     except subprocess.CalledProcessError as e:
-        raise UserError(f"squeue failed: {_last_line(e.stderr)}") from e
-
-
-def _last_line(text: Any) -> str:
-    return (str(text).strip().splitlines() or ["no reason given"])[-1]
+        raise UserError(f"squeue failed: {cli.last_line(e.stderr)}") from e
 
 
 if __name__ == "__main__":
-    sys.exit(cli.main(main))
+    sys.exit(exit_code(main, sys.argv[1:]))

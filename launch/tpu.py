@@ -8,8 +8,7 @@ import math
 import re
 from typing import NamedTuple
 
-from listopd_jax.config import unknown_name
-from listopd_jax.errors import UserError
+from listopd_jax.errors import UserError, unknown_name
 
 
 class Generation(NamedTuple):
@@ -57,7 +56,7 @@ def parse_topology(text: str) -> Slice:
     """The slice that e.g. v5e:16x16 names; UserError if there is no such."""
     name, _, shape = text.partition(":")
     if name not in GENERATIONS:
-        raise unknown_name("--topology", name, tuple(GENERATIONS))
+        raise unknown_name("--topology", name, GENERATIONS)
     generation, sides = GENERATIONS[name], shape.split("x")
     example = "x".join(["4"] * generation.dimensions)
     if not re.fullmatch(r"[1-9]\d{0,2}(x[1-9]\d{0,2})*", shape) or len(sides) != generation.dimensions:

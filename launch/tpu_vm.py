@@ -17,11 +17,11 @@ import sys
 from collections.abc import Sequence
 
 from launch import cli
-from launch.gke import point_command, remote_grid, stage_names
+from launch.gke import remote_grid, stage_names
 from launch.grid import COMMON, Grid, dns_name
 from launch.tpu import Slice, parse_topology
 from listopd_jax import files
-from listopd_jax.errors import UserError
+from listopd_jax.errors import Parser, UserError, exit_code
 
 ENDED = ("SUSPENDED", "SUSPENDING", "FAILED", "DELETING")
 
@@ -46,7 +46,7 @@ def main(argv: Sequence[str]) -> int:
     return 0
 
 
-def _parser() -> cli.Parser:
+def _parser() -> Parser:
     parser = cli.grid_parser("launch.tpu_vm", __doc__)
     parser.add_argument("--stage", choices=(COMMON, "points"), required=True)
     parser.add_argument("--topology", required=True, help="slice of one point, e.g. v5e:4x4")
@@ -106,7 +106,7 @@ if [[ $hosts == *,* ]]; then
 fi
 set -e
 {setup.rstrip()}
-{shlex.join(point_command(grid, name))}
+{shlex.join(grid.point_command(name))}
 """
 
 
@@ -125,8 +125,7 @@ def start(resource: str, create: Sequence[str], args: argparse.Namespace) -> str
 def _checked(command: Sequence[str]) -> None:
     result = _run(command)
     if result.returncode != 0:
-        last = (result.stderr.strip().splitlines() or ["no reason given"])[-1]
-        raise UserError(f"{shlex.join(command[:6])}: {last}")
+        raise UserError(f"{shlex.join(command[:6])}: {cli.last_line(result.stderr)}")
 
 
 def _run(command: Sequence[str]) -> subprocess.CompletedProcess[str]:
@@ -139,4 +138,4 @@ def _run(command: Sequence[str]) -> subprocess.CompletedProcess[str]:
 
 
 if __name__ == "__main__":
-    sys.exit(cli.main(main))
+    sys.exit(exit_code(main, sys.argv[1:]))

@@ -5,8 +5,7 @@ here does not exist: ml_collections refuses misspelt names and wrong types, `val
 combinations.
 """
 
-import difflib
-import hashlib
+import contextlib
 import json
 import math
 import pathlib
@@ -17,9 +16,11 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import ml_collections
+from absl import flags
 
-from listopd_jax.errors import UserError
-from listopd_jax.models.config import named_config
+from listopd_jax.errors import UserError, one_line, unknown_name
+from listopd_jax.files import json_sha256
+from listopd_jax.models.config import custom_config, named_config
 
 RATIOS = ("teacher_student", "trainer_rollout", "aspo", "none")
 ADVANTAGES = ("base_relative", "no_base")
@@ -47,7 +48,7 @@ def defaults() -> ml_collections.ConfigDict:
         data=_data(),
         teacher=_model(),
         student=_model(),
-        dtype=_section(param="float32", compute="float32", frozen="float32"),
+        dtype=_section(compute="float32", frozen="float32"),
         remat="none",
         attention="auto",  # splash (and the Pallas kernel for frozen scores) on TPUs, cudnn on GPUs in 16 bit, else xla
         sft=_section(teacher=_sft(), student=_sft()),
@@ -197,13 +198,6 @@ def find_config_file(argv: Sequence[str]) -> list[str]:
     return found
 
 
-def unknown_name(field: str, value: str, known: tuple[str, ...]) -> UserError:
-    """The error for a name that is not in a closed set, with the closest one that is."""
-    close = difflib.get_close_matches(value, known, n=1)
-    hint = f"did you mean {close[0]!r}? " if close else ""
-    return UserError(f"{field}={value!r} is unknown; {hint}known: {', '.join(known)}")
-
-
 def unknown_field(argv: Sequence[str], e: Exception) -> str:
     """One line for a field that does not exist, by its new name or a near one: ml_collections names the last part."""
     message = str(e)
@@ -216,6 +210,17 @@ def unknown_field(argv: Sequence[str], e: Exception) -> str:
     near = re.search(r'Did you mean \\?"([^"\\]+)', message)
     hint = f"did you mean {near[1]}? " if near else ""
     return f"{where}: there is no such field; {hint}listopd_jax/config.py has them all"
+
+
+@contextlib.contextmanager
+def flag_mistakes(argv: Sequence[str]) -> Iterator[None]:
+    """What absl and ml_collections raise inside for a wrong flag, field, type or file is a UserError of one line."""
+    try:
+        yield
+    except (AttributeError, KeyError) as e:
+        raise UserError(unknown_field(argv, e)) from e
+    except (flags.Error, TypeError, ValueError, ImportError, OSError, SyntaxError) as e:
+        raise UserError(one_line(e)) from e
 
 
 def flatten(tree: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
@@ -237,13 +242,12 @@ _NAMES = {
     "task.ndcg_gain": ("linear", "exponential"),
     "remat": REMATS,
     "attention": ATTENTIONS,
-    "dtype.param": ("float32",),  # in bfloat16, p - lr*u rounds back to p at these learning rates
     "dtype.compute": DTYPES,
     "dtype.frozen": DTYPES,
 }
 
 _POSITIVE = """
-task.max_prompt task.max_response task.prompt_buckets tokenizer.vocab_size data.vote_cap
+task.max_prompt task.prompt_buckets data.vote_cap
 data.synthetic.reviews_per_product sft.teacher.batch_size sft.teacher.lr sft.student.batch_size sft.student.lr
 opd.batch_size opd.rollouts opd.updates_per_batch opd.lr opd.temperature opd.head_chunk
 forecast.batch_size evaluation.batch_size evaluation.bootstrap train.checkpoint_every train.keep_checkpoints
@@ -254,8 +258,7 @@ _NOT_NEGATIVE = """
 task.max_review_words data.max_broken data.max_reviews_per_product data.max_lists data.synthetic.noise
 sft.teacher.steps sft.teacher.epochs sft.teacher.warmup_steps sft.teacher.microbatch
 sft.student.steps sft.student.epochs sft.student.warmup_steps sft.student.microbatch
-opd.steps opd.epochs opd.microbatch opd.kl_to_base opd.entropy_bonus opd.lambda_warmup_steps opd.ppo_clip
-opd.guard.margin
+opd.steps opd.epochs opd.microbatch opd.kl_to_base opd.entropy_bonus opd.lambda_warmup_steps opd.guard.margin
 evaluation.max_lists evaluation.examples optimizer.weight_decay optimizer.max_grad_norm
 """.split()
 
@@ -264,7 +267,7 @@ _SEEDS = "seed data.seed sft.teacher.seed sft.student.seed".split()
 _SHARES = """
 data.validation_share sft.teacher.truncation_rate sft.teacher.duplicate_rate
 sft.student.truncation_rate sft.student.duplicate_rate
-optimizer.b1 sft.teacher.b2 sft.student.b2 opd.b2
+optimizer.b1 sft.teacher.b2 sft.student.b2 opd.b2 opd.ppo_clip
 """.split()
 
 
@@ -327,10 +330,6 @@ def _validate_grid(config: ml_collections.ConfigDict) -> None:
 def _validate_combinations(config: ml_collections.ConfigDict) -> None:
     opd = config.opd
     _require(
-        config.task.k == 0 or config.task.k >= 2,
-        f"task.k={config.task.k}: a list to rank has at least 2 reviews",
-    )
-    _require(
         config.task.max_response >= 2, f"task.max_response={config.task.max_response}: must be >= 2 tokens"
     )
     _require(opd.clip > 1, f"opd.clip={opd.clip}: the clip c must be > 1 (inf for none), EC Eq. 3")
@@ -343,7 +342,6 @@ def _validate_combinations(config: ml_collections.ConfigDict) -> None:
         margin == 0 or opd.advantage == "base_relative",
         "opd.guard.margin guards the base-relative target, not opd.advantage='no_base'; set one of the two",
     )
-    _require(opd.ppo_clip < 1, f"opd.ppo_clip={opd.ppo_clip}: must be in [0, 1); 0 turns it off")
     for name, part in (
         ("opd", opd),
         ("sft.teacher", config.sft.teacher),
@@ -368,7 +366,7 @@ def _validate_combinations(config: ml_collections.ConfigDict) -> None:
     size = config.tokenizer.vocab_size
     _require(size >= 258, f"tokenizer.vocab_size={size}: at least 258 are needed (256 bytes, EOS, PAD)")
     for role in ("teacher", "student"):
-        _validate_model(role, config[role])
+        _validate_model(role, config[role], size)
 
 
 def _validate_parallel(parallel: ml_collections.ConfigDict) -> None:
@@ -405,40 +403,25 @@ def _validate_data(config: ml_collections.ConfigDict) -> None:
     _require(data.synthetic.products >= 2, f"data.synthetic.products={data.synthetic.products}: must be >= 2")
 
 
-def _validate_model(role: str, model: ml_collections.ConfigDict) -> None:
+def _validate_model(role: str, model: ml_collections.ConfigDict, vocab: int) -> None:
+    """UserError if the dimensions of a model without weights are none; `vocab` stands for the tokenizer's size."""
     if model.weights:
         return
-    if model.architecture != "custom":
-        named_config(model.architecture)
-        return
-    for field in (
-        "hidden_size",
-        "intermediate_size",
-        "num_layers",
-        "num_heads",
-        "num_kv_heads",
-        "head_dim",
-        "rope_theta",
-    ):
-        _require(model[field] > 0, f"{role}.{field}={model[field]}: must be > 0")
-    _require(
-        model.head_dim % 2 == 0, f"{role}.head_dim={model.head_dim}: rotary embeddings need an even head_dim"
-    )
-    _require(
-        model.num_heads % model.num_kv_heads == 0,
-        f"{role}.num_kv_heads={model.num_kv_heads} must divide {role}.num_heads={model.num_heads}",
-    )
+    try:
+        custom_config(model, vocab) if model.architecture == "custom" else named_config(model.architecture)
+    except UserError as e:
+        raise UserError(f"{role}: {e}") from e
 
 
 def validate(config: ml_collections.ConfigDict) -> ml_collections.FrozenConfigDict:
-    """The checked, frozen config; UserError names the first field that is wrong, its value and the fix."""
+    """A checked, frozen copy of `config`; UserError names the first field that is wrong, its value and the fix."""
     _validate_fields(dict(flatten(config.to_dict())))
     _validate_grid(config)
     _validate_data(config)
     _validate_combinations(config)
-    if config.task.k == 0:
-        config.task.k = 4 if config.data.source == "synthetic" else 8
-    return ml_collections.FrozenConfigDict(config)
+    checked = config.copy_and_resolve_references()
+    checked.task.k = config.task.k or (4 if config.data.source == "synthetic" else 8)
+    return ml_collections.FrozenConfigDict(checked)
 
 
 def to_json(config: ml_collections.ConfigDict | ml_collections.FrozenConfigDict) -> dict[str, Any]:
@@ -463,9 +446,16 @@ def fixed_fields(saved: dict[str, Any]) -> dict[str, Any]:
     return {field: value for field, value in flatten(saved) if not field.startswith(MAY_CHANGE)}
 
 
+def changed_field(before: dict[str, Any], now: dict[str, Any]) -> tuple[str, Any, Any] | None:
+    """(name, before, now) of the first of `fixed_fields` in which two configs in JSON values differ."""
+    old, new = map(fixed_fields, (before, now))
+    names = (name for name in sorted(old.keys() | new.keys()) if old.get(name) != new.get(name))
+    return next(((name, old.get(name), new.get(name)) for name in names), None)
+
+
 def digest(config: ml_collections.ConfigDict | ml_collections.FrozenConfigDict) -> str:
     """SHA-256 of the fixed fields of a config."""
-    return hashlib.sha256(json.dumps(fixed_fields(to_json(config)), sort_keys=True).encode()).hexdigest()
+    return json_sha256(fixed_fields(to_json(config)))
 
 
 def code_revision() -> str:

@@ -1,4 +1,9 @@
-"""The one exception for a user's mistake: main prints its message as a single line and exits with 2."""
+"""A user's mistake: the exception, how it is worded, and how a command answers it with one line and exit code 2."""
+
+import argparse
+import difflib
+import sys
+from collections.abc import Callable, Iterable, Sequence
 
 
 class UserError(Exception):
@@ -10,3 +15,57 @@ class Interrupted(BaseException):
 
     No Exception, like KeyboardInterrupt: a signal may raise it anywhere, and it is no failure of what it cuts short.
     """
+
+
+# --- wording ---
+
+
+def did_you_mean(value: str, known: Iterable[str]) -> str:
+    """ "did you mean 'x'? " with the known name closest to `value`; "" if none is close."""
+    close = difflib.get_close_matches(value, known, n=1)
+    return f"did you mean {close[0]!r}? " if close else ""
+
+
+def unknown_name(field: str, value: str, known: Iterable[str]) -> UserError:
+    """The error for a name that is not in a closed set, with the closest one that is."""
+    known = tuple(known)
+    return UserError(f"{field}={value!r} is unknown; {did_you_mean(value, known)}known: {', '.join(known)}")
+
+
+def one_line(e: BaseException) -> str:
+    """The message of any exception on one line; the name of its type if it has none."""
+    return " ".join(str(e).split()) or type(e).__name__
+
+
+def first_line(e: BaseException) -> str:
+    """The first line of the message of any exception; the name of its type if it has none."""
+    return next(iter(str(e).strip().splitlines()), type(e).__name__)
+
+
+# --- commands ---
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse that raises UserError for a mistake instead of printing its usage and leaving."""
+
+    def error(self, message: str):
+        """argparse's hook for every mistake in the arguments."""
+        raise UserError(f"{message}; see {self.prog} --help")
+
+
+def positive(text: str) -> int:
+    """A whole number of at least 1, as an argparse type."""
+    if not (text.isascii() and text.isdigit() and int(text)):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least 1")
+    return int(text)
+
+
+def exit_code(main: Callable[[Sequence[str]], int | None], argv: Sequence[str]) -> int:
+    """What `main(argv)` returns (None: 0); 2 for a UserError, whose line goes to stderr, and 130 for Ctrl-C."""
+    try:
+        return main(argv) or 0
+    except UserError as e:
+        print(f"error: {e}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return 130

@@ -1,9 +1,13 @@
-"""Small files written whole or not at all: a reader never meets a half-written result, even after kill -9."""
+"""Files and folders written whole or not at all: a reader never meets a half-written result, even after kill -9."""
 
+import contextlib
+import hashlib
 import json
 import os
 import pathlib
+import shutil
 import tempfile
+from collections.abc import Iterator
 from typing import IO, Any
 
 from listopd_jax.errors import UserError
@@ -37,9 +41,7 @@ def write_text(path: str | os.PathLike, text: str) -> None:
         ) as f:
             _write_and_rename(f, path, text)
     except OSError as e:
-        raise UserError(
-            f"{path}: cannot be written ({e.strerror or e}); free space or choose another --workdir"
-        ) from e
+        raise not_written(path, e) from e
 
 
 def _write_and_rename(f: IO[str], path: pathlib.Path, text: str) -> None:
@@ -55,6 +57,52 @@ def _write_and_rename(f: IO[str], path: pathlib.Path, text: str) -> None:
         raise
 
 
+def not_written(path: str | os.PathLike, e: Exception, instead: str = "another --workdir") -> UserError:
+    """The error for a file or folder that cannot be written: free space, or choose `instead`."""
+    reason = getattr(e, "strerror", None) or e
+    return UserError(f"{path}: cannot be written ({reason}); free space or choose {instead}")
+
+
+@contextlib.contextmanager
+def whole_folder(folder: str | os.PathLike, replace: bool = True) -> Iterator[pathlib.Path]:
+    """A new folder to fill inside; at the end it is on disk and takes the name `folder`, unless the block failed.
+
+    What stood there goes. With `replace=False` it stays, unless it is an empty folder, and that is an OSError. OSErrors
+    are for the caller to word (`not_written`).
+    """
+    folder = pathlib.Path(folder)
+    temporary = _beside(folder)
+    try:
+        yield temporary
+        _sync(temporary)
+        if replace and folder.exists():
+            retired = _beside(folder)
+            os.replace(folder, retired)
+            os.replace(temporary, folder)
+            shutil.rmtree(retired)
+        else:
+            os.replace(temporary, folder)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _beside(folder: pathlib.Path) -> pathlib.Path:
+    """An empty hidden folder beside `folder`, on the same disk."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    made = pathlib.Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
+    made.chmod(0o777 & ~_umask())  # mkdtemp makes folders that only their owner can read
+    return made
+
+
+def _sync(folder: pathlib.Path) -> None:
+    """Put every file under `folder` on disk; what links point to is left alone."""
+    for place, _, names in os.walk(folder):
+        for path in (pathlib.Path(place) / name for name in names):
+            if not path.is_symlink():
+                with open(path, "rb") as f:
+                    os.fsync(f.fileno())
+
+
 def _umask() -> int:
     """The process's file mode mask, which can only be read by setting it."""
     mask = os.umask(0o077)
@@ -67,11 +115,25 @@ def write_json(path: str | os.PathLike, value: Any) -> None:
     write_text(path, json.dumps(value, indent=2, allow_nan=False, ensure_ascii=False) + "\n")
 
 
-def read_json(path: str | os.PathLike) -> Any:
-    """Read a JSON file; UserError if it is missing or broken."""
+def json_sha256(value: Any, **form: Any) -> str:
+    """SHA-256 of `value` as JSON with sorted keys; `form` is json.dumps's: another form has another digest."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True, **form).encode()).hexdigest()
+
+
+def sha256(path: pathlib.Path) -> str:
+    """SHA-256 of a file, read in pieces; UserError if it cannot be read."""
+    try:
+        with open(path, "rb") as f:
+            return hashlib.file_digest(f, "sha256").hexdigest()
+    except OSError as e:
+        raise UserError(f"{path}: cannot be read ({e.strerror or e})") from e
+
+
+def read_json(path: str | os.PathLike, fix: str = "restore it, or choose another --workdir") -> Any:
+    """Read a JSON file; UserError if it is missing, or broken, which `fix` mends."""
     try:
         return json.loads(pathlib.Path(path).read_text(encoding="utf-8"))
     except FileNotFoundError as e:
         raise UserError(f"{path}: no such file") from e
-    except (OSError, ValueError) as e:
-        raise UserError(f"{path}: not readable as JSON ({e}); restore it, or choose another --workdir") from e
+    except (OSError, ValueError, RecursionError) as e:
+        raise UserError(f"{path}: not readable as JSON ({e}); {fix}") from e

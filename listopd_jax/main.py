@@ -62,7 +62,7 @@ def _alone(workdir: pathlib.Path) -> contextlib.AbstractContextManager:
 
 def parse(argv: list[str]) -> tuple[Any, pathlib.Path]:
     """The checked config and the workdir; UserError for an unknown flag, field, preset or a wrong value."""
-    try:
+    with config_module.flag_mistakes(argv):
         rest = flags.FLAGS(config_module.find_config_file(argv))
         config, workdir = _CONFIG.value, _WORKDIR.value
         if config is not None:
@@ -70,12 +70,6 @@ def parse(argv: list[str]) -> tuple[Any, pathlib.Path]:
                 f"preset {config.preset}; choose another with --config=configs/NAME.py:PRESET",
                 file=sys.stderr,
             )
-    except UserError:
-        raise
-    except (AttributeError, KeyError) as e:
-        raise UserError(config_module.unknown_field(argv, e)) from e
-    except (flags.Error, TypeError, ValueError, ImportError, OSError, SyntaxError) as e:
-        raise UserError(" ".join(str(e).split()) or type(e).__name__) from e
     if any(arg.startswith("--config.preset") for arg in argv):
         raise UserError("--config.preset: the preset is chosen by --config=configs/NAME.py:PRESET")
     if len(rest) > 1:
@@ -104,17 +98,12 @@ def record_config(config: Any, workdir: pathlib.Path, argv: list[str]) -> None:
         files.write_json(path, {"config": now, **made})
         return
     first = _saved_record(path)
-    old, new = map(config_module.fixed_fields, (first["config"], now))
-    for field in sorted(old.keys() | new.keys()):
-        if old.get(field) != new.get(field):
-            if field in config_module.RENAMED:
-                raise UserError(
-                    f"{path}: {field} is {config_module.RENAMED[field]} now; choose another --workdir"
-                )
-            raise UserError(
-                f"{path}: this workdir holds a run with {field}={old.get(field)!r}, not {new.get(field)!r}; "
-                "choose another --workdir"
-            )
+    if changed := config_module.changed_field(first["config"], now):
+        field, old, new = changed
+        problem = f"this workdir holds a run with {field}={old!r}, not {new!r}"
+        if field in config_module.RENAMED:
+            problem = f"{field} is {config_module.RENAMED[field]} now"
+        raise UserError(f"{path}: {problem}; choose another --workdir")
     again = {name: made[name] for name in ("command", "revision", "device", "versions")}
     files.write_json(path, first | {"config": now, "resumed": [*first.get("resumed", []), again]})
 

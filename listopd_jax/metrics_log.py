@@ -62,7 +62,7 @@ class MetricsLog:
                 filename_suffix=f".from{self._resume_step}",  # else starts within a second share a name
             )
         except OSError as e:
-            raise _not_writable(path, e) from e
+            raise files.not_written(path, e) from e
         return self
 
     def log(self, step: int, metrics: Mapping[str, Any]) -> None:
@@ -78,7 +78,7 @@ class MetricsLog:
             for name, value in values.items():
                 self._events.add_scalar(name, value, int(step))
         except OSError as e:
-            raise _not_writable(self._workdir / FILE, e) from e
+            raise files.not_written(self._workdir / FILE, e) from e
 
     def __exit__(self, *_: object) -> None:
         if files.on_process_0():
@@ -125,10 +125,6 @@ def _row(line: bytes) -> dict[str, Any] | None:
 
 def _line(row: Mapping[str, Any]) -> str:
     return json.dumps(row, allow_nan=False) + "\n"
-
-
-def _not_writable(path: pathlib.Path, e: OSError) -> UserError:
-    return UserError(f"{path}: cannot be written ({e.strerror or e}); free space or choose another --workdir")
 
 
 def progress(

@@ -13,10 +13,12 @@ from flax import nnx
 from jax.experimental import pallas as pl
 
 from listopd_jax.config import defaults
+from listopd_jax.errors import UserError
 from listopd_jax.models import hf
 from listopd_jax.models.build import initial_params
 from listopd_jax.models.config import ModelConfig
 from listopd_jax.models.decoder import Decoder, abstract
+from listopd_jax.models.hf import load
 from listopd_jax.ops import attention_splash
 from listopd_jax.ops.attention import Prompt, causal
 from listopd_jax.ops.attention_backends import BACKENDS, causal_attention
@@ -307,14 +309,14 @@ TINY = ModelConfig(96, 16, 32, LAYERS, 8, 2, 4, tied=False)
 @pytest.fixture
 def reads(monkeypatch):
     """Bytes of each slice that is read of a checkpoint."""
-    sizes, read = [], hf._read_slice
+    sizes, read = [], load._read_slice
 
     def counted(*arguments):
         part = read(*arguments)
         sizes.append(part.nbytes)
         return part
 
-    monkeypatch.setattr(hf, "_read_slice", counted)
+    monkeypatch.setattr(load, "_read_slice", counted)
     return sizes
 
 
@@ -360,7 +362,7 @@ def test_a_damaged_shard_is_told(checkpoint):
     folder, params = checkpoint
     params["layers"]["gate"][...] = params["layers"]["gate"][...].at[1, 3, 2].set(jnp.nan)
     hf.save_hf(folder, TINY, params)
-    with use_mesh(mesh_of(1, 2, 4)), pytest.raises(hf.UserError, match=r"layers\.1\.mlp\.gate_proj.*NaN"):
+    with use_mesh(mesh_of(1, 2, 4)), pytest.raises(UserError, match=r"layers\.1\.mlp\.gate_proj.*NaN"):
         hf.load_hf(folder)
 
 

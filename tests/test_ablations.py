@@ -5,6 +5,7 @@ import json
 import numpy as np
 import pytest
 
+from listopd_jax.errors import exit_code
 from listopd_jax.report import ablations
 
 PARSE = {(50, 1.0): [0.9, 1.0, 0.8], (50, 2.0): [0.5, 0.4, 0.3], (200, 2.0): [0.1, 0.0, 0.2]}
@@ -35,7 +36,7 @@ def workdir(tmp_path):
 
 
 def test_the_table_has_means_and_deviations_over_seeds(workdir, capsys):
-    assert ablations.main([str(workdir)]) == 0
+    assert exit_code(ablations.main, [str(workdir)]) == 0
     lines = [line.split(" | ") for line in capsys.readouterr().out.splitlines()]
     cells = {(int(x[1]), float(x[2])): x for x in lines[2:]}
     assert set(cells) == set(PARSE)
@@ -52,7 +53,7 @@ def test_one_budget_alone(workdir, capsys):
     ablations.main([str(workdir), "--steps=200"])
     rows = [line.split(" | ")[1:3] for line in capsys.readouterr().out.splitlines()[2:]]
     assert rows == [["200", "2"]]
-    assert ablations.main([str(workdir), "--steps=77"]) == 2
+    assert exit_code(ablations.main, [str(workdir), "--steps=77"]) == 2
     assert "[50, 200]" in capsys.readouterr().err
 
 
@@ -65,10 +66,10 @@ def test_a_seed_that_parses_nothing_has_no_ranking_and_is_left_out_of_it(workdir
 def test_the_figure_is_the_same_bytes_twice(workdir, tmp_path, capsys):
     paths = [tmp_path / name for name in ("a.png", "b.png")]
     for path in paths:
-        assert ablations.main([str(workdir), f"--figure={path}"]) == 0
+        assert exit_code(ablations.main, [str(workdir), f"--figure={path}"]) == 0
     assert paths[0].read_bytes() == paths[1].read_bytes() and paths[0].read_bytes()[:4] == b"\x89PNG"
 
 
 def test_a_folder_that_is_no_run_is_one_line(tmp_path, capsys):
-    assert ablations.main([str(tmp_path / "none")]) == 2
+    assert exit_code(ablations.main, [str(tmp_path / "none")]) == 2
     assert "no such folder" in capsys.readouterr().err

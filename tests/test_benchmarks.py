@@ -11,13 +11,13 @@ import numpy as np
 import pytest
 
 from benchmarks import opd_step, peers, shared
-from benchmarks.command import exit_code
 from benchmarks.models import write_models
 from benchmarks.presets import PRESETS, cpu, paper
 from benchmarks.shape import Shape
 from benchmarks.step import Step, random_prompts
 from benchmarks.table import markdown, spread, stage_rows
 from listopd_jax.config import validate
+from listopd_jax.errors import exit_code
 from listopd_jax.plan.arithmetic import Layout, Load
 from listopd_jax.plan.chips import CHIPS, Topology
 from listopd_jax.plan.search import shapes_of

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import ml_collections
 import numpy as np
+import oracles
 import pytest
 from flax import nnx
 
@@ -95,9 +96,9 @@ def test_measure_agrees_with_full_softmaxes(models, batch, measured):
     np.testing.assert_allclose(measured.p, np.exp(log_t[every, mode]), rtol=1e-4)
     np.testing.assert_allclose(measured.b, np.exp(log_b[every, mode]), rtol=1e-4)
     np.testing.assert_allclose(measured.log_ratio, (log_t - log_b)[every, mode], atol=1e-4)
-    oracle = thresholds.log_odds_from_log_probs(log_t, mode)
+    oracle = oracles.log_odds(log_t, mode)
     np.testing.assert_allclose(measured.logit_p, oracle, rtol=1e-4, atol=1e-4)
-    flip = thresholds.flip_lambda_from_log_probs(log_t, log_b)
+    flip = oracles.flip_lambda(log_t, log_b)
     np.testing.assert_allclose(1 / measured.flip, 1 / flip, atol=1e-4)
     assert np.isfinite(flip).any()
     written = np.concatenate([tokens[i, : lengths[i]] for i in range(3)])
@@ -112,12 +113,12 @@ def test_measure_does_not_depend_on_the_chunk(models, batch, measured):
 
 
 def test_lists_with_a_flip_are_those_that_the_target_answers_differently(models, batch, measured):
-    lambdas = (1.02, 1.1, 1.3, 1.7, 2.5, 4.0)
+    lambdas = (1.05, 1.1, 1.3, 1.7, 2.5, 3.0)
     tokens, _ = greedy(models, np.array([lambdas, 1 - np.array(lambdas)]), batch)
     alone, _ = greedy(models[:1], np.ones((1, 1)), batch)
     changed = (tokens != alone).any(-1)[:3]
-    curve = calibrate(measured, 5.0, tau=0.1, bootstrap=0, lambdas=lambdas)["curve"]
-    np.testing.assert_allclose([x["all"] for x in curve], changed.mean(0))
+    curve = calibrate(measured, 5.0, tau=0.1, bootstrap=0).curve
+    np.testing.assert_allclose([x.all for x in curve if x.lam in lambdas], changed.mean(0))
     assert 0 < changed.mean() < 1
 
 
@@ -131,10 +132,10 @@ def test_flip_and_log_odds_agree_with_the_theory_on_any_distributions():
     log_t, log_b = (x.astype(np.float32) for x in (log_t, log_b))
     mode = jnp.asarray(log_t.argmax(-1))
     flip = flip_lambda(jnp.asarray(log_t), jnp.asarray(log_b), mode)
-    np.testing.assert_allclose(1 / flip, 1 / thresholds.flip_lambda_from_log_probs(log_t, log_b), atol=1e-4)
+    np.testing.assert_allclose(1 / flip, 1 / oracles.flip_lambda(log_t, log_b), atol=1e-4)
     assert np.isinf(flip[0]) and flip[3] <= 1
     odds = module._log_odds(jnp.asarray(log_b), mode)
-    np.testing.assert_allclose(odds, thresholds.log_odds_from_log_probs(log_b, mode), rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(odds, oracles.log_odds(log_b, mode), rtol=1e-4, atol=1e-4)
 
 
 def test_log_odds_keep_digits_where_p_rounds_to_one():
@@ -164,10 +165,10 @@ def positions(p, b, flip=np.inf, token_class=COMMA, prompt=0):
 def test_the_table_of_ec(p, b, c, lam, digits):
     found = calibrate(positions(np.full(6, p), b, prompt=[0, 0, 0, 1, 1, 1]), c, bootstrap=50)
     for name in ("typ_measured", "typ_implied", "safe_measured", "safe_implied"):
-        assert found[f"lambda_{name}"] == pytest.approx(lam, abs=0.5 * 10**-digits)
-    assert found["b_implied"] == pytest.approx(b) and found["p_typ"] == pytest.approx(p)
-    np.testing.assert_allclose(found["intervals"]["lambda_typ_measured"], found["lambda_typ_measured"])
-    assert found["classes"][0]["lambda"] == pytest.approx(found["lambda_typ_measured"])
+        assert getattr(found, f"lambda_{name}") == pytest.approx(lam, abs=0.5 * 10**-digits)
+    assert found.b_implied == pytest.approx(b) and found.p_typ == pytest.approx(p)
+    np.testing.assert_allclose(found.intervals["lambda_typ_measured"], found.lambda_typ_measured)
+    assert found.classes[0].lam == pytest.approx(found.lambda_typ_measured)
 
 
 def test_the_aggregators_of_p_and_b():
@@ -176,20 +177,20 @@ def test_the_aggregators_of_p_and_b():
     found = calibrate(positions(p, b, prompt=[0, 0, 1, 1, 1], token_class=[COMMA] * 3 + [DIGIT] * 2), 5.0)
     kept = p[:4]
     typ = (kept[:2].mean() + kept[2:].mean()) / 2
-    assert (found["positions"], found["kept"], found["prompts"]) == (5, 4, 2)
-    assert found["p_typ"] == pytest.approx(typ)
-    assert found["p_safe"] == pytest.approx(kept[2:].mean())
-    assert found["p_max"] == pytest.approx(0.999) and found["p_min"] == pytest.approx(0.95)
-    assert found["p_geometric_mean"] == pytest.approx(np.exp(np.log(kept).mean()))
-    assert found["p_percentile_5"] == pytest.approx(np.percentile(kept, 5))
-    assert found["b_measured"] == pytest.approx(b[:4].mean())
-    assert found["b_implied"] == pytest.approx(typ * np.exp(-np.log(kept / b[:4]).mean()))
-    safe = thresholds.clip_safe_lambda(found["p_safe"], found["b_implied"], 5)
-    assert found["lambda_safe_implied"] == pytest.approx(safe)
-    digit = next(row for row in found["classes"] if row["class"] == "digit")
-    assert (digit["positions"], digit["kept"], digit["p"]) == (2, 1, pytest.approx(0.999))
-    assert "Only 2 prompts" in found["notes"][0]
-    json.dumps(found, allow_nan=False)
+    assert (found.positions, found.kept, found.prompts) == (5, 4, 2)
+    assert found.p_typ == pytest.approx(typ)
+    assert found.p_safe == pytest.approx(kept[2:].mean())
+    assert found.p_max == pytest.approx(0.999) and found.p_min == pytest.approx(0.95)
+    assert found.p_geometric_mean == pytest.approx(np.exp(np.log(kept).mean()))
+    assert found.p_percentile_5 == pytest.approx(np.percentile(kept, 5))
+    assert found.b_measured == pytest.approx(b[:4].mean())
+    assert found.b_implied == pytest.approx(typ * np.exp(-np.log(kept / b[:4]).mean()))
+    safe = thresholds.clip_safe_lambda(found.p_safe, found.b_implied, 5)
+    assert found.lambda_safe_implied == pytest.approx(safe)
+    digit = next(row for row in found.classes if row.token_class == "digit")
+    assert (digit.positions, digit.kept, digit.p) == (2, 1, pytest.approx(0.999))
+    assert "Only 2 prompts" in found.notes[0]
+    json.dumps(found.to_json(), allow_nan=False)
 
 
 def test_thresholds_next_to_one_keep_their_digits():
@@ -198,30 +199,29 @@ def test_thresholds_next_to_one_keep_their_digits():
     found = calibrate(Positions(P, Bl, np.full(2, np.inf), flat, np.arange(2)), 5.0)
     tail = thresholds.probability(-P).mean()  # p_typ itself is 1 but for its last digits
     expected = thresholds.clip_safe_lambda_log_odds(-np.log(tail), 20.0, 5.0)
-    assert found["lambda_typ_measured"] == pytest.approx(expected, rel=1e-9)
-    assert found["p_max"] == 1.0 and found["lambda_safe_measured"] == pytest.approx(
-        1 + np.log(5) / 25, rel=1e-9
-    )
+    assert found.lambda_typ_measured == pytest.approx(expected, rel=1e-9)
+    assert found.p_max == 1.0 and found.lambda_safe_measured == pytest.approx(1 + np.log(5) / 25, rel=1e-9)
 
 
 def test_flips_by_list_and_by_class():
     flip = [1.3, 1.1, np.inf, 2.0, np.inf, np.inf]
     kind = [COMMA, DIGIT, COMMA, BRACKET, COMMA, COMMA]
     at = positions(np.full(6, 0.95), 0.5, flip, kind, [0, 0, 1, 1, 2, 3])
-    found = calibrate(at, 5.0, lambdas=(1.0, 1.1, 1.2, 1.5, 3.0))
-    structural, every = found["flips"]
-    assert (structural["min"], structural["percentile_25"], structural["percentile_50"]) == (1.3, 1.3, 2.0)
-    assert (every["min"], every["never"], structural["never"]) == (1.1, 0.5, 0.5)
-    assert [x["structural"] for x in found["curve"]] == [0, 0, 0, 0.25, 0.5]
-    assert [x["all"] for x in found["curve"]] == [0, 0, 0.25, 0.25, 0.5]
-    rows = {row["class"]: row for row in found["classes"]}
+    found = calibrate(at, 5.0)
+    curve = [point for point in found.curve if point.lam in (1.0, 1.1, 1.2, 1.5, 3.0)]
+    structural, every = found.flips
+    assert (structural.min, structural.percentile_25, structural.percentile_50) == (1.3, 1.3, 2.0)
+    assert (every.min, every.never, structural.never) == (1.1, 0.5, 0.5)
+    assert [x.structural for x in curve] == [0, 0, 0, 0.25, 0.5]
+    assert [x.all for x in curve] == [0, 0, 0.25, 0.25, 0.5]
+    rows = {row.token_class: row for row in found.classes}
     assert list(rows) == ["bracket", "comma", "digit"]
-    assert rows["comma"]["flip_min"] == 1.3 and rows["comma"]["flip_percentile_50"] is None
+    assert rows["comma"].flip_min == 1.3 and rows["comma"].flip_percentile_50 is None
 
 
 def test_flips_count_where_the_teacher_is_unsure():
     found = calibrate(positions([0.95, 0.684], [0.5, 0.988], [np.inf, 1.226]), 5.0)
-    assert found["kept"] == 1 and found["flips"][0]["min"] == 1.226
+    assert found.kept == 1 and found.flips[0].min == 1.226
 
 
 @pytest.mark.parametrize(
@@ -237,16 +237,16 @@ def test_flips_count_where_the_teacher_is_unsure():
 )
 def test_what_is_undefined_is_null_with_its_reason(at, clip, name, why):
     found = calibrate(at, clip, bootstrap=100)
-    assert found[name] is None and why in found["reasons"][name]
-    assert found["intervals"].get(name) is None
-    json.dumps(found, allow_nan=False)
+    assert getattr(found, name) is None and why in found.reasons[name]
+    assert found.intervals.get(name) is None
+    json.dumps(found.to_json(), allow_nan=False)
 
 
 def test_a_single_impossible_base_does_not_spoil_the_measured_reading():
     found = calibrate(positions([0.99, 0.98], [0.0, 0.8], prompt=[0, 1]), 5.0, bootstrap=200)
-    assert found["b_measured"] == pytest.approx(0.4) and found["lambda_typ_measured"] > 1
-    assert found["b_implied"] == 0 and found["lambda_typ_implied"] is None
-    assert found["intervals"]["lambda_typ_implied"] is None
+    assert found.b_measured == pytest.approx(0.4) and found.lambda_typ_measured > 1
+    assert found.b_implied == 0 and found.lambda_typ_implied is None
+    assert found.intervals["lambda_typ_implied"] is None
 
 
 @pytest.mark.parametrize(("clip", "tau"), [(0.0, 0.9), (5.0, 1.0), (float("nan"), 0.9)])
@@ -267,11 +267,11 @@ def test_intervals_cover_and_narrow_with_prompts():
         p, b = 1 - rng.uniform(0.001, 0.05, n), rng.uniform(0.6, 0.9, n)
         found = calibrate(positions(p, b, prompt=np.arange(n)), 5.0, seed=1)
         for name in ("p_typ", "b_measured", "b_implied", "lambda_typ_measured", "lambda_typ_implied"):
-            low, high = found["intervals"][name]
-            assert low < found[name] < high
-        assert found["intervals"]["p_safe"][1] == pytest.approx(found["p_safe"])
-        assert any("prompts" in note for note in found["notes"]) == (n < 200)
-        low, high = found["intervals"]["lambda_typ_measured"]
+            low, high = found.intervals[name]
+            assert low < getattr(found, name) < high
+        assert found.intervals["p_safe"][1] == pytest.approx(found.p_safe)
+        assert any("prompts" in note for note in found.notes) == (n < 200)
+        low, high = found.intervals["lambda_typ_measured"]
         return high - low
 
     assert widths(1000) < 0.6 * widths(100)
@@ -282,7 +282,7 @@ def test_the_interval_is_that_of_a_plain_bootstrap():
     p = 1 - rng.uniform(0.001, 0.08, 60)
     found = calibrate(positions(p, 0.7, prompt=np.arange(60)), 5.0, bootstrap=4000)
     means = p[rng.integers(60, size=(4000, 60))].mean(1)
-    np.testing.assert_allclose(found["intervals"]["p_typ"], np.percentile(means, [2.5, 97.5]), atol=6e-4)
+    np.testing.assert_allclose(found.intervals["p_typ"], np.percentile(means, [2.5, 97.5]), atol=6e-4)
 
 
 # ---- the stage
@@ -309,7 +309,7 @@ def test_the_stage_writes_once_and_then_reads(models, batch, tmp_path):
     job, frozen = job_of(models, batch, tmp_path), Frozen(models[0][1], models[1][1])
     found = calibrate_stage(job, frozen)
     text = (tmp_path / "calibration.json").read_text("utf-8")
-    assert json.loads(text) == found and found["prompts"] == 3
-    assert any("this run has aspo" in note for note in found["notes"])
+    assert json.loads(text) == found.to_json() and found.prompts == 3
+    assert any("this run has aspo" in note for note in found.notes)
     assert calibrate_stage(job, frozen) == found and len(job.calls) == 1
     assert [path.name for path in tmp_path.iterdir()] == ["calibration.json"]

@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import oracles
 import pytest
 from test_opd_step import EXACT, STUDENT, assert_close, batch, frozen_logps, hyper, naive_loss, run  # noqa: F401
 
@@ -10,7 +11,6 @@ from listopd_jax.config import defaults, validate
 from listopd_jax.errors import UserError
 from listopd_jax.ops.guard import flip_lambda, guarded_lambda
 from listopd_jax.ops.objective import Variant, target_log_distribution
-from listopd_jax.theory.thresholds import flip_lambda_from_log_probs
 
 rng = np.random.default_rng(0)
 TEACHER, BASE = (jax.nn.log_softmax(jnp.asarray(s * rng.normal(size=(400, 12)))) for s in (2.0, 3.0))
@@ -63,7 +63,7 @@ def test_the_update_is_the_naive_one_with_a_lambda_for_each_position(
     lam, margin = 1.4, 1.5
     teacher, base = (np.asarray(x, np.float64) for x in frozen_logps)
     agrees = (teacher.argmax(-1) == base.argmax(-1)) & (fallback == "base")
-    own = np.where(lam * margin <= flip_lambda_from_log_probs(teacher, base), lam, np.where(agrees, 0.0, 1.0))
+    own = np.where(lam * margin <= oracles.flip_lambda(teacher, base), lam, np.where(agrees, 0.0, 1.0))
     scalars = hyper(lam)._replace(guard_margin=jnp.float32(margin))
     metrics, per_token, grads = run(batch, scalars, variant._replace(guard=fallback), microbatch=2)
     written = per_token["student"] != 0

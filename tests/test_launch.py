@@ -393,7 +393,7 @@ def test_nothing_to_gather(tmp_path):
         (
             local,
             ["--config=x", "--root=y", "--processes=0"],
-            "argument --processes: invalid positive value: '0'",
+            "argument --processes: '0' is not a whole number of at least 1",
         ),
         (local, ["--config=x", "--root=y", "--proceses=2"], "'--proceses=2' is not known"),
         (local, ["--config=x", "--root=y", "--config.opd.lr", "3"], "'--config.opd.lr' is not known"),

@@ -56,7 +56,7 @@ def test_options_reach_sbatch(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("options", "says"),
     [
-        (["--minutes=0"], "argument --minutes: invalid positive value: '0'"),
+        (["--minutes=0"], "argument --minutes: '0' is not a whole number of at least 1"),
         (["--gpus=8"], "unrecognized arguments: --gpus=8"),
         (["--sbatch=--exclusive"], "write OPTION=VALUE without dashes"),
         (["--sbatch=exclusive"], "write OPTION=VALUE without dashes"),
@@ -123,7 +123,7 @@ def test_a_command_sees_every_gpu_of_its_node(tmp_path, monkeypatch):
     code = f"import os, pathlib; pathlib.Path({str(seen)!r}).write_text(os.environ['JAX_LOCAL_DEVICE_IDS'])"
     slurm_task.Task([sys.executable, "-c", code], submitted[0].environment)()
     assert seen.read_text() == "0,1,2,3,4,5,6,7"
-    assert submitted[0].command[-1] == "--name=common"
+    assert "--name=common" in submitted[0].command
 
 
 def test_a_broken_list_of_jobs_is_refused(tmp_path):

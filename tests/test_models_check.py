@@ -6,6 +6,7 @@ import json
 import jax.numpy as jnp
 import pytest
 
+from listopd_jax.errors import exit_code
 from listopd_jax.models import check, hf
 from listopd_jax.models.config import ModelConfig, RopeScaling
 from listopd_jax.models.decoder import Decoder
@@ -32,7 +33,7 @@ def export(request, tmp_path):
 
 
 def test_float32_agrees_and_continues_token_for_token(export, capsys):
-    assert check.main([f"--weights={export}", "--json"]) == 0
+    assert exit_code(check.main, [f"--weights={export}", "--json"]) == 0
     result = json.loads(capsys.readouterr().out)
     assert result["ok"] and result["tokens"] == 64
     assert 0 < result["max_rel_logit_diff"] < 1e-4
@@ -52,15 +53,15 @@ def test_a_wrong_model_is_noticed(export, capsys, monkeypatch):
 
 
 def test_user_mistakes_are_one_line(tmp_path, capsys, monkeypatch):
-    assert check.main([f"--weights={tmp_path / 'a' / 'b'}"]) == 2
-    assert check.main([f"--weights={tmp_path}", "--tokens=0"]) == 2
-    assert check.main([f"--weights={tmp_path}"]) == 2
+    assert exit_code(check.main, [f"--weights={tmp_path / 'a' / 'b'}"]) == 2
+    assert exit_code(check.main, [f"--weights={tmp_path}", "--tokens=0"]) == 2
+    assert exit_code(check.main, [f"--weights={tmp_path}"]) == 2
     monkeypatch.setitem(__import__("sys").modules, "torch", None)
-    assert check.main([f"--weights={tmp_path}"]) == 2
+    assert exit_code(check.main, [f"--weights={tmp_path}"]) == 2
     lines = capsys.readouterr().err.splitlines()
     assert len(lines) == 4
     for line, part in zip(
-        lines, ["no such folder", "--tokens=0", "config.json", "pip install torch"], strict=True
+        lines, ["no such folder", "--tokens", "config.json", "pip install torch"], strict=True
     ):
         assert part in line
 

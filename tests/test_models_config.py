@@ -38,9 +38,9 @@ def test_count_equals_transformers(name):
     torch = pytest.importorskip("torch")
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    from listopd_jax.models.hf import _config_json
+    from listopd_jax.models.hf.config import config_json
 
-    raw = _config_json(named_config(name), "bfloat16", None)
+    raw = config_json(named_config(name), "bfloat16", None)
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**raw))
     assert num_params(named_config(name)) == model.num_parameters()
@@ -49,7 +49,7 @@ def test_count_equals_transformers(name):
 def test_named_config_suggests_the_closest():
     with pytest.raises(UserError, match="did you mean 'qwen3_1_7b'.*known: qwen3_0_6b, "):
         named_config("qwen3-1.7b")
-    with pytest.raises(UserError, match=r"model 'x' is not known \(known"):
+    with pytest.raises(UserError, match=r"model='x' is unknown; known"):
         named_config("x")
 
 

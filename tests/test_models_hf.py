@@ -18,6 +18,8 @@ from listopd_jax.errors import UserError
 from listopd_jax.models import hf
 from listopd_jax.models.config import ModelConfig, RopeScaling
 from listopd_jax.models.decoder import Decoder, abstract
+from listopd_jax.models.hf import save
+from listopd_jax.models.hf.tensors import INDEX
 
 CONFIGS = {
     "qwen3_gqa_untied": ModelConfig(97, 32, 48, 3, 8, 2, 12, rope_theta=5e6, tied=False),
@@ -221,7 +223,7 @@ def test_failed_export_leaves_the_earlier_one(tmp_path, monkeypatch):
     def full_disk(*_, **__):
         raise OSError("No space left on device")
 
-    monkeypatch.setattr(hf, "save_file", full_disk)
+    monkeypatch.setattr(save, "save_file", full_disk)
     with pytest.raises(UserError, match="No space left"):
         hf.save_hf(tmp_path / "out", TINY, random_params(TINY, seed=1))
     assert_same_bits(hf.load_hf(tmp_path / "out")[1], random_params(TINY))
@@ -380,7 +382,7 @@ def test_doubled_tensor_across_shards(sharded):
 
 
 def test_shards_and_index_must_agree(sharded):
-    shards, index = sorted(sharded.glob("*.safetensors")), sharded / hf.INDEX
+    shards, index = sorted(sharded.glob("*.safetensors")), sharded / INDEX
     name = next(iter(load_file(shards[0])))
     good = index.read_text()
     edit_json(index, lambda j: j["weight_map"].pop(name))
@@ -395,14 +397,14 @@ def test_shards_and_index_must_agree(sharded):
 
 @pytest.mark.parametrize("bad", ["../model.safetensors", "/etc/passwd", "a.bin", 5, None])
 def test_index_cannot_lead_elsewhere(sharded, bad):
-    edit_json(sharded / hf.INDEX, lambda j: j["weight_map"].update({Q: bad}))
-    refused(sharded, hf.INDEX, "not the name of a safetensors file")
+    edit_json(sharded / INDEX, lambda j: j["weight_map"].update({Q: bad}))
+    refused(sharded, INDEX, "not the name of a safetensors file")
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", '{"weight_map": []}', '{"weight_map": {}}', "\x00"])
 def test_broken_index(sharded, text):
-    (sharded / hf.INDEX).write_text(text)
-    refused(sharded, hf.INDEX)
+    (sharded / INDEX).write_text(text)
+    refused(sharded, INDEX)
 
 
 CONFIG_EDITS = {
@@ -487,6 +489,6 @@ def test_hub_id_is_read_from_its_snapshot(export, monkeypatch):
         return str(export)
 
     monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot)
-    assert hf.load_hf("owner/name", revision="abc")[0] == TINY
+    assert hf.load_hf(hf.resolve("owner/name", "abc"))[0] == TINY
     assert asked["name"] == "owner/name" and asked["revision"] == "abc"
     assert not any("bin" in pattern or pattern == "*" for pattern in asked["patterns"])

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from listopd_jax.errors import UserError
+from listopd_jax.records import Calibration, results
 from listopd_jax.report import findings, plots, wording
 from listopd_jax.report.findings import FAILURES, headline, sentences
 from listopd_jax.report.threshold_section import predicted
@@ -34,6 +35,10 @@ def record(stage, lam, parse, *, seed=0, n=200, ndcg=0.93, steps=42, width=0.04)
     return head | values | {"gain": "linear", "failures": failures, "intervals": intervals}
 
 
+def read(records):
+    return results(records, "these records")
+
+
 def sweep(parse_at, student=0.3, **kwargs):
     """Records of an SFT pair and of OPD at each λ of {λ: parse}."""
     pair = [record("sft_teacher", None, 0.6), record("sft_student", None, student)]
@@ -45,7 +50,7 @@ CLIFF = {1.0: 0.94, 1.2: 0.88, 1.4: 0.2}
 
 def metric_rows(lams, seeds, steps=5):
     sft = [
-        {"run": stage, "stage": stage, "lambda": None, "seed": 0, "step": s, "loss": 1 / s, "accuracy": 0.5}
+        {"run": stage, "stage": stage, "lambda": None, "seed": 0, "step": s, "loss": 1 / s}
         | {"tokens_per_second": 900.0}
         for stage in ("sft_teacher", "sft_student")
         for s in range(1, steps + 1)
@@ -204,7 +209,7 @@ def test_the_page_is_well_formed_loads_nothing_and_runs_nothing(typical):
 
 def test_figures_are_described_and_scale(typical):
     svgs = re.findall(r"<svg.*?</svg>", typical[1], re.DOTALL)
-    assert len(svgs) == 2 + 1 + 6 + 2
+    assert len(svgs) == 2 + 1 + 6 + 1
     for svg in svgs:
         root = ElementTree.fromstring(svg)
         assert root.get("role") == "img" and root.get("viewBox") and root.get("width") is None
@@ -299,7 +304,9 @@ def test_twenty_lambdas_and_five_seeds(tmp_path):
 
 def test_of_one_seed_only_the_longest_training_counts(tmp_path):
     early = [record("opd", lam, 0.5, steps=14, width=0.01) for lam in CLIFF]
-    assert headline(findings.find(sweep(CLIFF) + early)) == headline(findings.find(early + sweep(CLIFF)))
+    assert headline(findings.find(read(sweep(CLIFF) + early))) == headline(
+        findings.find(read(early + sweep(CLIFF)))
+    )
     assert "0.500" in page(workdir(tmp_path / "run", results=sweep(CLIFF) + early)).text
 
 
@@ -322,7 +329,7 @@ def test_of_one_seed_only_the_longest_training_counts(tmp_path):
     ],
 )
 def test_the_headline_claims_what_the_numbers_allow(records, says):
-    assert says in headline(findings.find(records)).replace("\u00a0", " ")
+    assert says in headline(findings.find(read(records))).replace("\u00a0", " ")
 
 
 @pytest.mark.parametrize(
@@ -338,12 +345,12 @@ def test_the_headline_claims_what_the_numbers_allow(records, says):
     ],
 )
 def test_the_sentences_are_honest(records, says):
-    assert says in " ".join(sentences(findings.find(records))).replace("\u00a0", " ")
+    assert says in " ".join(sentences(findings.find(read(records)))).replace("\u00a0", " ")
 
 
 def test_a_clear_break_is_not_called_uncertain_nor_a_moved_ranking_flat():
     moved = sweep({1.0: 0.9}) + [record("opd", 1.2, 0.3, ndcg=0.6)]
-    said = " ".join(sentences(findings.find(moved)))
+    said = " ".join(sentences(findings.find(read(moved))))
     assert "uncertain" not in said and "not the ranking" not in said and "0.600 and 0.930" in said
 
 
@@ -370,12 +377,13 @@ def test_lambda_colours_are_apart_in_lightness(count):
     [
         ("results.json", "{", "results.json"),
         ("results.json", "{}", "must hold a list"),
-        ("results.json", "[3]", "record 0: must be an object with a text field 'stage'"),
+        ("results.json", "[3]", "record 0: must be an object"),
         (
             "results.json",
             '[{"stage": "opd", "lambda": "1"}]',
             "record 0: field 'lambda' must be a finite number",
         ),
+        ("results.json", "[{}]", "record 0: field 'stage' is missing"),
         ("results.json", '[{"stage": "opd", "parse": NaN}]', "field 'parse' must be a finite number"),
         (
             "results.json",
@@ -385,7 +393,7 @@ def test_lambda_colours_are_apart_in_lightness(count):
         (
             "results.json",
             '[{"stage": "opd", "failures": {"ok": -1}}]',
-            "'failures' must map classes to counts",
+            "'failures' must map names to counts",
         ),
         ("results.json", '[{"stage": "opd", "intervals": {"parse": [1]}}]', "'intervals' must map"),
         ("examples.json", '[{"stage": "opd", "scores": 3}]', "example 0: field 'scores' must be a list"),
@@ -426,7 +434,7 @@ def calibration(**changes):
     """A calibration.json from positions made by hand."""
     flips = np.array([1.15, np.inf, 1.4, np.inf, np.inf, 2.0])
     at = (np.full(6, 6.5), np.full(6, 1.5), flips, np.array([2, 7, 2, 2, 2, 0]), np.array([0, 0, 1, 1, 2, 2]))
-    return calibrate(Positions(*at), 5.0, bootstrap=20) | changes
+    return calibrate(Positions(*at), 5.0, bootstrap=20).to_json() | changes
 
 
 def test_thresholds_before_training_stand_in_plain_words(tmp_path):
@@ -450,11 +458,12 @@ def test_the_parse_figure_shows_budgets_and_predictions(tmp_path):
     path = workdir(tmp_path / "w", results=sweep(CLIFF) + short)
     flips = [{"positions": "structural", "percentile_50": 1.25}, {"positions": "all", "percentile_50": 1.05}]
     found = {"lambda_typ_measured": 1.3, "lambda_typ_implied": 7.0, "flips": flips, "curve": []}
+    found = Calibration.from_json(found, "this calibration")
     shown = [(one.name, one.points[0].lam) for one in predicted(found, last=1.4)]
     assert shown == [("λ*_typ, b measured", 1.3), ("λ_flip of half the lists", 1.25)]
-    assert predicted({}, last=1.4) == []
-    assert list(findings.shorter_budgets(sweep(CLIFF) + short)) == [10]
-    assert findings.shorter_budgets(sweep(CLIFF)) == {}
+    assert predicted(None, last=1.4) == []
+    assert list(findings.shorter_budgets(read(sweep(CLIFF) + short))) == [10]
+    assert findings.shorter_budgets(read(sweep(CLIFF))) == {}
     page = write_report(path).read_text()
     assert "OPD, 10 steps" in page
 
@@ -476,11 +485,11 @@ def test_thresholds_that_do_not_exist_say_why(tmp_path):
 @pytest.mark.parametrize(
     ("content", "says"),
     [
-        ("[]", "must hold a JSON object"),
+        ("[]", "must be an object"),
         ('{"p_typ": "x"}', "field 'p_typ' must be a finite number or null"),
         ('{"classes": [3]}', "must be an object"),
         ('{"flips": [{"min": []}]}', "field 'min' must be a finite number"),
-        ('{"curve": [{"lambda": 1}]}', "field 'curve' must have numbers"),
+        ('{"curve": [{"lambda": 1}]}', "curve 0: field 'structural' is missing"),
         ('{"intervals": {"p_typ": 1}}', "'intervals' must map"),
     ],
 )

@@ -7,7 +7,7 @@ import pytest
 
 from listopd_jax import theory
 from listopd_jax.ops.objective import Variant
-from listopd_jax.simulate.process import Process, Recipe, _draw_counts, listwise, run_grid, single_position
+from listopd_jax.simulate.process import Recipe, _draw_counts, listwise, run_grid, single_position
 from listopd_jax.theory.estimators import limit_log_odds
 
 P, B = 0.684, 0.988
@@ -53,10 +53,8 @@ def test_counts_conserve_lists():
     np.testing.assert_allclose(right[:, 0] / (5 * lists), q[:, 0], atol=0.05)
 
 
-def test_listwise_process_has_its_centers_and_shared_group():
-    process = listwise((0.999, 0.9), (P, B), spread=(0.5, 0.2), coupling=2.0, prompts=4000)
-    assert isinstance(process, Process) and process.share.shape == (4, 5)
-    np.testing.assert_array_equal(process.share[:, 4], [0, 2, 2, 2])
+def test_listwise_process_has_its_centers():
+    process = listwise((0.999, 0.9), (P, B), spread=(0.5, 0.2), prompts=4000)
     np.testing.assert_allclose(process.teacher[:, 2].mean(), theory.log_odds(P), atol=0.03)
     np.testing.assert_allclose(process.base[:, 2].std(), 0.2, atol=0.02)
     assert np.all(process.teacher[:, 0] == theory.log_odds(0.999)) and process.repeat.tolist() == [

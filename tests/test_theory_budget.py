@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from listopd_jax import theory
-from listopd_jax.theory.budget import budget_lambda, level_lambda, steps_to_level
+from listopd_jax.theory.budget import budget_lambda
 
 
 def simulate(p, b, lam, level, lr, most=10**6):
@@ -26,31 +26,22 @@ CASES = [(0.684, 0.988, 0.0, 0.01, 2000), (0.99, 0.8, theory.clip_boundary_log_o
 def test_budget_lambda_is_where_the_simulated_flow_just_arrives(p, b, level, lr, steps):
     lam = budget_lambda(p, b, level, lr, steps)
     assert simulate(p, b, lam, level, lr) == pytest.approx(steps, rel=5e-3)
-    assert steps_to_level(p, b, lam, level, lr) == pytest.approx(steps, rel=1e-6)
-
-
-def test_levels_are_the_closed_forms():
-    assert level_lambda(0.9993, 0.81, theory.clip_boundary_log_odds(0.9993, 5)) == pytest.approx(
-        theory.clip_safe_lambda(0.9993, 0.81, 5), rel=1e-12
-    )
-    assert level_lambda(0.684, 0.988, 0.0) == pytest.approx(theory.flip_lambda(0.684, 0.988), rel=1e-12)
 
 
 @pytest.mark.parametrize(
-    ("p", "b", "level"), [(0.684, 0.988, 0.0), (0.99, 0.8, theory.clip_boundary_log_odds(0.99, 5))]
+    ("p", "b", "level", "threshold"),
+    [
+        (0.684, 0.988, 0.0, theory.flip_lambda(0.684, 0.988)),
+        (0.99, 0.8, theory.clip_boundary_log_odds(0.99, 5), theory.clip_safe_lambda(0.99, 0.8, 5)),
+    ],
 )
-def test_cliff_moves_left_to_the_threshold_and_never_past_it(p, b, level):
+def test_cliff_moves_left_to_the_closed_form_and_never_past_it(p, b, level, threshold):
     lam = budget_lambda(p, b, level, 0.1, np.array([100.0, 1000.0, 1e4, 1e5]))
-    assert np.all(np.diff(lam) <= 0) and np.all(lam >= level_lambda(p, b, level) * (1 - 1e-12))
+    assert np.all(np.diff(lam) <= 0) and np.all(lam >= threshold * (1 - 1e-12))
     assert lam[0] > 1.2 * lam[-1]
-
-
-def test_at_or_below_the_threshold_the_level_is_never_reached():
-    threshold = theory.flip_lambda(0.684, 0.988)
-    np.testing.assert_array_equal(steps_to_level(0.684, 0.988, [1.0, 0.999 * threshold], 0.0, 0.1), np.inf)
-    assert np.isfinite(steps_to_level(0.684, 0.988, 1.01 * threshold, 0.0, 0.1))
+    assert budget_lambda(p, b, level, 1e9, 1e9) == pytest.approx(threshold, rel=1e-12)
 
 
 def test_a_level_behind_the_base_is_undefined():
     with pytest.raises(theory.Undefined, match="teacher's side"):
-        level_lambda(0.9, 0.8, 0.0)
+        budget_lambda(0.9, 0.8, 0.0, 0.1, 100)

@@ -6,7 +6,6 @@ attention: every backend that runs here, forward and backward, against float64 N
 float32, and decoding against teacher forcing. step: loss and gradient norm of one OPD step against the CPU's.
 """
 
-import argparse
 import dataclasses
 import functools
 import json
@@ -18,6 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from listopd_jax.errors import Parser, exit_code
 from listopd_jax.ops import attention, attention_cudnn
 from listopd_jax.ops.attention import Prompt
 
@@ -251,7 +251,7 @@ CHECKS = {"attention": check_attention, "decoder": check_decoder, "step": check_
 
 def main(argv: Sequence[str]) -> int:
     """Run the checks; 0 if all passed, else 1."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu.correct", description=__doc__)
+    parser = Parser(prog="python -m benchmarks.gpu.correct", description=__doc__)
     parser.add_argument("--small", action="store_true", help="sizes for a CPU; cuDNN's part is done by XLA")
     parser.add_argument("--only", default=",".join(CHECKS))
     args = parser.parse_args(argv)
@@ -261,4 +261,4 @@ def main(argv: Sequence[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(exit_code(main, sys.argv[1:]))

@@ -1,7 +1,6 @@
 """Lists of reviews to ArrayRecord and back, through a TFDS builder; TensorFlow is needed for neither."""
 
 import contextlib
-import hashlib
 import io
 import os
 import pathlib
@@ -12,6 +11,7 @@ import numpy as np
 import tensorflow_datasets as tfds
 from absl import logging
 
+from listopd_jax import files
 from listopd_jax.errors import UserError
 from listopd_jax.task.prompt import ListExample
 
@@ -19,7 +19,6 @@ NAME = "listwise_reviews"
 REPORT = "report.json"
 """Beside the data set; whoever builds writes it last, so a data set with a report is whole."""
 VERSION = "1.0.0"
-SPLITS = ("train", "validation")
 
 
 class _ListwiseReviews(tfds.core.GeneratorBasedBuilder, skip_registration=True):
@@ -72,18 +71,14 @@ def build(splits: Mapping[str, Iterable[dict]], folder: str | os.PathLike) -> di
         with _quiet():
             _ListwiseReviews(splits, folder).download_and_prepare(download_dir=folder / NAME / "downloads")
     except OSError as e:
-        raise UserError(
-            f"{folder}: cannot be written ({e.strerror or e}); free space or choose another --workdir"
-        ) from e
+        raise files.not_written(folder, e) from e
     return built_files(folder)
 
 
 def built_files(folder: str | os.PathLike) -> dict[str, str]:
     """SHA-256 of each file of the finished data set in `folder`; empty if there is none."""
     place = pathlib.Path(folder) / NAME / VERSION
-    return {
-        p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in sorted(place.glob("*")) if p.is_file()
-    }
+    return {p.name: files.sha256(p) for p in sorted(place.glob("*")) if p.is_file()}
 
 
 def read_split(folder: str | os.PathLike, split: str) -> list[ListExample]:

@@ -21,6 +21,7 @@ from jaxtyping import Float32, Int, Int32, Int64
 from listopd_jax.data.reviews import first_words, hash64
 from listopd_jax.errors import UserError
 from listopd_jax.metrics_log import progress
+from listopd_jax.rounding import round_up
 from listopd_jax.task.prompt import ListExample, render_answer, render_prompt, review_ids
 
 Batch = dict[str, np.ndarray]
@@ -42,13 +43,12 @@ NO_NOISE = AnswerNoise()
 
 @dataclasses.dataclass(frozen=True)
 class EncodedSplit:
-    """A split as ids. `cut_prompts` counts the prompts whose reviews were cut to fit `max_prompt`."""
+    """A split as ids."""
 
     prompts: tuple[Int32[np.ndarray, " _"], ...]
     answers: tuple[Int32[np.ndarray, " _"], ...]
     scores: Float32[np.ndarray, "N K"]
     pad_id: int
-    cut_prompts: int
 
     @functools.cached_property
     def prompt_lengths(self) -> Int32[np.ndarray, " N"]:
@@ -57,7 +57,7 @@ class EncodedSplit:
     @functools.cached_property
     def answer_width(self) -> int:
         """The longest answer, rounded up to a multiple of 16."""
-        return _round_up(max(map(len, self.answers)), 16)
+        return round_up(max(map(len, self.answers)), 16)
 
 
 def encode_split(
@@ -82,11 +82,11 @@ def encode_split(
         raise UserError(
             "task.chat_template=True, but this tokenizer has none; set it to False or use another tokenizer"
         )
-    prompts, answers, cut = [], [], 0
+    prompts, answers = [], []
     for example in progress(examples, "encoding lists"):
         ids = prompt_ids(example.title, example.reviews, tokenizer, chat_template)
         if len(ids) > max_prompt:
-            ids, cut = _cut_prompt(example, tokenizer, max_prompt, chat_template), cut + 1
+            ids = _cut_prompt(example, tokenizer, max_prompt, chat_template)
         prompts.append(ids)
         answers.append(answer_ids(example, tokenizer))
     longest = max(map(len, answers))
@@ -95,7 +95,7 @@ def encode_split(
             f"an answer takes {longest} tokens, above the limit of {max_answer}; raise it or lower task.k"
         )
     scores = np.array([example.scores for example in examples], np.float32)
-    return EncodedSplit(tuple(prompts), tuple(answers), scores, tokenizer.pad_token_id, cut)
+    return EncodedSplit(tuple(prompts), tuple(answers), scores, tokenizer.pad_token_id)
 
 
 def with_noise(
@@ -183,7 +183,7 @@ def choose_buckets(lengths: Sequence[int], count: int = 4) -> tuple[int, ...]:
     """
     multiple = 64 if max(lengths) > 512 else 16
     quantiles = np.quantile(lengths, np.arange(1, count + 1) / count)
-    return tuple(sorted({_round_up(int(np.ceil(q)), multiple) for q in quantiles}))
+    return tuple(sorted({round_up(int(np.ceil(q)), multiple) for q in quantiles}))
 
 
 def plan_epoch(
@@ -301,7 +301,3 @@ def _check_buckets(split: EncodedSplit, buckets: Sequence[int]) -> None:
         raise UserError(
             f"buckets {tuple(buckets)} must increase and end at {longest} or above, the longest prompt"
         )
-
-
-def _round_up(value: int, multiple: int) -> int:
-    return -(-value // multiple) * multiple

@@ -1,12 +1,12 @@
 """What the code may load from outside, as `third_party/manifest.toml` lists it, and checks against it."""
 
 import functools
-import hashlib
 import os
 import pathlib
 import tomllib
 
-from listopd_jax.errors import UserError
+from listopd_jax import files
+from listopd_jax.errors import UserError, first_line
 
 MANIFEST = pathlib.Path(__file__).parents[2] / "third_party" / "manifest.toml"
 
@@ -63,10 +63,9 @@ def _compare(path: pathlib.Path, known: dict, name: str) -> None:
             raise UserError(
                 f"{path}: truncated or modified: {size} bytes where {name} has {known['bytes']}; {advice}"
             )
-        with open(path, "rb") as f:
-            digest = hashlib.file_digest(f, "sha256").hexdigest()
     except OSError as e:
         raise UserError(f"{path}: cannot be read ({e.strerror or e})") from e
+    digest = files.sha256(path)
     if digest != known["sha256"]:
         raise UserError(
             f"{path}: modified: {size} bytes as {name}, but SHA-256 {digest[:12]}…, "
@@ -88,8 +87,7 @@ def download(name: str, file: str) -> str:
             entry["source"], file, repo_type="dataset", revision=entry["revision"]
         )
     except (HfHubHTTPError, OfflineModeIsEnabled, OSError, ValueError) as e:
-        reason = str(e).strip().splitlines()[0] if str(e).strip() else type(e).__name__
         raise UserError(
-            f"{entry['source']}: {file} cannot be downloaded ({reason}); "
+            f"{entry['source']}: {file} cannot be downloaded ({first_line(e)}); "
             "fetch it elsewhere and set data.path and data.meta_path"
         ) from e

@@ -1,7 +1,6 @@
 """The prepare stage: reviews of any source to a data set of lists with a report, built once and reused."""
 
 import hashlib
-import json
 import pathlib
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator
@@ -77,21 +76,13 @@ def _inputs(data: Any) -> dict[str, pathlib.Path]:
 
 
 def _fingerprint(data: Any, task: Any, inputs: dict[str, pathlib.Path]) -> str:
-    """SHA-256 of all that decides the data set: format, fields, each file's name, size and time of change."""
-    stats = {name: (path.name, _sha256(path)) for name, path in inputs.items()}
+    """SHA-256 of all that decides the data set: format, fields, each file's name and SHA-256."""
+    stats = {name: (path.name, files.sha256(path)) for name, path in inputs.items()}
     fields = {name: getattr(data, name) for name in _DATA_FIELDS}
     fields |= {"k": task.k, "max_review_words": task.max_review_words}
     if data.source == "synthetic":
         fields |= {"synthetic": _synthetic_fields(data)}
-    return hashlib.sha256(json.dumps([FORMAT, fields, stats], sort_keys=True).encode()).hexdigest()
-
-
-def _sha256(path: pathlib.Path) -> str:
-    try:
-        with open(path, "rb") as f:
-            return hashlib.file_digest(f, "sha256").hexdigest()
-    except OSError as e:
-        raise UserError(f"{path}: cannot be read ({e.strerror or e})") from e
+    return files.json_sha256([FORMAT, fields, stats])
 
 
 def _synthetic_fields(data: Any) -> dict:

@@ -2,15 +2,15 @@
 
 import os
 import pathlib
-import shutil
 from collections.abc import Iterable
 
 import tokenizers
 import transformers
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
+from listopd_jax import files
 from listopd_jax.data import manifest
-from listopd_jax.errors import UserError
+from listopd_jax.errors import UserError, one_line
 
 EOS, PAD = "<|im_end|>", "<|endoftext|>"
 
@@ -34,8 +34,9 @@ def load_tokenizer(path: str | os.PathLike) -> transformers.PreTrainedTokenizerB
     try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(os.fspath(path), revision=revision)
     except (OSError, ValueError, KeyError, TypeError, ImportError) as e:
-        reason = " ".join(str(e).split())[:200]
-        raise UserError(f"{path}: no tokenizer can be loaded from this folder or hub id ({reason})") from e
+        raise UserError(
+            f"{path}: no tokenizer can be loaded from this folder or hub id ({one_line(e)[:200]})"
+        ) from e
     except Exception as e:
         # The Rust parser reports a damaged tokenizer.json as a bare Exception.
         if type(e) is not Exception:
@@ -78,24 +79,12 @@ def train_tokenizer(
     fast = transformers.PreTrainedTokenizerFast(
         tokenizer_object=bpe, eos_token=EOS, pad_token=PAD, clean_up_tokenization_spaces=False
     )
-    _save(fast, pathlib.Path(folder))
-    return load_tokenizer(folder)
-
-
-def _save(tokenizer: transformers.PreTrainedTokenizerBase, folder: pathlib.Path) -> None:
-    """Write beside the folder, then put it in its place, so that a half-written tokenizer is never loaded."""
-    new = folder.with_name(folder.name + ".new")
     try:
-        if new.exists():
-            shutil.rmtree(new)
-        tokenizer.save_pretrained(new)
-        if folder.exists():
-            shutil.rmtree(folder)
-        os.replace(new, folder)
+        with files.whole_folder(folder) as new:
+            fast.save_pretrained(new)
     except OSError as e:
-        raise UserError(
-            f"{folder}: cannot be written ({e.strerror or e}); free space or choose another --workdir"
-        ) from e
+        raise files.not_written(folder, e) from e
+    return load_tokenizer(folder)
 
 
 def check_tokenizers_agree(

@@ -11,14 +11,12 @@ from flax import nnx
 
 from listopd_jax.data import manifest
 from listopd_jax.errors import UserError
-from listopd_jax.models.config import ModelConfig, named_config
+from listopd_jax.models.config import ModelConfig, custom_config, named_config
 from listopd_jax.models.decoder import Decoder, abstract
 from listopd_jax.models.hf import load_hf, read_config, resolve
 from listopd_jax.parallel.rules import param_shardings
 
-CUSTOM = """
-hidden_size intermediate_size num_layers num_heads num_kv_heads head_dim rope_theta qk_norm tied
-""".split()
+PARAM_DTYPE = "float32"  # of what trains: in bfloat16, p - lr*u rounds back to p at these learning rates
 
 
 def model_config(model: ml_collections.FrozenConfigDict, vocab: int) -> ModelConfig:
@@ -31,7 +29,7 @@ def model_config(model: ml_collections.FrozenConfigDict, vocab: int) -> ModelCon
     elif model.architecture != "custom":
         config = named_config(model.architecture)
     else:
-        config = ModelConfig(vocab_size=vocab, **{name: model[name] for name in CUSTOM})
+        config = custom_config(model, vocab)
     if config.vocab_size < vocab:
         raise UserError(
             f"{model.weights or model.architecture}: {config.vocab_size} embedding rows for a tokenizer of {vocab} "

@@ -1,9 +1,9 @@
 """The shape of a decoder: one frozen, hashable record, and the published shapes by name."""
 
 import dataclasses
-import difflib
+from typing import Any
 
-from listopd_jax.errors import UserError
+from listopd_jax.errors import UserError, unknown_name
 
 
 @dataclasses.dataclass(frozen=True)
@@ -128,11 +128,19 @@ NAMED_CONFIGS = {
 
 def named_config(name: str) -> ModelConfig:
     """The published dimensions of `name`, such as 'qwen3_1_7b'; UserError with the known names if unknown."""
-    if name in NAMED_CONFIGS:
-        return NAMED_CONFIGS[name]
-    close = difflib.get_close_matches(name, NAMED_CONFIGS, n=1, cutoff=0.4)
-    hint = f"; did you mean '{close[0]}'?" if close else ""
-    raise UserError(f"model '{name}' is not known{hint} (known: {', '.join(NAMED_CONFIGS)})")
+    if name not in NAMED_CONFIGS:
+        raise unknown_name("model", name, NAMED_CONFIGS)
+    return NAMED_CONFIGS[name]
+
+
+CUSTOM = (
+    "hidden_size intermediate_size num_layers num_heads num_kv_heads head_dim rope_theta qk_norm tied".split()
+)
+
+
+def custom_config(model: Any, vocab: int) -> ModelConfig:
+    """The dimensions that config section `model` spells out, with `vocab` rows of the embedding."""
+    return ModelConfig(vocab_size=vocab, **{name: model[name] for name in CUSTOM})
 
 
 def num_params(config: ModelConfig) -> int:

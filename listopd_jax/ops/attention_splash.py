@@ -14,6 +14,7 @@ from jax.experimental.pallas.ops.tpu import splash_attention as splash
 from jaxtyping import Array, Float, Int
 
 from listopd_jax.ops.attention import Prompt
+from listopd_jax.rounding import round_up
 
 LANES = 128  # blocks are multiples of it
 BLOCKS = (512, 256, LANES)  # larger ones reload keys less often
@@ -72,7 +73,7 @@ def causal(
 def round_up_to_blocks(length: int) -> int:
     """`length` or the next length that blocks divide: a multiple of 128, and of 256 where that is short of it."""
     block = LANES if length <= LANES else 2 * LANES
-    return -(-length // block) * block
+    return round_up(length, block)
 
 
 def _kernel(mask: CompletionsMask, heads: int, interpret: bool):

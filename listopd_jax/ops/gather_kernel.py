@@ -15,6 +15,7 @@ from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Int
 
 from listopd_jax.parallel.rules import spec
+from listopd_jax.rounding import ceil_div, round_up
 
 ROWS = 512  # positions a block: their products with a head block take longer than reading that from HBM
 HEAD_BYTES = 3 * 2**20  # of the head in fast memory at one time, twice
@@ -60,7 +61,7 @@ def stream(
 ) -> tuple[Float[Array, " N"], Float[Array, " N"]]:
     """log Σ exp of the first `vocab` logits of each row, and the logit of its token, 0 if that is not in the head."""
     n, width = hidden.shape
-    rows = min(ROWS, -(-n // 16) * 16)
+    rows = min(ROWS, round_up(n, 16))
     columns = max(128, HEAD_BYTES // (width * head.dtype.itemsize) // 128 * 128)
     hidden, tokens = (
         jnp.pad(x, [(0, -n % rows)] + [(0, 0)] * (x.ndim - 1)) for x in (hidden, tokens[:, None])
@@ -69,7 +70,7 @@ def stream(
     column = jax.ShapeDtypeStruct((len(hidden), 1), jnp.float32)
     total, own = pl.pallas_call(
         functools.partial(_kernel, columns=columns),
-        grid=(len(hidden) // rows, -(-len(head) // columns)),
+        grid=(len(hidden) // rows, ceil_div(len(head), columns)),
         in_specs=[
             pl.BlockSpec(memory_space=pltpu.SMEM),
             of_rows,

@@ -17,8 +17,7 @@ def flip_lambda(
 ) -> Float[Array, "*s"]:
     """The λ from which the target prefers another token to `mode`, ∞ if none; from log-probabilities, traceable.
 
-    min over v with Δ_B > Δ_T of Δ_B / (Δ_B − Δ_T), Δ = log π(mode) − log π(v): the float32 twin of
-    `theory.thresholds.flip_lambda_from_log_probs`.
+    min over v with Δ_B > Δ_T of Δ_B / (Δ_B − Δ_T), Δ = log π(mode) − log π(v).
     """
     margin_t, margin_b = (take_token(logp, mode)[..., None] - logp for logp in (teacher, base))
     is_rival = (margin_b > margin_t) & (jnp.arange(teacher.shape[-1]) != mode[..., None])

@@ -19,6 +19,8 @@ import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Shaped
 
+from listopd_jax.rounding import round_up
+
 RULES: dict[str, tuple[str, ...]] = {
     "grid": ("grid",),
     "batch": ("data", "fsdp"),  # also rows × positions, flat, rows first
@@ -137,7 +139,7 @@ def _row_shards(n: int) -> int:
 
 def round_up_rows(n: int) -> int:
     """`n` rows or a few more, so that they are split evenly."""
-    return -(-n // row_multiple()) * row_multiple()
+    return round_up(n, row_multiple())
 
 
 def row_multiple() -> int:

@@ -59,7 +59,7 @@ def parse(argv: list[str]) -> tuple[Any, Topology, Load]:
 
     Sets the environment that jax needs for the topology.
     """
-    try:
+    with config_module.flag_mistakes(argv):
         rest = FIRST(argv, known_only=True)
         if not _TOPOLOGY.value:
             raise UserError("--topology is missing: e.g. --topology=v5p:2x2x2")
@@ -67,12 +67,6 @@ def parse(argv: list[str]) -> tuple[Any, Topology, Load]:
         set_environment(topology)
         rest = FLAGS(config_module.find_config_file(rest))
         config = _CONFIG.value
-    except UserError:
-        raise
-    except (AttributeError, KeyError) as e:
-        raise UserError(config_module.unknown_field(argv, e)) from e
-    except (flags.Error, TypeError, ValueError, ImportError, OSError, SyntaxError) as e:
-        raise UserError(" ".join(str(e).split()) or type(e).__name__) from e
     if len(rest) > 1:
         raise UserError(f"{rest[1]!r} is not a flag; overrides are written --config.field=value")
     if not config:

@@ -9,12 +9,11 @@ sheet (80 GB, 3.35 TB/s, 989 TFLOP/s dense bf16, NVLink 900 GB/s in both directi
 The row `cpu` is nominal: a CPU's roofline depends on the machine, and no time of it is a promise.
 """
 
-import difflib
 import math
 import os
 from typing import NamedTuple
 
-from listopd_jax.errors import UserError
+from listopd_jax.errors import UserError, did_you_mean
 
 GIB = 2**30
 
@@ -90,8 +89,7 @@ def parse_topology(name: str) -> Topology:
     """The topology of a name such as v5p:2x2x2, h100:8 or cpu:8; UserError with the known ones if it is none."""
     kind, _, rest = name.partition(":")
     if kind not in CHIPS:
-        close = difflib.get_close_matches(kind, CHIPS, n=1)
-        raise UserError(f"--topology={name}: {f'did you mean {close[0]}? ' if close else ''}known: {known()}")
+        raise UserError(f"--topology={name}: {did_you_mean(kind, CHIPS)}known: {known()}")
     if kind in SLICES:
         if rest not in SLICES[kind]:
             raise UserError(f"--topology={name}: slices of {kind} are {', '.join(SLICES[kind])}")

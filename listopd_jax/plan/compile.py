@@ -18,7 +18,7 @@ from jax.experimental import topologies
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from listopd_jax.errors import UserError
-from listopd_jax.models.build import cast, graph_of
+from listopd_jax.models.build import PARAM_DTYPE, cast, graph_of
 from listopd_jax.models.config import ModelConfig
 from listopd_jax.models.decoder import KVCache, abstract
 from listopd_jax.ops.attention_backends import resolve
@@ -147,7 +147,7 @@ def _graph(config: Any, shape: ModelConfig, mesh: Mesh) -> nnx.GraphDef:
 
 def _state(config: Any, shapes: Mapping[str, ModelConfig], mesh: Mesh) -> tuple[TrainState, Frozen]:
     """Abstract student, optimizer, teacher and base, split as they rest."""
-    student = abstract(shapes["student"], param_dtype=jnp.dtype(config.dtype.param))[1]
+    student = abstract(shapes["student"], param_dtype=jnp.dtype(PARAM_DTYPE))[1]
     teacher = abstract(shapes["teacher"], param_dtype=jnp.dtype(config.dtype.frozen))[1]
     base = abstract(shapes["student"], param_dtype=jnp.dtype(config.dtype.frozen))[1]
     state = TrainState(student, jax.eval_shape(adamw(config.optimizer, config.opd.b2).init, student))

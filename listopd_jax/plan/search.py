@@ -1,7 +1,6 @@
 """A plan: memory, traffic and time of one OPD step on a topology; and the search for the cheapest layout that fits."""
 
 import copy
-import difflib
 import math
 import pathlib
 import re
@@ -11,8 +10,8 @@ from typing import Any
 import ml_collections
 
 from listopd_jax.config import REMATS
-from listopd_jax.errors import UserError
-from listopd_jax.models.config import NAMED_CONFIGS, ModelConfig, named_config
+from listopd_jax.errors import UserError, did_you_mean
+from listopd_jax.models.config import NAMED_CONFIGS, ModelConfig, custom_config, named_config
 from listopd_jax.plan import arithmetic
 from listopd_jax.plan.arithmetic import Layout, Load
 from listopd_jax.plan.chips import GIB, Topology
@@ -32,9 +31,7 @@ def shape_of(model: Any, vocab: int) -> ModelConfig:
         return named_config(_name_of(model.weights))
     if model.architecture != "custom":
         return named_config(model.architecture)
-    from listopd_jax.models.build import CUSTOM
-
-    return ModelConfig(vocab_size=vocab, **{name: model[name] for name in CUSTOM})
+    return custom_config(model, vocab)
 
 
 def _name_of(weights: str) -> str:
@@ -43,8 +40,7 @@ def _name_of(weights: str) -> str:
     names = [name for name in NAMED_CONFIGS if plain.startswith(_letters(name))]
     if names:
         return max(names, key=len)
-    close = difflib.get_close_matches(plain, [_letters(n) for n in NAMED_CONFIGS], n=1)
-    hint = f"did you mean the shape of {close[0]}? " if close else ""
+    hint = did_you_mean(plain, map(_letters, NAMED_CONFIGS))
     raise UserError(f"{weights}: shape not known without its files; {hint}known: {', '.join(NAMED_CONFIGS)}")
 
 

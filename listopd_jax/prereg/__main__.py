@@ -24,7 +24,7 @@ from collections.abc import Sequence
 
 from listopd_jax import config as config_module
 from listopd_jax import files
-from listopd_jax.errors import UserError
+from listopd_jax.errors import Parser, UserError, exit_code
 from listopd_jax.prereg.lock import (
     TEMPLATES,
     Json,
@@ -35,16 +35,11 @@ from listopd_jax.prereg.lock import (
     write_lock,
 )
 from listopd_jax.prereg.verdict import judge
+from listopd_jax.records import RESULTS, read_results
 from listopd_jax.theory import cliff
 
 VERDICTS = {"pass": ("PASSED", 0), "fail": ("REFUTED", 1), "inconclusive": ("INCONCLUSIVE", 3)}
 """What is printed, and the exit code."""
-
-
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str):
-        """A user's mistake is one line, not argparse's usage block."""
-        raise UserError(f"{message}; see --help")
 
 
 def _numbers(text: str) -> list[float]:
@@ -55,8 +50,8 @@ def _seeds(text: str) -> list[int]:
     return [int(x) for x in text.split(",")]
 
 
-def _parser() -> _Parser:
-    parser = _Parser(
+def _parser() -> Parser:
+    parser = Parser(
         prog="python -m listopd_jax.prereg", description=__doc__.split("\n")[0], allow_abbrev=False
     )
     commands = parser.add_subparsers(dest="command", required=True)
@@ -152,13 +147,10 @@ def _lock(args: argparse.Namespace, overrides: Sequence[str]) -> tuple[str, int]
 
 def _check_not_run_yet(config_path: pathlib.Path, lock: Json) -> None:
     """UserError if the workdir of a config.json already holds results that the lock is to predict."""
-    results = config_path.with_name("results.json")
-    if config_path.suffix != ".json" or not results.exists():
+    if config_path.suffix != ".json":
         return
-    records = files.read_json(results)
-    if not isinstance(records, list) or not all(isinstance(r, dict) for r in records):
-        raise UserError(f"{results}: not a list of records; delete it to have the policies evaluated again")
-    done = [r for r in records if r.get("stage") == "opd" and r.get("steps") == lock["steps"]]
+    results = config_path.with_name(RESULTS)
+    done = [r for r in read_results(results) if (r.stage, r.steps) == ("opd", lock["steps"])]
     if done:
         raise UserError(
             f"{results}: holds {len(done)} results at {lock['steps']} steps; a prediction comes before them"
@@ -178,7 +170,7 @@ def _verdict(args: argparse.Namespace) -> tuple[str, int]:
     lock = read_lock(args.lock)
     saved = files.read_json(args.workdir / "config.json")
     check_config(lock, load_config(str(args.workdir / "config.json")), str(args.workdir / "config.json"))
-    result = judge(lock, files.read_json(args.workdir / "results.json"))
+    result = judge(lock, files.read_json(args.workdir / RESULTS))
     if saved.get("revision") != lock["code_revision"]:
         result["note"] = f"locked with code {lock['code_revision']}, run with {saved.get('revision')}"
     text = (
@@ -199,7 +191,7 @@ def _in_words(result: Json) -> str:
     return "\n".join(lines + ([f"  note  {result['note']}"] if "note" in result else []))
 
 
-def run(argv: Sequence[str] | None = None) -> tuple[str, int]:
+def run(argv: Sequence[str]) -> tuple[str, int]:
     """What the command prints and its exit code; UserError for a user's mistake."""
     args, rest = _parser().parse_known_args(argv)
     strange = [x for x in rest if not (args.command == "lock" and x.startswith("--config."))]
@@ -210,16 +202,12 @@ def run(argv: Sequence[str] | None = None) -> tuple[str, int]:
     return _verify(args) if args.command == "verify" else _verdict(args)
 
 
-def main() -> int:
+def main(argv: Sequence[str]) -> int:
     """0 passed or unchanged, 1 refuted, 2 a mistake or a change, 3 inconclusive."""
-    try:
-        text, code = run()
-    except UserError as e:
-        print(f"error: {e}", file=sys.stderr)
-        return 2
+    text, code = run(argv)
     print(text)
     return code
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(exit_code(main, sys.argv[1:]))

@@ -4,7 +4,6 @@ Canonical JSON has one form only, so that a hash over it survives reformatting a
 """
 
 import datetime
-import hashlib
 import json
 import math
 import os
@@ -48,19 +47,9 @@ TEMPLATES: dict[str, Json] = {
 }
 
 
-def canonical(value: Any) -> str:
-    """JSON in one form only: sorted keys, no spaces, no NaN."""
-    return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
-
-
 def sha256(value: Any) -> str:
-    """SHA-256 of the canonical JSON of `value`."""
-    return hashlib.sha256(canonical(value).encode()).hexdigest()
-
-
-def config_hash(config: Json) -> str:
-    """SHA-256 of a resolved config, the one that config.json holds under "config"."""
-    return sha256(config)
+    """SHA-256 of the canonical JSON of `value`: sorted keys, no spaces, no NaN."""
+    return files.json_sha256(value, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
 
 
 def predicted_lambda(threshold: str, p: float, b: float, c: float) -> float:
@@ -112,7 +101,7 @@ def make_lock(
         "steps": steps,
         "midpoint": midpoint,
         "rule": plan["rule"],
-        "config_sha256": config_hash(config),
+        "config_sha256": sha256(config),
         "code_revision": config_module.code_revision(),
         "locked_at": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
     }
@@ -156,7 +145,7 @@ def read_lock(path: str | os.PathLike) -> Json:
 
 def check_config(lock: Json, config: Json, where: str) -> None:
     """UserError unless `config` is the one that was locked."""
-    if config_hash(config) != lock["config_sha256"]:
+    if sha256(config) != lock["config_sha256"]:
         raise UserError(
             f"{where}: the config is not the one that was locked (its SHA-256 differs); no verdict"
         )

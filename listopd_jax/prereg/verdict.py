@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 
 from listopd_jax.errors import UserError
+from listopd_jax.records import RESULTS, Result, results
 from listopd_jax.theory import cliff
 
 Json = dict[str, Any]
@@ -55,9 +56,7 @@ def can_fail(lock: Json) -> bool:
 
 def select(lock: Json, records: Any) -> list[Json]:
     """The records of results.json that the lock is about. UserError if one is missing, doubled or broken."""
-    if not isinstance(records, list) or not all(isinstance(r, dict) for r in records):
-        raise UserError("results.json: not a list of records")
-    chosen = []
+    records, chosen = results(records, RESULTS), []
     for lam in lock["grid"]:
         for seed in lock["seeds"]:
             found = [r for r in records if _answers(r, lam, seed, lock["steps"])]
@@ -66,16 +65,17 @@ def select(lock: Json, records: Any) -> list[Json]:
                 raise UserError(
                     f"results.json: {len(found)} records of {name}, one is needed; no verdict yet"
                 )
-            if not isinstance(found[0].get("parse"), int | float) or not 0 <= found[0]["parse"] <= 1:
-                raise UserError(f"results.json: parse of {name} is {found[0].get('parse')!r}, no rate")
-            chosen.append({"stage": "opd", "lambda": lam, "seed": seed, "parse": found[0]["parse"]})
+            parse = found[0].parse
+            if parse is None or not 0 <= parse <= 1:
+                raise UserError(f"results.json: parse of {name} is {parse!r}, no rate")
+            chosen.append({"stage": "opd", "lambda": lam, "seed": seed, "parse": parse})
     return chosen
 
 
-def _answers(record: Json, lam: float, seed: int, steps: int) -> bool:
-    if record.get("stage") != "opd" or not isinstance(record.get("lambda"), int | float):
+def _answers(record: Result, lam: float, seed: int, steps: int) -> bool:
+    if record.stage != "opd" or record.lam is None:
         return False
-    return math.isclose(record["lambda"], lam) and record.get("seed") == seed and record.get("steps") == steps
+    return math.isclose(record.lam, lam) and (record.seed, record.steps) == (seed, steps)
 
 
 def judge(lock: Json, records: Any) -> Json:

@@ -7,30 +7,28 @@ figure draws parse against λ at every budget, the untrained forecast, and where
 implied b) and the flip (its median over lists) put the threshold.
 """
 
-import argparse
+import math
 import pathlib
 import statistics
 import sys
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
 
-from listopd_jax.errors import UserError
+from listopd_jax.errors import Parser, UserError, exit_code
+from listopd_jax.records import Calibration, Result, is_number
 from listopd_jax.report.inputs import Inputs, read_inputs
-from listopd_jax.report.wording import is_number
+from listopd_jax.report.wording import markdown
 
 COLUMNS = ("parse", "useful", "ndcg@1", "mae")
 HEAD = ("run", "steps", "λ", "seeds", "parse", "useful", "NDCG@1", "MAE", "K−1 cut", "guarded", "forecast")
 
-Record = Mapping[str, Any]
 
-
-def groups(inputs: Inputs) -> dict[tuple[int, float], list[Record]]:
+def groups(inputs: Inputs) -> dict[tuple[int, float], list[Result]]:
     """The distilled policies of a run by budget and λ, ascending."""
     found = defaultdict(list)
     for record in inputs.results:
-        if record["stage"] == "opd":
-            found[record["steps"], record["lambda"]].append(record)
+        if record.stage == "opd":
+            found[record.steps, record.lam].append(record)
     return dict(sorted(found.items()))
 
 
@@ -43,9 +41,9 @@ def mean_and_deviation(values: Iterable[float | None]) -> str:
     return mean + (f" ± {statistics.stdev(there):.3f}" if len(there) > 1 else "")
 
 
-def truncated(record: Record) -> float:
+def truncated(record: Result) -> float:
     """Share of the lists that end after K−1 objects."""
-    return record["failures"].get("truncated_k_minus_1", 0) / max(1, record["n"])
+    return record.failures.get("truncated_k_minus_1", 0) / max(1, record.n or 0)
 
 
 def guarded(inputs: Inputs, lam: float, steps: int) -> float | None:
@@ -59,14 +57,14 @@ def guarded(inputs: Inputs, lam: float, steps: int) -> float | None:
 
 def forecasts(inputs: Inputs) -> dict[float, float]:
     """λ -> parse of the untrained target."""
-    return {r["lambda"]: r["parse"] for r in inputs.results if r["stage"] == "forecast"}
+    return {r.lam: r.parse for r in inputs.results if r.stage == "forecast"}
 
 
 def rows(name: str, inputs: Inputs) -> list[tuple[str, ...]]:
     """The table's rows of one run."""
     untrained, found = forecasts(inputs), []
     for (steps, lam), records in groups(inputs).items():
-        numbers = [mean_and_deviation(r.get(column) for r in records) for column in COLUMNS]
+        numbers = [mean_and_deviation(r.metric(column) for r in records) for column in COLUMNS]
         cut, share = mean_and_deviation(map(truncated, records)), guarded(inputs, lam, steps)
         forecast = f"{untrained[lam]:.3f}" if lam in untrained else "–"
         guard = "–" if share is None else f"{share:.3f}"
@@ -74,18 +72,12 @@ def rows(name: str, inputs: Inputs) -> list[tuple[str, ...]]:
     return found
 
 
-def markdown(table: Sequence[Sequence[str]]) -> str:
-    """A Markdown table under HEAD."""
-    lines = [HEAD, ("---",) * len(HEAD), *table]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
-
-
 def save_figure(runs: Mapping[str, Inputs], path: str) -> None:
     """One panel a run: parse against λ at each budget, with its predictions; a PNG."""
     from matplotlib.figure import Figure
 
     columns = min(4, len(runs))
-    height = -(-len(runs) // columns)
+    height = math.ceil(len(runs) / columns)
     figure = Figure(figsize=(3.2 * columns, 2.5 * height), layout="constrained")
     panels = list(figure.subplots(height, columns, squeeze=False, sharey=True).flat)
     for axes, (name, inputs) in zip(panels, runs.items(), strict=False):
@@ -93,14 +85,17 @@ def save_figure(runs: Mapping[str, Inputs], path: str) -> None:
     for axes in panels[len(runs) :]:
         axes.remove()
     figure.legend(*_legend(figure), loc="outside lower center", ncols=6, fontsize=8, frameon=False)
-    figure.savefig(path, format="png", dpi=150, metadata={"Software": None})
+    try:
+        figure.savefig(path, format="png", dpi=150, metadata={"Software": None})
+    except OSError as e:
+        raise UserError(f"--figure={path}: cannot be written ({e.strerror or e})") from e
 
 
 def _panel(axes, name: str, inputs: Inputs) -> None:
     found = groups(inputs)
     for steps, colour in zip(sorted({steps for steps, _ in found}), ("#bccad8", "#0068ab"), strict=False):
         lams = [lam for n, lam in found if n == steps]
-        parse = [[r["parse"] for r in found[steps, lam]] for lam in lams]
+        parse = [[r.parse for r in found[steps, lam]] for lam in lams]
         axes.plot(
             lams, [statistics.fmean(p) for p in parse], "o-", ms=3, color=colour, label=f"{steps} steps"
         )
@@ -114,15 +109,14 @@ def _panel(axes, name: str, inputs: Inputs) -> None:
     axes.grid(alpha=0.3)
 
 
-def _thresholds(calibration: Mapping[str, Any]) -> list[tuple[float, float, str, str]]:
+def _thresholds(calibration: Calibration | None) -> list[tuple[float, float, str, str]]:
     """(low, high, colour, name) of the predictions that exist."""
-    ends = [calibration.get(f"lambda_typ_{b}") for b in ("measured", "implied")]
-    bands = [(min(ends), max(ends), "#b0569a", "Eq. 4")] if all(map(is_number, ends)) else []
-    flips = [f for f in calibration.get("flips", ()) if f["positions"] == "structural"]
-    for median in (f.get("percentile_50") for f in flips):
-        if is_number(median):
-            bands.append((median, median, "#007a5e", "flip, half of the lists"))
-    return bands
+    if calibration is None:
+        return []
+    ends = [calibration.lambda_typ_measured, calibration.lambda_typ_implied]
+    bands = [(min(ends), max(ends), "#b0569a", "Eq. 4")] if None not in ends else []
+    medians = [flip.percentile_50 for flip in calibration.flips if flip.positions == "structural"]
+    return bands + [(m, m, "#007a5e", "flip, half of the lists") for m in medians if m is not None]
 
 
 def _legend(figure) -> tuple[list, list]:
@@ -134,31 +128,23 @@ def _legend(figure) -> tuple[list, list]:
     return list(found.values()), list(found)
 
 
-def main(argv: Sequence[str]) -> int:
-    """Print the table; exit code 2 for a folder that holds no run."""
-    parser = argparse.ArgumentParser(
-        prog="python -m listopd_jax.report.ablations", description=__doc__.split("\n")[0]
-    )
+def main(argv: Sequence[str]) -> None:
+    """Print the table and draw the figure; UserError for a folder that holds no run."""
+    parser = Parser(prog="python -m listopd_jax.report.ablations", description=__doc__.split("\n")[0])
     parser.add_argument("workdirs", nargs="+", type=pathlib.Path)
     parser.add_argument("--steps", type=int, help="only rows of this budget")
     parser.add_argument("--figure", help="a PNG to write")
     args = parser.parse_args(argv)
-    try:
-        runs = {folder.name: read_inputs(folder) for folder in args.workdirs}
-        table = [row for name, inputs in runs.items() for row in rows(name, inputs)]
-        shown = [row for row in table if args.steps is None or int(row[1]) == args.steps]
-        if not shown:
-            raise UserError(
-                f"--steps={args.steps}: no such budget, only {sorted({int(row[1]) for row in table})}"
-            )
-        print(markdown(shown))
-        if args.figure:
-            save_figure(runs, args.figure)
-    except (UserError, OSError) as e:
-        print(f"error: {e}", file=sys.stderr)
-        return 2
-    return 0
+    runs = {folder.name: read_inputs(folder) for folder in args.workdirs}
+    table = [row for name, inputs in runs.items() for row in rows(name, inputs)]
+    shown = [row for row in table if args.steps is None or int(row[1]) == args.steps]
+    if not shown:
+        budgets = sorted({int(row[1]) for row in table})
+        raise UserError(f"--steps={args.steps}: no such budget, only {budgets}")
+    print(markdown(HEAD, shown))
+    if args.figure:
+        save_figure(runs, args.figure)
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(exit_code(main, sys.argv[1:]))

@@ -1,5 +1,6 @@
 """The report's training curves: small multiples over steps, one line a λ or a stage."""
 
+import math
 import statistics
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
@@ -7,11 +8,12 @@ from typing import Any, NamedTuple
 
 from markupsafe import Markup
 
+from listopd_jax.records import is_number
 from listopd_jax.report import plots
 from listopd_jax.report.findings import STAGES
 from listopd_jax.report.inputs import Inputs
 from listopd_jax.report.page import Cell, Plot, Section, Table
-from listopd_jax.report.wording import at, fact, is_number
+from listopd_jax.report.wording import at, fact
 
 MAX_POINTS = 60  # longer curves are averaged in this many bins
 
@@ -46,7 +48,6 @@ OPD_PANELS = (
 )
 SFT_PANELS = (
     Panel("loss", "SFT loss", "nats a token"),
-    Panel("accuracy", "SFT token accuracy", "share of tokens"),
     Panel("entropy", "Entropy", "nats a token"),
     Panel("grad_norm", "Gradient norm", "L2 norm"),
 )
@@ -124,7 +125,7 @@ def _mean_curve(rows: Iterable[Mapping[str, Any]], metric: str) -> tuple[list[fl
         if is_number(row.get(metric)):
             values[row["step"]].append(row[metric])
     points = [(step, statistics.fmean(values[step])) for step in sorted(values)]
-    width = -(-len(points) // MAX_POINTS) or 1
+    width = math.ceil(len(points) / MAX_POINTS) or 1
     bins = [points[i : i + width] for i in range(0, len(points), width)]
     steps, means = ([statistics.fmean(pair[i] for pair in one) for one in bins] for i in (0, 1))
     return steps, means

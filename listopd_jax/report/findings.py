@@ -6,10 +6,10 @@ than the 95 % intervals over lists allow, and says when there is nothing to clai
 
 import statistics
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
+from listopd_jax.records import Result
 from listopd_jax.report.wording import NBSP, at, number, percent
 
 CONTRACT_HOLDS = (
@@ -35,8 +35,6 @@ FAILURES = {
     "bad_score": "bad score",
 }
 
-Record = Mapping[str, Any]
-
 
 @dataclass(frozen=True)
 class Policy:
@@ -44,7 +42,7 @@ class Policy:
 
     stage: str
     lam: float | None
-    records: tuple[Record, ...]
+    records: tuple[Result, ...]
 
     @property
     def name(self) -> str:
@@ -54,20 +52,18 @@ class Policy:
 
     def mean(self, metric: str) -> float | None:
         """Mean of `metric` over the seeds that define it, None if none does."""
-        return mean(record.get(metric) for record in self.records)
+        return mean(record.metric(metric) for record in self.records)
 
     def interval(self, metric: str) -> tuple[float, float] | None:
         """95 % bootstrap interval over lists, its ends averaged over the seeds; None if there is none."""
-        ends = [
-            record["intervals"][metric] for record in self.records if record.get("intervals", {}).get(metric)
-        ]
+        ends = [record.intervals[metric] for record in self.records if record.intervals.get(metric)]
         return (mean(low for low, _ in ends), mean(high for _, high in ends)) if ends else None
 
     def failure_shares(self) -> dict[str, float]:
         """Share of the lists of all seeds in each failure class, 'ok' among them."""
         counts = defaultdict(float)
         for record in self.records:
-            for failure, count in record.get("failures", {}).items():
+            for failure, count in record.failures.items():
                 counts[failure] += count
         total = sum(counts.values())
         return {failure: count / total for failure, count in counts.items()} if total else {}
@@ -103,28 +99,28 @@ class Findings:
     forecast: tuple[Policy, ...] = ()  # greedy from the untrained target, ascending λ
 
 
-def policies(records: Iterable[Record]) -> list[Policy]:
+def policies(records: Iterable[Result]) -> list[Policy]:
     """Records grouped by stage and λ, SFT first, λ ascending; of one seed only its longest training."""
     longest = {}
-    for record in sorted(records, key=lambda r: r.get("steps") or 0):
-        longest[record["stage"], record.get("lambda"), record.get("seed")] = record
+    for record in sorted(records, key=lambda r: r.steps or 0):
+        longest[record.stage, record.lam, record.seed] = record
     groups = defaultdict(list)
     for (stage, lam, _), record in longest.items():
         groups[stage, lam].append(record)
     ordered = sorted(groups, key=lambda key: (*_stage_order(key[0]), key[1] is not None, key[1]))
-    return [Policy(*key, tuple(sorted(groups[key], key=_seed))) for key in ordered]
+    return [Policy(*key, tuple(sorted(groups[key], key=lambda r: r.seed or 0))) for key in ordered]
 
 
-def shorter_budgets(records: Iterable[Record]) -> dict[int, list[Policy]]:
+def shorter_budgets(records: Iterable[Result]) -> dict[int, list[Policy]]:
     """The distilled policies at every budget but the longest, by steps, ascending."""
     found = defaultdict(list)
     for record in records:
-        if record["stage"] == "opd" and record.get("steps") is not None:
-            found[record["steps"]].append(record)
+        if record.stage == "opd" and record.steps is not None:
+            found[record.steps].append(record)
     return {steps: policies(found[steps]) for steps in sorted(found)[:-1]}
 
 
-def find(records: Iterable[Record]) -> Findings:
+def find(records: Iterable[Result]) -> Findings:
     """Read the findings off the records of results.json."""
     everyone = policies(records)
     single = {policy.stage: policy for policy in everyone}
@@ -186,10 +182,6 @@ def mean(values: Iterable[float | None]) -> float | None:
 
 def _stage_order(stage: str) -> tuple[int, str]:
     return (list(STAGES).index(stage) if stage in STAGES else len(STAGES), stage)
-
-
-def _seed(record: Record) -> float:
-    return record.get("seed") or 0
 
 
 def _usefulness(policy: Policy) -> tuple[float, float]:
@@ -326,10 +318,10 @@ def _forecast(found: Findings) -> str:
 
 def _evidence(found: Findings) -> str:
     shown = [p for p in (found.teacher, found.student, *found.opd) if p is not None]
-    sizes = sorted({r["n"] for p in shown for r in p.records if r.get("n") is not None})
+    sizes = sorted({r.n for p in shown for r in p.records if r.n is not None})
     if not sizes:
         return ""
-    seeds = len({r.get("seed") for p in found.opd for r in p.records})
+    seeds = len({r.seed for p in found.opd for r in p.records})
     lists = f"{sizes[0]}" if len(sizes) == 1 else f"{sizes[0]} to {sizes[-1]}"
     text = f"Evidence: greedy decoding of {lists} held-out lists"
     if seeds == 1:

@@ -13,11 +13,12 @@ from typing import Any
 
 from markupsafe import Markup
 
-from listopd_jax.report import findings, plots
+from listopd_jax.records import Example, Result
+from listopd_jax.report import findings, page, plots
 from listopd_jax.report.curves import opd_section, sft_section
 from listopd_jax.report.findings import FAILURES, Findings, Policy
 from listopd_jax.report.inputs import METRICS, Inputs
-from listopd_jax.report.page import Cell, Example, Listing, Plot, Section, Table
+from listopd_jax.report.page import Cell, Listing, Plot, Section, Table
 from listopd_jax.report.threshold_section import predicted, threshold_section
 from listopd_jax.report.wording import (
     at,
@@ -197,9 +198,9 @@ def _points(policies: Iterable[Policy], metric: str) -> list[plots.Point]:
     """One point a seed that defines `metric`."""
     runs = [(policy.lam, run) for policy in policies for run in policy.records]
     return [
-        plots.Point(lam, run[metric], run.get("intervals", {}).get(metric))
+        plots.Point(lam, value, run.intervals.get(metric))
         for lam, run in runs
-        if run.get(metric) is not None
+        if (value := run.metric(metric)) is not None
     ]
 
 
@@ -220,7 +221,7 @@ def _spoken(found: Findings, metric: str) -> str:
 
 
 def _how_to_read(inputs: Inputs) -> str:
-    gains = sorted({str(record["gain"]) for record in inputs.results if record.get("gain")})
+    gains = sorted({record.gain for record in inputs.results if record.gain})
     text = (
         "Strict parse, greedy decoding. Parse and useful (parse · NDCG@1) count every list; the other "
         "metrics only lists that parse, “–” where none does. Small print: 95 % bootstrap intervals over "
@@ -234,7 +235,7 @@ def _runs_table(inputs: Inputs, collapsed: bool) -> Table:
     places = {(policy.stage, policy.lam): i for i, policy in enumerate(inputs.policies)}
     runs = sorted(
         inputs.results,
-        key=lambda r: (places[r["stage"], r.get("lambda")], r.get("seed") or 0, r.get("steps") or 0),
+        key=lambda r: (places[r.stage, r.lam], r.seed or 0, r.steps or 0),
     )
     rows = [_run_row(run) for run in runs]
     marked = inputs.found.best is not None and not collapsed
@@ -243,11 +244,10 @@ def _runs_table(inputs: Inputs, collapsed: bool) -> Table:
     return Table("Every run" if collapsed else "", head, rows, best=best, collapsed=collapsed)
 
 
-def _run_row(run: Mapping[str, Any]) -> tuple[Cell, ...]:
-    name = Policy(run["stage"], run.get("lambda"), ()).name
-    ends = run.get("intervals", {})
-    metrics = [Cell(decimal(run.get(metric)), interval(ends.get(metric))) for metric in METRICS]
-    return (Cell(name), *metrics, *(Cell(fact(run.get(field))) for field in ("n", "steps", "seed")))
+def _run_row(run: Result) -> tuple[Cell, ...]:
+    name = Policy(run.stage, run.lam, ()).name
+    metrics = [Cell(decimal(run.metric(m)), interval(run.intervals.get(m))) for m in METRICS]
+    return (Cell(name), *metrics, *(Cell(fact(value)) for value in (run.n, run.steps, run.seed)))
 
 
 def _seeds_table(inputs: Inputs) -> Table:
@@ -262,7 +262,7 @@ def _seeds_table(inputs: Inputs) -> Table:
 
 
 def _spread(policy: Policy, metric: str) -> Cell:
-    values = [record[metric] for record in policy.records if record.get(metric) is not None]
+    values = [value for record in policy.records if (value := record.metric(metric)) is not None]
     return Cell(
         decimal(policy.mean(metric)), f"± {decimal(statistics.stdev(values))}" if len(values) > 1 else ""
     )
@@ -290,42 +290,41 @@ def _failure_plot(shown: Sequence[Policy], names: Mapping[str, str]) -> Plot:
 def _failure_table(shown: Sequence[Policy], names: Mapping[str, str]) -> Table:
     rows = []
     for policy in shown:
-        counts = [sum(record.get("failures", {}).get(f, 0) for record in policy.records) for f in names]
+        counts = [sum(record.failures.get(f, 0) for record in policy.records) for f in names]
         rows.append((Cell(policy.name), *(Cell(fact(count)) for count in counts)))
     return Table("Lists, all seeds together", ("policy", *names.values()), rows)
 
 
-def _choose(examples: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+def _choose(examples: Sequence[Example]) -> list[Example]:
     """A few good and bad outputs a policy, in the order of the policies."""
     groups = defaultdict(list)
     for example in examples:
-        groups[example["stage"], example.get("lambda")].append(example)
+        groups[example.stage, example.lam].append(example)
     chosen = []
-    for policy in findings.policies({"stage": stage, "lambda": lam} for stage, lam in groups):
+    for policy in findings.policies(Result(stage=stage, lam=lam) for stage, lam in groups):
         group = groups[policy.stage, policy.lam]
-        good = [e for e in group if e.get("failure") == "ok"]
-        bad = _varied([e for e in group if e.get("failure") != "ok"])
+        good = [e for e in group if e.failure == "ok"]
+        bad = _varied([e for e in group if e.failure != "ok"])
         chosen += good[:GOOD_EXAMPLES] + bad[:BAD_EXAMPLES]
     return chosen
 
 
-def _varied(failed: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+def _varied(failed: Sequence[Example]) -> list[Example]:
     """`failed` with one of each class before a second of any."""
-    classes = [str(e.get("failure")) for e in failed]
+    classes = [e.failure for e in failed]
     order = sorted(range(len(failed)), key=lambda i: classes[:i].count(classes[i]))
     return [failed[i] for i in order]
 
 
-def _example(example: Mapping[str, Any]) -> Example:
-    failure = str(example.get("failure"))
-    return Example(
-        policy=Policy(example["stage"], example.get("lambda"), ()).name,
-        failure=FAILURES.get(failure, failure),
-        ok=failure == "ok",
-        key=str(example.get("key", "")),
-        output=cut(str(example.get("output", "")), MAX_OUTPUT),
-        prompt=cut(str(example.get("prompt", "")), MAX_PROMPT),
-        scores=_score_table(example.get("true_scores") or [], example.get("scores") or []),
+def _example(example: Example) -> page.Example:
+    return page.Example(
+        policy=Policy(example.stage, example.lam, ()).name,
+        failure=FAILURES.get(example.failure, example.failure),
+        ok=example.failure == "ok",
+        key=example.key,
+        output=cut(example.output, MAX_OUTPUT),
+        prompt=cut(example.prompt, MAX_PROMPT),
+        scores=_score_table(example.true_scores or [], example.scores or []),
     )
 
 

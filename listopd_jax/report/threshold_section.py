@@ -1,10 +1,10 @@
 """The report's thresholds before training: what calibration.json says, in plain words."""
 
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Mapping, Sequence
 
 from markupsafe import Markup
 
+from listopd_jax.records import Calibration, CurvePoint
 from listopd_jax.report import plots
 from listopd_jax.report.inputs import Inputs
 from listopd_jax.report.page import Cell, Plot, Section, Table
@@ -15,7 +15,6 @@ from listopd_jax.report.wording import (
     decimal,
     fact,
     interval,
-    is_number,
     number,
     percent,
     words,
@@ -63,32 +62,32 @@ _FLIPS = ("min", "percentile_1", "percentile_5", "percentile_25", "percentile_50
 def threshold_section(inputs: Inputs) -> Section | None:
     """What teacher and base said of λ before any update; None without a calibration."""
     found = inputs.calibration
-    if not found:
+    if found is None:
         return None
     tables = [_numbers_table(found), _flips_table(found), _classes_table(found)]
-    shown = [_curve_plot(found)] if found.get("curve") else []
-    points = [*_reasons(found), *map(str, found.get("notes", ()))]
+    shown = [_curve_plot(found)] if found.curve else []
+    points = [*_reasons(found), *map(str, found.notes)]
     title = "Thresholds before training"
     return Section(
         "thresholds", title, _lead(found), points=points, plots=shown, layout="many", tables=tables
     )
 
 
-def _lead(found: Mapping[str, Any]) -> str:
-    clip = "no clip" if found.get("clip") is None else f"clip c = {number(found['clip'])}"
+def _lead(found: Calibration) -> str:
+    clip = "no clip" if found.clip is None else f"clip c = {number(found.clip)}"
     return (
-        f"Read off teacher and base along the teacher's greedy answers to {fact(found.get('prompts'))} prompts, before "
+        f"Read off teacher and base along the teacher's greedy answers to {fact(found.prompts)} prompts, before "
         f"any update; {clip}. The clip-safe λ* (EC, arXiv:2605.08737, Eq. 4) is where the target crosses the clip "
-        f"boundary, over the {fact(found.get('kept'))} of {fact(found.get('positions'))} tokens with "
-        f"p ≥ {fact(found.get('tau'))}. λ_flip is where the target prefers another token than the teacher's, over all "
+        f"boundary, over the {fact(found.kept)} of {fact(found.positions)} tokens with "
+        f"p ≥ {fact(found.tau)}. λ_flip is where the target prefers another token than the teacher's, over all "
         "tokens: greedy decoding from the target leaves the teacher's answer there. Intervals: bootstrap over prompts."
     )
 
 
-def _reasons(found: Mapping[str, Any]) -> list[str]:
+def _reasons(found: Calibration) -> list[str]:
     """Why numbers are missing, each reason once."""
     names: dict[str, list[str]] = {}
-    for name, reason in found.get("reasons", {}).items():
+    for name, reason in found.reasons.items():
         names.setdefault(str(reason), []).append(words(str(name)))
     return [f"{', '.join(which)}: {reason}." for reason, which in names.items()]
 
@@ -100,12 +99,12 @@ def _probability(value: float | None) -> str:
     return "–" if value is None else f"{value:.4f}"
 
 
-def _numbers_table(found: Mapping[str, Any]) -> Table:
+def _numbers_table(found: Calibration) -> Table:
     rows = []
     for name, meaning in (_MEANINGS | _TOKEN_WISE).items():
         form = decimal if name.startswith("lambda") else _probability
-        ends = interval(found.get("intervals", {}).get(name), form, " to ")
-        rows.append((Cell(meaning), Cell(form(found.get(name))), Cell(ends)))
+        ends = interval(found.intervals.get(name), form, " to ")
+        rows.append((Cell(meaning), Cell(form(getattr(found, name))), Cell(ends)))
     return Table("Main numbers", ("", "value", "95 % interval"), rows)
 
 
@@ -114,11 +113,14 @@ def _flip(value: float | None) -> str:
     return "never" if value is None else decimal(value)
 
 
-def _flips_table(found: Mapping[str, Any]) -> Table:
+def _flips_table(found: Calibration) -> Table:
     rows = [
-        (Cell(f"{words(str(row.get('positions')))} tokens"), *(Cell(_flip(row.get(name))) for name in _FLIPS))
-        + (Cell(percent(row.get("never"))),)
-        for row in found.get("flips", ())
+        (
+            Cell(f"{words(row.positions)} tokens"),
+            *(Cell(_flip(getattr(row, name))) for name in _FLIPS),
+            Cell(percent(row.never)),
+        )
+        for row in found.flips
     ]
     head = (
         "the λ at which lists first flip",
@@ -132,28 +134,27 @@ def _flips_table(found: Mapping[str, Any]) -> Table:
     return Table("Mode flips, list by list", head, rows)
 
 
-def _classes_table(found: Mapping[str, Any]) -> Table:
+def _classes_table(found: Calibration) -> Table:
     rows = []
-    for row in found.get("classes", ()):
-        counts = (Cell(fact(row.get(name))) for name in ("positions", "kept"))
-        means = (Cell(_probability(row.get(name))) for name in ("p", "b"))
-        flips = (Cell(_flip(row.get(name))) for name in _CLASS_FLIPS)
-        name = Cell(words(str(row.get("class"))))
-        rows.append((name, *counts, *means, Cell(decimal(row.get("lambda"))), *flips))
+    for row in found.classes:
+        counts = (Cell(fact(count)) for count in (row.positions, row.kept))
+        means = (Cell(_probability(mean)) for mean in (row.p, row.b))
+        flips = (Cell(_flip(getattr(row, name))) for name in _CLASS_FLIPS)
+        rows.append((Cell(words(row.token_class)), *counts, *means, Cell(decimal(row.lam)), *flips))
     return Table("By class of token: p, b and λ* over kept tokens, λ_flip over all", _CLASS_HEAD, rows)
 
 
-def _curve_plot(found: Mapping[str, Any]) -> Plot:
+def _curve_plot(found: Calibration) -> Plot:
     """Share of lists with a flip against λ; the clip-safe λ within the grid as upright lines."""
-    curve, last = found["curve"], max(point["lambda"] for point in found["curve"])
+    curve, last = found.curve, max(point.lam for point in found.curve)
     series = [
-        plots.Series(f"flip, {name}", [plots.Point(x["lambda"], x[key]) for x in curve], colour, ".")
+        plots.Series(f"flip, {name}", [plots.Point(x.lam, getattr(x, key)) for x in curve], colour, ".")
         for key, name, colour in (
             ("all", "any token", plots.BLUE),
             ("structural", "structural", plots.ORANGE),
         )
     ]
-    known = {name: found[name] for name in _MARKS if is_number(found.get(name))}
+    known = {name: lam for name in _MARKS if (lam := getattr(found, name)) is not None}
     series += [
         _mark(known[key], *look) for key, look in _MARKS.items() if key in known and known[key] <= last
     ]
@@ -165,14 +166,16 @@ def _curve_plot(found: Mapping[str, Any]) -> Plot:
     return Plot(title, Markup(svg))
 
 
-def predicted(calibration: Mapping[str, Any], last: float) -> list[plots.Series]:
+def predicted(calibration: Calibration | None, last: float) -> list[plots.Series]:
     """EC Eq. 4's λ*_typ and the λ at which half of the lists have flipped, those up to `last`, as upright lines."""
-    known = {key: calibration.get(key) for key in _MARKS if key.startswith("lambda_typ")}
-    looks = {key: (known[key], *_MARKS[key]) for key in known}
-    for row in calibration.get("flips", ()):
-        if row.get("positions") == "structural":
-            looks["flip"] = (row.get("percentile_50"), "λ_flip of half the lists", plots.ORANGE, "D")
-    return [_mark(*look) for look in looks.values() if is_number(look[0]) and look[0] <= last]
+    if calibration is None:
+        return []
+    typical = ("lambda_typ_measured", "lambda_typ_implied")
+    looks = [(getattr(calibration, key), *_MARKS[key]) for key in typical]
+    for row in calibration.flips:
+        if row.positions == "structural":
+            looks.append((row.percentile_50, "λ_flip of half the lists", plots.ORANGE, "D"))
+    return [_mark(*look) for look in looks if look[0] is not None and look[0] <= last]
 
 
 def _mark(lam: float, name: str, colour: str, marker: str) -> plots.Series:
@@ -180,9 +183,9 @@ def _mark(lam: float, name: str, colour: str, marker: str) -> plots.Series:
     return plots.Series(name, [plots.Point(lam, 0.0, (0.0, 1.0))], colour, marker)
 
 
-def _first_flip(curve) -> str:
+def _first_flip(curve: Sequence[CurvePoint]) -> str:
     """What the structural curve says in a phrase."""
-    points = sorted((point["lambda"], point["structural"]) for point in curve)
+    points = sorted((point.lam, point.structural) for point in curve)
     for lam, share in points:
         if share > 0:
             end = f"{percent(points[-1][1])} below {at(points[-1][0])}"
@@ -190,11 +193,8 @@ def _first_flip(curve) -> str:
     return f"no list flips a structural token up to {at(points[-1][0])}"
 
 
-def _spoken(curve, known: Mapping[str, float]) -> str:
+def _spoken(curve: Sequence[CurvePoint], known: Mapping[str, float]) -> str:
     """The numbers of the figure, for those who cannot see it."""
-    points = [
-        f"{at(x['lambda'])}: any {percent(x['all'])}, structural {percent(x['structural'])}"
-        for x in curve[::4]
-    ]
+    points = [f"{at(x.lam)}: any {percent(x.all)}, structural {percent(x.structural)}" for x in curve[::4]]
     marks = [f"{_MARKS[key][0]} at {decimal(lam)}" for key, lam in known.items()]
     return f"Share of lists with a mode flip against λ. {'; '.join([*points, *marks])}."

@@ -1,17 +1,13 @@
 """How the report writes numbers and strange text."""
 
-import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 from unicodedata import category
 
+from listopd_jax.records import is_number
+
 NBSP = "\u00a0"
 _HIDDEN = {"Cc", "Cf", "Cs", "Zl", "Zp"}  # control, format, surrogate, line and paragraph separators
-
-
-def is_number(value: Any) -> bool:
-    """Whether `value`, read from JSON, is a finite float64: no boolean, NaN, infinity or huge integer."""
-    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
 
 
 def number(value: float) -> str:
@@ -75,6 +71,11 @@ def label(text: str) -> str:
     """`text` as a label of a figure: visible, on one line, and not long."""
     text = visible(text).replace("\n", " ")
     return text if len(text) <= 24 else f"{text[:23]}…"
+
+
+def markdown(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """A Markdown table."""
+    return "\n".join("| " + " | ".join(line) + " |" for line in (head, ["---"] * len(head), *rows))
 
 
 def cut(text: str, limit: int) -> str:

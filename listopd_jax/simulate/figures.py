@@ -8,14 +8,15 @@ them. The two processes are these: a *clean* teacher, surer than the base everyw
 .684) than the base (b = .988).
 """
 
-import argparse
+import math
 import pathlib
 import sys
+from collections.abc import Sequence
 
 import numpy as np
 
 from listopd_jax import files
-from listopd_jax.errors import UserError
+from listopd_jax.errors import Parser, exit_code
 from listopd_jax.ops.objective import Variant
 from listopd_jax.simulate.process import Process, Recipe, listwise, run_grid, single_position
 from listopd_jax.theory.budget import budget_lambda
@@ -45,9 +46,9 @@ VARIANTS = {
 }
 
 
-def truncating_process(seed: int = 0) -> Process:
+def truncating_process() -> Process:
     """Lists of 8 objects whose transition the teacher knows less well than the base."""
-    return listwise(SURE_STRUCTURE, TRUNCATING, spread=SPREAD, seed=seed)
+    return listwise(SURE_STRUCTURE, TRUNCATING, spread=SPREAD)
 
 
 def clean_process() -> Process:
@@ -190,7 +191,7 @@ def draw_curves(
 def _axes(count: int):
     from matplotlib.figure import Figure
 
-    rows, columns = -(-count // 3), min(count, 3)
+    rows, columns = math.ceil(count / 3), min(count, 3)
     figure = Figure(figsize=(4.4 * columns, 3.5 * rows), layout="constrained")
     return figure, figure.subplots(rows, columns, squeeze=False).ravel()
 
@@ -271,21 +272,14 @@ def make(out: pathlib.Path) -> dict:
     return numbers
 
 
-def main() -> int:
-    """Make the figures; 2 after a user's mistake."""
-    parser = argparse.ArgumentParser(
-        prog="python -m listopd_jax.simulate.figures", description=__doc__.split("\n")[0]
-    )
+def main(argv: Sequence[str]) -> None:
+    """Make the figures."""
+    parser = Parser(prog="python -m listopd_jax.simulate.figures", description=__doc__.split("\n")[0])
     parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path("docs/figures"))
-    out = parser.parse_args().out
-    try:
-        make(out)
-    except UserError as e:
-        print(f"error: {e}", file=sys.stderr)
-        return 2
+    out = parser.parse_args(argv).out
+    make(out)
     print(f"figures and numbers.json: {out}")
-    return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(exit_code(main, sys.argv[1:]))

@@ -3,8 +3,8 @@
 A list of K objects is a chain of decisions of a few *classes*: structural tokens inside objects, the comma
 after objects 1 … K−2, the comma after object K−1 (the K−1→K transition, where the rival is `]`), the
 bracket after object K. At each decision the student takes the right token or its one rival. All positions
-of a class share parameters: the student's log-odds of class d on prompt i are base[i, d] + (share · W)[d] ·
-features[i], and W starts at zero, so that it starts as the base. A list parses if every decision is right;
+of a class share parameters: the student's log-odds of class d on prompt i are base[i, d] + W[d] · features[i],
+and W starts at zero, so that it starts as the base. A list parses if every decision is right;
 a miss at an *ending* class ends the list, so that later positions are not visited. One class, one prompt
 and one position is the Bernoulli reduction of EC §4.
 
@@ -29,16 +29,15 @@ from listopd_jax.ops.head import entropy_of
 from listopd_jax.ops.objective import Hyper, Variant, full_vocab_loss, sampled_loss
 from listopd_jax.theory.thresholds import log_odds
 
+OBJECTS, TOKENS_PER_OBJECT = 8, 20  # of a list
+
 
 class Process(NamedTuple):
-    """The task: P prompts, D decision classes, F features, G parameter groups; log-odds are of the right
-    token.
-    """
+    """The task: P prompts, D decision classes, F features; log-odds are of the right token."""
 
     teacher: Float[np.ndarray, "P D"]
     base: Float[np.ndarray, "P D"]
     features: Float[np.ndarray, "P F"]
-    share: Float[np.ndarray, "D G"]  # class ← parameter groups
     repeat: Int[np.ndarray, " D"]  # positions of each class in a whole list, in order of the classes
     ends: tuple[bool, ...]  # a miss in this class ends the list
 
@@ -64,36 +63,30 @@ class Curves(NamedTuple):
 def single_position(p: float, b: float, positions: int = 1) -> Process:
     """EC's Bernoulli reduction: one class seen `positions` times in a list, the same for every prompt."""
     one = np.ones((1, 1))
-    return Process(log_odds(p) * one, log_odds(b) * one, one, one, np.array([positions]), (False,))
+    return Process(log_odds(p) * one, log_odds(b) * one, one, np.array([positions]), (False,))
 
 
 def listwise(
     structure: tuple[float, float],
     transition: tuple[float, float],
     *,
-    objects: int = 8,
-    tokens_per_object: int = 20,
     spread: tuple[float, float] = (0.0, 0.0),
-    coupling: float = 0.0,
     prompts: int = 64,
-    seed: int = 0,
 ) -> Process:
-    """K-ary lists: (teacher p, base b) of the structural tokens and of the comma after object K−1.
+    """Lists of OBJECTS objects: (teacher p, base b) of the structural tokens and of the comma after object K−1.
 
     `spread` is the standard deviation over prompts of the teacher's and the base's log-odds at the
     transition; the student can learn both. Commas after earlier objects and the last bracket are
-    structural. `coupling` is the weight of a parameter group that the transition shares with the other
-    separators: what one token class teaches another.
+    structural.
     """
-    z = np.random.default_rng(seed).standard_normal((2, prompts))
+    z = np.random.default_rng(0).standard_normal((2, prompts))
     centers = [[log_odds(pair[i]) for pair in (structure, structure, transition, structure)] for i in (0, 1)]
     teacher, base = (np.tile(center, (prompts, 1)) for center in centers)
     for values, width, noise in zip((teacher, base), spread, z, strict=True):
         values[:, 2] += width * noise
     features = np.stack([np.ones(prompts), *z], 1)
-    share = np.concatenate([np.eye(4), coupling * np.array([[0.0], [1.0], [1.0], [1.0]])], 1)
-    repeat = np.array([tokens_per_object * objects, objects - 2, 1, 1])
-    return Process(teacher, base, features, share, repeat, (False, True, True, True))
+    repeat = np.array([TOKENS_PER_OBJECT * OBJECTS, OBJECTS - 2, 1, 1])
+    return Process(teacher, base, features, repeat, (False, True, True, True))
 
 
 def run_grid(
@@ -108,7 +101,7 @@ def run_grid(
     grid = list(itertools.product(lambdas, clips, seeds))
     lam, clip = (jnp.array([point[i] for point in grid], jnp.float32) for i in (0, 1))
     keys = jnp.stack([jax.random.key(point[2]) for point in grid])
-    arrays = tuple(jnp.asarray(x, jnp.float32) for x in process[:4])
+    arrays = tuple(jnp.asarray(x, jnp.float32) for x in process[:3])
     static = (recipe, tuple(int(n) for n in process.repeat), process.ends, tuple(budgets))
     outputs = _train_grid(arrays, lam, clip, keys, static)
     shape = (len(lambdas), len(clips), len(seeds), len(budgets))
@@ -123,12 +116,12 @@ def _train_grid(arrays, lam, clip, keys, static):
 def _train(arrays, lam, clip, key, static):
     """One run: its readings at each budget."""
     recipe, repeat, ends, budgets = static
-    teacher, base, features, share = arrays
+    teacher, base, features = arrays
     optimizer = {"adam": optax.adam(recipe.lr, b2=0.95), "sgd": optax.sgd(recipe.lr)}[recipe.optimizer]
     hyper = Hyper(lam=lam, clip=clip, kl_to_base=0.0, entropy_bonus=0.0, ppo_clip=0.0)
 
     def student(weights):
-        return base + jnp.einsum("dg,gf,pf->pd", share, weights, features)
+        return base + jnp.einsum("df,pf->pd", weights, features)
 
     def loss(weights, counts, rollout):
         per_token = _token_losses(student(weights), teacher, base, rollout, hyper, recipe.variant)
@@ -143,7 +136,7 @@ def _train(arrays, lam, clip, key, static):
         weights = optax.apply_updates(weights, updates)
         return (weights, state), _read(student(weights), jnp.array(repeat))
 
-    weights = jnp.zeros((share.shape[1], features.shape[1]))
+    weights = jnp.zeros((teacher.shape[1], features.shape[1]))
     carry, keys = (weights, optimizer.init(weights)), jax.random.split(key, budgets[-1])
     readings = jax.lax.scan(step, carry, keys)[1]
     return jax.tree.map(lambda x: x[np.array(budgets) - 1], readings)

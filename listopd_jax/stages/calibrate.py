@@ -10,8 +10,9 @@ share of lists with a flip anywhere is exactly the share of lists that the targe
 EC = Li, Jiang, Wang, Zhang, Yuen, arXiv:2605.08737.
 """
 
+import dataclasses
 import functools
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -25,21 +26,21 @@ from listopd_jax.metrics_log import progress
 from listopd_jax.ops.guard import flip_lambda
 from listopd_jax.ops.head import log_distribution, map_positions, take_token
 from listopd_jax.parallel.hosts import from_main, gather
+from listopd_jax.records import CALIBRATION, Calibration, ClassRow, CurvePoint, FlipRow
 from listopd_jax.rollout.decode import generate
 from listopd_jax.rollout.scoring import completion_hidden
+from listopd_jax.rounding import ceil_div, round_up
 from listopd_jax.stages.job import Job
-from listopd_jax.task.codec import Codec
-from listopd_jax.task.contract import STRUCTURAL, TOKEN_CLASSES
+from listopd_jax.task.codec import IS_STRUCTURAL, Codec
+from listopd_jax.task.contract import TOKEN_CLASSES
 from listopd_jax.theory.checks import Undefined
 from listopd_jax.theory.thresholds import clip_safe_lambda_log_odds, probability
 from listopd_jax.train.opd_step import Frozen
 
-CALIBRATION = "calibration.json"
 ENOUGH_PROMPTS = 200  # EC's minimum
 LAMBDAS = tuple(round(1 + 0.05 * i, 2) for i in range(41))  # where the share of lists with a flip is read
 ANSWER_STEP = 64  # answers are cut to a multiple of this: few shapes, so few compilations
 _PERCENTILES = (1, 5, 25, 50)
-_IS_STRUCTURAL = np.array([name in STRUCTURAL for name in TOKEN_CLASSES])
 
 
 class Positions(NamedTuple):
@@ -72,7 +73,7 @@ class Positions(NamedTuple):
     @property
     def structural(self) -> Bool[np.ndarray, " N"]:
         """Whether the contract dictates the token."""
-        return _IS_STRUCTURAL[self.token_class]
+        return IS_STRUCTURAL[self.token_class]
 
     def where(self, mask: Bool[np.ndarray, " N"]) -> "Positions":
         """The positions that `mask` selects."""
@@ -108,7 +109,7 @@ def measure(
             max_tokens=max_tokens, vocab=codec.vocab, eos=codec.eos, pad=codec.pad, greedy=True,
         )  # fmt: skip
         lengths = gather(rollout.lengths)[:, 0]
-        size = min(max_tokens, -(-int(lengths.max()) // ANSWER_STEP) * ANSWER_STEP)
+        size = min(max_tokens, round_up(int(lengths.max()), ANSWER_STEP))
         tokens = rollout.tokens[..., :size]
         seen = _look(graphdefs, params, *prompts, tokens, vocab=codec.vocab, chunk=chunk)
         written = (np.arange(size) < lengths[:, None]) & (batch["weight"] > 0)[:, None]
@@ -161,26 +162,12 @@ def calibrate(
     tau: float = 0.9,
     bootstrap: int = 2000,
     seed: int = 0,
-    lambdas: Sequence[float] = LAMBDAS,
-) -> dict[str, Any]:
-    """The thresholds of `positions` at clip c, in JSON types; null, with its reason, where one does not exist.
+) -> Calibration:
+    """The thresholds of `positions` at clip c; a number is None, with its reason, where it does not exist.
 
-    Returns, over the positions with p ≥ `tau` (EC Prop. 4.3; means over prompts of within-prompt means):
-      p_typ, p_safe: mean and maximum over prompts of the within-prompt mean of p. p_max, p_mean, p_geometric_mean,
-        p_percentile_5, p_min: over the positions alone.
-      b_measured: mean of b. b_implied: p_typ·exp(−mean(log π_T − log π_B)).
-      lambda_typ_measured, lambda_typ_implied, lambda_safe_measured, lambda_safe_implied: λ*(p_typ or p_safe, b, c).
-      reasons: {field: why it is null}.
-      intervals: {field: [low, high] or null}, 95 % percentile bootstrap over prompts. A maximum is never above the
-        observed one in a resample: read the interval of p_safe as its lower end.
-    and over all positions, since the mode flips where the teacher is unsure:
-      classes: for each class that occurs {class, positions, kept; p, b, lambda, reason over kept positions (measured
-        b); flip_min, flip_percentile_q over all}.
-      flips: {positions: structural or all; min, percentile_q over lists of the list's smallest λ_flip; never: share
-        of lists without any}. null stands for ∞.
-      curve: [{lambda, structural, all}], the share of lists with a flip below λ.
-    besides clip (null: none), tau, prompts, positions, kept and notes. No positions, c ≤ 0 or τ outside (0, 1):
-    ValueError.
+    Over the positions with p ≥ `tau` (EC Prop. 4.3), but `classes`, `flips` and `curve` over all, since the mode flips
+    where the teacher is unsure. A maximum is never above the observed one in a resample: read the interval of p_safe as
+    its lower end. No positions, c ≤ 0 or τ outside (0, 1): ValueError.
     """
     if not len(positions.p):
         raise ValueError("no positions to calibrate on")
@@ -190,36 +177,36 @@ def calibrate(
     table, prompts = _prompt_means(kept), len(np.unique(positions.prompt))
     numbers, reasons = _thresholds(table, clip, tau)
     intervals, notes = _intervals(table, clip, bootstrap, seed)
-    return {
-        "clip": _finite(clip),
-        "tau": tau,
-        "prompts": prompts,
-        "positions": len(positions.p),
-        "kept": len(kept.p),
+    return Calibration(
+        clip=_finite(clip),
+        tau=tau,
+        prompts=prompts,
+        positions=len(positions.p),
+        kept=len(kept.p),
         **numbers,
         **_spread(kept.p, kept.logit_p),
-        "reasons": reasons,
-        "intervals": intervals,
-        "classes": _class_rows(positions, clip, tau),
-        "flips": _flip_rows(positions),
-        "curve": _curve(positions, lambdas),
-        "notes": _notes(prompts, len(table), tau) + notes,
-    }
+        reasons=reasons,
+        intervals=intervals,
+        classes=_class_rows(positions, clip, tau),
+        flips=_flip_rows(positions),
+        curve=_curve(positions),
+        notes=_notes(prompts, len(table), tau) + notes,
+    )
 
 
-def calibrate_stage(job: Job, frozen: Frozen) -> dict[str, Any]:
+def calibrate_stage(job: Job, frozen: Frozen) -> Calibration:
     """Calibrate the pair on the validation lists and write workdir/calibration.json; only read it if it is there."""
     path, config = job.workdir / CALIBRATION, job.config
-    found = from_main(lambda: files.read_json(path) if path.exists() else None)
-    if found is not None:
-        return found
+    saved = from_main(lambda: files.read_json(path) if path.exists() else None)
+    if saved is not None:
+        return Calibration.from_json(saved, str(path))
     positions = measure(
         job.graphs, frozen.teacher, frozen.base, job.evaluation_batches(), job.codec,
         config.task.max_response, config.opd.head_chunk,
     )  # fmt: skip
     found = calibrate(positions, config.opd.clip, bootstrap=config.evaluation.bootstrap, seed=config.seed)
-    found["notes"] += _objective_notes(config.opd)
-    files.write_json(path, found)
+    found = dataclasses.replace(found, notes=found.notes + _objective_notes(config.opd))
+    files.write_json(path, found.to_json())
     return found
 
 
@@ -316,22 +303,28 @@ def _spread(p: Float[np.ndarray, " N"], logit_p: Float[np.ndarray, " N"]) -> dic
     return dict(zip(names, map(float, values), strict=True))
 
 
-def _class_rows(positions: Positions, clip: float, tau: float) -> list[dict[str, Any]]:
+def _class_rows(positions: Positions, clip: float, tau: float) -> tuple[ClassRow, ...]:
     """One row a token class that occurs, in the order of TOKEN_CLASSES."""
-    occur = np.unique(positions.token_class)
-    return [
-        _class_row(TOKEN_CLASSES[i], positions.where(positions.token_class == i), clip, tau) for i in occur
-    ]
+    return tuple(
+        _class_row(TOKEN_CLASSES[i], positions.where(positions.token_class == i), clip, tau)
+        for i in np.unique(positions.token_class)
+    )
 
 
-def _class_row(name: str, positions: Positions, clip: float, tau: float) -> dict[str, Any]:
+def _class_row(name: str, positions: Positions, clip: float, tau: float) -> ClassRow:
     kept = positions.where(positions.p >= tau)
-    row = {"class": name, "positions": len(positions.p), "kept": len(kept.p)}
     one_prompt = kept._replace(prompt=np.zeros_like(kept.prompt))  # so that every position counts the same
     numbers, reasons = _thresholds(_prompt_means(one_prompt), clip, tau)
-    row |= {"p": numbers["p_typ"], "b": numbers["b_measured"], "lambda": numbers["lambda_typ_measured"]}
-    quantiles = {f"flip_{name}": x for name, x in _quantiles(positions.flip).items()}
-    return row | {"reason": reasons.get("lambda_typ_measured")} | quantiles
+    return ClassRow(
+        token_class=name,
+        positions=len(positions.p),
+        kept=len(kept.p),
+        p=numbers["p_typ"],
+        b=numbers["b_measured"],
+        lam=numbers["lambda_typ_measured"],
+        reason=reasons.get("lambda_typ_measured"),
+        **{f"flip_{name}": x for name, x in _quantiles(positions.flip).items()},
+    )
 
 
 def _first_flips(positions: Positions) -> dict[str, Float[np.ndarray, " n"]]:
@@ -344,25 +337,25 @@ def _first_flips(positions: Positions) -> dict[str, Float[np.ndarray, " n"]]:
     return first
 
 
-def _flip_rows(positions: Positions) -> list[dict[str, Any]]:
-    return [
-        {"positions": name} | _quantiles(first) | {"never": float(np.isinf(first).mean())}
+def _flip_rows(positions: Positions) -> tuple[FlipRow, ...]:
+    return tuple(
+        FlipRow(positions=name, **_quantiles(first), never=float(np.isinf(first).mean()))
         for name, first in _first_flips(positions).items()
-    ]
+    )
 
 
-def _curve(positions: Positions, lambdas: Sequence[float]) -> list[dict[str, float]]:
+def _curve(positions: Positions) -> tuple[CurvePoint, ...]:
     first = _first_flips(positions)
-    return [
-        {"lambda": float(lam)} | {name: float((flip < lam).mean()) for name, flip in first.items()}
-        for lam in lambdas
-    ]
+    return tuple(
+        CurvePoint(lam=lam, **{name: float((flip < lam).mean()) for name, flip in first.items()})
+        for lam in LAMBDAS
+    )
 
 
 def _quantiles(flip: Float[np.ndarray, " N"]) -> dict[str, float | None]:
     """Minimum and percentiles of λ_flip by the inverse distribution function: ∞ cannot be interpolated."""
     ranked = np.sort(flip)
-    ranks = {q: max(0, -(-q * len(ranked) // 100) - 1) for q in _PERCENTILES}
+    ranks = {q: max(0, ceil_div(q * len(ranked), 100) - 1) for q in _PERCENTILES}
     rest = {f"percentile_{q}": _finite(ranked[rank]) for q, rank in ranks.items()}
     return {"min": _finite(ranked[0])} | rest
 

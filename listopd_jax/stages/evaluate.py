@@ -10,6 +10,7 @@ from jaxtyping import Array, Float
 
 from listopd_jax.metrics_log import progress
 from listopd_jax.parallel.hosts import gather
+from listopd_jax.records import Result, attribute
 from listopd_jax.rollout.decode import generate
 from listopd_jax.task.codec import Codec
 from listopd_jax.task.contract import Parsed, strict_parse
@@ -54,11 +55,10 @@ def greedy_answers(
     return answers
 
 
-def result_record(
-    answers: Sequence[Answer], identity: dict[str, Any], gain: str, bootstrap: int
-) -> dict[str, Any]:
-    """One entry of results.json: `identity` (stage, lambda, seed, steps) and the metrics with intervals."""
-    return identity | summarize([(a.parsed, a.true_scores) for a in answers], gain=gain, bootstrap=bootstrap)
+def result_record(answers: Sequence[Answer], head: dict[str, Any], gain: str, bootstrap: int) -> Result:
+    """One entry of results.json: `head` (run, stage, lam, seed, steps) and the metrics with intervals."""
+    found = summarize([(a.parsed, a.true_scores) for a in answers], gain=gain, bootstrap=bootstrap)
+    return Result(**head, **{attribute(name): value for name, value in found.items()})
 
 
 def pick_examples(answers: Sequence[Answer], count: int) -> list[Answer]:

@@ -13,6 +13,7 @@ from listopd_jax.ops.objective import Hyper, Variant, warmed_up_lambda
 from listopd_jax.parallel import hosts
 from listopd_jax.parallel.rules import decoding_copy
 from listopd_jax.rollout.decode import Rollout, generate
+from listopd_jax.rounding import ceil_div, round_up
 from listopd_jax.stages.job import Job, saving
 from listopd_jax.task.codec import Codec
 from listopd_jax.task.contract import strict_parse
@@ -66,7 +67,7 @@ def make_step(job: Job) -> Callable:
 def train_opd(
     job: Job, frozen: Frozen, student: Any, run: Run, opd_step: Callable, best: int | None = None
 ) -> Any:
-    """Distil from `student` (the SFT parameters), or load the run if it is done; parameters in `dtype.param`.
+    """Distil from `student` (the SFT parameters), or load the run if it is done; parameters in float32.
 
     The checkpoint at step `best` is kept.
     """
@@ -111,8 +112,12 @@ def sample(job: Job, params: Any, prompts, lengths, key) -> Rollout:
         (job.graphs["student"],), (params,), jnp.ones((1, opd.rollouts)), prompts, lengths, key,
         max_tokens=budget, vocab=codec.vocab, eos=codec.eos, pad=codec.pad, temperature=opd.temperature,
     )  # fmt: skip
-    quarter = -(-budget // 4)  # few shapes, so few compilations of the update
-    size = min(budget, -(-int(rollout.lengths.max()) // quarter) * quarter)
+    return trimmed(rollout, budget)
+
+
+def trimmed(rollout: Rollout, budget: int) -> Rollout:
+    """Completions cut to the longest, in quarters of the budget: few shapes, so few compilations of the update."""
+    size = min(budget, round_up(int(rollout.lengths.max()), ceil_div(budget, 4)))
     return Rollout(rollout.tokens[..., :size], rollout.logprobs[..., :size], rollout.lengths)
 
 

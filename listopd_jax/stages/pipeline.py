@@ -45,7 +45,7 @@ def _models_to_policies(job: Job) -> None:
 
 
 def sft_stage(job: Job, role: str) -> Any:
-    """Train, evaluate and export `role`; its parameters in `dtype.param`."""
+    """Train, evaluate and export `role`; its parameters in float32."""
     params, run = train_sft(job, role), sft_run(job, role)
     if evaluated(job.workdir, run) is None:
         finish(job, role, params, run)
@@ -64,7 +64,7 @@ def distil(job: Job, frozen: Frozen, student: Any, lam: float, seed: int, opd_st
 def most_useful(workdir: pathlib.Path, runs: Sequence[Run]) -> int | None:
     """The number of steps of the most useful policy among those of `runs` that are evaluated."""
     records = filter(None, (evaluated(workdir, run) for run in runs))
-    return max(((r["useful"], r["steps"]) for r in records), default=(None, None))[1]
+    return max(((r.useful, r.steps) for r in records), default=(None, None))[1]
 
 
 def finish(job: Job, role: str, params: Any, run: Run, export: bool = True) -> None:
@@ -73,7 +73,9 @@ def finish(job: Job, role: str, params: Any, run: Run, export: bool = True) -> N
         save_hf(job.workdir / "export" / run.name, job.shapes[role], params, job.codec.tokenizer)
     record = evaluate(job, role, params, run)
     shown = ", ".join(
-        f"{name} {record[name]:.3f}" for name in ("parse", "useful", "ndcg@1") if record[name] is not None
+        f"{name} {value:.3f}"
+        for name in ("parse", "useful", "ndcg@1")
+        if (value := record.metric(name)) is not None
     )
     if is_main():
         print(f"{run.name}, {run.steps} steps: {shown}", file=sys.stderr)

@@ -6,28 +6,36 @@ from typing import Any
 
 import jax.numpy as jnp
 
-from listopd_jax import files
-from listopd_jax.errors import UserError
 from listopd_jax.parallel.hosts import from_main
 from listopd_jax.parallel.rules import decoding_copy
+from listopd_jax.records import (
+    EXAMPLES,
+    RESULTS,
+    Example,
+    Identity,
+    Record,
+    Result,
+    read_examples,
+    read_results,
+    write_records,
+)
 from listopd_jax.stages.evaluate import Answer, greedy_answers, pick_examples, result_record
 from listopd_jax.stages.job import Job
 from listopd_jax.train.loop import Run
 
-RESULTS, EXAMPLES = "results.json", "examples.json"
-IDENTITY = ("stage", "lambda", "seed", "steps")  # what tells one record from another
 
-
-def evaluated(workdir: pathlib.Path, run: Run) -> dict[str, Any] | None:
+def evaluated(workdir: pathlib.Path, run: Run) -> Result | None:
     """The record of `run` in results.json, None if it is not there."""
 
     def find() -> dict[str, Any] | None:
-        return next((r for r in _read(workdir / RESULTS) if _identity(r) == _identity(_head(run))), None)
+        records = (r for r in read_results(workdir / RESULTS) if r.identity == _identity(run))
+        return next((r.to_json() for r in records), None)
 
-    return from_main(find)
+    found = from_main(find)
+    return None if found is None else Result.from_json(found, RESULTS)
 
 
-def evaluate(job: Job, role: str, params: Any, run: Run) -> dict[str, Any]:
+def evaluate(job: Job, role: str, params: Any, run: Run) -> Result:
     """Evaluate the policy that `run` ended in and keep its record and examples; returns the record."""
     batches, limit = job.evaluation_batches(), job.config.task.max_response
     if job.config.parallel.gather_rollout:
@@ -38,47 +46,40 @@ def evaluate(job: Job, role: str, params: Any, run: Run) -> dict[str, Any]:
     return keep(job, run, answers)
 
 
-def keep(job: Job, run: Run, answers: Sequence[Answer], examples: bool = True) -> dict[str, Any]:
+def keep(job: Job, run: Run, answers: Sequence[Answer], examples: bool = True) -> Result:
     """Put the record of `answers` into results.json and, if asked, some into examples.json; returns the record."""
     evaluation = job.config.evaluation
     record = result_record(answers, _head(run), job.config.task.ndcg_gain, evaluation.bootstrap)
     if examples:
         shown = pick_examples(answers, evaluation.examples)
-        _replace(job.workdir / EXAMPLES, run, [_example(job, run, a) for a in shown])
-    _replace(job.workdir / RESULTS, run, [record])
+        path = job.workdir / EXAMPLES
+        _replace(path, read_examples(path), run, [_example(job, run, a) for a in shown])
+    path = job.workdir / RESULTS
+    _replace(path, read_results(path), run, [record])
     return record
 
 
 def _head(run: Run) -> dict[str, Any]:
-    return {"run": run.name, "stage": run.stage, **run.fixed, "steps": run.steps}
+    """What the records of the policy that `run` ended in begin with."""
+    return {"run": run.name, **_identity(run)._asdict()}
 
 
-def _identity(record: dict[str, Any]) -> tuple:
-    return tuple(record[name] for name in IDENTITY)
+def _identity(run: Run) -> Identity:
+    return Identity(run.stage, run.fixed["lambda"], run.fixed["seed"], run.steps)
 
 
-def _read(path: pathlib.Path) -> list[dict[str, Any]]:
-    """The records of a list file, [] if there is none; UserError if they are not records of policies."""
-    records = files.read_json(path) if path.exists() else []
-    if not isinstance(records, list) or not all(
-        isinstance(r, dict) and r.keys() >= set(IDENTITY) for r in records
-    ):
-        raise UserError(f"{path}: not a list of records; delete it to have the policies evaluated again")
-    return records
+def _replace(path: pathlib.Path, kept: Sequence[Record], run: Run, records: Sequence[Record]) -> None:
+    """Rewrite a list file with `records` in place of those of `kept` that `run` had."""
+    write_records(path, [*(r for r in kept if r.identity != _identity(run)), *records])
 
 
-def _replace(path: pathlib.Path, run: Run, records: Sequence[dict[str, Any]]) -> None:
-    """Rewrite a list file with `records` in place of those that `run` had."""
-    others = [r for r in _read(path) if _identity(r) != _identity(_head(run))]
-    files.write_json(path, [*others, *records])
-
-
-def _example(job: Job, run: Run, answer: Answer) -> dict[str, Any]:
-    return _head(run) | {
-        "key": job.examples["validation"][answer.index].key,
-        "prompt": job.codec.text(job.validation.prompts[answer.index]),
-        "output": answer.text,
-        "failure": answer.parsed.failure,
-        "true_scores": list(answer.true_scores),
-        "scores": answer.parsed.scores,
-    }
+def _example(job: Job, run: Run, answer: Answer) -> Example:
+    return Example(
+        **_head(run),
+        key=job.examples["validation"][answer.index].key,
+        prompt=job.codec.text(job.validation.prompts[answer.index]),
+        output=answer.text,
+        failure=answer.parsed.failure,
+        true_scores=list(answer.true_scores),
+        scores=None if answer.parsed.scores is None else list(answer.parsed.scores),
+    )

@@ -5,7 +5,7 @@ from typing import Any
 
 import jax.numpy as jnp
 
-from listopd_jax.models.build import initial_params
+from listopd_jax.models.build import PARAM_DTYPE, initial_params
 from listopd_jax.parallel.hosts import global_batch
 from listopd_jax.parallel.rules import place_state
 from listopd_jax.stages.job import Job, saving
@@ -22,10 +22,10 @@ def sft_run(job: Job, role: str) -> Run:
 
 
 def train_sft(job: Job, role: str) -> Any:
-    """Train `role` on the answers, or load it if that is done; its parameters in `dtype.param`."""
+    """Train `role` on the answers, or load it if that is done; its parameters in float32."""
     config, sft, run = job.config, job.config.sft[role], sft_run(job, role)
     tx = adamw(config.optimizer, sft.b2)
-    start = functools.partial(initial_params, config[role], job.shapes[role], sft.seed, config.dtype.param)
+    start = functools.partial(initial_params, config[role], job.shapes[role], sft.seed, PARAM_DTYPE)
     if run.steps == 0:  # the weights are fine-tuned already
         return start()
     sft_step = make_sft_step(job.graphs[role], tx, job.codec.vocab, config.opd.head_chunk, sft.microbatch)

@@ -8,7 +8,7 @@ from transformers import PreTrainedTokenizerBase
 
 from listopd_jax.task.contract import STRUCTURAL, TOKEN_CLASSES, token_classes
 
-_IS_STRUCTURAL = np.array([name in STRUCTURAL for name in TOKEN_CLASSES])
+IS_STRUCTURAL = np.array([name in STRUCTURAL for name in TOKEN_CLASSES])
 
 
 class Codec:
@@ -47,4 +47,4 @@ class Codec:
     ) -> Bool[np.ndarray, "N T"]:
         """True at tokens that the contract dictates (everything but score digits and stray text)."""
         classes = self.classes(tokens, lengths)
-        return (classes >= 0) & _IS_STRUCTURAL[classes]
+        return (classes >= 0) & IS_STRUCTURAL[classes]

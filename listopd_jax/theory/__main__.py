@@ -11,20 +11,15 @@ values outside their range.
 import argparse
 import json
 import sys
+from collections.abc import Sequence
 
-from listopd_jax.errors import UserError
+from listopd_jax.errors import Parser, UserError, exit_code
 from listopd_jax.theory.explain import explain, sentences
 from listopd_jax.theory.plots import save_tail_plot
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str):
-        """A user's mistake is one line, not argparse's usage block."""
-        raise UserError(f"{message}; see --help")
-
-
-def _arguments(argv: list[str] | None) -> argparse.Namespace:
-    parser = _Parser(
+def _arguments(argv: Sequence[str]) -> argparse.Namespace:
+    parser = Parser(
         prog="python -m listopd_jax.theory", description="Thresholds of the extrapolation weight λ."
     )
     parser.add_argument(
@@ -44,7 +39,7 @@ def _arguments(argv: list[str] | None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def run(argv: list[str] | None = None) -> str:
+def run(argv: Sequence[str]) -> str:
     """What the command prints. UserError for a user's mistake."""
     args = _arguments(argv)
     try:
@@ -61,15 +56,10 @@ def run(argv: list[str] | None = None) -> str:
     return "\n".join(sentences(explanation))
 
 
-def main() -> int:
-    """Print the thresholds; 2 after a user's mistake."""
-    try:
-        print(run())
-    except UserError as e:
-        print(f"error: {e}", file=sys.stderr)
-        return 2
-    return 0
+def main(argv: Sequence[str]) -> None:
+    """Print the thresholds."""
+    print(run(argv))
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(exit_code(main, sys.argv[1:]))

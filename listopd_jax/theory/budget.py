@@ -20,26 +20,6 @@ from listopd_jax.theory.thresholds import log_odds, log_odds_gap
 _NODES, _WEIGHTS = np.polynomial.legendre.leggauss(200)
 
 
-def level_lambda(p: ArrayLike, b: ArrayLike, level: ArrayLike) -> Array:
-    """The λ whose fixed point has log-odds `level`: (L − B)/(P − B). Undefined where b = p or λ would be ≤
-    0.
-    """
-    distance, gap = _distance_and_gap(p, b, level)
-    return scalar(distance / gap)
-
-
-def steps_to_level(p: ArrayLike, b: ArrayLike, lam: ArrayLike, level: ArrayLike, lr: ArrayLike) -> Array:
-    """Steps of size η = `lr` until the flow at λ reaches log-odds `level`; ∞ if λ is at or below the
-    threshold.
-    """
-    distance, gap = _distance_and_gap(p, b, level)
-    lam, lr = as_finite("lam", lam), at_least("lr", lr, np.finfo(float).tiny)
-    beyond = (lam * gap - distance) / distance  # how far θ* lies past the level, in units of the way to it
-    with np.errstate(divide="ignore", invalid="ignore"):
-        steps = _integral(log_odds(b), distance, beyond) / lr
-    return scalar(np.where(beyond > 0, steps, np.inf))
-
-
 def budget_lambda(p: ArrayLike, b: ArrayLike, level: ArrayLike, lr: ArrayLike, steps: ArrayLike) -> Array:
     """The λ that reaches log-odds `level` in exactly `steps` steps; falls to the threshold as the budget
     grows.

@@ -9,7 +9,7 @@ Everything is written in log-odds, where the formulas are short and keep their d
 `p` is the teacher's probability of its modal token, `b` the base's probability of that same token, `c` the
 clip of the importance ratio. All functions take scalars or arrays, broadcast them, compute in float64 and
 return a float for scalars. A float64 cannot tell p from 1 within 1e-16; where that matters
-(log-probabilities of a model) use `log_odds_from_log_probs` and `clip_safe_lambda_log_odds`.
+(log-probabilities of a model) use log-odds and `clip_safe_lambda_log_odds`.
 
 Errors: `ValueError` for a value that is no probability, clip or λ; its subclass `Undefined` where the
 values are fine but the threshold does not exist (b ≥ p, p ≤ ½, c ≤ 1). The thresholds take
@@ -19,7 +19,6 @@ EC = Li, Jiang, Wang, Zhang, Yuen, arXiv:2605.08737.
 """
 
 import numpy as np
-from jaxtyping import Float
 from numpy.typing import ArrayLike
 
 from listopd_jax.theory.checks import (
@@ -29,7 +28,6 @@ from listopd_jax.theory.checks import (
     as_clip_at_least_1,
     as_finite,
     as_probability,
-    at_least,
     check_defined,
     scalar,
 )
@@ -50,19 +48,6 @@ def probability(logit: ArrayLike) -> Array:
     x = np.asarray(logit, float)
     small = np.exp(-np.abs(x))
     return scalar(np.where(x < 0, small, 1.0) / (1.0 + small))
-
-
-def log_odds_from_log_probs(log_probs: Float[np.ndarray, "*s V"], token: ArrayLike) -> Array:
-    """Log-odds [*s] of `token` (integers [*s]) under log-probabilities, exact even where the probability
-    rounds to 1.
-
-    The complement is summed over the other V−1 tokens instead of being taken as 1 − p.
-    """
-    log_probs = np.asarray(log_probs, float)
-    index = np.asarray(token)[..., None]
-    own = np.take_along_axis(log_probs, index, -1)[..., 0]
-    others = np.where(np.arange(log_probs.shape[-1]) == index, -np.inf, log_probs)
-    return scalar(own - np.logaddexp.reduce(others, -1))
 
 
 def log_odds_gap(p: ArrayLike, b: ArrayLike) -> Array:
@@ -124,9 +109,9 @@ def clip_safe_lambda_log_odds(
     return _clip_threshold(probability(P), B < P, P - B, c, undefined)
 
 
-def clip_safe_lambda_base_neutral(p: ArrayLike, c: ArrayLike, *, undefined: OnUndefined = "raise") -> Array:
+def clip_safe_lambda_base_neutral(p: ArrayLike, c: ArrayLike) -> Array:
     """λ*(p, ½, c), for a base that does not know: log((1−p)/(c−1+p)) / log((1−p)/p) (EC Eq. 1)."""
-    return clip_safe_lambda(p, 0.5, c, undefined=undefined)
+    return clip_safe_lambda(p, 0.5, c)
 
 
 def _clip_threshold(p, base_is_less_sure, gap, c, undefined: OnUndefined) -> Array:
@@ -143,110 +128,13 @@ def _clip_threshold(p, base_is_less_sure, gap, c, undefined: OnUndefined) -> Arr
 # --- the mode flip (ours) ---
 
 
-def flip_lambda(p: ArrayLike, b: ArrayLike, *, undefined: OnUndefined = "raise") -> Array:
+def flip_lambda(p: ArrayLike, b: ArrayLike) -> Array:
     """λ_flip = logit b/(logit b − logit p) for ½ < p < b, ∞ for p ≥ b (ours, docs/theory.md §1).
 
     Beyond it the target of two tokens prefers the rival, so that greedy decoding changes its mind.
     """
     p, b = np.broadcast_arrays(as_probability("p", p), as_probability("b", b))
-    valid = check_defined(
-        "λ_flip", {"p > ½ (otherwise the token is not the teacher's mode)": p > 0.5}, undefined
-    )
+    check_defined("λ_flip", {"p > ½ (otherwise the token is not the teacher's mode)": p > 0.5})
     lam = np.full(p.shape, np.inf)
     np.divide(log_odds(b), log_odds_gap(b, p), out=lam, where=b > p)
-    return scalar(np.where(valid, lam, np.nan))
-
-
-def flip_lambda_from_log_probs(
-    log_teacher: Float[np.ndarray, "*s V"], log_base: Float[np.ndarray, "*s V"]
-) -> Array:
-    """λ_flip [*s] of the teacher's modal token: min over rivals v with Δ_B > Δ_T of Δ_B/(Δ_B − Δ_T), ∞ if
-    none.
-
-    Δ(v) is a model's log-probability margin of that token over v (ours, docs/theory.md §1). The inputs need not
-    be normalised; −inf forbids a token. A rival that only the base forbids, or that ties the teacher's
-    mode, flips at 1.
-    """
-    log_teacher, log_base = np.asarray(log_teacher, float), np.asarray(log_base, float)
-    mode = log_teacher.argmax(-1)[..., None]
-    with np.errstate(invalid="ignore"):  # −inf minus −inf: a token that both forbid is no rival
-        margin_t, margin_b = (np.take_along_axis(x, mode, -1) - x for x in (log_teacher, log_base))
-        gap = margin_b - margin_t
-    is_rival = (np.arange(log_teacher.shape[-1]) != mode) & (margin_b > margin_t)
-    lam = np.where(is_rival, 1.0, np.inf)  # the limit of the quotient as Δ_B → ∞
-    np.divide(margin_b, gap, out=lam, where=is_rival & np.isfinite(margin_b))
-    return scalar(lam.min(-1))
-
-
-# --- shifts ---
-
-
-def entropy_shift(p: ArrayLike, b: ArrayLike, c: ArrayLike, gamma: ArrayLike) -> Array:
-    """What an entropy bonus γ adds to λ*: γ q_c(1−q_c) logit(q_c)/(logit p − logit b) (EC Eq. 19)."""
-    gamma = at_least("gamma", gamma, 0)
-    clip_safe_lambda(p, b, c)  # the shift is defined where λ* is
-    Q = clip_boundary_log_odds(p, c)
-    return scalar(gamma * probability(Q) * probability(-Q) * Q / log_odds_gap(p, b))
-
-
-def warmup_lambda(lam_star: ArrayLike, warmup_steps: ArrayLike, steps: ArrayLike) -> Array:
-    """λ*/(1 − T_w/N), the threshold when λ warms up over T_w of N steps (EC §4)."""
-    lam_star, warmup, steps = (
-        at_least("lam_star", lam_star, 0),
-        at_least("warmup_steps", warmup_steps, 0),
-        np.asarray(steps),
-    )
-    check_defined(
-        "the warm-up shift", {"warmup_steps < steps (otherwise λ is never reached)": warmup < steps}
-    )
-    return scalar(lam_star / (1 - warmup / steps))
-
-
-def first_passage_steps(p: ArrayLike, lam: ArrayLike, lr: ArrayLike) -> Array:
-    """The scale of EC Cor. 4.2, 1/|log(1 − ηλp(1−p))| steps at rate η. EC gives the order, not the
-    constant.
-    """
-    p = as_probability("p", p)
-    rate = at_least("lr", lr, 0) * at_least("lam", lam, 0) * p * (1 - p)
-    check_defined("the first-passage scale", {"0 < ηλp(1−p) < 1": (rate > 0) & (rate < 1)})
-    return scalar(-1 / np.log1p(-rate))
-
-
-# --- the questions the other way round ---
-
-
-def smallest_safe_clip(p: ArrayLike, b: ArrayLike, lam: ArrayLike) -> Array:
-    """The c with λ*(p, b, c) = λ: 1 + p((odds p/odds b)^(λ−1) − 1), for 1 < λ, b < p.
-
-    λ* grows with c, so it is the *smallest* clip that keeps λ on the safe side; there is no largest one.
-    """
-    p, b, lam = np.broadcast_arrays(as_probability("p", p), as_probability("b", b), as_finite("lam", lam))
-    conditions = {"p > ½": p > 0.5, "b < p": b < p, "λ > 1 (otherwise any c > 1 is safe)": lam > 1}
-    check_defined("the clip needed", conditions)
-    with np.errstate(over="ignore"):  # ∞: no clip is large enough for a float64 to hold
-        return scalar(1 + p * np.expm1((lam - 1) * log_odds_gap(p, b)))
-
-
-def smallest_safe_base(p: ArrayLike, c: ArrayLike, lam: ArrayLike) -> Array:
-    """The b in (0, p) with λ*(p, b, c) = λ > 1: a base that knows the token better than this is clip-safe
-    at λ.
-    """
-    lam = np.asarray(lam, float)
-    check_defined("the base needed", {"λ > 1 (otherwise any b is safe)": lam > 1})
-    clip_safe_lambda_base_neutral(p, c)
-    shift = np.log1p((np.asarray(c, float) - 1) / np.asarray(p, float))
-    return probability(log_odds(p) - shift / (lam - 1))
-
-
-def largest_unflipped_base(p: ArrayLike, lam: ArrayLike) -> Array:
-    """The b in (p, 1) with λ_flip(p, b) = λ > 1: a base that is surer of the token than this flips at λ."""
-    p, lam = as_probability("p", p), np.asarray(lam, float)
-    check_defined("the base allowed", {"λ > 1 (otherwise any b is safe)": lam > 1, "p > ½": p > 0.5})
-    return probability(log_odds(p) * lam / (lam - 1))
-
-
-def lambda_at_margin(threshold: ArrayLike, margin: ArrayLike) -> Array:
-    """max(1, threshold/margin): the λ to run so that λ·margin ≤ threshold, else plain distillation. margin
-    ≥ 1.
-    """
-    return scalar(np.maximum(1.0, np.asarray(threshold, float) / at_least("margin", margin, 1)))
+    return scalar(lam)

@@ -11,7 +11,6 @@ the checksums tell, on whatever mesh; such a checkpoint is passed over for the o
 
 import contextlib
 import functools
-import hashlib
 import json
 import pathlib
 import shutil
@@ -25,7 +24,8 @@ from absl import logging
 from jax.sharding import NamedSharding, PartitionSpec
 from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, CustomSteps, LatestN
 
-from listopd_jax.errors import UserError
+from listopd_jax import files
+from listopd_jax.errors import UserError, one_line
 from listopd_jax.parallel.hosts import anywhere
 from listopd_jax.train.checksum import checksum
 from listopd_jax.train.optimizer import TrainState
@@ -109,7 +109,7 @@ class Checkpoints:
             yield
         except (OSError, ValueError) as e:  # tensorstore reports a full disk as a ValueError
             raise UserError(
-                f"{self._folder}: checkpoint not saved ({_one_line(e)}); free disk space and run again"
+                f"{self._folder}: checkpoint not saved ({one_line(e)[:200]}); free disk space and run again"
             ) from e
 
     def restore(self, like: TrainState, final: int | None = None) -> Saved | None:
@@ -164,7 +164,7 @@ class Checkpoints:
         except (jax.errors.JaxRuntimeError, MemoryError):  # no fault of the files
             raise
         except Exception as e:  # orbax and tensorstore raise bare Exceptions for damaged files
-            problem = _one_line(e)
+            problem = one_line(e)[:200]
         if anywhere(problem is not None):
             raise _Damaged(problem or "another host cannot read it")
         return found
@@ -198,29 +198,23 @@ def abstract(state: TrainState) -> TrainState:
 def _shapes(state: TrainState) -> str:
     """Digest of names, shapes and dtypes."""
     leaves = jax.tree.leaves_with_path(state)
-    return _digest([[jax.tree_util.keystr(path), list(x.shape), str(x.dtype)] for path, x in leaves])
+    return files.json_sha256(
+        [[jax.tree_util.keystr(path), list(x.shape), str(x.dtype)] for path, x in leaves]
+    )
 
 
 def _sealed(record: dict[str, Any]) -> dict[str, Any]:
     """The record as JSON gives it back, with its digest."""
     record = json.loads(json.dumps(record))
-    return record | {"sha256": _digest(record)}
+    return record | {"sha256": files.json_sha256(record)}
 
 
 def _unsealed(sealed: Any) -> dict[str, Any]:
     """The record that was sealed; _Damaged if it is not one any more."""
     record = {k: v for k, v in sealed.items() if k != "sha256"} if isinstance(sealed, dict) else None
-    if record is None or sealed.get("sha256") != _digest(record):
+    if record is None or sealed.get("sha256") != files.json_sha256(record):
         raise _Damaged("its record is not what was saved")
     return record
-
-
-def _digest(value: Any) -> str:
-    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
-
-
-def _one_line(e: Exception) -> str:
-    return " ".join(str(e).split())[:200] or type(e).__name__
 
 
 def _warn(message: str) -> None:

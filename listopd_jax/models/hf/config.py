@@ -1,0 +1,160 @@
+"""A checkpoint's folder, and its config.json as our ModelConfig and back."""
+
+import os
+import pathlib
+import re
+from typing import Any
+
+import jax.numpy as jnp
+
+from listopd_jax import files
+from listopd_jax.errors import UserError, first_line
+from listopd_jax.models.config import ModelConfig, RopeScaling
+
+
+def resolve(source: str | os.PathLike, revision: str | None = None) -> pathlib.Path:
+    """The local folder of a checkpoint: `source` itself, or the snapshot of a hub id."""
+    folder = pathlib.Path(source)
+    if folder.is_dir():
+        return folder
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", str(source)):
+        raise UserError(f"{source}: no such folder, and not a hub id of the form owner/name")
+    import huggingface_hub
+
+    patterns = ["*.json", "*.safetensors", "tokenizer*", "*.txt", "*.jinja"]
+    try:
+        return pathlib.Path(
+            huggingface_hub.snapshot_download(str(source), revision=revision, allow_patterns=patterns)
+        )
+    except (OSError, ValueError) as e:
+        raise UserError(
+            f"{source}: no such folder, and not to be had from the hub ({first_line(e)}); "
+            "check the name and the network, or give a local folder"
+        ) from e
+
+
+def read_config(folder: pathlib.Path) -> ModelConfig:
+    """The ModelConfig of folder/config.json; UserError if broken or of a kind that Decoder lacks."""
+    path = pathlib.Path(folder) / "config.json"
+    raw = read_object(path)
+    try:
+        _refuse_unsupported(raw)
+        return _parse_config(raw)
+    except KeyError as e:
+        raise UserError(f"{path}: field {e} is missing; take config.json from the checkpoint's origin") from e
+    except TypeError as e:
+        raise UserError(
+            f"{path}: a field has the wrong type ({e}); take it from the checkpoint's origin"
+        ) from e
+    except UserError as e:
+        raise UserError(f"{path}: {e}") from e
+
+
+def read_object(path: pathlib.Path) -> dict[str, Any]:
+    """The object that a JSON file of a checkpoint holds; UserError if it is missing or broken."""
+    value = files.read_json(path, fix="download it again")
+    if not isinstance(value, dict):
+        raise UserError(f"{path}: must be a JSON object; download it again")
+    return value
+
+
+def _refuse_unsupported(raw: dict[str, Any]) -> None:
+    kind = raw.get("model_type")
+    if kind not in ("qwen3", "llama"):
+        raise UserError(f"model_type {kind!r} is not supported; use a qwen3 or llama checkpoint")
+    activation, architectures = raw.get("hidden_act", "silu"), raw.get("architectures")
+    problems = {
+        "attention_bias true": raw.get("attention_bias"),
+        "mlp_bias true": raw.get("mlp_bias"),
+        "sliding-window attention": _slides(raw),
+        "quantization_config": raw.get("quantization_config"),
+        f"hidden_act {activation!r}": activation != "silu",
+        "partial_rotary_factor": raw.get("partial_rotary_factor", 1) != 1,
+        f"architectures {architectures}": architectures and "ForCausalLM" not in str(architectures),
+    }
+    for problem, present in problems.items():
+        if present:
+            raise UserError(f"{problem} is not supported; use a plain qwen3 or llama causal language model")
+
+
+def _slides(raw: dict[str, Any]) -> bool:
+    """Whether any layer has a sliding window: Qwen3 switches it on from layer `max_window_layers` upwards."""
+    if raw.get("layer_types"):
+        return "sliding_attention" in raw["layer_types"]
+    return bool(raw.get("use_sliding_window")) and raw.get("max_window_layers", 28) < raw["num_hidden_layers"]
+
+
+def _parse_config(raw: dict[str, Any]) -> ModelConfig:
+    heads, qwen3 = raw["num_attention_heads"], raw["model_type"] == "qwen3"
+    theta, scaling = _parse_rope(raw)
+    return ModelConfig(
+        vocab_size=raw["vocab_size"],
+        hidden_size=raw["hidden_size"],
+        intermediate_size=raw["intermediate_size"],
+        num_layers=raw["num_hidden_layers"],
+        num_heads=heads,
+        num_kv_heads=raw.get("num_key_value_heads") or heads,
+        head_dim=raw.get("head_dim") or (128 if qwen3 else _default_head_dim(raw["hidden_size"], heads)),
+        rope_theta=theta,
+        rope_scaling=scaling,
+        norm_eps=raw.get("rms_norm_eps", 1e-6),
+        qk_norm=qwen3,
+        tied=raw.get("tie_word_embeddings", False),
+        max_positions=raw.get("max_position_embeddings", 32768),
+    )
+
+
+def _default_head_dim(hidden: Any, heads: Any) -> int:
+    if not (isinstance(hidden, int) and isinstance(heads, int) and heads > 0 and hidden % heads == 0):
+        raise UserError(
+            f"hidden_size {hidden!r} is not a multiple of num_attention_heads {heads!r}; state head_dim"
+        )
+    return hidden // heads
+
+
+def _parse_rope(raw: dict[str, Any]) -> tuple[float, RopeScaling | None]:
+    """θ and scaling: rope_theta with rope_scaling (transformers 4), or rope_parameters (transformers 5)."""
+    rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
+    if not isinstance(rope, dict):
+        raise UserError("rope_scaling must be an object")
+    theta = rope.get("rope_theta", raw.get("rope_theta", 10000.0))
+    kind = rope.get("rope_type", rope.get("type", "default"))
+    if rope.get("partial_rotary_factor", 1) != 1 or kind not in ("default", "llama3"):
+        raise UserError(
+            f"rope type {kind!r} is not supported; use a checkpoint with default or llama3 positions"
+        )
+    if kind == "default":
+        return theta, None
+    fields = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
+    return theta, RopeScaling(*(rope[field] for field in fields))
+
+
+def config_json(config: ModelConfig, dtype, tokenizer) -> dict[str, Any]:
+    """config.json in the fields that transformers 4 and 5, and vLLM, all read."""
+    c, s = config, config.rope_scaling
+    scaling = None if s is None else {"rope_type": "llama3", **vars(s)}
+    special = (
+        {}
+        if tokenizer is None
+        else {f"{k}_token_id": getattr(tokenizer, f"{k}_token_id") for k in ("bos", "eos", "pad")}
+    )
+    return {
+        "architectures": ["Qwen3ForCausalLM" if c.qk_norm else "LlamaForCausalLM"],
+        "model_type": "qwen3" if c.qk_norm else "llama",
+        "vocab_size": c.vocab_size,
+        "hidden_size": c.hidden_size,
+        "intermediate_size": c.intermediate_size,
+        "num_hidden_layers": c.num_layers,
+        "num_attention_heads": c.num_heads,
+        "num_key_value_heads": c.num_kv_heads,
+        "head_dim": c.head_dim,
+        "hidden_act": "silu",
+        "rope_theta": c.rope_theta,
+        "rope_scaling": scaling,
+        "rms_norm_eps": c.norm_eps,
+        "tie_word_embeddings": c.tied,
+        "max_position_embeddings": c.max_positions,
+        "attention_bias": False,
+        "torch_dtype": jnp.dtype(dtype).name,
+        **special,
+    }

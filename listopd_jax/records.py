@@ -1,0 +1,302 @@
+"""What a run leaves for others to read, field by field: results.json, examples.json and calibration.json.
+
+Whoever writes these files makes these records, and whoever reads them gets them back. A field that a file lacks (an
+older one) has its default; fields that are not known here (a newer one's) are kept in `extra` and written again. A
+value of a wrong type is a UserError that names file and field.
+"""
+
+import dataclasses
+import os
+import pathlib
+import sys
+import typing
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple, Self
+
+from listopd_jax import files
+from listopd_jax.errors import UserError
+
+RESULTS, EXAMPLES, CALIBRATION = "results.json", "examples.json", "calibration.json"
+
+Counts = dict[str, int]  # class -> lists
+Intervals = dict[str, list[float] | None]  # name of a number -> [low, high]
+
+
+class Record:
+    """A dataclass that stands in a file as a JSON object; the last field of each is `extra`."""
+
+    @classmethod
+    def from_json(cls, value: Any, where: str) -> Self:
+        """The record that a JSON value spells; UserError, which begins with `where`, if it spells none."""
+        _require(isinstance(value, dict), where, "must be an object")
+        given, rest = {}, dict(value)
+        for field in _fields(cls):
+            name = json_name(field.name)
+            if name in rest:
+                given[field.name] = _checked(field.type, rest.pop(name), name, where)
+            else:
+                _require(_has_default(field), where, f"field '{name}' is missing")
+        return cls(**given, extra=rest)
+
+    def to_json(self) -> dict[str, Any]:
+        """The JSON object, fields in their order."""
+        fields = {json_name(field.name): _plain(getattr(self, field.name)) for field in _fields(type(self))}
+        return fields | self.extra
+
+
+def _extra() -> Any:
+    return dataclasses.field(default_factory=dict, compare=False)
+
+
+class Identity(NamedTuple):
+    """What tells the evaluation of one policy from that of another."""
+
+    stage: str
+    lam: float | None
+    seed: int | None
+    steps: int | None
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _OfPolicy(Record):
+    """What a record of a policy begins with."""
+
+    run: str = ""
+    stage: str
+    lam: float | None = None
+    seed: int | None = None
+    steps: int | None = None
+
+    @property
+    def identity(self) -> Identity:
+        """Of one identity there is one result."""
+        return Identity(self.stage, self.lam, self.seed, self.steps)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Result(_OfPolicy):
+    """An evaluated policy, an entry of results.json: what task.metrics.summarize says of its answers.
+
+    A metric is None where no list defines it.
+    """
+
+    n: int | None = None  # lists
+    gain: str | None = None
+    parse: float | None = None
+    ndcg_1: float | None = None
+    ndcg_3: float | None = None
+    ndcg_5: float | None = None
+    ndcg_10: float | None = None
+    tau: float | None = None
+    mae: float | None = None
+    useful: float | None = None
+    failures: Counts = dataclasses.field(default_factory=dict)
+    counted: Counts = dataclasses.field(default_factory=dict)  # metric -> lists in its mean
+    intervals: Intervals = dataclasses.field(default_factory=dict)
+    extra: dict[str, Any] = _extra()
+
+    def metric(self, name: str) -> float | None:
+        """A metric by its name in the file, e.g. ndcg@1."""
+        return getattr(self, attribute(name))
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Example(_OfPolicy):
+    """One answer of an evaluated policy, an entry of examples.json."""
+
+    key: str = ""
+    prompt: str = ""
+    output: str = ""
+    failure: str = ""
+    true_scores: list[float] | None = None
+    scores: list[float] | None = None
+    extra: dict[str, Any] = _extra()
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ClassRow(Record):
+    """One token class in a calibration; p, b and λ* over kept positions, λ_flip (None: no λ flips it) over all."""
+
+    token_class: str = ""
+    positions: int | None = None
+    kept: int | None = None
+    p: float | None = None
+    b: float | None = None
+    lam: float | None = None
+    reason: str | None = None  # why there is no λ*
+    flip_min: float | None = None
+    flip_percentile_1: float | None = None
+    flip_percentile_5: float | None = None
+    flip_percentile_25: float | None = None
+    flip_percentile_50: float | None = None
+    extra: dict[str, Any] = _extra()
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class FlipRow(Record):
+    """Over lists, the smallest λ_flip of a list's structural positions or of all; None stands for ∞."""
+
+    positions: str = ""  # structural or all
+    min: float | None = None
+    percentile_1: float | None = None
+    percentile_5: float | None = None
+    percentile_25: float | None = None
+    percentile_50: float | None = None
+    never: float | None = None  # share of lists without any flip
+    extra: dict[str, Any] = _extra()
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class CurvePoint(Record):
+    """The share of lists with a flip below λ."""
+
+    lam: float
+    structural: float
+    all: float
+    extra: dict[str, Any] = _extra()
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Calibration(Record):
+    """The thresholds that teacher and base give before any update, calibration.json (stages/calibrate.py).
+
+    Over the positions with p ≥ tau (EC Prop. 4.3; means over prompts of within-prompt means): p_typ and p_safe, mean
+    and maximum over prompts of the within-prompt mean of p; b_measured, mean of b; b_implied, p_typ·exp(−mean(log π_T −
+    log π_B)); each λ* is that of p_typ or p_safe with one of the b. p_max … p_min: over the positions alone.
+    """
+
+    clip: float | None = None  # None: no clip
+    tau: float | None = None
+    prompts: int | None = None
+    positions: int | None = None
+    kept: int | None = None
+    p_typ: float | None = None
+    p_safe: float | None = None
+    b_measured: float | None = None
+    b_implied: float | None = None
+    lambda_typ_measured: float | None = None
+    lambda_typ_implied: float | None = None
+    lambda_safe_measured: float | None = None
+    lambda_safe_implied: float | None = None
+    p_max: float | None = None
+    p_mean: float | None = None
+    p_geometric_mean: float | None = None
+    p_percentile_5: float | None = None
+    p_min: float | None = None
+    reasons: dict[str, str] = dataclasses.field(default_factory=dict)  # field -> why it is None
+    intervals: Intervals = dataclasses.field(default_factory=dict)  # 95 % percentile bootstrap over prompts
+    classes: tuple[ClassRow, ...] = ()
+    flips: tuple[FlipRow, ...] = ()
+    curve: tuple[CurvePoint, ...] = ()
+    notes: list[str] = dataclasses.field(default_factory=list)
+    extra: dict[str, Any] = _extra()
+
+
+# --- files ---
+
+
+def results(value: Any, where: str) -> list[Result]:
+    """The records of results.json from its JSON value; UserError, which begins with `where`, if it holds others."""
+    return _entries(Result, value, where, "record")
+
+
+def read_results(path: str | os.PathLike) -> list[Result]:
+    """The records of a results.json; [] if there is no such file."""
+    return results(_read(path, []), str(path))
+
+
+def read_examples(path: str | os.PathLike) -> list[Example]:
+    """The records of an examples.json; [] if there is no such file."""
+    return _entries(Example, _read(path, []), str(path), "example")
+
+
+def read_calibration(path: str | os.PathLike) -> Calibration | None:
+    """The record of a calibration.json; None if there is no such file."""
+    value = _read(path, None)
+    return None if value is None else Calibration.from_json(value, str(path))
+
+
+def write_records(path: str | os.PathLike, records: Sequence[Record]) -> None:
+    """Write a results.json or examples.json, whole or not at all."""
+    files.write_json(path, [record.to_json() for record in records])
+
+
+def _read(path: str | os.PathLike, absent: Any) -> Any:
+    return files.read_json(path) if pathlib.Path(path).exists() else absent
+
+
+def _entries(kind: type[Record], value: Any, where: str, called: str) -> list[Any]:
+    _require(isinstance(value, list), where, "must hold a list")
+    return [kind.from_json(entry, f"{where}: {called} {i}") for i, entry in enumerate(value)]
+
+
+# --- fields ---
+
+_JSON_NAMES = {"lam": "lambda", "token_class": "class"} | {f"ndcg_{k}": f"ndcg@{k}" for k in (1, 3, 5, 10)}
+_ATTRIBUTES = {name: attribute for attribute, name in _JSON_NAMES.items()}
+
+
+def json_name(attribute: str) -> str:
+    """How the files call a field of a record."""
+    return _JSON_NAMES.get(attribute, attribute)
+
+
+def attribute(name: str) -> str:
+    """How a record calls a field of the files."""
+    return _ATTRIBUTES.get(name, name)
+
+
+def is_number(value: Any) -> bool:
+    """Whether `value`, read from JSON, is a finite float64: no boolean, NaN, infinity or huge integer."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
+
+
+def _is_pair(value: Any) -> bool:
+    return isinstance(value, list) and len(value) == 2 and all(map(is_number, value))
+
+
+def _maps_to(fits: Callable[[Any], bool]) -> Callable[[Any], bool]:
+    return lambda value: isinstance(value, dict) and all(map(fits, value.values()))
+
+
+_TYPES: Mapping[Any, tuple[Callable[[Any], bool], str]] = {
+    str: (lambda x: isinstance(x, str), "be text"),
+    str | None: (lambda x: x is None or isinstance(x, str), "be text or null"),
+    float: (is_number, "be a finite number"),
+    float | None: (lambda x: x is None or is_number(x), "be a finite number or null"),
+    int | None: (lambda x: x is None or is_number(x), "be a finite number or null"),
+    list[str]: (lambda x: isinstance(x, list), "be a list"),
+    list[float] | None: (lambda x: x is None or isinstance(x, list), "be a list or null"),
+    dict[str, str]: (lambda x: isinstance(x, dict), "be an object"),
+    Counts: (_maps_to(lambda x: is_number(x) and x >= 0), "map names to counts"),
+    Intervals: (_maps_to(lambda x: x is None or _is_pair(x)), "map names to [low, high] or null"),
+}
+"""What a field of each type must be."""
+
+
+def _fields(kind: type) -> list[dataclasses.Field]:
+    return [field for field in dataclasses.fields(kind) if field.name != "extra"]
+
+
+def _has_default(field: dataclasses.Field) -> bool:
+    return (field.default, field.default_factory) != (dataclasses.MISSING, dataclasses.MISSING)
+
+
+def _checked(kind: Any, value: Any, name: str, where: str) -> Any:
+    """The value of a field of type `kind`; UserError if it is of another."""
+    if typing.get_origin(kind) is tuple:
+        _require(isinstance(value, list), where, f"field '{name}' must be a list")
+        row = typing.get_args(kind)[0]
+        return tuple(row.from_json(x, f"{where}: {name} {i}") for i, x in enumerate(value))
+    fits, what = _TYPES[kind]
+    _require(fits(value), where, f"field '{name}' must {what}")
+    return value
+
+
+def _plain(value: Any) -> Any:
+    return [row.to_json() for row in value] if isinstance(value, tuple) else value
+
+
+def _require(holds: bool, where: str, what: str) -> None:
+    if not holds:
+        raise UserError(f"{where}: {what}; mend it, or delete the file to have it made again")
