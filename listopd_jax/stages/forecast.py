@@ -18,7 +18,7 @@ from listopd_jax.train.opd_step import Frozen
 
 def forecast_run(lam: float) -> Run:
     """What identifies the forecast at λ among the results: a run of no steps and no seed."""
-    return Run(f"forecast_lambda{float(lam)}", "forecast", {"lambda": float(lam), "seed": None}, 0)
+    return Run(f"forecast_lambda{float(lam)}", "forecast", lam=float(lam), seed=None, steps=0)
 
 
 def forecast(job: Job, frozen: Frozen) -> None:

@@ -27,7 +27,7 @@ def opd_runs(job: Job, lam: float, seed: int) -> list[Run]:
     """The OPD run at λ and seed, once for each budget at which it is evaluated: one training, read on its way."""
     opd = job.config.opd
     steps = opd.steps or job.steps(opd.epochs, opd.batch_size)
-    run = Run(f"opd_lambda{float(lam)}_seed{seed}", "opd", {"lambda": float(lam), "seed": seed}, steps)
+    run = Run(f"opd_lambda{float(lam)}_seed{seed}", "opd", float(lam), seed, steps)
     return [run._replace(steps=budget) for budget in opd.eval_steps if budget < steps] + [run]
 
 
@@ -71,14 +71,13 @@ def train_opd(
     The checkpoint at step `best` is kept.
     """
     config, opd = job.config, job.config.opd
-    lam, seed = run.fixed["lambda"], run.fixed["seed"]
-    key = jax.random.key(seed)
+    key = jax.random.key(run.seed)
 
     def update(state, batch, step):
         rows = hosts.global_batch({k: batch[k] for k in ("prompt", "prompt_length")}, opd.batch_size)
         prompts, lengths = rows["prompt"], rows["prompt_length"]
         rollout = sample(job, state.params, prompts, lengths, jax.random.fold_in(key, step))
-        hyper = hyper_at(config, lam, step)
+        hyper = hyper_at(config, run.lam, step)
         for _ in range(opd.updates_per_batch):
             state, metrics, per_token = opd_step(
                 state, frozen, OpdBatch(prompts, lengths, rollout), hyper, jnp.float32(opd.lr)
@@ -90,7 +89,7 @@ def train_opd(
 
     initial = functools.partial(init_state, student, adamw(config.optimizer, opd.b2))
     policy = saving(config, best, lambda_warmup_steps=opd.lambda_warmup_steps)
-    return train(job.workdir, run, initial, job.opd_batches(seed), update, policy)
+    return train(job.workdir, run, initial, job.opd_batches(run.seed), update, policy)
 
 
 def hyper_at(config, lam: float, step: int) -> Hyper:

@@ -50,7 +50,7 @@ def keep(job: Job, run: Run, answers: Sequence[Answer], examples: bool = True) -
 
 
 def _head(run: Run) -> dict[str, Any]:
-    return {"run": run.name, "stage": run.stage, **run.fixed, "steps": run.steps}
+    return {"run": run.name, "stage": run.stage, **run.labels, "steps": run.steps}
 
 
 def _identity(record: dict[str, Any]) -> tuple:
