@@ -13,10 +13,11 @@ from jaxtyping import Array, Int
 from listopd_jax.models.build import cast, graph_of, initial_params
 from listopd_jax.models.hf import load_hf
 from listopd_jax.ops.attention_backends import resolve
+from listopd_jax.ops.opd_loss import Frozen
 from listopd_jax.plan.search import shapes_of, vocabulary
 from listopd_jax.rollout.decode import Rollout, generate
 from listopd_jax.stages.opd import hyper_at, make_step
-from listopd_jax.train.opd_step import Frozen, OpdBatch
+from listopd_jax.train.opd_step import OpdBatch
 from listopd_jax.train.optimizer import adamw, init_state
 
 PROMPT_MULTIPLE = 64  # widths of prompts, as the job's buckets have them

@@ -20,13 +20,14 @@ import jax.numpy as jnp
 from listopd_jax.config import defaults, validate
 from listopd_jax.models.build import graph_of, initial_params
 from listopd_jax.ops.objective import Hyper
+from listopd_jax.ops.opd_loss import Frozen
 from listopd_jax.parallel.mesh import make_mesh, use_mesh
 from listopd_jax.plan.arithmetic import Load
 from listopd_jax.plan.chips import GIB, parse_topology
 from listopd_jax.plan.search import make_plan, shapes_of, vocabulary
 from listopd_jax.rollout.decode import generate
 from listopd_jax.stages.opd import make_step
-from listopd_jax.train.opd_step import Frozen, OpdBatch
+from listopd_jax.train.opd_step import OpdBatch
 from listopd_jax.train.optimizer import adamw, init_state
 
 ROWS, ROLLOUTS, PROMPT, RESPONSE = 8, 2, 192, 48

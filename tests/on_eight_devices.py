@@ -24,12 +24,13 @@ from listopd_jax.ops.fused import fused_loss
 from listopd_jax.ops.gather_kernel import gather_logprobs
 from listopd_jax.ops.head import token_logprobs
 from listopd_jax.ops.objective import Hyper, Variant
+from listopd_jax.ops.opd_loss import Frozen, Models
 from listopd_jax.parallel.mesh import AXES, make_mesh, use_mesh
 from listopd_jax.parallel.rules import batch_shardings, param_sharding, rollout_shardings, state_shardings
 from listopd_jax.plan.hlo import traffic
 from listopd_jax.rollout import decode
 from listopd_jax.rollout.decode import Rollout, Settings, first_segment, generate, generate_grid, segment
-from listopd_jax.train.opd_step import Frozen, Models, OpdBatch, make_opd_step
+from listopd_jax.train.opd_step import OpdBatch, make_opd_step
 from listopd_jax.train.optimizer import TrainState, init_state
 from listopd_jax.train.sft_step import cross_entropy, make_sft_step
 
@@ -55,7 +56,10 @@ STUDENT_DEF, STUDENT = decoder(96, 16, 2, seed=0)  # 2 KV heads: fewer than a te
 _, BASE = decoder(96, 16, 2, seed=2)
 TEACHER_DEF, TEACHER = decoder(104, 32, 4, seed=1)  # another width, another padded vocabulary, an untied head
 FROZEN, MODELS = Frozen(TEACHER, BASE), Models(STUDENT_DEF, TEACHER_DEF, STUDENT_DEF)
-HYPER = Hyper(*map(np.float32, (1.3, 5.0, 0.1, 0.1, 0.2, 1.1)))
+HYPER = jax.tree.map(
+    np.float32,
+    Hyper(lam=1.3, clip=5.0, kl_to_base=0.1, entropy_bonus=0.1, ppo_clip=0.2, guard_margin=1.1),
+)
 LR = np.float32(3e-3)
 
 

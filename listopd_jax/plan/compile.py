@@ -23,13 +23,14 @@ from listopd_jax.models.config import ModelConfig
 from listopd_jax.models.decoder import KVCache, abstract
 from listopd_jax.ops.attention_backends import resolve
 from listopd_jax.ops.objective import Hyper
+from listopd_jax.ops.opd_loss import Frozen
 from listopd_jax.parallel import rules
 from listopd_jax.parallel.mesh import use_mesh
 from listopd_jax.plan.chips import GIB, Topology
 from listopd_jax.plan.hlo import traffic
 from listopd_jax.rollout.decode import Rollout, Settings, capacities, first_segment, segment
 from listopd_jax.stages.opd import make_step
-from listopd_jax.train.opd_step import Frozen, OpdBatch
+from listopd_jax.train.opd_step import OpdBatch
 from listopd_jax.train.optimizer import TrainState, adamw
 
 ARGUMENTS = ("parameters", "optimizer", "teacher", "base")

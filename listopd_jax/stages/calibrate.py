@@ -24,6 +24,7 @@ from listopd_jax import files
 from listopd_jax.metrics_log import progress
 from listopd_jax.ops.guard import flip_lambda
 from listopd_jax.ops.head import log_distribution, map_positions, take_token
+from listopd_jax.ops.opd_loss import Frozen
 from listopd_jax.parallel.hosts import from_main, gather
 from listopd_jax.rollout.decode import generate
 from listopd_jax.rollout.scoring import completion_hidden
@@ -32,7 +33,6 @@ from listopd_jax.task.codec import Codec
 from listopd_jax.task.contract import STRUCTURAL, TOKEN_CLASSES
 from listopd_jax.theory.checks import Undefined
 from listopd_jax.theory.thresholds import clip_safe_lambda_log_odds, probability
-from listopd_jax.train.opd_step import Frozen
 
 CALIBRATION = "calibration.json"
 ENOUGH_PROMPTS = 200  # EC's minimum

@@ -9,11 +9,11 @@ guarded target has the teacher's mode everywhere, so its forecast is the teacher
 
 import jax.numpy as jnp
 
+from listopd_jax.ops.opd_loss import Frozen
 from listopd_jax.stages.evaluate import greedy_answers
 from listopd_jax.stages.job import Job
 from listopd_jax.stages.results import evaluated, keep
 from listopd_jax.train.loop import Run
-from listopd_jax.train.opd_step import Frozen
 
 
 def forecast_run(lam: float) -> Run:

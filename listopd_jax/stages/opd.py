@@ -10,6 +10,7 @@ import numpy as np
 
 from listopd_jax.models.build import cast
 from listopd_jax.ops.objective import Hyper, Variant, warmed_up_lambda
+from listopd_jax.ops.opd_loss import Frozen, Models
 from listopd_jax.parallel import hosts
 from listopd_jax.parallel.rules import decoding_copy
 from listopd_jax.rollout.decode import Rollout, generate
@@ -18,7 +19,7 @@ from listopd_jax.task.codec import Codec
 from listopd_jax.task.contract import strict_parse
 from listopd_jax.task.prompt import review_ids
 from listopd_jax.train.loop import Run, train
-from listopd_jax.train.opd_step import Frozen, Models, OpdBatch, make_opd_step
+from listopd_jax.train.opd_step import OpdBatch, make_opd_step
 from listopd_jax.train.optimizer import adamw, init_state
 from listopd_jax.train.preflight import answer_logprobs, check_models
 
@@ -95,9 +96,15 @@ def train_opd(
 def hyper_at(config, lam: float, step: int) -> Hyper:
     """The traced scalars of the objective at 0-based `step`."""
     opd = config.opd
-    now = warmed_up_lambda(lam, step, opd.lambda_warmup_steps)
-    scalars = now, opd.clip, opd.kl_to_base, opd.entropy_bonus, opd.ppo_clip, opd.guard.margin
-    return Hyper(*map(jnp.float32, scalars))
+    scalars = Hyper(
+        lam=warmed_up_lambda(lam, step, opd.lambda_warmup_steps),
+        clip=opd.clip,
+        kl_to_base=opd.kl_to_base,
+        entropy_bonus=opd.entropy_bonus,
+        ppo_clip=opd.ppo_clip,
+        guard_margin=opd.guard.margin,
+    )
+    return jax.tree.map(jnp.float32, scalars)
 
 
 def sample(job: Job, params: Any, prompts, lengths, key) -> Rollout:

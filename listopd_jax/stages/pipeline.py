@@ -7,6 +7,7 @@ from typing import Any
 
 from listopd_jax.models.build import cast
 from listopd_jax.models.hf import save_hf
+from listopd_jax.ops.opd_loss import Frozen
 from listopd_jax.parallel.hosts import is_main
 from listopd_jax.parallel.mesh import configured_mesh, use_mesh
 from listopd_jax.stages.calibrate import calibrate_stage
@@ -16,7 +17,6 @@ from listopd_jax.stages.opd import make_step, opd_runs, preflight, train_opd
 from listopd_jax.stages.results import evaluate, evaluated
 from listopd_jax.stages.sft import sft_run, train_sft
 from listopd_jax.train.loop import Run
-from listopd_jax.train.opd_step import Frozen
 from listopd_jax.train.preflight import check_mesh
 
 
