@@ -2,7 +2,6 @@
 
 import pathlib
 import time
-from types import SimpleNamespace
 from typing import Any
 
 import jax
@@ -16,6 +15,7 @@ from listopd_jax.ops.attention_backends import resolve
 from listopd_jax.ops.opd_loss import Frozen
 from listopd_jax.plan.search import shapes_of, vocabulary
 from listopd_jax.rollout.decode import Rollout, generate
+from listopd_jax.rollout.state import trim
 from listopd_jax.stages.opd import hyper_at, make_step
 from listopd_jax.train.opd_step import OpdBatch
 from listopd_jax.train.optimizer import adamw, init_state
@@ -61,11 +61,9 @@ class Step:
             student = load_hf(folder / "student", jnp.dtype(config.dtype.param))[1]
             teacher = load_hf(folder / "teacher", jnp.dtype(config.dtype.frozen))[1]
         self.frozen = Frozen(teacher, cast(student, config.dtype.frozen))
-        self.state = init_state(student, adamw(config.optimizer, config.opd.b2))
-        codec = SimpleNamespace(vocab=self.vocab)
-        self.program = make_step(
-            SimpleNamespace(config=config, graphs=self.graphs, codec=codec, attention=backend)
-        )
+        tx = adamw(config.optimizer, config.opd.b2)
+        self.state = init_state(student, tx)
+        self.program = make_step(config.opd, tx, self.graphs, vocab=self.vocab, attention=backend)
         self.count = 0
 
     def rollout(self, response: int | None = None) -> Rollout:
@@ -78,15 +76,12 @@ class Step:
             max_tokens=budget, vocab=self.vocab, eos=-1, pad=0, temperature=opd.temperature,
             budgets=jnp.full((len(self.prompts), opd.rollouts), response, jnp.int32),
         )  # fmt: skip
-        quarter = -(-budget // 4)
-        size = min(budget, -(-int(rollout.lengths.max()) // quarter) * quarter)
-        cut = Rollout(rollout.tokens[..., :size], rollout.logprobs[..., :size], rollout.lengths)
-        return jax.block_until_ready(cut)
+        return jax.block_until_ready(trim(rollout, budget))
 
     def update(self, rollout: Rollout) -> dict[str, Array]:
         """Scores of teacher and base, loss, gradient, AdamW; the step's metrics."""
         opd = self.config.opd
-        hyper = hyper_at(self.config, opd.lambdas[0], opd.lambda_warmup_steps)
+        hyper = hyper_at(opd, opd.lambdas[0], opd.lambda_warmup_steps)
         batch = OpdBatch(self.prompts, self.lengths, rollout)
         self.state, metrics, _ = self.program(self.state, self.frozen, batch, hyper, jnp.float32(opd.lr))
         jax.block_until_ready((self.state, metrics))

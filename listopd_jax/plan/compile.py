@@ -8,11 +8,11 @@ import importlib.util
 import re
 from collections import Counter
 from collections.abc import Mapping
-from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import optax
 from flax import nnx
 from jax.experimental import topologies
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
@@ -22,14 +22,13 @@ from listopd_jax.models.build import cast, graph_of
 from listopd_jax.models.config import ModelConfig
 from listopd_jax.models.decoder import KVCache, abstract
 from listopd_jax.ops.attention_backends import resolve
-from listopd_jax.ops.objective import Hyper
 from listopd_jax.ops.opd_loss import Frozen
 from listopd_jax.parallel import rules
 from listopd_jax.parallel.mesh import use_mesh
 from listopd_jax.plan.chips import GIB, Topology
 from listopd_jax.plan.hlo import traffic
 from listopd_jax.rollout.decode import Rollout, Settings, capacities, first_segment, segment
-from listopd_jax.stages.opd import make_step
+from listopd_jax.stages.opd import hyper_at, make_step
 from listopd_jax.train.opd_step import OpdBatch
 from listopd_jax.train.optimizer import TrainState, adamw
 
@@ -125,14 +124,11 @@ def _rollout_programs(config: Any, shapes: Mapping[str, ModelConfig], vocab: int
 def compile_update(config: Any, shapes: Mapping[str, ModelConfig], vocab: int, mesh: Mesh) -> Program:
     """The OPD stage's update at the widest prompts and completions; TooLarge if the compiler refuses."""
     graphs = {role: _graph(config, shape, mesh) for role, shape in shapes.items()}
-    codec = SimpleNamespace(vocab=vocab)
-    job = SimpleNamespace(config=config, graphs=graphs, codec=codec, attention=_attention(config, mesh))
-    step = make_step(job)
+    step = make_step(config.opd, _optimizer(config), graphs, vocab=vocab, attention=_attention(config, mesh))
     state, frozen = _state(config, shapes, mesh)
-    scalar = _replicate(jax.ShapeDtypeStruct((), jnp.float32), mesh)
-    hyper = Hyper(*[scalar] * len(Hyper._fields))
+    scalars = jax.eval_shape(lambda: (hyper_at(config.opd, lam=1.0, step=0), jnp.float32(config.opd.lr)))
     with use_mesh(mesh):
-        lowered = step.lower(state, frozen, OpdBatch(*_batch(config, mesh)), hyper, scalar)
+        lowered = step.lower(state, frozen, OpdBatch(*_batch(config, mesh)), *_replicate(scalars, mesh))
         return _compiled(lowered, "update", mesh)[0]
 
 
@@ -146,12 +142,17 @@ def _graph(config: Any, shape: ModelConfig, mesh: Mesh) -> nnx.GraphDef:
     return graph_of(shape, config.dtype.compute, config.remat, _attention(config, mesh))
 
 
+def _optimizer(config: Any) -> optax.GradientTransformation:
+    """The optimizer of the OPD stage."""
+    return adamw(config.optimizer, config.opd.b2)
+
+
 def _state(config: Any, shapes: Mapping[str, ModelConfig], mesh: Mesh) -> tuple[TrainState, Frozen]:
     """Abstract student, optimizer, teacher and base, split as they rest."""
     student = abstract(shapes["student"], param_dtype=jnp.dtype(config.dtype.param))[1]
     teacher = abstract(shapes["teacher"], param_dtype=jnp.dtype(config.dtype.frozen))[1]
     base = abstract(shapes["student"], param_dtype=jnp.dtype(config.dtype.frozen))[1]
-    state = TrainState(student, jax.eval_shape(adamw(config.optimizer, config.opd.b2).init, student))
+    state = TrainState(student, jax.eval_shape(_optimizer(config).init, student))
     trees = (state, Frozen(teacher, base))
     return tuple(rules.abstract(tree, rules.state_shardings(tree, mesh)) for tree in trees)
 
