@@ -27,7 +27,7 @@ from listopd_jax.parallel import rules
 from listopd_jax.parallel.mesh import use_mesh
 from listopd_jax.plan.chips import GIB, Topology
 from listopd_jax.plan.hlo import traffic
-from listopd_jax.rollout.decode import Rollout, Settings, capacities, first_segment, segment
+from listopd_jax.rollout.decode import Rollout, Sampler, Settings, capacities, first_segment, segment
 from listopd_jax.stages.opd import hyper_at, make_step
 from listopd_jax.train.opd_step import OpdBatch
 from listopd_jax.train.optimizer import TrainState, adamw
@@ -100,25 +100,31 @@ def compile_rollout(config: Any, shapes: Mapping[str, ModelConfig], vocab: int, 
 
 def _rollout_programs(config: Any, shapes: Mapping[str, ModelConfig], vocab: int, mesh: Mesh):
     """Of the first token, and of the last segment, whose cache has the room of the whole budget."""
-    graphs = (_graph(config, shapes["student"], mesh),)
-    params = (_rollout_params(config, _state(config, shapes, mesh)[0].params, mesh),)
+    sampler = _sampler(config, shapes, vocab, mesh)
     prompts, lengths, rollout = _batch(config, mesh)
-    weights = _replicate(jax.ShapeDtypeStruct((1, config.opd.rollouts), jnp.float32), mesh)
-    sampling = _replicate(jax.eval_shape(lambda: (jax.random.key(0), jnp.float32(1))), mesh)
-    settings = Settings(rollout.tokens.shape[-1], vocab, eos=0, pad=0)
-    sizes, rows = capacities(settings.max_tokens), rollout.lengths.size
+    sizes, rows = capacities(sampler.settings.max_tokens), rollout.lengths.size
 
     def start(capacity):
-        arguments = weights, prompts, lengths, *sampling, None, settings, capacity
-        return first_segment.lower(graphs, params, *arguments)
+        return first_segment.lower(sampler, prompts, lengths, None, capacity)
 
     with use_mesh(mesh):
         first, shardings = _compiled(start(sizes[0]), "rollout", mesh)
         state = rules.abstract(start(sizes[-1]).out_info, shardings)
-        last, _ = _compiled(segment.lower(graphs, params, *state, *sampling, settings, rows), "rollout", mesh)
+        last, _ = _compiled(segment.lower(sampler, *state, least=rows), "rollout", mesh)
     # While the caches grow one by one, the shorter twin of the one at hand is there too.
     twin = max(map(_shard_bytes, state[1].caches)) // 2 * sizes[-2] // sizes[-1] if len(sizes) > 1 else 0
     return first, last._replace(temporaries=max(last.temporaries, twin))
+
+
+def _sampler(config: Any, shapes: Mapping[str, ModelConfig], vocab: int, mesh: Mesh) -> Sampler:
+    """The abstract student as the OPD stage samples from it."""
+    params = _rollout_params(config, _state(config, shapes, mesh)[0].params, mesh)
+    weights, key, temperature = _replicate(
+        jax.eval_shape(lambda: (jnp.ones((1, config.opd.rollouts)), jax.random.key(0), jnp.float32(1))), mesh
+    )
+    settings = Settings(config.task.max_response, vocab, eos=0, pad=0)
+    graphs = (_graph(config, shapes["student"], mesh),)
+    return Sampler(graphs, (params,), weights, key, temperature, settings)
 
 
 def compile_update(config: Any, shapes: Mapping[str, ModelConfig], vocab: int, mesh: Mesh) -> Program:
