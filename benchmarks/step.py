@@ -2,7 +2,6 @@
 
 import pathlib
 import time
-from types import SimpleNamespace
 from typing import Any
 
 import jax
@@ -13,11 +12,13 @@ from jaxtyping import Array, Int
 from listopd_jax.models.build import PARAM_DTYPE, cast, graph_of, initial_params
 from listopd_jax.models.hf import load_hf
 from listopd_jax.ops.attention_backends import resolve
+from listopd_jax.ops.opd_loss import Frozen
 from listopd_jax.plan.search import shapes_of, vocabulary
 from listopd_jax.rollout.decode import Rollout, generate
+from listopd_jax.rollout.state import trim
 from listopd_jax.rounding import round_up
-from listopd_jax.stages.opd import hyper_at, make_step, trimmed
-from listopd_jax.train.opd_step import Frozen, OpdBatch
+from listopd_jax.stages.opd import hyper_at, make_step
+from listopd_jax.train.opd_step import OpdBatch
 from listopd_jax.train.optimizer import adamw, init_state
 
 PROMPT_MULTIPLE = 64  # widths of prompts, as the job's buckets have them
@@ -61,11 +62,9 @@ class Step:
             student = load_hf(folder / "student", jnp.dtype(PARAM_DTYPE))[1]
             teacher = load_hf(folder / "teacher", jnp.dtype(config.dtype.frozen))[1]
         self.frozen = Frozen(teacher, cast(student, config.dtype.frozen))
-        self.state = init_state(student, adamw(config.optimizer, config.opd.b2))
-        codec = SimpleNamespace(vocab=self.vocab)
-        self.program = make_step(
-            SimpleNamespace(config=config, graphs=self.graphs, codec=codec, attention=backend)
-        )
+        tx = adamw(config.optimizer, config.opd.b2)
+        self.state = init_state(student, tx)
+        self.program = make_step(config.opd, tx, self.graphs, vocab=self.vocab, attention=backend)
         self.count = 0
 
     def rollout(self, response: int | None = None) -> Rollout:
@@ -78,12 +77,12 @@ class Step:
             max_tokens=budget, vocab=self.vocab, eos=-1, pad=0, temperature=opd.temperature,
             budgets=jnp.full((len(self.prompts), opd.rollouts), response, jnp.int32),
         )  # fmt: skip
-        return jax.block_until_ready(trimmed(rollout, budget))
+        return jax.block_until_ready(trim(rollout, budget))
 
     def update(self, rollout: Rollout) -> dict[str, Array]:
         """Scores of teacher and base, loss, gradient, AdamW; the step's metrics."""
         opd = self.config.opd
-        hyper = hyper_at(self.config, opd.lambdas[0], opd.lambda_warmup_steps)
+        hyper = hyper_at(opd, opd.lambdas[0], opd.lambda_warmup_steps)
         batch = OpdBatch(self.prompts, self.lengths, rollout)
         self.state, metrics, _ = self.program(self.state, self.frozen, batch, hyper, jnp.float32(opd.lr))
         jax.block_until_ready((self.state, metrics))

@@ -10,7 +10,6 @@ import json
 import os
 import pathlib
 import re
-from types import SimpleNamespace
 
 os.environ["JAX_PLATFORMS"] = "cpu"
 
@@ -19,14 +18,14 @@ import jax.numpy as jnp
 
 from listopd_jax.config import defaults, validate
 from listopd_jax.models.build import graph_of, initial_params
-from listopd_jax.ops.objective import Hyper
+from listopd_jax.ops.opd_loss import Frozen
 from listopd_jax.parallel.mesh import make_mesh, use_mesh
 from listopd_jax.plan.arithmetic import Load
 from listopd_jax.plan.chips import GIB, parse_topology
 from listopd_jax.plan.search import make_plan, shapes_of, vocabulary
 from listopd_jax.rollout.decode import generate
-from listopd_jax.stages.opd import make_step
-from listopd_jax.train.opd_step import Frozen, OpdBatch
+from listopd_jax.stages.opd import hyper_at, make_step
+from listopd_jax.train.opd_step import OpdBatch
 from listopd_jax.train.optimizer import adamw, init_state
 
 ROWS, ROLLOUTS, PROMPT, RESPONSE = 8, 2, 192, 48
@@ -64,15 +63,15 @@ def main() -> None:
     shapes, vocab = shapes_of(config), vocabulary(config)
     plan = make_plan(config, parse_topology("cpu:1"), Load(ROWS, ROLLOUTS, PROMPT, RESPONSE), compile_it=True)
     graphs = {role: graph_of(shape, "float32", config.remat, "xla") for role, shape in shapes.items()}
-    codec = SimpleNamespace(vocab=vocab)
-    step = make_step(SimpleNamespace(config=config, graphs=graphs, codec=codec, attention="xla"))
+    tx = adamw(config.optimizer, config.opd.b2)
+    step = make_step(config.opd, tx, graphs, vocab=vocab, attention="xla")
     prompts, lengths = jnp.zeros((ROWS, PROMPT), jnp.int32), jnp.full(ROWS, PROMPT)
 
     def build():
         student, teacher = (
             initial_params(config[r], shapes[r], 0, "float32") for r in ("student", "teacher")
         )
-        state = init_state(student, adamw(config.optimizer, config.opd.b2))
+        state = init_state(student, tx)
         return state, Frozen(teacher, student)
 
     def rollout(params):
@@ -82,7 +81,7 @@ def main() -> None:
         )  # fmt: skip
 
     def update(state, frozen, sampled):
-        hyper = Hyper(*[jnp.float32(1.5)] * len(Hyper._fields))
+        hyper = hyper_at(config.opd, lam=1.5, step=0)
         return step(state, frozen, OpdBatch(prompts, lengths, sampled), hyper, jnp.float32(1e-4))
 
     with use_mesh(make_mesh(plan["mesh"])):

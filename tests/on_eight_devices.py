@@ -26,12 +26,21 @@ from listopd_jax.ops.fused import fused_loss
 from listopd_jax.ops.gather_kernel import gather_logprobs
 from listopd_jax.ops.head import token_logprobs
 from listopd_jax.ops.objective import Hyper, Variant
+from listopd_jax.ops.opd_loss import Frozen, Models
 from listopd_jax.parallel.mesh import AXES, make_mesh, use_mesh
 from listopd_jax.parallel.rules import batch_shardings, param_sharding, rollout_shardings, state_shardings
 from listopd_jax.plan.hlo import traffic
 from listopd_jax.rollout import decode
-from listopd_jax.rollout.decode import Rollout, Settings, first_segment, generate, generate_grid, segment
-from listopd_jax.train.opd_step import Frozen, Models, OpdBatch, make_opd_step
+from listopd_jax.rollout.decode import (
+    Rollout,
+    Sampler,
+    Settings,
+    first_segment,
+    generate,
+    generate_grid,
+    segment,
+)
+from listopd_jax.train.opd_step import OpdBatch, make_opd_step
 from listopd_jax.train.optimizer import TrainState, init_state
 from listopd_jax.train.sft_step import cross_entropy, make_sft_step
 
@@ -57,7 +66,10 @@ STUDENT_DEF, STUDENT = decoder(96, 16, 2, seed=0)  # 2 KV heads: fewer than a te
 _, BASE = decoder(96, 16, 2, seed=2)
 TEACHER_DEF, TEACHER = decoder(104, 32, 4, seed=1)  # another width, another padded vocabulary, an untied head
 FROZEN, MODELS = Frozen(TEACHER, BASE), Models(STUDENT_DEF, TEACHER_DEF, STUDENT_DEF)
-HYPER = Hyper(*map(np.float32, (1.3, 5.0, 0.1, 0.1, 0.2, 1.1)))
+HYPER = jax.tree.map(
+    np.float32,
+    Hyper(lam=1.3, clip=5.0, kl_to_base=0.1, entropy_bonus=0.1, ppo_clip=0.2, guard_margin=1.1),
+)
 LR = np.float32(3e-3)
 
 
@@ -124,14 +136,12 @@ OPTIONS = {"max_tokens": 6, "vocab": VOCAB, "eos": 1, "pad": 0}
 def written(mesh):
     """What the student writes, and the compiled programs: of the first token, and of the others."""
     batch = put(opd_batch(3), batch_shardings, mesh)
-    graphs, params, key = (STUDENT_DEF,), (put(STUDENT, rollout_shardings, mesh),), jax.random.key(1)
-    arguments = graphs, params, jnp.ones((1, N)), *batch[:2], key
-    rollout = jax.tree.map(np.asarray, generate(*arguments, **OPTIONS))
-    options = 1.0, None, Settings(**OPTIONS), OPTIONS["max_tokens"]
-    first = first_segment.lower(*arguments, *options).compile()
-    others = segment.lower(
-        graphs, params, *first_segment(*arguments, *options), key, *options[::2], least=B * N
-    ).compile()
+    models = (STUDENT_DEF,), (put(STUDENT, rollout_shardings, mesh),), jnp.ones((1, N))
+    key, arguments = jax.random.key(1), (*batch[:2], None, OPTIONS["max_tokens"])
+    rollout = jax.tree.map(np.asarray, generate(*models, *batch[:2], key, **OPTIONS))
+    sampler = Sampler(*models, key, jnp.float32(1), Settings(**OPTIONS))
+    first = first_segment.lower(sampler, *arguments).compile()
+    others = segment.lower(sampler, *first_segment(sampler, *arguments), least=B * N).compile()
     return rollout, first.as_text() + others.as_text()
 
 
@@ -210,9 +220,9 @@ def test_a_cache_that_grows_writes_the_same_tokens(alone, monkeypatch):
     monkeypatch.setattr(decode, "LEAST_CAPACITY", 3)
     mesh, shapes, segment = mesh_of(2, 2, 2), [], decode.segment
 
-    def watch(graphdefs, params, prompts, state, *rest):
+    def watch(sampler, prompts, state, least):
         shapes.append((*state.caches[0].k.shape[1:3], state.caches[0].capacity))
-        return segment(graphdefs, params, prompts, state, *rest)
+        return segment(sampler, prompts, state, least)
 
     monkeypatch.setattr(decode, "segment", watch)
     budgets = np.where(np.arange(B)[:, None] % 2, 6, 1) * np.ones((1, N), np.int32)

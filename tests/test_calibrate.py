@@ -14,12 +14,12 @@ from flax import nnx
 from listopd_jax.models.config import ModelConfig
 from listopd_jax.models.decoder import Decoder
 from listopd_jax.ops.guard import flip_lambda
+from listopd_jax.ops.opd_loss import Frozen
 from listopd_jax.rollout.decode import generate
 from listopd_jax.stages import calibrate as module
 from listopd_jax.stages.calibrate import Positions, calibrate, calibrate_stage, measure
 from listopd_jax.task.contract import TOKEN_CLASSES
 from listopd_jax.theory import thresholds
-from listopd_jax.train.opd_step import Frozen
 
 VOCAB, EOS, PAD = 16, 1, 0
 B, P, T = 4, 6, 7

@@ -24,7 +24,7 @@ SIZE = 100_000  # large enough for a save to take time
 
 
 def run_of(steps, name="opd_lambda1.2_seed0"):
-    return Run(name, "opd", {"lambda": 1.2, "seed": 0}, steps)
+    return Run(name, "opd", lam=1.2, seed=0, steps=steps)
 
 
 def batches():
@@ -84,7 +84,9 @@ def test_a_run_logs_each_step_and_saves_at_the_end(undisturbed):
     )
     assert all(row["tokens_per_second"] > 0 and "tokens" not in row for row in logged)
     assert saved_steps(workdir, run_of(10)) == [9, 10]
-    with Checkpoints(checkpoint_folder(workdir, run_of(10).name), 2, run_of(10).fixed) as checkpoints:
+    with Checkpoints(
+        checkpoint_folder(workdir, run_of(10).name), 2, {"lambda": 1.2, "seed": 0}
+    ) as checkpoints:
         saved = checkpoints.restore(abstract(start()))
     assert saved.step == 10
     assert_identical(saved.state.params, params)
@@ -201,8 +203,8 @@ def test_a_run_whose_newest_checkpoints_are_damaged_ends_the_same(undisturbed, t
 @pytest.mark.parametrize(
     ("run", "saving", "says"),
     [
-        (run_of(10)._replace(fixed={"lambda": 1.3, "seed": 0}), Saving(3, 2), "lambda=1.2, not 1.3"),
-        (run_of(10)._replace(fixed={"lambda": 1.2, "seed": 1}), Saving(3, 2), "seed=0, not 1"),
+        (run_of(10)._replace(lam=1.3), Saving(3, 2), "lambda=1.2, not 1.3"),
+        (run_of(10)._replace(seed=1), Saving(3, 2), "seed=0, not 1"),
         (run_of(10), Saving(3, 2, identity={"config": "abc"}), "config=None, not 'abc'"),
         (run_of(8), Saving(3, 2), "newest checkpoint is of step 10, past the budget 8"),
     ],

@@ -139,7 +139,7 @@ def test_the_grid_may_grow_and_what_is_done_stays(finished, tmp_path):
 
 def test_the_most_useful_budget_is_known(finished, tmp_path):
     """Its checkpoint is kept while the run goes on."""
-    runs = [Run("opd_lambda1.0_seed0", "opd", {"lambda": 1.0, "seed": 0}, steps) for steps in (1, 2, 3)]
+    runs = [Run("opd_lambda1.0_seed0", "opd", 1.0, 0, steps) for steps in (1, 2, 3)]
     assert most_useful(tmp_path, runs) is None
     useful = {2: 0.25, 3: 0.2}
     records = [r | {"useful": useful[r["steps"]]} for r in results(finished) if r["run"] == runs[0].name]

@@ -31,7 +31,8 @@ MASK = (np.arange(T) < LENGTHS[..., None]).astype(np.float32)
 
 
 def hyper(lam=1.0, clip=5.0, beta=0.0, gamma=0.0, epsilon=0.2) -> Hyper:
-    return Hyper(*map(jnp.float32, (lam, clip, beta, gamma, epsilon)))
+    scalars = Hyper(lam=lam, clip=clip, kl_to_base=beta, entropy_bonus=gamma, ppo_clip=epsilon)
+    return jax.tree.map(jnp.float32, scalars)
 
 
 def make_case(seed=0, scale=1.5):
@@ -58,10 +59,11 @@ def total_loss(student_logits, other_logits, tokens, rollout, hyper: Hyper, vari
     """The scalar loss of a batch from logits, put together as a training step does."""
     logp, teacher, base = map(jax.nn.log_softmax, (student_logits, *other_logits))
     if variant.estimator == "full_vocab":
-        loss, _ = full_vocab_loss(logp, teacher, base, tokens, hyper, variant)
+        loss, _ = full_vocab_loss(logp, teacher, base, tokens, hyper, variant, lam=hyper.lam)
     else:
         at = [take_token(x, tokens) for x in (logp, teacher, base)]
-        loss, _ = sampled_loss(at[0], entropy_of(logp), at[1], at[2], rollout, hyper, variant)
+        entropy = entropy_of(logp)
+        loss, _ = sampled_loss(at[0], entropy, at[1], at[2], rollout, hyper, variant, lam=hyper.lam)
     return (loss * token_weights(jnp.asarray(MASK), variant.aggregate)).sum()
 
 
@@ -283,10 +285,10 @@ def exact_expectation(logits, under, hyper, variant):
     def one(student_logits, token, exact):
         logp, teacher, base = map(jax.nn.log_softmax, (student_logits, *logits[1:]))
         if exact:
-            return full_vocab_loss(logp, teacher, base, token, hyper, variant)[0]
+            return full_vocab_loss(logp, teacher, base, token, hyper, variant, lam=hyper.lam)[0]
         at = [take_token(x, token) for x in (logp, teacher, base)]
         rollout = take_token(jnp.log(under), token)
-        return sampled_loss(at[0], entropy_of(logp), *at[1:], rollout, hyper, variant)[0]
+        return sampled_loss(at[0], entropy_of(logp), *at[1:], rollout, hyper, variant, lam=hyper.lam)[0]
 
     sampled = jax.vmap(jax.grad(lambda x, a: one(x, a, False)), (None, 0))(logits[0], jnp.arange(V))
     return under @ sampled, jax.grad(lambda x: one(x, jnp.int32(0), True))(logits[0])
@@ -363,7 +365,7 @@ def test_flow_ends_at_the_target(case, kind):
     def loss(student):
         def one(lam, *logits):
             at = map(jax.nn.log_softmax, logits)
-            return full_vocab_loss(*at, jnp.int32(0), hyper()._replace(lam=lam), Variant(advantage=kind))[0]
+            return full_vocab_loss(*at, jnp.int32(0), hyper(), Variant(advantage=kind), lam=lam)[0]
 
         return jax.vmap(one)(jnp.float32(lams), student, *logits[1:]).sum()
 

@@ -9,7 +9,7 @@ import pytest
 from jax.experimental import pallas as pl
 
 from listopd_jax.ops.objective import Hyper, Variant
-from listopd_jax.ops.opd_loss import opd_loss
+from listopd_jax.ops.opd_loss import Models, opd_loss
 
 N, VOCAB = 23, 17
 WIDTHS, ROWS = (6, 10, 6), (20, 24, 20)  # student, teacher, base: the teacher is wider and padded differently
@@ -19,8 +19,8 @@ EXACT = Variant("none", estimator="full_vocab")
 def make(dtype=np.float32, scale=1.0, n=N, seed=0):
     """Hidden states, heads, tokens, rollout log-probabilities and ragged weights."""
     rng = np.random.default_rng(seed)
-    hiddens = [jnp.asarray(scale * rng.normal(size=(n, d)), dtype) for d in WIDTHS]
-    heads = [jnp.asarray(rng.normal(size=(v, d)), dtype) for v, d in zip(ROWS, WIDTHS, strict=True)]
+    hiddens = Models(*(jnp.asarray(scale * rng.normal(size=(n, d)), dtype) for d in WIDTHS))
+    heads = Models(*(jnp.asarray(rng.normal(size=(v, d)), dtype) for v, d in zip(ROWS, WIDTHS, strict=True)))
     weights = rng.random(n) * (rng.random(n) > 0.3) / n
     return (
         hiddens,
@@ -32,18 +32,19 @@ def make(dtype=np.float32, scale=1.0, n=N, seed=0):
 
 
 def hyper(lam, clip, beta=0.2, gamma=0.1):
-    return Hyper(*map(jnp.float32, (lam, clip, beta, gamma, 0.2)))
+    scalars = Hyper(lam=lam, clip=clip, kl_to_base=beta, entropy_bonus=gamma, ppo_clip=0.2)
+    return jax.tree.map(jnp.float32, scalars)
 
 
 def ours(case, hyper, variant, chunk):
     hiddens, heads, *rows = case
 
     def loss(hidden, head):
-        models = [hidden, *hiddens[1:]], [head, *heads[1:]]
+        models = hiddens._replace(student=hidden), heads._replace(student=head)
         return opd_loss(*models, *rows, hyper, variant, vocab=VOCAB, chunk=chunk)
 
     grad = jax.jit(jax.value_and_grad(loss, argnums=(0, 1), has_aux=True))
-    (value, per_token), gradients = grad(hiddens[0], heads[0])
+    (value, per_token), gradients = grad(hiddens.student, heads.student)
     return jax.tree.map(lambda x: np.asarray(x, np.float64), (value, per_token, gradients))
 
 
@@ -70,10 +71,10 @@ def dense(case, lam, clip, variant, beta=0.2, gamma=0.1):
         loss = -weight * s - gamma * entropy
         d_logits = -weight[:, None] * (np.eye(VOCAB)[tokens] - p)
     d_logits = w[:, None] * (d_logits + gamma * p * (log_s + entropy[:, None]))
-    d_head = np.zeros(heads[0].shape)
-    d_head[:VOCAB] = d_logits.T @ hiddens[0]
+    d_head = np.zeros(heads.student.shape)
+    d_head[:VOCAB] = d_logits.T @ hiddens.student
     quantities = {"student": s, "teacher": t, "base": b, "entropy": entropy, "advantage": advantage}
-    return (w * loss).sum(), quantities, (d_logits @ heads[0][:VOCAB], d_head)
+    return (w * loss).sum(), quantities, (d_logits @ heads.student[:VOCAB], d_head)
 
 
 def check(case, lam, clip, variant, chunk, tolerance, gradient_scale=0.0):
@@ -124,7 +125,7 @@ def test_memory_does_not_grow_with_tokens_times_vocabulary(variant):
 
     def temp_bytes(n):
         shape = jax.ShapeDtypeStruct
-        models = [[shape((m, 8), jnp.float32)] * 3 for m in (n, vocab)]
+        models = [Models(*[shape((m, 8), jnp.float32)] * 3) for m in (n, vocab)]
         rows = shape((n,), jnp.int32), shape((n,), jnp.float32), shape((n,), jnp.float32)
         grad = jax.grad(
             lambda h, w, r: opd_loss(h, w, *r, hyper(1.3, 5.0), variant, vocab=vocab, chunk=chunk)[0]

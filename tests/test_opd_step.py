@@ -12,8 +12,9 @@ from flax import nnx
 from listopd_jax.models.config import ModelConfig
 from listopd_jax.models.decoder import Decoder
 from listopd_jax.ops.objective import Hyper, Variant
+from listopd_jax.ops.opd_loss import Frozen, Models
 from listopd_jax.rollout.decode import Rollout
-from listopd_jax.train.opd_step import Frozen, Models, OpdBatch, make_opd_step
+from listopd_jax.train.opd_step import OpdBatch, make_opd_step
 from listopd_jax.train.optimizer import init_state
 
 VOCAB, PAD = 16, 0
@@ -39,7 +40,8 @@ MODELS, FROZEN = Models(STUDENT_DEF, TEACHER_DEF, STUDENT_DEF), Frozen(TEACHER, 
 
 
 def hyper(lam=1.0, clip=5.0, beta=0.0, gamma=0.0, epsilon=0.2) -> Hyper:
-    return Hyper(*map(jnp.float32, (lam, clip, beta, gamma, epsilon)))
+    scalars = Hyper(lam=lam, clip=clip, kl_to_base=beta, entropy_bonus=gamma, ppo_clip=epsilon)
+    return jax.tree.map(jnp.float32, scalars)
 
 
 @pytest.fixture(scope="module")

@@ -9,7 +9,7 @@ from listopd_jax.records import RESULTS
 from listopd_jax.stages.results import evaluated
 from listopd_jax.train.loop import Run
 
-RUN = Run("opd_lambda1.0_seed0", "opd", {"lambda": 1.0, "seed": 0}, 60)
+RUN = Run("opd_lambda1.0_seed0", "opd", lam=1.0, seed=0, steps=60)
 
 
 def test_a_record_is_found_by_stage_lambda_seed_and_steps(tmp_path):

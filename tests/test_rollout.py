@@ -1,5 +1,7 @@
 """Decoding and scoring against plain passes over whole sequences, enumeration, and scripted decoders."""
 
+import itertools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -98,21 +100,21 @@ def brute_force_greedy(models, weights, prompts):
 # ---- the end of a completion, with decoders that follow a script
 
 
-class Scripted:
-    """A decoder that (nearly) surely writes script[b, j], and counts its steps; `script` is [B, n, T]."""
+class Scripted(nnx.Module):
+    """A decoder that (nearly) surely writes script[b, j], and tells each step; `script` is [B, n, T]."""
 
-    def __init__(self, script):
-        self.script, self.steps = jnp.asarray(script), 0
+    def __init__(self, script, tell):
+        self.script, self.tell = nnx.Variable(jnp.asarray(script)), tell
 
     def prefill(self, prompts, lengths):
-        return self._state(self.script[:, 0, 0]), None
+        return self._state(self.script[...][:, 0, 0]), None
 
     def init_cache(self, *_):
         return jnp.zeros(())
 
     def decode_step(self, prompt, lengths, cache, step, tokens):
-        jax.debug.callback(self._count)
-        return self._state(jnp.take(self.script, step + 1, axis=-1, mode="clip")), cache
+        jax.debug.callback(self.tell)
+        return self._state(jnp.take(self.script[...], step + 1, axis=-1, mode="clip")), cache
 
     def head_weight(self):
         return 50 * jnp.eye(VOCAB)
@@ -120,16 +122,15 @@ class Scripted:
     def _state(self, next_token):
         return jax.nn.one_hot(next_token, VOCAB)
 
-    def _count(self):
-        self.steps += 1
-
 
 def follow(script, max_tokens=6, budgets=None, greedy=True):
     script = np.array(script)
-    decoder = Scripted(script)
+    steps = itertools.count()
+    graph, params = nnx.split(Scripted(script, lambda: next(steps)))
     prompts = np.zeros((len(script), 1), np.int32)
     rollout = decode(
-        [decoder],
+        (graph,),
+        (params,),
         jnp.ones((1, script.shape[1])),
         prompts,
         np.ones(len(script), np.int32),
@@ -142,7 +143,7 @@ def follow(script, max_tokens=6, budgets=None, greedy=True):
         budgets=None if budgets is None else jnp.array(budgets),
     )
     jax.effects_barrier()
-    return jax.tree.map(np.asarray, rollout), decoder.steps
+    return jax.tree.map(np.asarray, rollout), next(steps)
 
 
 SCRIPT = [

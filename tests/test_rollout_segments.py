@@ -8,7 +8,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import scipy.stats
-from flax import nnx
 
 from listopd_jax.models.config import ModelConfig
 from listopd_jax.models.decoder import abstract
@@ -48,9 +47,9 @@ def case(B, n, models, seed, eos):
     return arguments, dict(budgets=budgets, max_tokens=T, vocab=VOCAB, eos=eos, pad=PAD)
 
 
-@jax.jit(static_argnames=("graphdefs", "max_tokens", "vocab", "eos", "pad", "greedy"))
-def _plain(graphdefs, params, *arguments, **options):
-    return decode([nnx.merge(g, p) for g, p in zip(graphdefs, params, strict=True)], *arguments, **options)
+@jax.jit(static_argnames=("graphs", "max_tokens", "vocab", "eos", "pad", "greedy"))
+def _plain(graphs, params, *arguments, **options):
+    return decode(graphs, params, *arguments, **options)
 
 
 def plain(arguments, options):
@@ -61,10 +60,10 @@ def watched(arguments, options, monkeypatch):
     """The rollout, and (prompts, completions, capacity, step) at the start of every segment."""
     seen, segment = [], module.segment
 
-    def watch(graphdefs, params, prompts, state, *rest):
+    def watch(sampler, prompts, state, least):
         seen.append((*state.caches[0].k.shape[1:3], state.caches[0].capacity, int(state.step)))
         assert len(prompts.lengths) == prompts.caches[0].k.shape[1] == seen[-1][0]
-        return segment(graphdefs, params, prompts, state, *rest)
+        return segment(sampler, prompts, state, least)
 
     monkeypatch.setattr(module, "segment", watch)
     return jax.tree.map(np.asarray, generate(*arguments, **options)), seen

@@ -23,7 +23,7 @@ from listopd_jax.train.loop import Run, Saving, checkpoint_folder, train
 from listopd_jax.train.optimizer import apply_gradients, init_state
 
 STEPS = 30
-RUN = Run("opd_lambda1.2_seed0", "opd", {"lambda": 1.2, "seed": 0}, STEPS)
+RUN = Run("opd_lambda1.2_seed0", "opd", lam=1.2, seed=0, steps=STEPS)
 TX = optax.scale_by_adam()
 SHAPE = (256, 128)
 ALWAYS, AT_THE_END = Saving(1, 2), Saving(1000, 2)
@@ -116,7 +116,7 @@ def rows(workdir):
 
 def end(workdir):
     """Bytes of every array of the last checkpoint, and its progress."""
-    with Checkpoints(folder(workdir), 2, RUN.fixed) as checkpoints:
+    with Checkpoints(folder(workdir), 2, RUN.labels) as checkpoints:
         saved = checkpoints.restore(abstract(initial()))
     assert saved.step == STEPS
     leaves = jax.tree.leaves_with_path(saved.state)
@@ -260,7 +260,7 @@ def on(rows, columns):
         state, loss = step(state, jax.device_put(batch, NamedSharding(mesh, P("fsdp"))))
         return state, {"loss": loss, "tokens": 1}
     def run(name, steps):
-        return train(workdir, Run(name, "opd", {}, steps), initial, Batches(), update, Saving(100, 2))
+        return train(workdir, Run(name, "opd", None, None, steps), initial, Batches(), update, Saving(100, 2))
     return run
 
 for name in ("whole", "to_2x4", "to_1x1"):

@@ -26,7 +26,7 @@ def objective_drift(theta, p, b, lam, c, ratio, advantage):
 
     def loss(theta):
         per_token, _ = sampled_loss(
-            pair(theta), jnp.zeros(2), teacher, base, rollout, hyper, Variant(ratio, advantage)
+            pair(theta), jnp.zeros(2), teacher, base, rollout, hyper, Variant(ratio, advantage), lam=lam
         )
         return (jnp.exp(rollout) * per_token).sum()
 

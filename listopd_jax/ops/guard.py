@@ -29,7 +29,7 @@ def flip_lambda(
 def guarded_lambda(
     teacher: Float[Array, "*s V"],
     base: Float[Array, "*s V"],
-    lam: Float[Array, ""],
+    lam: Float[Array, "*#s"],
     margin: Float[Array, ""],
     fallback: str,
 ) -> Float[Array, "*s"]:

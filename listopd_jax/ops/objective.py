@@ -11,7 +11,8 @@ Per sampled token a_t ~ π_S, with π_T the teacher and π_B the base (all log-p
 log target = λ log π_T + (1−λ) log π_B − log Z. The target is per token, given the prefix: no return-to-go, so it is
 not the tilt of whole sequences by (π_T/π_B)^λ. With a ratio other than 1 the limit is not the target either, and
 `no_base` can lose the teacher's mode (docs/theory.md §2). Everything a sweep varies is a traced number in `Hyper`; what
-changes the program is static in `Variant`.
+changes the program is static in `Variant`. Where a run is guarded,
+λ is a number for each position, so the losses take it by name beside `Hyper` (listopd_jax.ops.opd_loss decides it).
 """
 
 from typing import NamedTuple
@@ -20,14 +21,13 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from listopd_jax.ops.guard import guarded_lambda
 from listopd_jax.ops.head import entropy_of, take_token
 
 
 class Hyper(NamedTuple):
-    """Traced scalars of the objective: a sweep over them never recompiles."""
+    """Traced scalars of the objective, given by keyword: a sweep over them never recompiles."""
 
-    lam: Float[Array, ""]  # λ
+    lam: Float[Array, ""]  # λ of the run; the losses are given that of each position
     clip: Float[Array, ""]  # c, may be inf
     kl_to_base: Float[Array, ""]  # β
     entropy_bonus: Float[Array, ""]  # γ
@@ -49,13 +49,6 @@ class Variant(NamedTuple):
 def warmed_up_lambda(lam: float, step: int, warmup_steps: int) -> float:
     """λ at 0-based `step`: linear from 1 (plain distillation) to `lam` over `warmup_steps`, then constant."""
     return lam if step >= warmup_steps else 1.0 + (lam - 1.0) * step / warmup_steps
-
-
-def position_lambda(teacher, base, hyper: Hyper, variant: Variant) -> Float[Array, "*s"]:
-    """λ of each position from the log-distributions [*s, V] of teacher and base: `hyper.lam`, unless guarded."""
-    if not variant.guard:
-        return jnp.full(teacher.shape[:-1], hyper.lam)
-    return guarded_lambda(teacher, base, hyper.lam, hyper.guard_margin, variant.guard)
 
 
 def advantage(student, teacher, base, lam, kind: str) -> Float[Array, "*s"]:
@@ -81,16 +74,16 @@ def importance_ratio(student, teacher, rollout, adv, clip, kind: str) -> Float[A
     return jnp.exp(jnp.minimum(log_ratio, jnp.log(clip)))
 
 
-def sampled_loss(student, entropy, teacher, base, rollout, hyper: Hyper, variant: Variant):
+def sampled_loss(student, entropy, teacher, base, rollout, hyper: Hyper, variant: Variant, *, lam):
     """Per-token loss and metrics from log-probabilities of the sampled tokens, all of one shape.
 
-    `student` and `entropy` carry the gradient; teacher, base and rollout are constants. `hyper.lam` may hold a λ for
-    each position. β enters as the sampled (score-function) gradient of KL(π_S‖π_B), without the ratio, γ as the exact
+    `student` and `entropy` carry the gradient; teacher, base, rollout and `lam`, one for all or one for each token,
+    are constants. β enters as the sampled (score-function) gradient of KL(π_S‖π_B), without the ratio, γ as the exact
     entropy.
     Returns (loss, {"advantage", "ratio"}).
     """
     detached = jax.lax.stop_gradient(student)
-    adv = advantage(detached, teacher, base, hyper.lam, variant.advantage)
+    adv = advantage(detached, teacher, base, lam, variant.advantage)
     ratio = importance_ratio(detached, teacher, rollout, adv, hyper.clip, variant.ratio)
     weight = ratio * adv - hyper.kl_to_base * (detached - base)
     if variant.ppo:
@@ -107,21 +100,22 @@ def target_log_distribution(teacher, base, lam, kind: str) -> Float[Array, "*s V
     return jax.nn.log_softmax(lam * teacher + (1 - lam) * base if kind == "base_relative" else lam * teacher)
 
 
-def full_vocab_loss(student, teacher, base, tokens, hyper: Hyper, variant: Variant):
+def full_vocab_loss(student, teacher, base, tokens, hyper: Hyper, variant: Variant, *, lam):
     """Exact per-position loss KL(π_S‖target) + β KL(π_S‖π_B) − γ H(π_S) from log-distributions [*s, V].
 
-    Zero variance given the visited prefix. Returns (loss [*s], {"advantage", "ratio", "lambda"}): the
-    advantage of the visited `tokens`, for the same metrics as the sampled estimator; the ratio is 1.
+    Zero variance given the visited prefix. `lam` is one for all or one for each position. Returns (loss [*s],
+    {"advantage", "ratio"}): the advantage of the visited `tokens`, for the same metrics as the sampled estimator; the
+    ratio is 1.
     """
-    p, lam = jnp.exp(student), position_lambda(teacher, base, hyper, variant)
-    target = target_log_distribution(teacher, base, lam[..., None], variant.advantage)
+    p = jnp.exp(student)
+    target = target_log_distribution(teacher, base, jnp.asarray(lam)[..., None], variant.advantage)
     loss = (p * (student - target)).sum(-1)
     loss = (
         loss + hyper.kl_to_base * (p * (student - base)).sum(-1) - hyper.entropy_bonus * entropy_of(student)
     )
     at = [jax.lax.stop_gradient(take_token(x, tokens)) for x in (student, teacher, base)]
     adv = advantage(*at, lam, variant.advantage)
-    return loss, {"advantage": adv, "ratio": jnp.ones_like(adv), "lambda": lam}
+    return loss, {"advantage": adv, "ratio": jnp.ones_like(adv)}
 
 
 def token_weights(mask: Float[Array, "B n T"], aggregate: str) -> Float[Array, "B n T"]:

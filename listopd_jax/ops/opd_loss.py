@@ -1,11 +1,13 @@
 """The OPD loss from hidden states: student, teacher and base meet their heads a chunk of positions at a time.
 
 The objective itself, per token, is listopd_jax.ops.objective; how the student's head gets its gradient without stored
-logits is listopd_jax.ops.fused.
+logits is listopd_jax.ops.fused. The way of λ: every position starts with the λ of `Hyper`, the guard lowers it where
+the distributions of teacher and base are at hand (`_frozen_distributions`, for every estimator), and the loss takes it
+by name.
 """
 
 import functools
-from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -13,13 +15,34 @@ from jaxtyping import Array, Float, Int
 
 from listopd_jax.ops.fused import fused_loss
 from listopd_jax.ops.gather_kernel import gather_logprobs
+from listopd_jax.ops.guard import guarded_lambda
 from listopd_jax.ops.head import entropy_of, log_distribution, map_positions, take_token
-from listopd_jax.ops.objective import Hyper, Variant, full_vocab_loss, position_lambda, sampled_loss
+from listopd_jax.ops.objective import Hyper, Variant, full_vocab_loss, sampled_loss
+
+
+class Frozen(NamedTuple):
+    """Something of each model that OPD never changes: parameters, hidden states, a head."""
+
+    teacher: Any
+    base: Any
+
+
+class Models(NamedTuple):
+    """Something of each of the three models: a static half, a decoder, hidden states, a head."""
+
+    student: Any
+    teacher: Any
+    base: Any
+
+    @property
+    def frozen(self) -> Frozen:
+        """Without the student's."""
+        return Frozen(self.teacher, self.base)
 
 
 def opd_loss(
-    hiddens: Sequence[Float[Array, "N _"]],
-    heads: Sequence[Float[Array, "_ _"]],
+    hiddens: Models,
+    heads: Models,
     tokens: Int[Array, " N"],
     rollout: Float[Array, " N"],
     weights: Float[Array, " N"],
@@ -33,7 +56,7 @@ def opd_loss(
     """Σ weight·loss over N completion positions (EC §2) and what is known of each; differentiable in the student's.
 
     Args:
-      hiddens, heads: of student, teacher and base, each of its own width D and padded vocabulary V.
+      hiddens, heads: [N, D] and [V, D] of each model, which has its own width D and padded vocabulary V.
       tokens, rollout: the sampled tokens and their log-probability when they were sampled.
       weights: of each position's loss, 0 where there is no token.
       vocab, chunk: see `fused_loss`.
@@ -41,40 +64,45 @@ def opd_loss(
     Returns the loss and, float32 [N]: advantage, ratio, lambda, entropy; student, teacher and base log-probabilities of
     the tokens; rollout. They mean nothing where the weight is 0.
     """
-    hidden, *frozen = hiddens
-    head, *frozen_heads = heads
-    frozen_heads = [
-        w.astype(h.dtype) for w, h in zip(frozen_heads, frozen, strict=True)
-    ]  # not in every chunk
-    rows = {"token": tokens, "rollout": rollout, "weight": weights}
+    frozen = hiddens.frozen
+    frozen_heads = jax.tree.map(
+        lambda w, h: w.astype(h.dtype), heads.frozen, frozen
+    )  # once, not in every chunk
+    rows = {"token": tokens, "rollout": rollout, "weight": weights, "lam": jnp.full_like(weights, hyper.lam)}
     if variant.estimator == "full_vocab":
         f, rows["hiddens"] = _full_vocab, frozen
     else:
         f = _sampled
-        pair = frozen, frozen_heads
-        if pallas and not variant.guard:
-            scores = [gather_logprobs(h, w, tokens, vocab) for h, w in zip(*pair, strict=True)]
-            scores.append(jnp.full_like(weights, hyper.lam))
+        if pallas and not variant.guard:  # the kernel gives no distributions, which the guard looks at
+            scores = (gather_logprobs(h, w, tokens, vocab) for h, w in zip(frozen, frozen_heads, strict=True))
+            rows["teacher"], rows["base"] = scores
         else:
-            scores = _frozen_scores(*pair, tokens, hyper, variant, vocab, chunk)
-        rows |= dict(zip(("teacher", "base", "lambda"), scores, strict=True))
+            rows |= _frozen_scores(rows | {"hiddens": frozen}, frozen_heads, hyper, variant, vocab, chunk)
     f = functools.partial(f, variant, vocab)
-    return fused_loss(f, vocab, chunk, hidden, head, rows, (frozen_heads, hyper))
+    return fused_loss(f, vocab, chunk, hiddens.student, heads.student, rows, (frozen_heads, hyper))
 
 
-def _frozen_scores(hiddens, heads, tokens, hyper: Hyper, variant: Variant, vocab: int, chunk: int):
-    """log π_T, log π_B of the sampled tokens and the λ of each position, all [N], in one pass of both heads."""
+def _frozen_distributions(rows: dict[str, Any], heads: Frozen, hyper: Hyper, variant: Variant, vocab: int):
+    """log π_T and log π_B [c, vocab] of a chunk of rows, and the λ of each position [c]."""
+    teacher, base = (log_distribution(h, w, vocab) for h, w in zip(rows["hiddens"], heads, strict=True))
+    lam = rows["lam"]
+    if variant.guard:
+        lam = guarded_lambda(teacher, base, lam, hyper.guard_margin, variant.guard)
+    return teacher, base, lam
 
-    def rows(xs):
-        hiddens, token = xs
-        teacher, base = (log_distribution(h, w, vocab) for h, w in zip(hiddens, heads, strict=True))
-        return (
-            take_token(teacher, token),
-            take_token(base, token),
-            position_lambda(teacher, base, hyper, variant),
-        )
 
-    return map_positions(rows, (hiddens, tokens), chunk)
+def _frozen_scores(
+    rows: dict[str, Any], heads: Frozen, hyper: Hyper, variant: Variant, vocab: int, chunk: int
+):
+    """Of every sampled token, float32 [N]: log π_T, log π_B and the λ of its position, in one pass of both heads."""
+
+    def score(part):
+        teacher, base, lam = _frozen_distributions(part, heads, hyper, variant, vocab)
+        at = (take_token(logp, part["token"]) for logp in (teacher, base))
+        return dict(zip(("teacher", "base"), at, strict=True)) | {"lam": lam}
+
+    needed = {name: rows[name] for name in ("hiddens", "token", "lam")}
+    return map_positions(score, needed, chunk)
 
 
 def _sampled(variant: Variant, vocab: int, logits, rows, shared):
@@ -85,18 +113,17 @@ def _sampled(variant: Variant, vocab: int, logits, rows, shared):
     student, teacher, base, rollout = (
         jnp.where(kept, x, 0.0) for x in (student, rows["teacher"], rows["base"], rows["rollout"])
     )
-    entropy, lam = entropy_of(logp), rows["lambda"]
-    loss, extra = sampled_loss(student, entropy, teacher, base, rollout, hyper._replace(lam=lam), variant)
+    entropy, lam = entropy_of(logp), rows["lam"]
+    loss, extra = sampled_loss(student, entropy, teacher, base, rollout, hyper, variant, lam=lam)
     scores = {"student": student, "teacher": teacher, "base": base, "entropy": entropy, "rollout": rollout}
     return jnp.where(kept, loss * rows["weight"], 0.0).sum(), extra | scores | {"lambda": lam}
 
 
 def _full_vocab(variant: Variant, vocab: int, logits, rows, shared):
     """The same with exact losses over the vocabulary: all three distributions of a chunk exist at one time."""
-    (heads, hyper), token = shared, rows["token"]
-    frozen = (log_distribution(h, w, vocab) for h, w in zip(rows["hiddens"], heads, strict=True))
-    logp = [jax.nn.log_softmax(logits), *frozen]
-    loss, extra = full_vocab_loss(*logp, token, hyper, variant)
-    scores = dict(zip(("student", "teacher", "base"), (take_token(x, token) for x in logp), strict=True))
-    extra |= scores | {"entropy": entropy_of(logp[0]), "rollout": rows["rollout"]}
-    return jnp.where(rows["weight"] > 0, loss * rows["weight"], 0.0).sum(), extra
+    (heads, hyper), token, student = shared, rows["token"], jax.nn.log_softmax(logits)
+    teacher, base, lam = _frozen_distributions(rows, heads, hyper, variant, vocab)
+    loss, extra = full_vocab_loss(student, teacher, base, token, hyper, variant, lam=lam)
+    at = Models(*(take_token(x, token) for x in (student, teacher, base)))
+    scores = at._asdict() | {"entropy": entropy_of(student), "rollout": rows["rollout"]}
+    return jnp.where(rows["weight"] > 0, loss * rows["weight"], 0.0).sum(), extra | scores | {"lambda": lam}

@@ -8,11 +8,11 @@ import importlib.util
 import re
 from collections import Counter
 from collections.abc import Mapping
-from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import optax
 from flax import nnx
 from jax.experimental import topologies
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
@@ -22,14 +22,14 @@ from listopd_jax.models.build import PARAM_DTYPE, cast, graph_of
 from listopd_jax.models.config import ModelConfig
 from listopd_jax.models.decoder import KVCache, abstract
 from listopd_jax.ops.attention_backends import resolve
-from listopd_jax.ops.objective import Hyper
+from listopd_jax.ops.opd_loss import Frozen
 from listopd_jax.parallel import rules
 from listopd_jax.parallel.mesh import use_mesh
 from listopd_jax.plan.chips import GIB, Topology
 from listopd_jax.plan.hlo import traffic
-from listopd_jax.rollout.decode import Rollout, Settings, capacities, first_segment, segment
-from listopd_jax.stages.opd import make_step
-from listopd_jax.train.opd_step import Frozen, OpdBatch
+from listopd_jax.rollout.decode import Rollout, Sampler, Settings, capacities, first_segment, segment
+from listopd_jax.stages.opd import hyper_at, make_step
+from listopd_jax.train.opd_step import OpdBatch
 from listopd_jax.train.optimizer import TrainState, adamw
 
 ARGUMENTS = ("parameters", "optimizer", "teacher", "base")
@@ -100,38 +100,41 @@ def compile_rollout(config: Any, shapes: Mapping[str, ModelConfig], vocab: int, 
 
 def _rollout_programs(config: Any, shapes: Mapping[str, ModelConfig], vocab: int, mesh: Mesh):
     """Of the first token, and of the last segment, whose cache has the room of the whole budget."""
-    graphs = (_graph(config, shapes["student"], mesh),)
-    params = (_rollout_params(config, _state(config, shapes, mesh)[0].params, mesh),)
+    sampler = _sampler(config, shapes, vocab, mesh)
     prompts, lengths, rollout = _batch(config, mesh)
-    weights = _replicate(jax.ShapeDtypeStruct((1, config.opd.rollouts), jnp.float32), mesh)
-    sampling = _replicate(jax.eval_shape(lambda: (jax.random.key(0), jnp.float32(1))), mesh)
-    settings = Settings(rollout.tokens.shape[-1], vocab, eos=0, pad=0)
-    sizes, rows = capacities(settings.max_tokens), rollout.lengths.size
+    sizes, rows = capacities(sampler.settings.max_tokens), rollout.lengths.size
 
     def start(capacity):
-        arguments = weights, prompts, lengths, *sampling, None, settings, capacity
-        return first_segment.lower(graphs, params, *arguments)
+        return first_segment.lower(sampler, prompts, lengths, None, capacity)
 
     with use_mesh(mesh):
         first, shardings = _compiled(start(sizes[0]), "rollout", mesh)
         state = rules.abstract(start(sizes[-1]).out_info, shardings)
-        last, _ = _compiled(segment.lower(graphs, params, *state, *sampling, settings, rows), "rollout", mesh)
+        last, _ = _compiled(segment.lower(sampler, *state, least=rows), "rollout", mesh)
     # While the caches grow one by one, the shorter twin of the one at hand is there too.
     twin = max(map(_shard_bytes, state[1].caches)) // 2 * sizes[-2] // sizes[-1] if len(sizes) > 1 else 0
     return first, last._replace(temporaries=max(last.temporaries, twin))
 
 
+def _sampler(config: Any, shapes: Mapping[str, ModelConfig], vocab: int, mesh: Mesh) -> Sampler:
+    """The abstract student as the OPD stage samples from it."""
+    params = _rollout_params(config, _state(config, shapes, mesh)[0].params, mesh)
+    weights, key, temperature = _replicate(
+        jax.eval_shape(lambda: (jnp.ones((1, config.opd.rollouts)), jax.random.key(0), jnp.float32(1))), mesh
+    )
+    settings = Settings(config.task.max_response, vocab, eos=0, pad=0)
+    graphs = (_graph(config, shapes["student"], mesh),)
+    return Sampler(graphs, (params,), weights, key, temperature, settings)
+
+
 def compile_update(config: Any, shapes: Mapping[str, ModelConfig], vocab: int, mesh: Mesh) -> Program:
     """The OPD stage's update at the widest prompts and completions; TooLarge if the compiler refuses."""
     graphs = {role: _graph(config, shape, mesh) for role, shape in shapes.items()}
-    codec = SimpleNamespace(vocab=vocab)
-    job = SimpleNamespace(config=config, graphs=graphs, codec=codec, attention=_attention(config, mesh))
-    step = make_step(job)
+    step = make_step(config.opd, _optimizer(config), graphs, vocab=vocab, attention=_attention(config, mesh))
     state, frozen = _state(config, shapes, mesh)
-    scalar = _replicate(jax.ShapeDtypeStruct((), jnp.float32), mesh)
-    hyper = Hyper(*[scalar] * len(Hyper._fields))
+    scalars = jax.eval_shape(lambda: (hyper_at(config.opd, lam=1.0, step=0), jnp.float32(config.opd.lr)))
     with use_mesh(mesh):
-        lowered = step.lower(state, frozen, OpdBatch(*_batch(config, mesh)), hyper, scalar)
+        lowered = step.lower(state, frozen, OpdBatch(*_batch(config, mesh)), *_replicate(scalars, mesh))
         return _compiled(lowered, "update", mesh)[0]
 
 
@@ -145,12 +148,17 @@ def _graph(config: Any, shape: ModelConfig, mesh: Mesh) -> nnx.GraphDef:
     return graph_of(shape, config.dtype.compute, config.remat, _attention(config, mesh))
 
 
+def _optimizer(config: Any) -> optax.GradientTransformation:
+    """The optimizer of the OPD stage."""
+    return adamw(config.optimizer, config.opd.b2)
+
+
 def _state(config: Any, shapes: Mapping[str, ModelConfig], mesh: Mesh) -> tuple[TrainState, Frozen]:
     """Abstract student, optimizer, teacher and base, split as they rest."""
     student = abstract(shapes["student"], param_dtype=jnp.dtype(PARAM_DTYPE))[1]
     teacher = abstract(shapes["teacher"], param_dtype=jnp.dtype(config.dtype.frozen))[1]
     base = abstract(shapes["student"], param_dtype=jnp.dtype(config.dtype.frozen))[1]
-    state = TrainState(student, jax.eval_shape(adamw(config.optimizer, config.opd.b2).init, student))
+    state = TrainState(student, jax.eval_shape(_optimizer(config).init, student))
     trees = (state, Frozen(teacher, base))
     return tuple(rules.abstract(tree, rules.state_shardings(tree, mesh)) for tree in trees)
 

@@ -10,6 +10,7 @@ the completions, and rows that have ended leave the batch. The host reads three 
 in between. A row's random numbers are its own, so where it is computed does not change what it says.
 """
 
+import dataclasses
 import functools
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -52,6 +53,28 @@ class Settings(NamedTuple):
     greedy: bool = False
 
 
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Sampler:
+    """All that decides the next token, but for the tokens before it.
+
+    graphs, params: static half and parameters of each of m models. weights [m, n]: of the models in the mixture that
+    completion j of a prompt is from. temperature: a scalar.
+    """
+
+    graphs: tuple[nnx.GraphDef, ...] = dataclasses.field(metadata={"static": True})
+    params: tuple[Any, ...]
+    weights: Array
+    key: Array
+    temperature: float | Float[Array, ""]
+    settings: Settings = dataclasses.field(metadata={"static": True})
+
+    @property
+    def decoders(self) -> list[Decoder]:
+        """The models."""
+        return list(map(nnx.merge, self.graphs, self.params))
+
+
 def completion_mask(lengths: Int[Array, "*s"], size: int) -> Bool[Array, "*s T"]:
     """True at the first `lengths` of `size` positions: every completion token and its EOS, nothing after it."""
     return jnp.arange(size) < lengths[..., None]
@@ -60,48 +83,47 @@ def completion_mask(lengths: Int[Array, "*s"], size: int) -> Bool[Array, "*s T"]
 # --- one token, one segment, one rollout: traceable ---
 
 
-def start(
-    decoders: Sequence[Decoder],
-    weights: Float[Array, "m n"],
+def prefill(
+    sampler: Sampler,
     prompts: Int[Array, "B P"],
     prompt_lengths: Int[Array, " B"],
-    key: Array,
-    temperature: float | Float[Array, ""],
     budgets: Int[Array, "B n"] | None,
-    settings: Settings,
     capacity: int,
 ) -> tuple[Prompts, State]:
     """Read the prompts and write the first token of every completion; caches for `capacity` tokens."""
-    shape, T = (prompts.shape[0], weights.shape[1]), settings.max_tokens
-    budgets = jnp.full(shape, T) if budgets is None else jnp.minimum(budgets, T)
+    decoders, rows = sampler.decoders, _unwritten(sampler, len(prompts), budgets)
+    shape = rows.done.shape
     last, caches = zip(*(d.prefill(prompts, prompt_lengths) for d in decoders), strict=True)
-    empty = Rollout(
-        constrain(jnp.full((*shape, T), settings.pad, jnp.int32), "batch", None, None),
-        constrain(jnp.zeros((*shape, T)), "batch", None, None),
-        constrain(jnp.zeros(shape, jnp.int32), "batch", None),
-    )
-    number = constrain(jnp.arange(shape[0] * shape[1]).reshape(shape), "batch", None)
-    each = constrain(jnp.broadcast_to(weights.T, (*shape, len(decoders))), "batch", None, None)
-    rows = Rows(number, each, budgets, constrain(budgets <= 0, "batch", None), empty)
     hiddens = [jnp.broadcast_to(h[:, None], (*shape, h.shape[-1])) for h in last]
-    rows = write(decoders, hiddens, rows, jnp.int32(0), key, temperature, settings)
+    rows = sample_token(sampler, hiddens, rows, jnp.int32(0))
     own = tuple(d.init_cache(*shape, capacity) for d in decoders)
     return Prompts(prompt_lengths, caches), State(jnp.int32(1), own, rows)
 
 
-def write(
-    decoders: Sequence[Decoder],
-    hiddens: Sequence[Float[Array, "B n _"]],
-    rows: Rows,
-    step: Int[Array, ""],
-    key: Array,
-    temperature: float | Float[Array, ""],
-    settings: Settings,
+def _unwritten(sampler: Sampler, B: int, budgets: Int[Array, "B n"] | None) -> Rows:
+    """The n completions of each of B prompts before their first token."""
+    m, n = sampler.weights.shape
+    T, pad = sampler.settings.max_tokens, sampler.settings.pad
+    budgets = jnp.full((B, n), T) if budgets is None else jnp.minimum(budgets, T)
+    empty = Rollout(
+        constrain(jnp.full((B, n, T), pad, jnp.int32), "batch", None, None),
+        constrain(jnp.zeros((B, n, T)), "batch", None, None),
+        constrain(jnp.zeros((B, n), jnp.int32), "batch", None),
+    )
+    number = constrain(jnp.arange(B * n).reshape(B, n), "batch", None)
+    weights = constrain(jnp.broadcast_to(sampler.weights.T, (B, n, m)), "batch", None, None)
+    return Rows(number, weights, budgets, constrain(budgets <= 0, "batch", None), empty)
+
+
+def sample_token(
+    sampler: Sampler, hiddens: Sequence[Float[Array, "B n _"]], rows: Rows, step: Int[Array, ""]
 ) -> Rows:
-    """Token `step` of every row that is not done, from the models' states before it."""
-    greedy = settings.greedy
-    logp = mixed_logprobs(decoders, hiddens, rows.weights, settings.vocab, 1.0 if greedy else temperature)
-    chosen = jnp.argmax(logp, -1) if greedy else categorical(row_keys(key, step, rows.number), logp)
+    """Write token `step` of every row that is not done, from the models' states [B, n, D] before it."""
+    settings, greedy = sampler.settings, sampler.settings.greedy
+    temperature = 1.0 if greedy else sampler.temperature
+    logp = mixed_logprobs(sampler.decoders, hiddens, rows.weights, settings.vocab, temperature)
+    keys = None if greedy else row_keys(sampler.key, step, rows.number)
+    chosen = jnp.argmax(logp, -1) if greedy else categorical(keys, logp)
     token = jnp.where(rows.done, settings.pad, chosen).astype(jnp.int32)
     tokens, logprobs, lengths = rows.rollout
     rollout = Rollout(
@@ -113,16 +135,7 @@ def write(
     return rows._replace(done=done, rollout=rollout)
 
 
-def proceed(
-    decoders: Sequence[Decoder],
-    prompts: Prompts,
-    state: State,
-    key: Array,
-    temperature: float | Float[Array, ""],
-    settings: Settings,
-    until: int,
-    least: int,
-) -> State:
+def decode_until(sampler: Sampler, prompts: Prompts, state: State, until: int, least: int) -> State:
     """Write up to `until` tokens a row; stops early once all are done, or a smaller batch would do (`can_shrink`)."""
 
     def body(state):
@@ -131,11 +144,10 @@ def proceed(
         )
         read = [
             d.decode_step(shared, prompts.lengths, own, state.step - 1, token)
-            for d, shared, own in zip(decoders, prompts.caches, state.caches, strict=True)
+            for d, shared, own in zip(sampler.decoders, prompts.caches, state.caches, strict=True)
         ]
         hiddens, caches = zip(*read, strict=True)
-        rows = write(decoders, hiddens, state.rows, state.step, key, temperature, settings)
-        return State(state.step + 1, caches, rows)
+        return State(state.step + 1, caches, sample_token(sampler, hiddens, state.rows, state.step))
 
     def unfinished(state):
         done = state.rows.done
@@ -145,7 +157,8 @@ def proceed(
 
 
 def decode(
-    decoders: Sequence[Decoder],
+    graphs: tuple[nnx.GraphDef, ...],
+    params: tuple[Any, ...],
     weights: Float[Array, "m n"],
     prompts: Int[Array, "B P"],
     prompt_lengths: Int[Array, " B"],
@@ -160,41 +173,29 @@ def decode(
     `settings` (static): `max_tokens`, `vocab`, `eos`, `pad` and `greedy`. `budgets` (default `max_tokens`) bounds each
     row. Row (b, j) of the result is a completion of prompt b under the mixture weights[:, j].
     """
-    settings = Settings(**settings)
-    T = settings.max_tokens
-    shared, state = start(
-        decoders, weights, prompts, prompt_lengths, key, temperature, budgets, settings, capacity=T
-    )
-    state = proceed(decoders, shared, state, key, temperature, settings, until=T, least=state.rows.done.size)
+    sampler = Sampler(graphs, params, weights, key, temperature, Settings(**settings))
+    T = sampler.settings.max_tokens
+    shared, state = prefill(sampler, prompts, prompt_lengths, budgets, capacity=T)
+    state = decode_until(sampler, shared, state, until=T, least=state.rows.done.size)
     return state.rows.rollout
 
 
 # --- the programs, and the host that runs them ---
 
 
-@functools.partial(BackendJit, options=ROLLOUT, static_argnames=("graphdefs", "settings", "capacity"))
-def first_segment(
-    graphdefs, params, weights, prompts, prompt_lengths, key, temperature, budgets, settings, capacity
-):
-    """`start`, compiled."""
-    decoders = _decoders(graphdefs, params)
-    return start(decoders, weights, prompts, prompt_lengths, key, temperature, budgets, settings, capacity)
+@functools.partial(BackendJit, options=ROLLOUT, static_argnames="capacity")
+def first_segment(sampler: Sampler, prompts, prompt_lengths, budgets, capacity: int) -> tuple[Prompts, State]:
+    """`prefill`, compiled."""
+    return prefill(sampler, prompts, prompt_lengths, budgets, capacity)
 
 
-@functools.partial(
-    BackendJit, options=ROLLOUT, static_argnames=("graphdefs", "settings", "least"), donate_argnames="state"
-)
-def segment(
-    graphdefs, params, prompts: Prompts, state: State, key, temperature, settings: Settings, least: int
-) -> tuple[State, Int[Array, " 3"]]:
-    """`proceed` while the cache has room, compiled; and what the host must know: step, and what is `alive`."""
-    until = min(settings.max_tokens, state.caches[0].capacity + 1)  # the last token written is not yet cached
-    state = proceed(_decoders(graphdefs, params), prompts, state, key, temperature, settings, until, least)
+@functools.partial(BackendJit, options=ROLLOUT, static_argnames="least", donate_argnames="state")
+def segment(sampler: Sampler, prompts: Prompts, state: State, least: int) -> tuple[State, Int[Array, " 3"]]:
+    """`decode_until` the cache is full, compiled; and what the host must know: step, and what is `alive`."""
+    room = state.caches[0].capacity + 1  # the last token written is not yet cached
+    until = min(sampler.settings.max_tokens, room)
+    state = decode_until(sampler, prompts, state, until, least)
     return state, constrain(jnp.stack([state.step, *alive(state.rows.done)]), None)
-
-
-def _decoders(graphdefs, params) -> list[Decoder]:
-    return [nnx.merge(g, p) for g, p in zip(graphdefs, params, strict=True)]
 
 
 def capacities(max_tokens: int) -> list[int]:
@@ -207,7 +208,7 @@ def capacities(max_tokens: int) -> list[int]:
 
 
 def generate(
-    graphdefs: tuple[nnx.GraphDef, ...],
+    graphs: tuple[nnx.GraphDef, ...],
     params: tuple[Any, ...],
     weights: Float[Array, "m n"],
     prompts: Int[Array, "B P"],
@@ -224,18 +225,16 @@ def generate(
     often as the unfinished rows fit: a row that is done costs its share of each step until then and nothing after.
     Over a mesh rows stay on their devices, and nothing shrinks. Not traceable: the host looks at lengths.
     """
-    settings = Settings(**settings)
+    sampler = Sampler(graphs, params, weights, key, jnp.float32(temperature), Settings(**settings))
     shape = (len(prompts), weights.shape[1])
     least = LEAST_ROWS if context_mesh() is None else shape[0] * shape[1]
-    temperature, sizes = jnp.float32(temperature), capacities(settings.max_tokens)
-    shared, state = first_segment(
-        graphdefs, params, weights, prompts, prompt_lengths, key, temperature, budgets, settings, sizes[0]
-    )
+    sizes = capacities(sampler.settings.max_tokens)
+    shared, state = first_segment(sampler, prompts, prompt_lengths, budgets, sizes[0])
     out = None  # rows that have left, once there are any
     while True:
-        state, seen = segment(graphdefs, params, shared, state, key, temperature, settings, least)
+        state, seen = segment(sampler, shared, state, least)
         step, prompts_left, most = np.asarray(seen).tolist()
-        if step == settings.max_tokens or not most:
+        if step == sizes[-1] or not most:
             return state.rows.rollout if out is None else put_back(out, state.rows)
         smaller = fitting(shape, prompts_left, most, least)
         if smaller != shape:
@@ -262,6 +261,6 @@ def generate_grid(
     """
 
     def one(params, prompts, lengths, key):
-        return decode([nnx.merge(graphdef, params)], weights, prompts, lengths, key, **options)
+        return decode((graphdef,), (params,), weights, prompts, lengths, key, **options)
 
     return jax.vmap(one, spmd_axis_name="grid")(params, prompts, prompt_lengths, keys)

@@ -8,6 +8,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from listopd_jax.models.decoder import KVCache
 from listopd_jax.parallel.rules import CACHE, constrain
+from listopd_jax.rounding import ceil_div, round_up
 
 
 class Rollout(NamedTuple):
@@ -18,6 +19,12 @@ class Rollout(NamedTuple):
         Array, "B n T"
     ]  # log-probability under the distribution sampled from (greedy: at temperature 1)
     lengths: Int[Array, "B n"]  # tokens up to and with EOS, or the budget
+
+
+def trim(rollout: Rollout, budget: int) -> Rollout:
+    """Without what no completion reaches, in quarters of `budget`: few shapes, so few compilations of the update."""
+    size = min(budget, round_up(int(rollout.lengths.max()), ceil_div(budget, 4)))
+    return Rollout(rollout.tokens[..., :size], rollout.logprobs[..., :size], rollout.lengths)
 
 
 class Rows(NamedTuple):

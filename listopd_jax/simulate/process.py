@@ -178,10 +178,10 @@ def _token_losses(theta, teacher, base, rollout, hyper: Hyper, variant: Variant)
     student, teacher, base, rollout = (_log_pair(x) for x in (theta, teacher, base, rollout))
     if variant.estimator == "full_vocab":
         tokens = jnp.zeros(theta.shape, jnp.int32)
-        exact, _ = full_vocab_loss(student, teacher, base, tokens, hyper, variant)
+        exact, _ = full_vocab_loss(student, teacher, base, tokens, hyper, variant, lam=hyper.lam)
         return jnp.stack([exact, exact], -1)
     entropy = entropy_of(student)[..., None]
-    return sampled_loss(student, entropy, teacher, base, rollout, hyper, variant)[0]
+    return sampled_loss(student, entropy, teacher, base, rollout, hyper, variant, lam=hyper.lam)[0]
 
 
 def _log_pair(theta: Float[Array, "P D"]) -> Float[Array, "P D 2"]:

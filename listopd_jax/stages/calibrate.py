@@ -25,6 +25,7 @@ from listopd_jax import files
 from listopd_jax.metrics_log import progress
 from listopd_jax.ops.guard import flip_lambda
 from listopd_jax.ops.head import log_distribution, map_positions, take_token
+from listopd_jax.ops.opd_loss import Frozen
 from listopd_jax.parallel.hosts import from_main, gather
 from listopd_jax.records import CALIBRATION, Calibration, ClassRow, CurvePoint, FlipRow
 from listopd_jax.rollout.decode import generate
@@ -35,7 +36,6 @@ from listopd_jax.task.codec import IS_STRUCTURAL, Codec
 from listopd_jax.task.contract import TOKEN_CLASSES
 from listopd_jax.theory.checks import Undefined
 from listopd_jax.theory.thresholds import clip_safe_lambda_log_odds, probability
-from listopd_jax.train.opd_step import Frozen
 
 ENOUGH_PROMPTS = 200  # EC's minimum
 LAMBDAS = tuple(round(1 + 0.05 * i, 2) for i in range(41))  # where the share of lists with a flip is read

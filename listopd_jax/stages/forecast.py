@@ -9,16 +9,16 @@ guarded target has the teacher's mode everywhere, so its forecast is the teacher
 
 import jax.numpy as jnp
 
+from listopd_jax.ops.opd_loss import Frozen
 from listopd_jax.stages.evaluate import greedy_answers
 from listopd_jax.stages.job import Job
 from listopd_jax.stages.results import evaluated, keep
 from listopd_jax.train.loop import Run
-from listopd_jax.train.opd_step import Frozen
 
 
 def forecast_run(lam: float) -> Run:
     """What identifies the forecast at λ among the results: a run of no steps and no seed."""
-    return Run(f"forecast_lambda{float(lam)}", "forecast", {"lambda": float(lam), "seed": None}, 0)
+    return Run(f"forecast_lambda{float(lam)}", "forecast", lam=float(lam), seed=None, steps=0)
 
 
 def forecast(job: Job, frozen: Frozen) -> None:

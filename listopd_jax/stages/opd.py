@@ -1,34 +1,46 @@
 """The OPD stage: sample from the student, score with teacher and base, update; one run for each λ and seed."""
 
 import functools
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
+from flax import nnx
 
 from listopd_jax.models.build import cast
 from listopd_jax.ops.objective import Hyper, Variant, warmed_up_lambda
+from listopd_jax.ops.opd_loss import Frozen, Models
 from listopd_jax.parallel import hosts
 from listopd_jax.parallel.rules import decoding_copy
 from listopd_jax.rollout.decode import Rollout, generate
-from listopd_jax.rounding import ceil_div, round_up
+from listopd_jax.rollout.state import trim
 from listopd_jax.stages.job import Job, saving
 from listopd_jax.task.codec import Codec
 from listopd_jax.task.contract import strict_parse
 from listopd_jax.task.prompt import review_ids
 from listopd_jax.train.loop import Run, train
-from listopd_jax.train.opd_step import Frozen, Models, OpdBatch, make_opd_step
-from listopd_jax.train.optimizer import adamw, init_state
+from listopd_jax.train.opd_step import OpdBatch, make_opd_step
+from listopd_jax.train.optimizer import init_state
 from listopd_jax.train.preflight import answer_logprobs, check_models
+
+
+class Distillation(NamedTuple):
+    """What the runs of every λ and seed share: where they start, what stays as it is, and how they are updated."""
+
+    student: Any  # the SFT parameters
+    frozen: Frozen
+    tx: optax.GradientTransformation
+    step: Callable  # of `make_step`
 
 
 def opd_runs(job: Job, lam: float, seed: int) -> list[Run]:
     """The OPD run at λ and seed, once for each budget at which it is evaluated: one training, read on its way."""
     opd = job.config.opd
     steps = opd.steps or job.steps(opd.epochs, opd.batch_size)
-    run = Run(f"opd_lambda{float(lam)}_seed{seed}", "opd", {"lambda": float(lam), "seed": seed}, steps)
+    run = Run(f"opd_lambda{float(lam)}_seed{seed}", "opd", float(lam), seed, steps)
     return [run._replace(steps=budget) for budget in opd.eval_steps if budget < steps] + [run]
 
 
@@ -41,65 +53,77 @@ def preflight(job: Job, frozen: Frozen) -> None:
     )
 
 
-def make_step(job: Job) -> Callable:
-    """The update program, to be shared by every λ and seed: they are data to it."""
-    opd, graphs = job.config.opd, job.graphs
-    models = Models(student=graphs["student"], teacher=graphs["teacher"], base=graphs["student"])
-    variant = Variant(
-        opd.ratio,
-        opd.advantage,
-        opd.estimator,
-        opd.aggregate,
-        opd.ppo_clip > 0,
-        opd.guard.fallback if opd.guard.margin else "",
-    )
+def make_step(
+    opd: Any,
+    tx: optax.GradientTransformation,
+    graphs: Mapping[str, nnx.GraphDef],
+    *,
+    vocab: int,
+    attention: str,
+) -> Callable:
+    """The update program of config section `opd`, to be shared by every λ and seed: they are data to it.
+
+    `graphs` are the static halves of teacher and student, `attention` is their backend (never auto).
+    """
     return make_opd_step(
-        models,
-        adamw(job.config.optimizer, opd.b2),
-        variant,
-        vocab=job.codec.vocab,
+        Models(student=graphs["student"], teacher=graphs["teacher"], base=graphs["student"]),
+        tx,
+        variant_of(opd),
+        vocab=vocab,
         chunk=opd.head_chunk,
         microbatch=opd.microbatch,
-        pallas=job.attention == "splash",  # both are kernels for TPUs
+        pallas=attention == "splash",  # both are kernels for TPUs
     )
 
 
-def train_opd(
-    job: Job, frozen: Frozen, student: Any, run: Run, opd_step: Callable, best: int | None = None
-) -> Any:
-    """Distil from `student` (the SFT parameters), or load the run if it is done; parameters in float32.
+def variant_of(opd: Any) -> Variant:
+    """The static choices of config section `opd`."""
+    return Variant(
+        ratio=opd.ratio,
+        advantage=opd.advantage,
+        estimator=opd.estimator,
+        aggregate=opd.aggregate,
+        ppo=opd.ppo_clip > 0,
+        guard=opd.guard.fallback if opd.guard.margin else "",
+    )
+
+
+def hyper_at(opd: Any, lam: float, step: int) -> Hyper:
+    """The traced scalars of config section `opd` for a run at λ, at 0-based `step`."""
+    scalars = Hyper(
+        lam=warmed_up_lambda(lam, step, opd.lambda_warmup_steps),
+        clip=opd.clip,
+        kl_to_base=opd.kl_to_base,
+        entropy_bonus=opd.entropy_bonus,
+        ppo_clip=opd.ppo_clip,
+        guard_margin=opd.guard.margin,
+    )
+    return jax.tree.map(jnp.float32, scalars)
+
+
+def train_opd(job: Job, shared: Distillation, run: Run, best: int | None = None) -> Any:
+    """Distil from the SFT student, or load the run if it is done; its parameters in float32.
 
     The checkpoint at step `best` is kept.
     """
     config, opd = job.config, job.config.opd
-    lam, seed = run.fixed["lambda"], run.fixed["seed"]
-    key = jax.random.key(seed)
+    key = jax.random.key(run.seed)
 
     def update(state, batch, step):
         rows = hosts.global_batch({k: batch[k] for k in ("prompt", "prompt_length")}, opd.batch_size)
         prompts, lengths = rows["prompt"], rows["prompt_length"]
         rollout = sample(job, state.params, prompts, lengths, jax.random.fold_in(key, step))
-        hyper = hyper_at(config, lam, step)
+        sampled, hyper = OpdBatch(prompts, lengths, rollout), hyper_at(opd, run.lam, step)
         for _ in range(opd.updates_per_batch):
-            state, metrics, per_token = opd_step(
-                state, frozen, OpdBatch(prompts, lengths, rollout), hyper, jnp.float32(opd.lr)
-            )
+            state, metrics, per_token = shared.step(state, shared.frozen, sampled, hyper, jnp.float32(opd.lr))
         tokens = {"tokens": int(rollout.lengths.sum()) + opd.rollouts * int(lengths.sum())}
         return state, metrics | tokens | contract_metrics(
             rollout, per_token["advantage"], job.codec, config.task.k
         )
 
-    initial = functools.partial(init_state, student, adamw(config.optimizer, opd.b2))
+    initial = functools.partial(init_state, shared.student, shared.tx)
     policy = saving(config, best, lambda_warmup_steps=opd.lambda_warmup_steps)
-    return train(job.workdir, run, initial, job.opd_batches(seed), update, policy)
-
-
-def hyper_at(config, lam: float, step: int) -> Hyper:
-    """The traced scalars of the objective at 0-based `step`."""
-    opd = config.opd
-    now = warmed_up_lambda(lam, step, opd.lambda_warmup_steps)
-    scalars = now, opd.clip, opd.kl_to_base, opd.entropy_bonus, opd.ppo_clip, opd.guard.margin
-    return Hyper(*map(jnp.float32, scalars))
+    return train(job.workdir, run, initial, job.opd_batches(run.seed), update, policy)
 
 
 def sample(job: Job, params: Any, prompts, lengths, key) -> Rollout:
@@ -112,13 +136,7 @@ def sample(job: Job, params: Any, prompts, lengths, key) -> Rollout:
         (job.graphs["student"],), (params,), jnp.ones((1, opd.rollouts)), prompts, lengths, key,
         max_tokens=budget, vocab=codec.vocab, eos=codec.eos, pad=codec.pad, temperature=opd.temperature,
     )  # fmt: skip
-    return trimmed(rollout, budget)
-
-
-def trimmed(rollout: Rollout, budget: int) -> Rollout:
-    """Completions cut to the longest, in quarters of the budget: few shapes, so few compilations of the update."""
-    size = min(budget, round_up(int(rollout.lengths.max()), ceil_div(budget, 4)))
-    return Rollout(rollout.tokens[..., :size], rollout.logprobs[..., :size], rollout.lengths)
+    return trim(rollout, budget)
 
 
 def contract_metrics(rollout: Rollout, advantage, codec: Codec, k: int) -> dict[str, float]:

@@ -2,21 +2,22 @@
 
 import pathlib
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from listopd_jax.models.build import cast
 from listopd_jax.models.hf import save_hf
+from listopd_jax.ops.opd_loss import Frozen
 from listopd_jax.parallel.hosts import is_main
 from listopd_jax.parallel.mesh import configured_mesh, use_mesh
 from listopd_jax.stages.calibrate import calibrate_stage
 from listopd_jax.stages.forecast import forecast
 from listopd_jax.stages.job import Job, open_job
-from listopd_jax.stages.opd import make_step, opd_runs, preflight, train_opd
+from listopd_jax.stages.opd import Distillation, make_step, opd_runs, preflight, train_opd
 from listopd_jax.stages.results import evaluate, evaluated
 from listopd_jax.stages.sft import sft_run, train_sft
 from listopd_jax.train.loop import Run
-from listopd_jax.train.opd_step import Frozen
+from listopd_jax.train.optimizer import adamw
 from listopd_jax.train.preflight import check_mesh
 
 
@@ -38,10 +39,12 @@ def _models_to_policies(job: Job) -> None:
     preflight(job, frozen)
     calibrate_stage(job, frozen)
     forecast(job, frozen)
-    opd_step = make_step(job)
+    tx = adamw(config.optimizer, config.opd.b2)
+    step = make_step(config.opd, tx, job.graphs, vocab=job.codec.vocab, attention=job.attention)
+    shared = Distillation(student, frozen, tx, step)
     for seed in config.opd.seeds:
         for lam in config.opd.lambdas:
-            distil(job, frozen, student, lam, seed, opd_step)
+            distil(job, shared, lam, seed)
 
 
 def sft_stage(job: Job, role: str) -> Any:
@@ -52,12 +55,12 @@ def sft_stage(job: Job, role: str) -> Any:
     return params
 
 
-def distil(job: Job, frozen: Frozen, student: Any, lam: float, seed: int, opd_step: Callable) -> None:
+def distil(job: Job, shared: Distillation, lam: float, seed: int) -> None:
     """Train at λ and seed, evaluate at every budget, export at the last."""
     runs = opd_runs(job, lam, seed)
     for run in runs:
         if evaluated(job.workdir, run) is None:
-            params = train_opd(job, frozen, student, run, opd_step, most_useful(job.workdir, runs))
+            params = train_opd(job, shared, run, most_useful(job.workdir, runs))
             finish(job, "student", params, run, export=run is runs[-1])
 
 

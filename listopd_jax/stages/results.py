@@ -65,7 +65,7 @@ def _head(run: Run) -> dict[str, Any]:
 
 
 def _identity(run: Run) -> Identity:
-    return Identity(run.stage, run.fixed["lambda"], run.fixed["seed"], run.steps)
+    return Identity(run.stage, run.lam, run.seed, run.steps)
 
 
 def _replace(path: pathlib.Path, kept: Sequence[Record], run: Run, records: Sequence[Record]) -> None:

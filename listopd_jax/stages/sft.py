@@ -18,7 +18,7 @@ def sft_run(job: Job, role: str) -> Run:
     """The SFT run of `role` (teacher or student)."""
     sft = job.config.sft[role]
     steps = sft.steps or job.steps(sft.epochs, sft.batch_size)
-    return Run(f"sft_{role}", f"sft_{role}", {"lambda": None, "seed": sft.seed}, steps)
+    return Run(f"sft_{role}", f"sft_{role}", lam=None, seed=sft.seed, steps=steps)
 
 
 def train_sft(job: Job, role: str) -> Any:

@@ -25,16 +25,22 @@ class BatchIterator(Protocol):
 
 
 class Run(NamedTuple):
-    """One training run: its unique name, what identifies it in the logs, and how long it is."""
+    """One training run: its unique name, its stage, the λ and seed it is of, and how long it is."""
 
     name: str
     stage: str
-    fixed: dict[str, Any]  # e.g. {"lambda": 1.2, "seed": 0}
+    lam: float | None  # None where there is no λ: supervised stages
+    seed: int | None
     steps: int
+
+    @property
+    def labels(self) -> dict[str, Any]:
+        """λ and seed by the names that records, logs and checkpoints give them."""
+        return {"lambda": self.lam, "seed": self.seed}
 
 
 class Saving(NamedTuple):
-    """When a run is saved, which checkpoints stay, and in what, besides `Run.fixed`, one must agree to be used."""
+    """When a run is saved, which checkpoints stay, and in what, besides `Run.labels`, one must agree to be used."""
 
     every: int  # steps
     keep: int  # of the newest
@@ -61,7 +67,7 @@ def train(
     all else that a step may depend on is its number. SIGTERM finishes the step, saves and raises Interrupted.
     """
     folder = checkpoint_folder(workdir, run.name)
-    with Checkpoints(folder, saving.keep, run.fixed | saving.identity, saving.best) as checkpoints:
+    with Checkpoints(folder, saving.keep, run.labels | saving.identity, saving.best) as checkpoints:
         state, start = _resume(checkpoints, initial, batches, run.steps)
         if start > run.steps:
             raise UserError(
@@ -103,7 +109,7 @@ def _train_on(
     """The steps after `start`, logged and saved; the last save is on disk when this returns or raises Interrupted."""
     with (
         sigterm_flag() as stop,
-        MetricsLog(workdir, run.name, run.stage, run.fixed, resume_step=start) as log,
+        MetricsLog(workdir, run.name, run.stage, run.labels, resume_step=start) as log,
         progress(run.steps, run.name, initial=start) as bar,
     ):
         for step in range(start + 1, run.steps + 1):

@@ -7,7 +7,7 @@ exact gradient of the global loss: every token's weight is known before the firs
 
 import functools
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -16,27 +16,12 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from listopd_jax.ops.objective import Hyper, Variant, token_weights
-from listopd_jax.ops.opd_loss import opd_loss
+from listopd_jax.ops.opd_loss import Frozen, Models, opd_loss
 from listopd_jax.parallel.compiler import UPDATE, backend_options
 from listopd_jax.rollout.decode import Rollout, completion_mask
 from listopd_jax.rollout.scoring import completion_hidden
 from listopd_jax.train.accumulate import accumulated_grad
 from listopd_jax.train.optimizer import TrainState, apply_gradients
-
-
-class Models(NamedTuple):
-    """Static halves of the three models."""
-
-    student: nnx.GraphDef
-    teacher: nnx.GraphDef
-    base: nnx.GraphDef
-
-
-class Frozen(NamedTuple):
-    """Parameters that OPD never changes."""
-
-    teacher: Any
-    base: Any
 
 
 class OpdBatch(NamedTuple):
@@ -48,7 +33,7 @@ class OpdBatch(NamedTuple):
 
 
 def make_opd_step(
-    models: Models,
+    graphs: Models,
     tx: optax.GradientTransformation,
     variant: Variant,
     *,
@@ -60,8 +45,9 @@ def make_opd_step(
 ) -> Callable:
     """A jitted step(state, frozen, batch: OpdBatch, hyper: Hyper, lr) → (state, metrics, per_token).
 
-    With `grid`, a step of G independent students (λ, seeds) in one program: everything but `frozen`, which they share,
-    has a leading axis G, split along the mesh's `grid`. `pallas`: see `opd_loss`.
+    `graphs` are the static halves of the models, `frozen` the parameters of teacher and base. With `grid`, a step of G
+    independent students (λ, seeds) in one program: everything but `frozen`, which they share, has a leading axis G,
+    split along the mesh's `grid`. `pallas`: see `opd_loss`.
 
     metrics: scalars over completion tokens (loss, advantage_mean, guarded_fraction, ratio_max, clip_fraction,
     reverse_kl, entropy, sampler_trainer_gap, grad_norm). per_token: float32 arrays [B, n, T] of advantage, λ, student,
@@ -76,7 +62,7 @@ def make_opd_step(
 
         def loss_of(params, rows):
             part, weights = rows
-            loss, per_token = _loss(models, params, frozen, part, weights, loss_function, hyper)
+            loss, per_token = _loss(graphs, params, frozen, part, weights, loss_function, hyper)
             return loss, {k: jnp.where(weights > 0, v, 0.0) for k, v in per_token.items()}
 
         loss, grads, per_token = accumulated_grad(loss_of, state.params, (batch, weights), microbatch)
@@ -88,15 +74,15 @@ def make_opd_step(
     return jax.jit(step, donate_argnums=0, compiler_options=backend_options(UPDATE))
 
 
-def _loss(models: Models, params, frozen: Frozen, batch: OpdBatch, weights, loss_function: Callable, hyper):
+def _loss(graphs: Models, params, frozen: Frozen, batch: OpdBatch, weights, loss_function: Callable, hyper):
     """Weighted loss of one microbatch, differentiable in `params`, and per-token quantities [B, n, T]."""
     tokens = batch.rollout.tokens
-    decoders = [nnx.merge(g, p) for g, p in zip(models, (params, *frozen), strict=True)]
-    hiddens = [completion_hidden(d, batch.prompts, batch.prompt_lengths, tokens) for d in decoders]
+    decoders = Models(*map(nnx.merge, graphs, Models(params, *frozen)))
+    hiddens = Models(*(completion_hidden(d, batch.prompts, batch.prompt_lengths, tokens) for d in decoders))
+    heads = Models(*(d.head_weight() for d in decoders))
     hiddens, *rows = jax.tree.map(
         lambda x: x.reshape(-1, *x.shape[3:]), (hiddens, tokens, batch.rollout.logprobs, weights)
     )
-    heads = [d.head_weight() for d in decoders]
     loss, per_token = loss_function(hiddens, heads, *rows, hyper)
     return loss, {k: v.reshape(tokens.shape) for k, v in per_token.items()}
 
