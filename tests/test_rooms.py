@@ -19,7 +19,7 @@ ARROWS = {
     "config": "models files errors",
     "train": "rollout models ops parallel metrics_log lifecycle files errors",
     "report": "records metrics_log files errors",
-    "rollout": "models ops parallel",
+    "rollout": "models ops parallel rounding",
     "models": "ops parallel data files errors",
     "simulate": "ops theory files errors",
     "ops": "parallel rounding errors",
