@@ -213,7 +213,7 @@ def test_sigterm_in_training_and_in_evaluation_exits_with_0_and_loses_nothing(fi
         (["--config.opd.microbatch=7"], "opd.microbatch=7 must divide opd.batch_size"),
         (["--config.data.source=clothing"], "data.path is empty"),
         (["--config.data.source=clothing", "--config.data.path=absent.zip"], "absent.zip: no such file"),
-        (["--config.student.num_kv_heads=3"], "student.num_kv_heads=3 must divide"),
+        (["--config.student.num_kv_heads=3"], "num_heads=4 must be a multiple of num_kv_heads=3"),
         (["--config.student.weights=absent/folder/here"], "tokenizer.path is empty"),
         (["extra"], "'extra' is not a flag"),
         (["--config.preset=paper"], "the preset is chosen by"),
