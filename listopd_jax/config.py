@@ -8,6 +8,7 @@ combinations.
 import difflib
 import hashlib
 import json
+import keyword
 import math
 import pathlib
 import re
@@ -196,6 +197,21 @@ def unknown_field(argv: Sequence[str], e: Exception) -> str:
     near = re.search(r'Did you mean \\?"([^"\\]+)', message)
     hint = f"did you mean {near[1]}? " if near else ""
     return f"{where}: there is no such field; {hint}listopd_jax/config.py has them all"
+
+
+def keyword_field(argv: Sequence[str]) -> str | None:
+    """One line for an override of a field that no config can have, a Python keyword; None if there is none.
+
+    `--config.opd.lambda=1.2` and `--config.opd.lambda.x=1` are no Python, so ml_collections cannot read them.
+    """
+    for name in (a.split("=")[0] for a in argv if a.startswith("--config.")):
+        parts = name.removeprefix("--config.").split(".")
+        at = next((i for i, part in enumerate(parts) if keyword.iskeyword(part)), None)
+        if at is not None:
+            known = [field for field, _ in flatten(defaults().to_dict())]
+            near = difflib.get_close_matches(".".join(parts[: at + 1]), known, n=1)
+            return f"{name}: no such field" + (f"; did you mean {near[0]}?" if near else "")
+    return None
 
 
 def flatten(tree: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

@@ -59,6 +59,8 @@ def parse(argv: list[str]) -> tuple[Any, Topology, Load]:
 
     Sets the environment that jax needs for the topology.
     """
+    if problem := config_module.keyword_field(argv):
+        raise UserError(problem)
     try:
         rest = FIRST(argv, known_only=True)
         if not _TOPOLOGY.value:

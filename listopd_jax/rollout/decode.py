@@ -39,6 +39,7 @@ from listopd_jax.rollout.state import (
 )
 
 LEAST_ROWS = 8  # fewer cost hardly less, and each shape is one more program to compile
+LEAST_PARAMETERS = 1_000_000  # a smaller model's steps cost less than those programs
 LEAST_CAPACITY = 64  # tokens; a shorter cache is not worth a program
 
 
@@ -222,11 +223,13 @@ def generate(
 
     After a segment the cache grows if it is full, and the batch is halved, in prompts or in completions a prompt, as
     often as the unfinished rows fit: a row that is done costs its share of each step until then and nothing after.
-    Over a mesh rows stay on their devices, and nothing shrinks. Not traceable: the host looks at lengths.
+    Over a mesh rows stay on their devices, and nothing shrinks, nor does it for models so small that the programs
+    would cost more to compile than they save. Not traceable: the host looks at lengths.
     """
     settings = Settings(**settings)
     shape = (len(prompts), weights.shape[1])
-    least = LEAST_ROWS if context_mesh() is None else shape[0] * shape[1]
+    shrinks = context_mesh() is None and sum(x.size for x in jax.tree.leaves(params)) >= LEAST_PARAMETERS
+    least = LEAST_ROWS if shrinks else shape[0] * shape[1]
     temperature, sizes = jnp.float32(temperature), capacities(settings.max_tokens)
     shared, state = first_segment(
         graphdefs, params, weights, prompts, prompt_lengths, key, temperature, budgets, settings, sizes[0]
