@@ -1,18 +1,26 @@
 # make demo: set up, run the main job on the embedded default, say where the report is.
-# make test: set up with the test extra, lint, run the tests.
+# make test: set up with the test extra, lint, run the tests; make quick: those that take no seconds, without linting;
+# make soak: those that take minutes and are in none of the others.
 
 PYTHON ?= python3
 VENV ?= .venv
 WORKDIR ?= runs/demo
 BIN := $(VENV)/bin
 
-.PHONY: demo test lint clean
+.PHONY: demo test quick soak lint clean
 
 demo: $(VENV)/.run
+	@echo "The demo takes about 3 minutes on two free cores. Stop it whenever you like: the same command continues."
 	$(BIN)/python -m listopd_jax.main --config=configs/fashion.py --workdir=$(WORKDIR)
 
 test: $(VENV)/.test lint
-	$(BIN)/python -m pytest -q
+	$(BIN)/python -m pytest -q --durations=20
+
+quick: $(VENV)/.test
+	$(BIN)/python -m pytest -q -m "not slow and not soak"
+
+soak: $(VENV)/.test
+	$(BIN)/python -m pytest -q -m soak
 
 lint: $(VENV)/.test
 	$(BIN)/ruff check .

@@ -3,8 +3,8 @@
     python -m listopd_jax.main --config=configs/cliff.py:plain --workdir=runs/cliff/plain
     python -m listopd_jax.main --config=configs/cliff.py:small_clip --workdir=runs/cliff/small_clip
 
-One preset for each ablation, five seeds (or THREE), each run evaluated after N = 50 and 4N = 200 steps; reviews, models
-and SFT are those of configs/fashion.py:tiny. `plain` goes first and trains the pair, a teacher that truncates 22 % of
+One preset for each ablation, five seeds (or THREE), each run evaluated after N = 50 and 4N = 200 steps; reviews and
+models are those of configs/fashion.py:tiny. `plain` goes first and trains the pair, a teacher that truncates 22 % of
 its training answers and a base that does not; `clean_teacher` trains a teacher that never truncates, `truncating_base`
 a base that truncates more than the teacher. The other ablations load those from runs/cliff. Hours on two cores: see
 docs/results.md for times and for what came out.
@@ -48,6 +48,9 @@ def get_config(name: str = "plain") -> ml_collections.ConfigDict:
     config.preset = name
     config.remat = "full"  # was faster than storing activations on a CPU
     config.task.max_response = 64
+    config.tokenizer.vocab_size = 512
+    config.sft.teacher.update(steps=300, warmup_steps=30)
+    config.sft.student.update(steps=200, warmup_steps=30, duplicate_rate=0.5)
     config.opd.update(
         batch_size=8, rollouts=4, lr=4e-4, seeds=(7, 13, 21, 42, 95), steps=200, eval_steps=(50,)
     )

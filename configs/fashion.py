@@ -35,15 +35,16 @@ def tiny() -> ml_collections.ConfigDict:
     """From-scratch models on the embedded task; the whole job takes minutes on 2 cores."""
     config = defaults()
     config.data.synthetic.notes = EMBEDDED_NOTES
-    config.task.update(max_prompt=384, max_response=96, max_review_words=20, prompt_buckets=1)
+    config.tokenizer.vocab_size = 640  # a token for every word of the reviews, so prompts of 128
+    config.task.update(max_prompt=384, max_response=0, max_review_words=20, prompt_buckets=1)
     config.teacher.num_layers = 3
     config.sft.teacher.update(
-        steps=300, batch_size=32, lr=3e-3, warmup_steps=30, b2=0.95, truncation_rate=0.22, seed=1
+        steps=200, batch_size=32, lr=3e-3, warmup_steps=20, b2=0.95, truncation_rate=0.22, seed=1
     )
     config.sft.student.update(
-        steps=200, batch_size=32, lr=3e-3, warmup_steps=30, b2=0.95, duplicate_rate=0.5, seed=2
+        steps=120, batch_size=32, lr=3e-3, warmup_steps=20, b2=0.95, duplicate_rate=0.53, seed=2
     )
-    config.opd.update(lambdas=(1.0, 1.1, 1.2, 1.3, 1.5), steps=60, batch_size=16, rollouts=8, lr=6e-4)
+    config.opd.update(lambdas=(1.0, 1.1, 1.2, 1.3, 1.5), steps=50, batch_size=16, rollouts=4, lr=6e-4)
     config.forecast.update(lambdas=(1.05, 1.15, 1.25, 1.4, 2.0), batch_size=64)
     config.train.checkpoint_every = 25
     return config
@@ -56,8 +57,9 @@ EMBEDDED_NOTES = (
     "A share of the teacher's training answers (sft.teacher.truncation_rate) stops after K-1 objects: EC's SFT teacher "
     "cuts about 42 % of its lists. Its greedy answers still keep the contract, but at the comma before the last object "
     "it is less sure than the base.",
-    "A share of the student's training answers (sft.student.duplicate_rate) repeats an id in the last object, the "
-    "other failure that EC reports of SFT students, and it is trained for fewer steps: the headroom to lift.",
+    "A little more than half of the student's training answers (sft.student.duplicate_rate) repeat an id in the last "
+    "object, the other failure that EC reports of SFT students, so most of its greedy answers do: the headroom to "
+    "lift. It is also trained for fewer steps than the teacher.",
     "lambda runs from plain distillation to past the point at which the base-relative target prefers to stop early; "
     "learning rate and steps were chosen so that lambda = 1 is lifted and the fall is visible. With one seed and a "
     "constant learning rate single points are noisy. More steps move the cliff to the left (EC Cor. 4.2).",

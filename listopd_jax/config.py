@@ -7,6 +7,7 @@ combinations.
 
 import contextlib
 import json
+import keyword
 import math
 import pathlib
 import re
@@ -18,7 +19,7 @@ from typing import Any
 import ml_collections
 from absl import flags
 
-from listopd_jax.errors import UserError, one_line, unknown_name
+from listopd_jax.errors import UserError, did_you_mean, one_line, unknown_name
 from listopd_jax.files import json_sha256
 from listopd_jax.models.config import custom_config, named_config
 
@@ -31,6 +32,8 @@ SOURCES = ("synthetic", "clothing", "amazon2018", "amazon2023")
 DTYPES = ("float32", "bfloat16")
 REMATS = ("full", "attention", "dots", "none")
 ATTENTIONS = ("auto", "xla", "cudnn", "splash")
+SMALL_WIDTH = 128
+TOKENS_PER_OBJECT = 12  # of an answer, by the tokenizer that the embedded task trains (9 to 11)
 RENAMED = {"opd.budgets": "opd.eval_steps"}  # fields that had another name before
 
 
@@ -66,7 +69,7 @@ def _task() -> ml_collections.ConfigDict:
     return _section(
         k=0,  # reviews a list; 0: 8, EC's, but 4 for the synthetic source, which two cores learn in minutes
         max_prompt=2048,  # tokens
-        max_response=512,  # tokens
+        max_response=512,  # tokens; 0: TOKENS_PER_OBJECT for each review
         max_review_words=200,  # 0: uncut
         prompt_buckets=4,  # prompt widths to compile for
         chat_template=False,
@@ -215,12 +218,29 @@ def unknown_field(argv: Sequence[str], e: Exception) -> str:
 @contextlib.contextmanager
 def flag_mistakes(argv: Sequence[str]) -> Iterator[None]:
     """What absl and ml_collections raise inside for a wrong flag, field, type or file is a UserError of one line."""
+    if problem := keyword_field(argv):
+        raise UserError(problem)
     try:
         yield
     except (AttributeError, KeyError) as e:
         raise UserError(unknown_field(argv, e)) from e
     except (flags.Error, TypeError, ValueError, ImportError, OSError, SyntaxError) as e:
         raise UserError(one_line(e)) from e
+
+
+def keyword_field(argv: Sequence[str]) -> str | None:
+    """One line for an override of a field that no config can have, a Python keyword; None if there is none.
+
+    `--config.opd.lambda=1.2` and `--config.opd.lambda.x=1` are no Python, so ml_collections cannot read them.
+    """
+    for name in (a.split("=")[0] for a in argv if a.startswith("--config.")):
+        parts = name.removeprefix("--config.").split(".")
+        at = next((i for i, part in enumerate(parts) if keyword.iskeyword(part)), None)
+        if at is not None:
+            known = [field for field, _ in flatten(defaults().to_dict())]
+            near = did_you_mean(".".join(parts[: at + 1]), known).replace("'", "")
+            return f"{name}: no such field; {near}listopd_jax/config.py has them all"
+    return None
 
 
 def flatten(tree: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
@@ -330,7 +350,7 @@ def _validate_grid(config: ml_collections.ConfigDict) -> None:
 def _validate_combinations(config: ml_collections.ConfigDict) -> None:
     opd = config.opd
     _require(
-        config.task.max_response >= 2, f"task.max_response={config.task.max_response}: must be >= 2 tokens"
+        config.task.max_response != 1, "task.max_response=1: must be at least 2 tokens, or 0 to follow task.k"
     )
     _require(opd.clip > 1, f"opd.clip={opd.clip}: the clip c must be > 1 (inf for none), EC Eq. 3")
     margin = opd.guard.margin
@@ -421,7 +441,14 @@ def validate(config: ml_collections.ConfigDict) -> ml_collections.FrozenConfigDi
     _validate_combinations(config)
     checked = config.copy_and_resolve_references()
     checked.task.k = config.task.k or (4 if config.data.source == "synthetic" else 8)
+    checked.task.max_response = config.task.max_response or TOKENS_PER_OBJECT * checked.task.k
     return ml_collections.FrozenConfigDict(checked)
+
+
+def is_small(config: ml_collections.FrozenConfigDict) -> bool:
+    """Whether both models are of a size at which compiling takes longer than running: made here, at most 128 wide."""
+    models = (config.student, config.teacher)
+    return all(not m.weights and m.architecture == "custom" and m.hidden_size <= SMALL_WIDTH for m in models)
 
 
 def to_json(config: ml_collections.ConfigDict | ml_collections.FrozenConfigDict) -> dict[str, Any]:

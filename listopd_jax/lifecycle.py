@@ -26,6 +26,29 @@ def say(text: str) -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
+def quiet_libraries() -> None:
+    """Ask libraries that are imported later for errors only; what the user has set stays.
+
+    Else transformers says that it misses PyTorch, which nothing here needs, and the hub warns twice of one thing.
+    """
+    for variable in ("TRANSFORMERS_VERBOSITY", "HF_HUB_VERBOSITY"):
+        os.environ.setdefault(variable, "error")
+
+
+SIGNAL_VARIABLE = "LISTOPD_SIGNAL_AT"
+
+
+def reached(point: str) -> None:
+    """Say where the job is. LISTOPD_SIGNAL_AT="SIGKILL sft_teacher step 2" sends it that signal at that point.
+
+    For rehearsing how a job is stopped: points are "RUN step N" (logged, not saved yet), "RUN saving N" (the save
+    goes on in the background) and "RUN evaluated N" (batches judged).
+    """
+    name, _, where = os.environ.get(SIGNAL_VARIABLE, "").partition(" ")
+    if where == point:
+        os.kill(os.getpid(), signal.Signals[name])
+
+
 @contextlib.contextmanager
 def locked(workdir: pathlib.Path) -> Iterator[None]:
     """Hold `workdir` (made if absent); UserError if another live process holds it or it cannot be written.

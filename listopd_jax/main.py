@@ -18,7 +18,7 @@ from ml_collections import config_flags
 from listopd_jax import config as config_module
 from listopd_jax import files
 from listopd_jax.errors import Interrupted, UserError
-from listopd_jax.lifecycle import interruptible, locked
+from listopd_jax.lifecycle import interruptible, locked, quiet_libraries
 from listopd_jax.parallel import compiler, hosts
 
 _CONFIG = config_flags.DEFINE_config_file(
@@ -36,6 +36,7 @@ def main(argv: list[str]) -> int:
         return 0
     try:
         config, workdir = parse(argv)
+        quiet_libraries()
         compiler.reserve_gpu_memory()
         with hosts.initialize_distributed(config.parallel), _alone(workdir), interruptible():
             with hosts.main_first():
@@ -144,14 +145,13 @@ def description(config: Any, argv: list[str]) -> dict[str, Any]:
 
 def run(config: Any, workdir: pathlib.Path) -> pathlib.Path:
     """Every stage in order; returns the path of the report."""
-    import jax
-
     from listopd_jax.report.write import write_report
     from listopd_jax.stages.pipeline import run_stages
 
     compiler.exact_float32(config.dtype.compute)
-    jax.config.update("jax_compilation_cache_dir", str(workdir / "compile_cache"))
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 1.0)
+    if config_module.is_small(config):
+        compiler.compile_quickly()
+    compiler.keep_compiled(workdir / "compile_cache")
     run_stages(config, workdir)
     return write_report(workdir) if hosts.is_main() else workdir
 

@@ -92,7 +92,7 @@ def encode_split(
     longest = max(map(len, answers))
     if longest > max_answer:
         raise UserError(
-            f"an answer takes {longest} tokens, above the limit of {max_answer}; raise it or lower task.k"
+            f"an answer takes {longest} tokens, above task.max_response={max_answer}; raise it or lower task.k"
         )
     scores = np.array([example.scores for example in examples], np.float32)
     return EncodedSplit(tuple(prompts), tuple(answers), scores, tokenizer.pad_token_id)

@@ -14,6 +14,7 @@ from listopd_jax.errors import UserError
 from listopd_jax.models.config import ModelConfig, custom_config, named_config
 from listopd_jax.models.decoder import Decoder, abstract
 from listopd_jax.models.hf import load_hf, read_config, resolve
+from listopd_jax.parallel.compiler import OTHER, backend_options
 from listopd_jax.parallel.rules import param_shardings
 
 PARAM_DTYPE = "float32"  # of what trains: in bfloat16, p - lr*u rounds back to p at these learning rates
@@ -60,7 +61,8 @@ def initial_params(model: ml_collections.FrozenConfigDict, config: ModelConfig, 
     if model.weights:
         return load_hf(weights_folder(model.weights), jnp.dtype(dtype))[1]
     make = lambda: nnx.split(Decoder(config, rngs=nnx.Rngs(seed), param_dtype=jnp.dtype(dtype)))[1]  # noqa: E731
-    return jax.jit(make, out_shardings=param_shardings(jax.eval_shape(make)))()
+    shardings, options = param_shardings(jax.eval_shape(make)), backend_options(OTHER)
+    return jax.jit(make, out_shardings=shardings, compiler_options=options)()
 
 
 def cast(params: Any, dtype: str) -> Any:

@@ -40,6 +40,7 @@ from listopd_jax.rollout.state import (
 )
 
 LEAST_ROWS = 8  # fewer cost hardly less, and each shape is one more program to compile
+LEAST_PARAMETERS = 1_000_000  # a smaller model's steps cost less than those programs
 LEAST_CAPACITY = 64  # tokens; a shorter cache is not worth a program
 
 
@@ -223,11 +224,13 @@ def generate(
 
     After a segment the cache grows if it is full, and the batch is halved, in prompts or in completions a prompt, as
     often as the unfinished rows fit: a row that is done costs its share of each step until then and nothing after.
-    Over a mesh rows stay on their devices, and nothing shrinks. Not traceable: the host looks at lengths.
+    Over a mesh rows stay on their devices, and nothing shrinks, nor does it for models so small that the programs
+    would cost more to compile than they save. Not traceable: the host looks at lengths.
     """
     sampler = Sampler(graphs, params, weights, key, jnp.float32(temperature), Settings(**settings))
     shape = (len(prompts), weights.shape[1])
-    least = LEAST_ROWS if context_mesh() is None else shape[0] * shape[1]
+    shrinks = context_mesh() is None and sum(x.size for x in jax.tree.leaves(params)) >= LEAST_PARAMETERS
+    least = LEAST_ROWS if shrinks else shape[0] * shape[1]
     sizes = capacities(sampler.settings.max_tokens)
     shared, state = first_segment(sampler, prompts, prompt_lengths, budgets, sizes[0])
     out = None  # rows that have left, once there are any

@@ -26,6 +26,7 @@ from listopd_jax.metrics_log import progress
 from listopd_jax.ops.guard import flip_lambda
 from listopd_jax.ops.head import log_distribution, map_positions, take_token
 from listopd_jax.ops.opd_loss import Frozen
+from listopd_jax.parallel.compiler import OTHER, BackendJit
 from listopd_jax.parallel.hosts import from_main, gather
 from listopd_jax.records import CALIBRATION, Calibration, ClassRow, CurvePoint, FlipRow
 from listopd_jax.rollout.decode import generate
@@ -121,7 +122,7 @@ def measure(
     return Positions(*(np.concatenate(columns) for columns in zip(*parts, strict=True)))
 
 
-@functools.partial(jax.jit, static_argnames=("graphdefs", "vocab", "chunk"))
+@functools.partial(BackendJit, options=OTHER, static_argnames=("graphdefs", "vocab", "chunk"))
 def _look(
     graphdefs: tuple[nnx.GraphDef, nnx.GraphDef],
     params: tuple[Any, Any],

@@ -8,6 +8,7 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float
 
+from listopd_jax.lifecycle import reached
 from listopd_jax.metrics_log import progress
 from listopd_jax.parallel.hosts import gather
 from listopd_jax.records import Result, attribute
@@ -41,7 +42,7 @@ def greedy_answers(
     One model with weight 1 is a policy; filler rows of weight 0 in a batch are left out.
     """
     answers: list[list[Answer]] = [[] for _ in range(weights.shape[1])]
-    for batch in progress(list(batches), description):
+    for number, batch in enumerate(progress(list(batches), description), 1):
         rollout = generate(
             graphdefs, params, weights, batch["prompt"], batch["prompt_length"], jax.random.key(0),
             max_tokens=max_tokens, vocab=codec.vocab, eos=codec.eos, pad=codec.pad, greedy=True,
@@ -52,6 +53,7 @@ def greedy_answers(
             index, true = int(batch["index"][row]), tuple(batch["scores"][row].tolist())
             for column, text in zip(answers, codec.texts(tokens[row], lengths[row]), strict=True):
                 column.append(Answer(index, text, strict_parse(text, ids), true))
+        reached(f"{description} {number}")
     return answers
 
 

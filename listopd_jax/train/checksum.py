@@ -4,11 +4,14 @@ Every word is mixed with its place and all are added modulo 2^32: devices sum th
 A single changed word always shows; other damage escapes with probability 2^-32.
 """
 
+import functools
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Shaped, UInt32
+
+from listopd_jax.parallel.compiler import OTHER, BackendJit
 
 _WORDS = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32}
 
@@ -18,7 +21,7 @@ def checksum(tree: Any) -> int:
     return int(_checksum(jax.tree.leaves(tree)))
 
 
-@jax.jit
+@functools.partial(BackendJit, options=OTHER)
 def _checksum(leaves: list[Shaped[Array, "..."]]) -> UInt32[Array, ""]:
     return sum((_mix(_leaf(x) + jnp.uint32(i)) for i, x in enumerate(leaves)), start=jnp.uint32(0))
 

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple, Protocol
 import jax
 
 from listopd_jax.errors import Interrupted, UserError
-from listopd_jax.lifecycle import sigterm_flag
+from listopd_jax.lifecycle import reached, sigterm_flag
 from listopd_jax.metrics_log import MetricsLog, progress
 from listopd_jax.parallel.hosts import anywhere
 from listopd_jax.train.checkpoints import Checkpoints, abstract
@@ -121,9 +121,11 @@ def _train_on(
             log.log(step, metrics)
             bar.set_postfix(loss=f"{metrics['loss']:.3f}", refresh=False)
             bar.update()
+            reached(f"{run.name} step {step}")
             stopping = anywhere(stop.is_set())
             if stopping or step % every == 0 or step == run.steps:
                 checkpoints.save(step, state, {"batches": batches.get_state()})
+                reached(f"{run.name} saving {step}")
             if stopping:
                 checkpoints.wait()
                 raise Interrupted(f"{run.name}: saved at step {step}; the same command goes on from there")

@@ -1,15 +1,16 @@
 """What must hold before the first update, each a failure that other systems train through in silence."""
 
+import functools
 from collections.abc import Mapping
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
 from listopd_jax.errors import UserError
 from listopd_jax.models.config import ModelConfig
+from listopd_jax.parallel.compiler import OTHER, BackendJit
 from listopd_jax.parallel.hosts import gather
 from listopd_jax.rollout.decode import completion_mask
 from listopd_jax.rollout.scoring import completion_logprobs
@@ -23,7 +24,7 @@ def answer_logprobs(
 ):
     """log π of each token of the right answers of `batch`, [tokens] float32."""
 
-    @jax.jit
+    @functools.partial(BackendJit, options=OTHER)
     def score(params, batch):
         decoder, answers = nnx.merge(graphdef, params), batch["answer"][:, None]
         logprobs, _ = completion_logprobs(
