@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Float, Int
 
 from listopd_jax.errors import UserError
 from listopd_jax.models.config import ModelConfig
@@ -101,32 +101,30 @@ class Layer(nnx.Module):
         self,
         x: Float[Array, "B n T D"],
         rope: tuple[Array, Array],
-        attend: Callable,
-        goes_on: Bool[Array, ""] | None = None,
+        attend: Callable[[Array, Array, Array], Array],
     ) -> tuple[Float[Array, "B n T D"], tuple[Array, Array]]:
-        """One layer: the new x, and rotated keys and values [B,n,T,KV,H]. `attend(q, k, v)` mixes values, as q's shape.
-
-        Where `goes_on` is False only keys and values are computed.
-        """
-        c, shape = self.config, x.shape
-        x = constrain(x, *ROWS, "hidden")
-        # Flat, because XLA's CPU backward pass through products of more axes is half as fast.
-        x = x.reshape(-1, c.hidden_size)
-        y = rms_norm(x, self.attn_norm[...], c.norm_eps)
+        """The new x, and rotated keys and values [B,n,T,KV,H]. `attend(q, k, v)` mixes values, as q's shape."""
+        x, shape = self._rows(x), x.shape
+        y = self._norm(x, "attn_norm")
+        q = self._heads(y, "q", shape, rope)
         k, v = self._heads(y, "k", shape, rope), self._heads(y, "v", shape)
-
-        def attention_and_mlp(x):
-            mixed = attend(self._heads(y, "q", shape, rope), k, v)
-            x = x + self._dense(mixed.reshape(len(x), -1), "o")
-            z = rms_norm(x, self.mlp_norm[...], c.norm_eps)
-            units = jax.nn.silu(self._dense(z, "gate")) * self._dense(z, "up")
-            return x + self._dense(constrain(units, "batch", "mlp"), "down")
-
-        if goes_on is None:
-            x = attention_and_mlp(x)
-        else:  # a conditional stores all that its branches need again, weights too: let it store little
-            x = jax.lax.cond(goes_on, jax.checkpoint(attention_and_mlp, policy=REMAT["dots"]), lambda x: x, x)
+        x = x + self._dense(attend(q, k, v).reshape(len(x), -1), "o")
+        y = self._norm(x, "mlp_norm")
+        units = jax.nn.silu(self._dense(y, "gate")) * self._dense(y, "up")
+        x = x + self._dense(constrain(units, "batch", "mlp"), "down")
         return constrain(x.reshape(shape), *ROWS, "hidden"), (k, v)
+
+    def keys_values(self, x: Float[Array, "B n T D"], rope: tuple[Array, Array]) -> tuple[Array, Array]:
+        """Only the rotated keys and values [B,n,T,KV,H], with which the last layer of a prompt ends."""
+        y = self._norm(self._rows(x), "attn_norm")
+        return self._heads(y, "k", x.shape, rope), self._heads(y, "v", x.shape)
+
+    def _rows(self, x: Float[Array, "B n T D"]) -> Float[Array, "M D"]:
+        """x as M = B·n·T rows: XLA's CPU backward pass through products of more axes is half as fast."""
+        return constrain(x, *ROWS, "hidden").reshape(-1, self.config.hidden_size)
+
+    def _norm(self, x: Float[Array, "M D"], name: str) -> Float[Array, "M D"]:
+        return rms_norm(x, getattr(self, name)[...], self.config.norm_eps)
 
     def _dense(self, x: Float[Array, "M inputs"], name: str) -> Float[Array, "M outputs"]:
         """x @ weight in x's dtype, the weight seen as [inputs, outputs]."""
@@ -162,8 +160,7 @@ class Decoder(nnx.Module):
     param_dtype: of the weights, which are cast to `dtype` at use.
     remat: what of a layer the backward pass finds stored: 'full' (nothing but its input), 'attention' (besides it what
         attention mixed), 'dots' (besides these the results of the matrix products with weights) or 'none' (no remat:
-        all but attention's scores; of prompts read by `keys_values` what 'dots' stores). Only the
-        backend xla of attention has a result that can be stored.
+        all but attention's scores). Only the backend xla of attention has a result that can be stored.
     attention: the backend of passes over many tokens, of listopd_jax.ops.attention_backends.BACKENDS; a decode step,
         which is bound by the bytes that it reads, always has the reference's.
     """
@@ -206,7 +203,20 @@ class Decoder(nnx.Module):
 
     def keys_values(self, tokens: Int[Array, "B P"]) -> KVCache:
         """Only the KV of prompts: the last layer ends with them, so a prompt costs one layer less."""
-        return self._causal(tokens, keep_kv=True, all_layers=False)[1]
+        graphdef, weights = nnx.split(self.layers)
+        x, rope = self._embed(tokens[:, None]), self._rope(jnp.arange(tokens.shape[1])[None, None])
+        last = self.config.num_layers - 1
+
+        def layer(i):  # by number: scanning over a stack without its last layer would first copy the weights
+            return nnx.merge(graphdef, jax.tree.map(lambda w: w[i], weights))
+
+        def step(x, i):
+            x, kv = layer(i)(x, rope, self._attend)
+            return x, _of_prompt(kv)
+
+        x, kv = jax.lax.scan(self._checkpointed(step), x, jnp.arange(last))
+        kv_of_last = _of_prompt(layer(last).keys_values(x, rope))
+        return jax.tree.map(lambda a, b: jnp.concatenate([a, b[None]]), kv, kv_of_last)
 
     def extend(
         self, prompt: KVCache, prompt_lengths: Int[Array, " B"], completions: Int[Array, "B n T"]
@@ -258,18 +268,16 @@ class Decoder(nnx.Module):
         """The LM head in the parameters' dtype: the embedding if tied."""
         return gathered("head", (self.embed if self.config.tied else self.head)[...])
 
-    def _causal(self, tokens, keep_kv: bool, all_layers: bool = True):
+    def _causal(self, tokens, keep_kv: bool):
         """Unnormalised hidden states [B,T,D] of whole sequences and, if asked, their KV."""
 
         # Padding is on the right, so causality alone keeps it from every valid token.
-        def body(layer, x, rope, goes_on):
-            x, kv = layer(x, rope, self._attend, goes_on)
-            return x, KVCache(*(x[:, 0] for x in stored(*kv))) if keep_kv else None
+        def body(layer, x, rope, _):
+            x, kv = layer(x, rope, self._attend)
+            return x, _of_prompt(kv) if keep_kv else None
 
-        layers = self.config.num_layers
-        goes_on = None if all_layers else jnp.arange(layers) < layers - 1
         positions = jnp.arange(tokens.shape[1])[None, None]
-        hidden, kv = self._run(tokens[:, None], positions, body, goes_on)
+        hidden, kv = self._run(tokens[:, None], positions, body, None)
         return hidden[:, 0], kv
 
     def _attend(self, q: Array, k: Array, v: Array, prompt: Prompt | None = None) -> Array:
@@ -277,18 +285,28 @@ class Decoder(nnx.Module):
 
     def _run(self, tokens: Int[Array, "B n T"], positions: Int[Array, "b m T"], body: Callable, per_layer):
         """Embed, then scan body(layer, x, rope, per_layer[l]) → (x, extra[l]) over the layers."""
-        angles = positions[..., None, None].astype(jnp.float32) * rope_frequencies(self.config)
-        rope = jnp.cos(angles), jnp.sin(angles)
+        x, rope = self._embed(tokens), self._rope(positions)
         graphdef, weights = nnx.split(self.layers)
 
         def step(x, scanned):
             layer_weights, of_layer = scanned
             return body(nnx.merge(graphdef, layer_weights), x, rope, of_layer)
 
-        if self.remat != "none":
-            step = jax.checkpoint(step, policy=REMAT[self.remat], prevent_cse=False)
-        x = constrain(gathered("embed", self.embed[...])[tokens].astype(self.dtype), *ROWS, "hidden")
-        return jax.lax.scan(step, x, (weights, per_layer))
+        return jax.lax.scan(self._checkpointed(step), x, (weights, per_layer))
+
+    def _embed(self, tokens: Int[Array, "B n T"]) -> Float[Array, "B n T D"]:
+        return constrain(gathered("embed", self.embed[...])[tokens].astype(self.dtype), *ROWS, "hidden")
+
+    def _rope(self, positions: Int[Array, "b m T"]) -> tuple[Array, Array]:
+        """cos and sin of the rotary angles at each position, float32 [b,m,T,1,H/2]."""
+        angles = positions[..., None, None].astype(jnp.float32) * rope_frequencies(self.config)
+        return jnp.cos(angles), jnp.sin(angles)
+
+    def _checkpointed(self, step: Callable) -> Callable:
+        """The scanned `step` with what `remat` says of its backward pass."""
+        if self.remat == "none":
+            return step
+        return jax.checkpoint(step, policy=REMAT[self.remat], prevent_cse=False)
 
     def _final(self, x: Float[Array, "*r D"]) -> Float[Array, "*r D"]:
         return rms_norm(x, self.final_norm[...], self.config.norm_eps)
@@ -297,6 +315,11 @@ class Decoder(nnx.Module):
 def abstract(config: ModelConfig, **options) -> tuple[nnx.GraphDef, nnx.State]:
     """`nnx.split(Decoder(config, **options))` with shapes for arrays: nothing is computed or allocated."""
     return nnx.split(nnx.eval_shape(lambda: Decoder(config, rngs=nnx.Rngs(0), **options)))
+
+
+def _of_prompt(kv: tuple[Float[Array, "B 1 T KV H"], Float[Array, "B 1 T KV H"]]) -> KVCache:
+    """Keys and values of one layer for whole sequences, as a cache keeps them."""
+    return KVCache(*(x[:, 0] for x in stored(*kv)))
 
 
 def _normal(rngs: nnx.Rngs, shape: tuple[int, ...], fan_in: int, dtype) -> nnx.Param:

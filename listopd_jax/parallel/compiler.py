@@ -59,7 +59,7 @@ def backend_options(options: Options) -> dict[str, Any] | None:
 def compile_quickly() -> None:
     """On a CPU, add QUICK to the options of every kind of program from now on; not where XLA_FLAGS says otherwise.
 
-    For jobs whose models are so small that compiling takes longer than running; large ones run faster by XLA's defaults.
+    For jobs whose models are so small that compiling takes longer than running; large ones keep XLA's defaults.
     """
     if jax.default_backend() == "cpu" and not any(f in os.environ.get("XLA_FLAGS", "") for f in QUICK):
         for options in (ROLLOUT, UPDATE, OTHER):
