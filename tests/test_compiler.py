@@ -1,0 +1,54 @@
+"""What the compiler is told: options of the backend at hand, at the first use; what the user set stays."""
+
+import os
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from listopd_jax.parallel import compiler
+
+
+def test_options_are_those_of_the_backend_at_the_first_call():
+    options = {"gpu": {"no_such_flag": True}}
+    twice = compiler.BackendJit(lambda x: 2 * x, options)
+    assert float(twice(jnp.float32(3))) == 6
+    wrong = compiler.BackendJit(lambda x: 2 * x, options)
+    options["cpu"] = {"no_such_flag": True}
+    with pytest.raises(jax.errors.JaxRuntimeError, match="no_such_flag"):
+        wrong(jnp.float32(3))
+
+
+def test_a_backend_jit_is_lowered_and_counts_its_programs_like_any_other():
+    twice = compiler.BackendJit(lambda x, n: n * x, {}, static_argnames="n")
+    assert "multiply" in twice.lower(jnp.float32(3), n=2).as_text() and twice._cache_size() == 0
+    twice(jnp.float32(3), n=2)
+    assert twice._cache_size() == 1
+
+
+def test_importing_the_rollout_starts_no_backend():
+    code = "import listopd_jax.rollout.decode, jax._src.xla_bridge as b; assert not b._backends"
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+
+def test_the_users_share_of_memory_stays(monkeypatch):
+    monkeypatch.setenv(compiler.MEMORY_VARIABLE, "0.5")
+    compiler.reserve_gpu_memory()
+    assert os.environ[compiler.MEMORY_VARIABLE] == "0.5"
+    monkeypatch.delenv(compiler.MEMORY_VARIABLE)
+    compiler.reserve_gpu_memory()
+    assert os.environ[compiler.MEMORY_VARIABLE] == compiler.MEMORY_FRACTION
+
+
+@pytest.mark.parametrize(
+    ("backend", "dtype", "asked"),
+    [("gpu", "float32", "highest"), ("gpu", "bfloat16", None), ("cpu", "float32", None)],
+)
+def test_float32_is_float32_on_a_gpu(monkeypatch, backend, dtype, asked):
+    said = {}
+    monkeypatch.setattr(jax, "default_backend", lambda: backend)
+    monkeypatch.setattr(jax.config, "update", said.__setitem__)
+    compiler.exact_float32(dtype)
+    assert said.get("jax_default_matmul_precision") == asked
