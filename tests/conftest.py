@@ -1,5 +1,6 @@
 """Fixtures shared by the tests, and the settings that must stand before jax is imported."""
 
+import multiprocessing.forkserver
 import os
 import pathlib
 
@@ -7,10 +8,12 @@ import jaxlib.version
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("NUMBA_DISABLE_JIT", "1")  # ranx, an oracle, would compile for half a minute
 # Compiling tiny programs dominates the suite; unoptimised code compiles six times faster. A jaxlib that does not know
 # a flag aborts, so the flags are given only to the versions they were tried with.
 if jaxlib.version.__version__.startswith("0.10."):
     fast = "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false"
+    fast += " --xla_llvm_disable_expensive_passes=true --xla_cpu_parallel_codegen_split_count=1"
     os.environ.setdefault("XLA_FLAGS", fast)
 else:
     os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
@@ -18,6 +21,7 @@ else:
 import jaxtyping
 import pytest
 import typechecked  # noqa: F401 (before the package: it says what an array is)
+from processes import SMALL, command, run_command
 
 # Every call in the tests is checked against the shapes that the function is annotated with.
 jaxtyping.install_import_hook(["listopd_jax", "benchmarks"], "typechecked.typechecked")
@@ -31,3 +35,18 @@ def shared() -> pathlib.Path:
     if not SHARED.is_dir():
         pytest.skip("needs the real test data in ../shared, absent here")
     return SHARED
+
+
+def pytest_unconfigure():
+    """End the server of tests/processes.py and wait for it: what it used then counts as the suite's."""
+    multiprocessing.forkserver._forkserver._stop()
+
+
+@pytest.fixture(scope="session")
+def finished_job(tmp_path_factory) -> pathlib.Path:
+    """The workdir of a whole run of SMALL, never interrupted; tests that change anything copy it."""
+    workdir = tmp_path_factory.mktemp("job") / "whole"
+    result = run_command(command(workdir, *SMALL))
+    assert result.returncode == 0, result.stderr[-3000:]
+    assert result.stdout.strip() == f"report: {workdir}/report.html"
+    return workdir

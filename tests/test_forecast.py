@@ -12,6 +12,7 @@ from listopd_jax.stages.evaluate import greedy_answers
 from listopd_jax.task.codec import Codec
 
 LAMBDAS = [0.5, 1.0, 1.7]
+WIDTH = 16  # of the longest sequence, so that it takes one program
 
 
 @pytest.fixture(scope="module")
@@ -34,13 +35,18 @@ def setting(tmp_path_factory):
     return decoders, codec, batch
 
 
+@nnx.jit
+def hidden_states(decoder, tokens, length):
+    return decoder(tokens[None], length[None])[0]
+
+
 def target_greedy(decoders, lam, prompt, codec, steps):
     """Brute force: the whole sequence through both models for every token."""
     tokens = list(prompt)
     for _ in range(steps):
-        logps = []
+        logps, padded = [], np.pad(tokens, (0, WIDTH - len(tokens)))
         for d in decoders:
-            hidden = d(jnp.array([tokens]), jnp.array([len(tokens)]))[0, -1]
+            hidden = hidden_states(d, padded, np.int32(len(tokens)))[len(tokens) - 1]
             logits = np.asarray(hidden @ d.head_weight().T, np.float64)
             logps.append(logits - np.logaddexp.reduce(logits))
         tokens.append(int(np.argmax(lam * logps[0] + (1 - lam) * logps[1])))

@@ -2,7 +2,6 @@
 
 import json
 import os
-import pathlib
 import re
 import shutil
 import signal
@@ -11,6 +10,7 @@ import sys
 import time
 
 import pytest
+from processes import REPO, SMALL, run_command
 
 from configs import fashion
 from launch import cli, gather, local, point
@@ -18,7 +18,6 @@ from launch.grid import COMMON, open_grid, read_grid
 from listopd_jax import config as config_module
 from listopd_jax.errors import UserError
 
-REPO = pathlib.Path(__file__).resolve().parents[1]
 ARGUMENTS = ["--config=configs/fashion.py:tiny", "--config.opd.lambdas=1.0,1.5", "--config.opd.seeds=7,8"]
 NAMES = ["lambda1.0_seed7", "lambda1.5_seed7", "lambda1.0_seed8", "lambda1.5_seed8"]
 
@@ -441,32 +440,20 @@ def test_states_are_listed(finished, capsys):
 
 
 @pytest.mark.slow
-def test_a_grid_of_processes_finds_what_one_run_finds(tmp_path):
+def test_a_grid_of_processes_finds_what_one_run_finds(finished_job, tmp_path):
     """The same records, to the last digit, and the same rows but for the clock."""
-    tiny = (
-        "--config=configs/fashion.py:tiny --config.data.synthetic.products=12 --config.data.validation_share=0.25 "
-        "--config.evaluation.max_lists=6 --config.evaluation.batch_size=6 --config.evaluation.bootstrap=50 "
-        "--config.sft.teacher.steps=4 --config.sft.student.steps=3 --config.sft.teacher.batch_size=4 "
-        "--config.sft.student.batch_size=4 --config.opd.batch_size=4 --config.opd.steps=3 --config.opd.eval_steps=2, "
-        "--config.opd.lambdas=1.0,2.0 --config.train.checkpoint_every=1 --config.train.export=False "
-        "--config.task.max_response=48 --config.forecast.lambdas=1.5 --config.opd.rollouts=2 "
-        "--config.teacher.num_layers=1 --config.student.num_layers=1"
-    ).split()
-    root, whole = tmp_path / "grid", tmp_path / "whole"
+    root = tmp_path / "grid"
     for arguments in (
-        ["listopd_jax.main", f"--workdir={whole}", *tiny],
-        ["launch.local", f"--root={root}", "--processes=2", *tiny],
+        ["launch.local", "--config=configs/fashion.py:tiny", f"--root={root}", "--processes=2", *SMALL],
         ["launch.gather", f"--root={root}"],
     ):
-        result = subprocess.run(
-            [sys.executable, "-m", *arguments], cwd=REPO, capture_output=True, text=True, check=False
-        )
+        result = run_command([sys.executable, "-m", *arguments])
         assert result.returncode == 0, result.stderr[-2000:]
     for name in ("results.json", "examples.json", "calibration.json"):
-        assert (root / name).read_bytes() == (whole / name).read_bytes(), name
+        assert (root / name).read_bytes() == (finished_job / name).read_bytes(), name
 
     def rows(folder):
         lines = map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
         return [{k: v for k, v in row.items() if k != "tokens_per_second"} for row in lines]
 
-    assert rows(root) == rows(whole)
+    assert rows(root) == rows(finished_job)

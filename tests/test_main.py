@@ -2,47 +2,23 @@
 
 import json
 import os
-import pathlib
 import shutil
 import signal
 import subprocess
-import sys
 import time
 
+import numpy as np
 import pytest
+from processes import REPO, SHARE, SMALL, command, run_command
+from processes import run_main as run
 
 from listopd_jax.stages.pipeline import most_useful
 from listopd_jax.train.loop import Run
 
-REPO = pathlib.Path(__file__).resolve().parents[1]
-SMALL = (
-    "--config.data.synthetic.products=12 --config.data.validation_share=0.25 "
-    "--config.evaluation.max_lists=6 --config.evaluation.batch_size=6 "
-    "--config.evaluation.bootstrap=50 --config.sft.teacher.steps=4 --config.sft.student.steps=3 "
-    "--config.sft.teacher.batch_size=4 --config.sft.student.batch_size=4 --config.opd.batch_size=4 "
-    "--config.opd.steps=3 --config.opd.eval_steps=2, --config.opd.lambdas=1.0,2.0 --config.train.checkpoint_every=1 "
-    "--config.task.max_response=64 --config.forecast.lambdas=1.5"
-).split()
 
-
-def command(workdir, *more):
-    return [
-        sys.executable, "-m", "listopd_jax.main", "--config=configs/fashion.py:tiny", f"--workdir={workdir}", *more,
-    ]  # fmt: skip
-
-
-def run(workdir, *more):
-    return subprocess.run(command(workdir, *more), cwd=REPO, capture_output=True, text=True, check=False)
-
-
-@pytest.fixture(scope="module")
-def finished(tmp_path_factory):
-    """A whole run, never interrupted."""
-    workdir = tmp_path_factory.mktemp("job") / "whole"
-    result = run(workdir, *SMALL)
-    assert result.returncode == 0, result.stderr[-3000:]
-    assert result.stdout.strip() == f"report: {workdir}/report.html"
-    return workdir
+@pytest.fixture
+def finished(finished_job):
+    return finished_job
 
 
 def metrics(workdir):
@@ -161,40 +137,40 @@ def test_a_workdir_without_results_takes_another_config(tmp_path):
     assert again.returncode == 2 and "other.zip: no such file" in again.stderr
 
 
+SAVED = "saved at step {}; the same command goes on from there"
+STOPS = [  # signal, where, exit code, last words
+    ("SIGKILL", "sft_teacher step 2", -signal.SIGKILL, ""),
+    ("SIGTERM", "sft_student evaluated 1", 0, "stopped; the same command goes on from there"),
+    ("SIGKILL", "opd_lambda1.0_seed0 saving 2", -signal.SIGKILL, ""),
+    ("SIGTERM", "opd_lambda2.0_seed0 step 1", 0, f"opd_lambda2.0_seed0: {SAVED.format(1)}"),
+]
+
+
 @pytest.mark.slow
-def test_killed_at_any_moment_the_job_ends_with_the_same_metrics(finished, tmp_path):
-    workdir, delays = tmp_path / "killed", [8.0, 14.0, 20.0, 26.0]
-    for delay in delays:
-        process = subprocess.Popen(
-            command(workdir, *SMALL), cwd=REPO, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-        )
-        time.sleep(delay)
-        process.send_signal(signal.SIGKILL)
-        process.wait()
+def test_killed_and_stopped_again_and_again_the_job_ends_with_the_same_metrics(finished, tmp_path):
+    """kill -9 and SIGTERM, in training, saving and evaluation; SIGTERM exits with 0 and says what is saved."""
+    workdir = tmp_path / "job"
+    for name, where, code, says in STOPS:
+        ended = run(workdir, *SMALL, LISTOPD_SIGNAL_AT=f"{name} {where}")
+        assert ended.returncode == code, ended.stderr[-2000:]
+        assert ended.stderr.rstrip().endswith(says) and "Traceback" not in ended.stderr, ended.stderr[-2000:]
     assert run(workdir, *SMALL).returncode == 0
     assert metrics(workdir) == metrics(finished)
     assert results(workdir) == results(finished)
 
 
-def terminated(workdir, seen, says, times=1):
-    """SIGTERM when the job's stderr has `seen`; it exits with 0 and says so in its last line."""
-    with (workdir.parent / "log").open("w+") as log:
-        process = subprocess.Popen(command(workdir, *SMALL), cwd=REPO, stdout=subprocess.DEVNULL, stderr=log)
-        while seen not in pathlib.Path(log.name).read_text() and process.poll() is None:
-            time.sleep(0.01)
-        for _ in range(times):
-            process.send_signal(signal.SIGTERM)
-            time.sleep(0.05)
-        code, text = process.wait(60), pathlib.Path(log.name).read_text()
-    assert code == 0 and says in text.splitlines()[-1] and "Traceback" not in text, text[-2000:]
-
-
-@pytest.mark.slow
-def test_sigterm_in_training_and_in_evaluation_exits_with_0_and_loses_nothing(finished, tmp_path):
-    workdir = tmp_path / "job"
-    terminated(workdir, "sft_teacher:   0%", "sft_teacher: saved at step ")
-    terminated(workdir, "sft_student evaluated:   0%", "stopped; the same command goes on", times=3)
-    terminated(workdir, "opd_lambda1.0_seed0:   0%", "opd_lambda1.0_seed0: saved at step ", times=3)
+@pytest.mark.soak
+def test_killed_at_any_moment_the_job_ends_with_the_same_metrics(finished, tmp_path):
+    """The same at moments that nobody chose, nine times."""
+    workdir, rng = tmp_path / "job", np.random.default_rng()
+    for _ in range(9):
+        process = subprocess.Popen(
+            command(workdir, *SMALL), cwd=REPO, env=os.environ | SHARE, stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+        )  # fmt: skip
+        time.sleep(rng.uniform(4, 20))
+        process.send_signal(rng.choice([signal.SIGKILL, signal.SIGTERM]))
+        process.wait(60)
     assert run(workdir, *SMALL).returncode == 0
     assert metrics(workdir) == metrics(finished)
     assert results(workdir) == results(finished)
@@ -204,6 +180,8 @@ def test_sigterm_in_training_and_in_evaluation_exits_with_0_and_loses_nothing(fi
     ("arguments", "says"),
     [
         (["--config.opd.lamdas=1.0"], "did you mean lambdas?"),
+        (["--config.opd.lambda=1.2"], "--config.opd.lambda: no such field; did you mean opd.lambdas?"),
+        (["--config.opd.lambda.x=1"], "--config.opd.lambda.x: no such field; did you mean opd.lambdas?"),
         (["--config.opd.steps=many"], "--config.opd.steps=many"),
         (["--config.opd.lambdas=1.0,x"], "every lambda is a number"),
         (["--config.opd.ratio=teacher"], "opd.ratio='teacher' is unknown; did you mean 'teacher_student'?"),
@@ -233,24 +211,14 @@ def test_a_mistake_is_one_clear_line_and_exit_code_2(tmp_path, arguments, says):
     [("configs/fashion.py:tinny", "did you mean 'tiny'?"), ("configs/fashon.py", "fashon.py")],
 )
 def test_a_wrong_preset_or_file_is_one_clear_line(tmp_path, config, says):
-    arguments = [sys.executable, "-m", "listopd_jax.main", f"--config={config}", f"--workdir={tmp_path}/job"]
-    result = subprocess.run(arguments, cwd=REPO, capture_output=True, text=True, check=False)
+    result = run(tmp_path / "job", config=config)
     assert result.returncode == 2
     assert len(result.stderr.splitlines()) == 1 and says in result.stderr
 
 
 def test_auto_is_tiny_on_a_cpu(tmp_path):
-    environment = os.environ | {"JAX_PLATFORMS": "cpu"}
-    arguments = [
-        sys.executable,
-        "-m",
-        "listopd_jax.main",
-        "--config=configs/fashion.py",
-        f"--workdir={tmp_path}/job",
-    ]
     bad = "--config.opd.lr=-1"  # stops it before anything is computed
-    result = subprocess.run(
-        [*arguments, bad], cwd=REPO, capture_output=True, text=True, check=False, env=environment
-    )
+    arguments = command(tmp_path / "job", bad, config="configs/fashion.py")
+    result = run_command(arguments, JAX_PLATFORMS="cpu")
     assert result.returncode == 2
     assert result.stderr.splitlines()[0].startswith("preset tiny; choose another with --config=")

@@ -28,6 +28,9 @@ LLAMA = ModelConfig(
 )
 LENGTHS = np.array([7, 4, 1])
 N, T = 2, 5
+ROUNDING = (
+    1e-5  # of the largest value: what sums of this length differ by if float32 adds them in another order
+)
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -163,8 +166,8 @@ def test_padding_has_no_influence(model, batch):
     (_, hidden), grads = shared(*model, prompts, completions)
     for other in (changed, longer):
         (_, again), other_grads = shared(*model, other, completions)
-        assert_close(again, hidden, 1e-6)
-        assert_close(other_grads, grads, 1e-6)
+        assert_close(again, hidden, ROUNDING)
+        assert_close(other_grads, grads, ROUNDING)
 
 
 def test_padding_is_zero_and_gradients_finite(model):

@@ -82,12 +82,18 @@ def run(batch, hyper, variant, microbatch=0, student=STUDENT, frozen=FROZEN):
 
 def naive_logp(graphdef, params, batch):
     """log π over the vocabulary at every completion position [B, n, T, VOCAB]; one plain pass a sequence."""
-    decoder, rows = nnx.merge(graphdef, params), []
+    rows = []
     for prompt, length, completions in zip(*batch[:2], batch.rollout.tokens, strict=True):
         for completion in completions:
             sequence = np.concatenate([prompt[:length], completion, np.zeros(P - length, np.int32)])
             rows.append(sequence)
-    hidden = decoder(np.stack(rows), np.repeat(PROMPT_LENGTHS, N) + T)
+    return of_sequences(graphdef, params, np.stack(rows))
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def of_sequences(graphdef, params, rows):
+    decoder = nnx.merge(graphdef, params)
+    hidden = decoder(rows, np.repeat(PROMPT_LENGTHS, N) + T)
     at = np.repeat(PROMPT_LENGTHS, N)[:, None] - 1 + np.arange(T)
     hidden = jnp.take_along_axis(hidden, at[..., None], 1)
     return jax.nn.log_softmax(hidden @ decoder.head_weight()[:VOCAB].T).reshape(B, N, T, VOCAB)

@@ -1,13 +1,13 @@
 """The mesh: its sizes, what it refuses, and the programs on 8 fake devices (in a process of its own)."""
 
 import os
-import pathlib
-import subprocess
+import re
 import sys
 
 import ml_collections
 import pytest
 from jax.sharding import PartitionSpec as P
+from processes import run_command
 
 from listopd_jax.config import defaults, validate
 from listopd_jax.errors import UserError
@@ -16,32 +16,19 @@ from listopd_jax.parallel.mesh import mesh_sizes
 from listopd_jax.parallel.rules import PARAMS, RULES, spec
 from listopd_jax.train.preflight import check_mesh
 
-TESTS = pathlib.Path(__file__).resolve().parent
 EIGHT = "--xla_force_host_platform_device_count=8"
 
 
-def on_eight_devices(choice, *options):
+@pytest.mark.slow
+def test_programs_on_eight_devices_are_those_of_one():
+    """on_eight_devices.py: steps, rollouts and weights over meshes of data×fsdp×tensor from 8×1×1 to 1×1×8, a grid."""
     flags = f"{os.environ.get('XLA_FLAGS', '')} {EIGHT}"
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *options]
-    result = subprocess.run(
-        [*command, str(TESTS / "on_eight_devices.py"), "-k", choice],
-        env=os.environ | {"XLA_FLAGS": flags}, capture_output=True, text=True, check=False, cwd=TESTS.parent,
-    )  # fmt: skip
+    result = run_command(
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/on_eight_devices.py"],
+        XLA_FLAGS=flags,
+    )
     assert result.returncode == 0, result.stdout[-5000:] + result.stderr[-2000:]
-    assert " passed" in result.stdout
-
-
-def test_steps_and_rollouts_are_those_of_one_device():
-    """For data×fsdp×tensor of 8×1×1 to 1×1×8, with the collectives that are expected and no others."""
-    on_eight_devices("one_device or same_tokens or microbatches or crosses or streams")
-
-
-def test_grid_is_its_points_one_by_one():
-    on_eight_devices("grid")
-
-
-def test_weights_go_straight_to_their_shards():
-    on_eight_devices("shard or host_reads")
+    assert re.search(r"\b30 passed", result.stdout), result.stdout
 
 
 def parallel(**sizes):

@@ -2,7 +2,6 @@
 
 import json
 import os
-import pathlib
 import re
 import socket
 import subprocess
@@ -10,24 +9,29 @@ import sys
 import time
 
 import pytest
+from processes import REPO, SHARE, SMALL, command, run_main
 
 from listopd_jax.config import defaults
 from listopd_jax.errors import UserError
+from listopd_jax.lifecycle import SIGNAL_VARIABLE
 from listopd_jax.parallel import hosts
 
-REPO = pathlib.Path(__file__).resolve().parents[1]
 
-
-def start_two(command, devices=1, ids=(0, 1)):
+def start_two(command, devices=1, ids=(0, 1), environment=None, of_second=None):
     """The command as processes `ids` of a job of two, each with `devices` CPU devices."""
     with socket.create_server(("127.0.0.1", 0)) as free:
         address = f"127.0.0.1:{free.getsockname()[1]}"
     flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={devices}"
-    shared = {"JAX_COORDINATOR_ADDRESS": address, "JAX_NUM_PROCESSES": "2", "XLA_FLAGS": flags}
+    shared = {
+        "JAX_COORDINATOR_ADDRESS": address,
+        "JAX_NUM_PROCESSES": "2",
+        "XLA_FLAGS": flags,
+        **(environment or {}),
+    }
     return [
         subprocess.Popen(
             [sys.executable, *command], cwd=REPO, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-            env=os.environ | shared | {"JAX_PROCESS_ID": str(i), "PYTHONPATH": str(REPO)},
+            env=os.environ | shared | {"JAX_PROCESS_ID": str(i), "PYTHONPATH": str(REPO)} | (i and of_second or {}),
         )
         for i in ids
     ]  # fmt: skip
@@ -115,57 +119,35 @@ def test_a_process_without_its_number_is_told(monkeypatch):
         hosts._setting(defaults().parallel)
 
 
-SMALL = (
-    "--config.data.synthetic.products=12 --config.data.validation_share=0.25 "
-    "--config.evaluation.max_lists=6 --config.evaluation.batch_size=6 --config.evaluation.bootstrap=50 "
-    "--config.sft.teacher.steps=3 --config.sft.student.steps=2 --config.sft.teacher.batch_size=4 "
-    "--config.sft.student.batch_size=4 --config.opd.batch_size=4 --config.opd.steps=2 --config.opd.lambdas=1.5, "
-    "--config.task.max_response=64"
-).split()
-
-
-def job(workdir, *more):
-    return [
-        "-m",
-        "listopd_jax.main",
-        "--config=configs/fashion.py:tiny",
-        f"--workdir={workdir}",
-        *SMALL,
-        *more,
-    ]
-
-
 @pytest.mark.slow
-def test_two_processes_reproduce_the_job_of_one(tmp_path):
-    subprocess.run([sys.executable, *job(tmp_path / "one")], cwd=REPO, check=True, capture_output=True)
-    first, second = finish(start_two(job(tmp_path / "two", "--config.parallel.fsdp=2")), limit=1200)
+def test_two_processes_reproduce_the_job_of_one(finished_job, tmp_path):
+    arguments = command(tmp_path, *SMALL, "--config.opd.lambdas=2.0,", "--config.parallel.fsdp=2")[1:]
+    first, second = finish(start_two(arguments, environment=SHARE), limit=1200)
     assert first[0] == second[0] == 0, first[2] + second[2]
-    assert first[1] == [f"report: {tmp_path}/two/report.html"] and second[1] == []
+    assert first[1] == [f"report: {tmp_path}/report.html"] and second[1] == []
     one, two = (
-        [json.loads(line) for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]
-        for name in ("one", "two")
+        [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+        for folder in (finished_job, tmp_path)
     )
-    assert [list(row) for row in one] == [list(row) for row in two] and len(one) == 7
+    one = [row for row in one if row["lambda"] in (None, 2.0)]
+    assert [list(row) for row in one] == [list(row) for row in two] and len(one) == 10
     for a, b in zip(one, two, strict=True):
         del a["tokens_per_second"]
         for name, value in a.items():
             near = pytest.approx(value, rel=2e-5, abs=2e-6) if isinstance(value, float) else value
             assert b[name] == near, name
-    one, two = (json.loads((tmp_path / name / "results.json").read_text()) for name in ("one", "two"))
-    assert one == two
+    one, two = (json.loads((folder / "results.json").read_text()) for folder in (finished_job, tmp_path))
+    assert [r for r in one if r["lambda"] != 1.0] == [r for r in two if r["lambda"] != 1.0] and len(two) == 7
 
 
 @pytest.mark.slow
 def test_a_job_goes_on_where_a_host_was_lost(tmp_path):
-    """Process 1 is killed in OPD; the other ends by itself, and the same command finishes on another mesh."""
-    workdir = tmp_path / "job"
-    processes = start_two(job(workdir, "--config.train.checkpoint_every=1"))
-    while not list(workdir.glob("checkpoints/sft_teacher/[0-9]*")):
-        assert processes[0].poll() is None, finish(processes)
-        time.sleep(0.5)
-    processes[1].kill()
-    code, _, errors = finish(processes)[0]
+    """Process 1 is killed; the other ends by itself, and the same command finishes on another mesh."""
+    arguments = *SMALL, "--config.opd.lambdas=2.0,"
+    where = {SIGNAL_VARIABLE: "SIGKILL sft_teacher step 3"}
+    processes = start_two(command(tmp_path, *arguments)[1:], environment=SHARE, of_second=where)
+    (code, _, errors), second = finish(processes)
+    assert second[0] == -9
     assert code == 1 and errors[-1].startswith("error: process 1 of 2 is gone")
-    alone = [sys.executable, *job(workdir, "--config.train.checkpoint_every=1")]
-    assert subprocess.run(alone, cwd=REPO, check=False, capture_output=True).returncode == 0
-    assert len((workdir / "metrics.jsonl").read_text().splitlines()) == 7
+    assert run_main(tmp_path, *arguments).returncode == 0
+    assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 10

@@ -1,6 +1,5 @@
 """Training in real processes that are killed, terminated, run out of disk, or move to other devices."""
 
-import multiprocessing
 import os
 import pathlib
 import resource
@@ -8,21 +7,22 @@ import signal
 import subprocess
 import sys
 import time
-from concurrent.futures import ThreadPoolExecutor
 
 import jax
 import numpy as np
 import optax
+import orbax.checkpoint as ocp
 import pytest
+from processes import FORKS
 
 from listopd_jax.errors import Interrupted, UserError
-from listopd_jax.lifecycle import interruptible
+from listopd_jax.lifecycle import SIGNAL_VARIABLE, interruptible
 from listopd_jax.metrics_log import read_metrics
 from listopd_jax.train.checkpoints import Checkpoints, abstract
 from listopd_jax.train.loop import Run, Saving, checkpoint_folder, train
 from listopd_jax.train.optimizer import apply_gradients, init_state
 
-STEPS = 30
+STEPS = 20
 RUN = Run("opd_lambda1.2_seed0", "opd", lam=1.2, seed=0, steps=STEPS)
 TX = optax.scale_by_adam()
 SHAPE = (256, 128)
@@ -67,9 +67,12 @@ def train_here(workdir, saving=ALWAYS):
     return train(pathlib.Path(workdir), RUN, initial, batches(), update, saving)
 
 
-def job(workdir, log, most_bytes, saving):
+def job(workdir, log, most_bytes, saving, signal_at, cut):
     """What a process of the tests does: train as main would, its stderr in `log`."""
     os.dup2(os.open(log, os.O_CREAT | os.O_WRONLY | os.O_APPEND), 2)
+    os.environ[SIGNAL_VARIABLE] = signal_at
+    if cut:
+        die_at_commit(cut)
     if most_bytes:
         resource.setrlimit(resource.RLIMIT_FSIZE, (most_bytes, most_bytes))
     try:
@@ -82,19 +85,26 @@ def job(workdir, log, most_bytes, saving):
         print(e, file=sys.stderr)
 
 
-@pytest.fixture(scope="module")
-def start():
+def die_at_commit(step):
+    """kill -9 of this process where the checkpoint of `step` is written, and is about to get its name."""
+    path = ocp.path.atomicity.AtomicRenameTemporaryPath
+    finalize = path.finalize
+
+    async def dying(self):
+        if self.get_final().name == str(step):
+            os.kill(os.getpid(), signal.SIGKILL)
+        await finalize(self)
+
+    path.finalize = dying
+
+
+def start(workdir, most_bytes=0, saving=ALWAYS, signal_at="", cut=0):
     """Start a `job` in a new process in which the imports are done but nothing of JAX has started."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["listopd_jax.train.loop", "grain", "pytest"])
-
-    def start(workdir, most_bytes=0, saving=ALWAYS):
-        workdir.mkdir(exist_ok=True)
-        process = context.Process(target=job, args=(workdir, workdir / "log", most_bytes, saving))
-        process.start()
-        return process
-
-    return start
+    workdir.mkdir(exist_ok=True)
+    arguments = workdir, workdir / "log", most_bytes, saving, signal_at, cut
+    process = FORKS.Process(target=job, args=arguments)
+    process.start()
+    return process
 
 
 def folder(workdir):
@@ -127,52 +137,51 @@ def wait_for(condition, process, seconds=300):
     """Poll until `condition()`, or the process has ended, or the time is over."""
     deadline = time.monotonic() + seconds
     while not condition() and process.is_alive() and time.monotonic() < deadline:
-        time.sleep(0.0005)
+        time.sleep(0.005)
 
 
 # ---- kill -9
 
 
-CHAINS, KILLS = 4, 6
+MOMENTS = ("step", "saving", "cut", "random")
+"""A step done and not saved, a save begun, a save all but finished, and whatever comes."""
 
 
-def kill_at_random(start, workdir, rng, during_save) -> bool:
-    """kill -9 some steps on and some milliseconds later, or within a save; whether a save was cut short."""
-    before = max(saved_steps(workdir), default=0) + int(rng.integers(1, 3))
-    stale, process = being_saved(workdir), start(workdir)
-    wait_for(lambda: max(saved_steps(workdir), default=0) >= before, process)
-    if during_save:
-        wait_for(lambda: being_saved(workdir) - stale, process)
-    time.sleep(float(rng.uniform(0, 0.01 if during_save else 0.06)))
-    os.kill(process.pid, signal.SIGKILL)
-    process.join()
+def kill(workdir, rng, moment) -> None:
+    """Train one or two checkpoints further, and kill -9 at `moment`."""
+    step = max(saved_steps(workdir), default=0) + int(rng.integers(2, 4))
+    stale = being_saved(workdir)
+    asked = {"cut": step} if moment == "cut" else {"signal_at": f"SIGKILL {RUN.name} {moment} {step}"}
+    process = start(workdir, **asked)
+    if moment == "random":
+        wait_for(lambda: max(saved_steps(workdir), default=0) >= step - 1, process)
+        time.sleep(float(rng.uniform(0, 0.06)))
+        os.kill(process.pid, signal.SIGKILL)
+    process.join(300)
     assert process.exitcode == -signal.SIGKILL, "the run ended before it could be killed"
-    return bool(being_saved(workdir) - stale)
+    assert moment != "cut" or being_saved(workdir) - stale
 
 
-def killed_again_and_again(start, workdir, seed) -> int:
-    """Train with KILLS interruptions; how many of them cut a save short."""
+def killed_again_and_again(workdir, seed, moments) -> None:
+    """Train with interruptions, to the end."""
     rng = np.random.default_rng(seed)
-    cut = sum(kill_at_random(start, workdir, rng, during_save=i % 2 == 1) for i in range(KILLS))
+    for moment in moments:
+        kill(workdir, rng, moment)
     process = start(workdir)
     process.join(300)
     assert process.exitcode == 0
-    return cut
 
 
 @pytest.mark.slow
-def test_kill_9_at_random_moments_changes_no_bit(start, tmp_path, monkeypatch):
-    """Parameters, optimizer, data iterator and metrics after 24 kills, half of them aimed at saves."""
-    # Starting a process also polls all others: two threads would read one exit code, and the second find 255.
-    monkeypatch.setattr(multiprocessing.process, "_cleanup", lambda: None)
-    workdirs = [tmp_path / str(i) for i in range(CHAINS)]
-    with ThreadPoolExecutor(CHAINS) as pool:
-        cut = list(pool.map(killed_again_and_again, [start] * CHAINS, workdirs, range(CHAINS)))
+@pytest.mark.parametrize("chains", [1, pytest.param(6, marks=pytest.mark.soak)])
+def test_kill_9_at_any_moment_changes_no_bit(tmp_path, chains):
+    """Parameters, optimizer, data iterator and metrics, after kills in steps, in saves and between them."""
     undisturbed = tmp_path / "undisturbed"
     train_here(undisturbed)
-    assert sum(cut) >= CHAINS, "kills were to meet saves too"
     assert [row["step"] for row in rows(undisturbed)] == list(range(1, STEPS + 1))
-    for workdir in workdirs:
+    for seed in range(chains):
+        workdir = tmp_path / str(seed)
+        killed_again_and_again(workdir, seed, np.random.default_rng(seed).permutation(MOMENTS))
         assert rows(workdir) == rows(undisturbed)
         assert end(workdir) == end(undisturbed)
         assert saved_steps(workdir) == [STEPS - 1, STEPS]
@@ -189,34 +198,36 @@ def messages(workdir):
     return [line for line in lines if not line.startswith(RUN.name + ":  ") and "step/s" not in line]
 
 
-@pytest.mark.parametrize("times", [1, 5])
-def test_sigterm_saves_and_exits_with_0(start, tmp_path, times):
-    """However often it comes; nothing of what was done is done again."""
-    process = start(tmp_path, saving=AT_THE_END)
-    wait_for(lambda: len(rows(tmp_path)) >= 5, process)
-    for _ in range(times):
-        os.kill(process.pid, signal.SIGTERM)
-        time.sleep(0.01)
-    process.join(30)
-    assert process.exitcode == 0
-    (step,) = saved_steps(tmp_path)
-    assert step >= 5 and [row["step"] for row in rows(tmp_path)] == list(range(1, step + 1))
-    assert f"{RUN.name}: saved at step {step}; the same command goes on from there" in messages(tmp_path)
+def test_sigterm_saves_and_exits_with_0(tmp_path):
+    """Nothing of what was done is done again."""
+    process = start(tmp_path, saving=AT_THE_END, signal_at=f"SIGTERM {RUN.name} step 5")
+    process.join(300)
+    assert process.exitcode == 0 and saved_steps(tmp_path) == [5]
+    assert f"{RUN.name}: saved at step 5; the same command goes on from there" in messages(tmp_path)
     process = start(tmp_path, saving=AT_THE_END)
     process.join(300)
     assert process.exitcode == 0
     assert [row["step"] for row in rows(tmp_path)] == list(range(1, STEPS + 1))
 
 
-def test_a_full_disk_in_training_is_one_line_and_nothing_is_lost(start, tmp_path):
-    process = start(tmp_path)
-    wait_for(lambda: saved_steps(tmp_path)[-1:] >= [3], process)
-    process.terminate()
+def test_sigterm_from_outside_five_times_is_heard_once(tmp_path):
+    process = start(tmp_path, saving=AT_THE_END)
+    wait_for(lambda: len(rows(tmp_path)) >= 5, process)
+    for _ in range(5):
+        os.kill(process.pid, signal.SIGTERM)
+        time.sleep(0.01)
     process.join(30)
+    (step,) = saved_steps(tmp_path)
+    assert process.exitcode == 0 and step >= 5
+    assert [row["step"] for row in rows(tmp_path)] == list(range(1, step + 1))
+
+
+def test_a_full_disk_in_training_is_one_line_and_nothing_is_lost(tmp_path):
+    start(tmp_path, signal_at=f"SIGTERM {RUN.name} step 3").join(300)
     before, said = saved_steps(tmp_path), len(messages(tmp_path))
     process = start(tmp_path, most_bytes=50_000)
     process.join(300)
-    assert process.exitcode == 2
+    assert process.exitcode == 2 and before[-1] == 3
     (line,) = messages(tmp_path)[said:]
     assert line.startswith(f"error: {folder(tmp_path)}: checkpoint not saved") and "free disk space" in line
     assert saved_steps(tmp_path) == before

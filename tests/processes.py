@@ -1,0 +1,84 @@
+"""The main job in processes of their own, which share compiled programs and need not import anything again."""
+
+import atexit
+import multiprocessing
+import os
+import pathlib
+import shutil
+import subprocess
+import sys
+import tempfile
+from typing import NamedTuple
+
+REPO = pathlib.Path(__file__).resolve().parents[1]
+
+PROGRAMS = pathlib.Path(tempfile.mkdtemp(prefix="listopd_programs_"))
+atexit.register(shutil.rmtree, PROGRAMS, ignore_errors=True)
+SHARE = {"JAX_COMPILATION_CACHE_DIR": str(PROGRAMS), "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
+"""What a process is told in order to keep its compiled programs for the others of these tests, and to use theirs."""
+
+FORKS = multiprocessing.get_context("forkserver")
+FORKS.set_forkserver_preload(
+    ["pytest", "grain", "listopd_jax.main", "listopd_jax.stages.pipeline", "listopd_jax.report.write"]
+)
+
+SMALL = (
+    "--config.data.synthetic.products=12 --config.data.validation_share=0.25 "
+    "--config.evaluation.max_lists=6 --config.evaluation.batch_size=6 "
+    "--config.evaluation.bootstrap=50 --config.sft.teacher.steps=4 --config.sft.student.steps=3 "
+    "--config.sft.teacher.batch_size=4 --config.sft.student.batch_size=4 --config.opd.batch_size=4 "
+    "--config.opd.steps=3 --config.opd.eval_steps=2, --config.opd.lambdas=1.0,2.0 --config.train.checkpoint_every=1 "
+    "--config.task.max_response=64 --config.forecast.lambdas=1.5 --config.forecast.batch_size=6"
+).split()
+"""A whole job of seconds; the fixture `finished_job` is the run of it that is never interrupted."""
+
+
+class Ended(NamedTuple):
+    """How a process ended and what it said."""
+
+    returncode: int
+    stdout: str
+    stderr: str
+
+
+def command(workdir, *more, config="configs/fashion.py:tiny"):
+    """The command line of a user."""
+    return [sys.executable, "-m", "listopd_jax.main", f"--config={config}", f"--workdir={workdir}", *more]
+
+
+def run_command(arguments, **environment):
+    """A command as a user gives it, in the repository, to its end."""
+    environment = os.environ | SHARE | environment
+    return subprocess.run(arguments, cwd=REPO, capture_output=True, text=True, check=False, env=environment)
+
+
+def run_main(workdir, *more, config="configs/fashion.py:tiny", **environment):
+    """`command` by a fork of a process that has imported it all: seconds faster, and otherwise the same."""
+    with tempfile.TemporaryDirectory() as folder:
+        said = [os.path.join(folder, name) for name in ("stdout", "stderr")]
+        arguments = command(workdir, *more, config=config)[2:]
+        process = FORKS.Process(target=_main, args=(arguments, said, environment))
+        process.start()
+        process.join()
+        return Ended(process.exitcode, *(pathlib.Path(path).read_text() for path in said))
+
+
+def _main(arguments, said, environment):
+    for descriptor, path in zip((1, 2), said, strict=True):
+        os.dup2(os.open(path, os.O_CREAT | os.O_WRONLY | os.O_APPEND), descriptor)
+    os.chdir(REPO)
+    os.environ.update(environment)
+    share_programs()
+    from listopd_jax.main import main
+
+    sys.argv = arguments  # where ml_collections looks for overrides
+    sys.exit(main(arguments))
+
+
+def share_programs():
+    """What SHARE asks for, where jax is imported already."""
+    import jax
+
+    for variable, value in SHARE.items():
+        name = variable.lower()
+        jax.config.update(name, float(value) if name.endswith("secs") else value)
