@@ -35,7 +35,9 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     )  # fmt: skip
     parser.add_argument("--preset", choices=(*RUNS, *TPU), required=True)
     parser.add_argument("--completions", type=positive, help="of each prompt; default: the preset's")
-    parser.add_argument("--microbatch", type=positive, help="prompts a gradient pass; default: the preset's")
+    parser.add_argument(
+        "--microbatch", type=positive, help="prompts per gradient pass; default: the preset's"
+    )
     parser.add_argument("--remat", choices=REMATS, help="default: the preset's")
     parser.add_argument("--steps", type=positive, help="measured steps, after two that warm up; default: 5")
     parser.add_argument("--trace", metavar="DIR", help="write a profile of one more step")

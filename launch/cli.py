@@ -24,7 +24,7 @@ def grid_parser(module: str, description: str) -> Parser:
         "--config", required=True, help="configs/NAME.py[:PRESET]; override with --config.field=value"
     )
     engine.add_argument(
-        "--root", required=True, type=pathlib.Path, help="folder of the grid; the same goes on"
+        "--root", required=True, type=pathlib.Path, help="folder of the grid; the same folder resumes"
     )
     return engine
 

@@ -4,7 +4,7 @@ Make one run of a grid: ROOT/results.json, metrics.jsonl, examples.json, calibra
 from the common stages and every point that is done, in the order and with the contents of a single run of them all.
 The same grid gives the same bytes.
 
-A point that is missing or broken is named here and in the report; exit code 0: none, 1: some, 2: a mistake to mend.
+A point that is missing or broken is named here and in the report; exit code 0: none, 1: some, 2: a mistake to fix.
 """
 
 import json
@@ -60,14 +60,14 @@ def gather(grid: Grid) -> Gathered:
 
 
 def read_point(grid: Grid, point: Point, shared: Inputs) -> Inputs:
-    """What a point alone found; UserError if it is not done, broken, or did not go on from the common stages."""
+    """What a point alone found; UserError if it is not done, broken, or did not resume from the common stages."""
     if not grid.done(point.name):
         raise UserError(str(grid.state(point.name)))
     workdir = grid.workdir(point.name)
     inputs = read_inputs(workdir)
     if _models(inputs) != _models(shared):
         raise UserError(
-            f"{workdir}: goes on from other models than {grid.workdir(COMMON)} has; delete it and launch again"
+            f"{workdir}: resumes from other models than {grid.workdir(COMMON)} has; delete it and launch again"
         )
 
     mine = ("opd", *point)
@@ -121,7 +121,7 @@ def describe(grid: Grid, gathered: Gathered) -> dict[str, Any]:
 
 
 def _revisions(inputs: Inputs) -> set[str]:
-    """The revisions of the code that a workdir was made and gone on with."""
+    """The revisions of the code that a workdir was made and resumed with."""
     calls = (inputs.config, *inputs.config.get("resumed", ()))
     return {
         call["revision"] for call in calls if isinstance(call, dict) and isinstance(call.get("revision"), str)

@@ -6,7 +6,7 @@ must be able to write (Filestore, Lustre: a file system with locks). With --form
 
 First --stage=common; when its JobSet is complete, --stage=points. Points that are done end at once when started again,
 and are left out if --root is visible here. A pod's machine that fails or is pre-empted restarts its whole slice, which
-goes on from the last checkpoint; a mistake (exit code 2) does not.
+resumes from the last checkpoint; a mistake (exit code 2) does not.
 """
 
 import argparse

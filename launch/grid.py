@@ -36,7 +36,7 @@ class Point(NamedTuple):
 
 
 class State(NamedTuple):
-    """Where a stage stands: done, failed, stopped (goes on when run again), started or waiting, and the last words."""
+    """Where a stage stands: done, failed, stopped (resumes when run again), started or waiting, and the last words."""
 
     word: str
     why: str = ""

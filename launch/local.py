@@ -3,8 +3,8 @@
 Run a grid as processes of this machine: the common stages, then --processes points at a time. What is done is left
 alone; what failed or was stopped runs again. Each run's output is in ROOT/logs.
 
-Ctrl-C and SIGTERM let every run save and stop; the same command goes on. Exit code 0: all done; 1: some failed;
-2: a mistake to mend; 130 or 143: stopped.
+Ctrl-C and SIGTERM let every run save and stop; the same command resumes. Exit code 0: all done; 1: some failed;
+2: a mistake to fix; 130 or 143: stopped.
 """
 
 import pathlib

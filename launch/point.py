@@ -3,7 +3,7 @@
 What every engine runs, on every host of a point: the common stages (--name=common) or one point, brought to its end
 or on from where it stopped. Prints what the run prints and keeps it in ROOT/logs.
 
-Exit code 0: done; 75: stopped and saved, run it again; otherwise that of listopd_jax.main (2: a mistake to mend).
+Exit code 0: done; 75: stopped and saved, run it again; otherwise that of listopd_jax.main (2: a mistake to fix).
 """
 
 import contextlib
@@ -74,7 +74,7 @@ def begin(grid: Grid, name: str) -> None:
     except OSError as e:
         if not workdir.exists():
             raise UserError(
-                f"{workdir}: cannot be made ({e.strerror or e}); free space or mend the folder"
+                f"{workdir}: cannot be made ({e.strerror or e}); free space or fix the folder"
             ) from e
 
 

@@ -4,8 +4,8 @@ Submit a grid to SLURM by submitit: a job for the common stages and, after it, a
 done. What is done is not submitted, nor what is still in the queue; what failed is submitted again. ROOT and this
 folder must be visible on every node. Scripts, logs and the numbers of the jobs are in ROOT/slurm.
 
-A run that is pre-empted or reaches its time limit saves, is requeued and goes on.
-Exit code 0: submitted, or nothing to do; 2: a mistake to mend.
+A run that is pre-empted or reaches its time limit saves, is requeued and resumes.
+Exit code 0: submitted, or nothing to do; 2: a mistake to fix.
 """
 
 import dataclasses
@@ -52,7 +52,7 @@ def _parser() -> Parser:
     parser.add_argument("--mem", help="memory of a node, e.g. 200GB")
     parser.add_argument("--parallel", type=positive, default=256, help="points at one time")
     parser.add_argument(
-        "--requeues", type=positive, default=100, help="times a job may reach its limit and go on"
+        "--requeues", type=positive, default=100, help="times a job may reach its limit and resume"
     )
     parser.add_argument(
         "--sbatch", action="append", default=[], metavar="OPTION=VALUE", help="any other of sbatch"

@@ -6,7 +6,7 @@ script that mounts the folder of --root and changes into a checkout of this repo
 its part of the point. When a point ends, well or not, its resource is deleted and costs nothing more.
 
 First --stage=common; when it is done, --stage=points. With --run a resource that waits or works is left alone, and
-one that was pre-empted, or failed, is made anew and goes on from the last checkpoint.
+one that was pre-empted, or failed, is made anew and resumes from the last checkpoint.
 """
 
 import argparse

@@ -119,7 +119,7 @@ def _sft() -> ml_collections.ConfigDict:
         steps=0,  # 0: as many as `epochs` give
         epochs=5.0,
         batch_size=128,
-        microbatch=0,  # lists a gradient pass; 0: the whole batch
+        microbatch=0,  # lists per gradient pass; 0: the whole batch
         lr=1e-5,
         warmup_steps=0,
         b2=0.999,  # of AdamW
@@ -136,8 +136,8 @@ def _opd() -> ml_collections.ConfigDict:
         steps=0,  # 0: as many as `epochs` give
         epochs=3.0,
         batch_size=128,  # prompts a step
-        rollouts=1,  # completions a prompt
-        microbatch=0,  # prompts a gradient pass; 0: the whole batch
+        rollouts=1,  # completions per prompt
+        microbatch=0,  # prompts per gradient pass; 0: the whole batch
         updates_per_batch=1,
         lr=1e-6,
         b2=0.999,  # of AdamW

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Sequence
 
 
 class UserError(Exception):
-    """A mistake the user can mend. The message is one line that names the file or field and the fix."""
+    """A mistake the user can fix. The message is one line that names the file or field and the fix."""
 
 
 class Interrupted(BaseException):

@@ -130,7 +130,7 @@ def sha256(path: pathlib.Path) -> str:
 
 
 def read_json(path: str | os.PathLike, fix: str = "restore it, or choose another --workdir") -> Any:
-    """Read a JSON file; UserError if it is missing, or broken, which `fix` mends."""
+    """Read a JSON file; UserError if it is missing, or broken, which `fix` cures."""
     try:
         return json.loads(pathlib.Path(path).read_text(encoding="utf-8"))
     except FileNotFoundError as e:

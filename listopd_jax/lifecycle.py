@@ -42,7 +42,7 @@ def reached(point: str) -> None:
     """Say where the job is. LISTOPD_SIGNAL_AT="SIGKILL sft_teacher step 2" sends it that signal at that point.
 
     For rehearsing how a job is stopped: points are "RUN step N" (logged, not saved yet), "RUN saving N" (the save
-    goes on in the background) and "RUN evaluated N" (batches judged).
+    runs in the background) and "RUN evaluated N" (batches judged).
     """
     name, _, where = os.environ.get(SIGNAL_VARIABLE, "").partition(" ")
     if where == point:
@@ -85,7 +85,7 @@ def interruptible() -> Iterator[None]:
 
     def stop(*_):
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
-        raise Interrupted("stopped; the same command goes on from there")
+        raise Interrupted("stopped; the same command resumes from there")
 
     with _heard_by(stop):
         yield

@@ -1,7 +1,7 @@
 """python -m listopd_jax.main --config=configs/fashion.py --workdir=runs/demo
 
 One run from reviews to report: prepare, SFT of teacher and student, OPD for each λ and seed, strict evaluation.
-Stopped at any moment, the same command goes on. Exit code 0: done (or saved on SIGTERM); 2: a mistake to mend.
+Stopped at any moment, the same command resumes. Exit code 0: done (or saved on SIGTERM); 2: a mistake to fix.
 """
 
 import contextlib
@@ -25,7 +25,7 @@ _CONFIG = config_flags.DEFINE_config_file(
     "config", None, "configs/NAME.py[:PRESET]; override with --config.field=value"
 )
 _WORKDIR = flags.DEFINE_string(
-    "workdir", None, "folder for everything the run leaves; the same folder goes on"
+    "workdir", None, "folder for everything the run leaves; the same folder resumes"
 )
 
 
@@ -49,7 +49,7 @@ def main(argv: list[str]) -> int:
         print(e, file=sys.stderr)
         return hosts.leave(0, str(e))
     except KeyboardInterrupt:
-        print("stopped; the same command goes on from the last checkpoint", file=sys.stderr)
+        print("stopped; the same command resumes from the last checkpoint", file=sys.stderr)
         return hosts.leave(130, "stopped from the keyboard")
     if hosts.is_main():
         print(f"report: {report}")

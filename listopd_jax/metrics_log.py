@@ -1,6 +1,6 @@
 """Numbers of a run as it goes: rows in metrics.jsonl, TensorBoard events, and a progress bar with ETA.
 
-A run that was killed and goes on from step s first loses its rows after s, so that the log of an interrupted
+A run that was killed and resumes from step s first loses its rows after s, so that the log of an interrupted
 run reads like that of an uninterrupted one.
 """
 

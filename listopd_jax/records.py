@@ -299,4 +299,4 @@ def _plain(value: Any) -> Any:
 
 def _require(holds: bool, where: str, what: str) -> None:
     if not holds:
-        raise UserError(f"{where}: {what}; mend it, or delete the file to have it made again")
+        raise UserError(f"{where}: {what}; fix it, or delete the file to have it made again")

@@ -109,7 +109,7 @@ def test_a_finished_runs_parameters_load_without_the_optimizer(tmp_path):
 
 
 def test_later_updates_do_not_reach_a_checkpoint(tmp_path):
-    """Updates reuse the donated buffers while the save goes on; on a CPU it reads those very buffers."""
+    """Updates reuse the donated buffers while the save runs; on a CPU it reads those very buffers."""
     double = jax.jit(lambda s: jax.tree.map(lambda x: 2 * x + 1, s), donate_argnums=0)
     state, expected = make_state(0, size=200_000), {}
     with Checkpoints(tmp_path, keep=4) as checkpoints:

@@ -91,7 +91,7 @@ def test_no_clip_is_infinity_and_survives_json():
 def test_the_digest_changes_with_any_field():
     a, b = fashion.get_config("tiny"), fashion.get_config("tiny")
     assert config_module.digest(a) == config_module.digest(b)
-    b.attention = "xla"  # may change: a run may go on on other devices
+    b.attention = "xla"  # may change: a run may resume on other devices
     assert config_module.digest(a) == config_module.digest(b)
     b.opd.lr *= 2
     assert config_module.digest(a) != config_module.digest(b)

@@ -33,7 +33,7 @@ if (workdir.parent / "mistake").exists():
 if (workdir.parent / "kill").exists():
     os.kill(os.getpid(), signal.SIGKILL)
 if (workdir.parent / "stop").exists():
-    sys.exit(print("saved at step 3; the same command goes on from there"))
+    sys.exit(print("saved at step 3; the same command resumes from there"))
 value = lambda field: ast.literal_eval(given["--config." + field])
 def read(name):
     return json.loads((workdir / name).read_text()) if (workdir / name).exists() else []
@@ -193,7 +193,7 @@ def test_a_new_lambda_is_forecast_once_more_and_old_points_stay(finished, preten
     [
         ("mistake", 2, ("failed", "error: data.path: no such file")),
         ("kill", 137, ("failed", "killed by SIGKILL; last said: working")),
-        ("stop", 75, ("stopped", "saved at step 3; the same command goes on from there")),
+        ("stop", 75, ("stopped", "saved at step 3; the same command resumes from there")),
     ],
 )
 def test_how_a_point_ended_is_kept_and_it_runs_again(tmp_path, pretender, trouble, code, state):
@@ -319,7 +319,7 @@ def spoil(grid, how):
         results.write_text(results.read_text().replace('"parse": 0.5', '"parse": "high"'))
         return "field 'parse' must be a finite number or null"
     results.write_text(results.read_text().replace('"steps": 0', '"steps": 99'))
-    return "goes on from other models"
+    return "resumes from other models"
 
 
 @pytest.mark.parametrize("how", ["absent", "broken", "without its record", "not a number", "other models"])

@@ -1,4 +1,4 @@
-"""Training that is stopped anywhere, in any way, goes on as if nothing had happened."""
+"""Training that is stopped anywhere, in any way, resumes as if nothing had happened."""
 
 import functools
 import os

@@ -114,7 +114,7 @@ def test_the_grid_may_grow_and_what_is_done_stays(finished, tmp_path):
 
 
 def test_the_most_useful_budget_is_known(finished, tmp_path):
-    """Its checkpoint is kept while the run goes on."""
+    """Its checkpoint is kept while the run continues."""
     runs = [Run("opd_lambda1.0_seed0", "opd", 1.0, 0, steps) for steps in (1, 2, 3)]
     assert most_useful(tmp_path, runs) is None
     useful = {2: 0.25, 3: 0.2}
@@ -137,10 +137,10 @@ def test_a_workdir_without_results_takes_another_config(tmp_path):
     assert again.returncode == 2 and "other.zip: no such file" in again.stderr
 
 
-SAVED = "saved at step {}; the same command goes on from there"
+SAVED = "saved at step {}; the same command resumes from there"
 STOPS = [  # signal, where, exit code, last words
     ("SIGKILL", "sft_teacher step 2", -signal.SIGKILL, ""),
-    ("SIGTERM", "sft_student evaluated 1", 0, "stopped; the same command goes on from there"),
+    ("SIGTERM", "sft_student evaluated 1", 0, "stopped; the same command resumes from there"),
     ("SIGKILL", "opd_lambda1.0_seed0 saving 2", -signal.SIGKILL, ""),
     ("SIGTERM", "opd_lambda2.0_seed0 step 1", 0, f"opd_lambda2.0_seed0: {SAVED.format(1)}"),
 ]

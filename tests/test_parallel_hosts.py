@@ -65,7 +65,7 @@ def test_a_killed_process_ends_the_other_with_one_line(victim):
     code, _, errors = ends[1 - victim]
     assert code == 1
     # Where the coordinator is gone, jax may get to say so too.
-    assert f"error: process {victim} of 2 is gone; the same command goes on from what is saved" in errors
+    assert f"error: process {victim} of 2 is gone; the same command resumes from what is saved" in errors
     assert len(errors) == 1 or victim == 0
 
 
@@ -74,7 +74,7 @@ def test_a_mistake_on_one_ends_the_other():
     assert (first[0], second[0]) == (2, 2)
     assert second[2] == ["error: field=3: is wrong"]
     assert first[2] == [
-        "error: process 1 of 2 stopped: field=3: is wrong; the same command goes on from what is saved"
+        "error: process 1 of 2 stopped: field=3: is wrong; the same command resumes from what is saved"
     ]
 
 

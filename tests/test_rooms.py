@@ -15,7 +15,8 @@ ARROWS = {
     "plan": "stages config train rollout models ops parallel data lifecycle errors",
     "prereg": "main config records theory files errors",
     "main": "stages config report parallel lifecycle files errors",
-    "stages": "config train rollout models ops parallel data task records theory lifecycle metrics_log files rounding errors",
+    "stages": "config train rollout models ops parallel data task records theory lifecycle metrics_log files "
+    "rounding errors",
     "config": "models files errors",
     "train": "rollout models ops parallel metrics_log lifecycle files errors",
     "report": "records metrics_log files errors",

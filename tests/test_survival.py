@@ -203,7 +203,7 @@ def test_sigterm_saves_and_exits_with_0(tmp_path):
     process = start(tmp_path, saving=AT_THE_END, signal_at=f"SIGTERM {RUN.name} step 5")
     process.join(300)
     assert process.exitcode == 0 and saved_steps(tmp_path) == [5]
-    assert f"{RUN.name}: saved at step 5; the same command goes on from there" in messages(tmp_path)
+    assert f"{RUN.name}: saved at step 5; the same command resumes from there" in messages(tmp_path)
     process = start(tmp_path, saving=AT_THE_END)
     process.join(300)
     assert process.exitcode == 0

@@ -61,7 +61,7 @@ def _forward(f, vocab, chunk, hidden, head, rows, shared):
         d_head = constrain(d_head + _products(d_logits, xs[0], len(d_head)), "batch", "vocab", "hidden")
         return (loss + part, d_head), (d_logits @ cast, extras)
 
-    # A sum of its own on every device that holds rows: one reduction over devices at the end, not one a chunk.
+    # A sum of its own on every device that holds rows: one reduction over devices at the end, not one per chunk.
     shards = row_multiple() if len(hidden) % row_multiple() == 0 else 1
     zero = constrain(jnp.zeros((shards, *head.shape), jnp.float32), "batch", "vocab", "hidden")
     chunks = _chunks((hidden, rows), chunk)

@@ -36,7 +36,7 @@ class Hyper(NamedTuple):
 
 
 class Variant(NamedTuple):
-    """Static choices of the objective; one name a variant of the module's docstring."""
+    """Static choices of the objective; one name per variant of the module's docstring."""
 
     ratio: str = "teacher_student"
     advantage: str = "base_relative"

@@ -193,7 +193,7 @@ def _follow(line: socket.socket, peer: int) -> None:
     if is_main():
         _tell(news, besides=line)
     print(
-        f"error: process {news['process']} of {_count} {news['text']}; the same command goes on from what is saved",
+        f"error: process {news['process']} of {_count} {news['text']}; the same command resumes from what is saved",
         file=sys.stderr,
     )
     _exit(news["code"])

@@ -2,7 +2,7 @@
 
 Will it fit, and how fast can it be? Before anyone pays: the rollout and update programs of the OPD stage are compiled
 for devices that need not exist, and a step's FLOPs, traffic and shortest time are counted (docs/planner.md). Exit
-code 0: it fits; 1: it does not; 2: a mistake to mend.
+code 0: it fits; 1: it does not; 2: a mistake to fix.
 """
 
 import json

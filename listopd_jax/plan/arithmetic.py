@@ -38,7 +38,7 @@ class Load(NamedTuple):
 
 
 class Layout(NamedTuple):
-    """How the step is laid out: devices along the mesh axes, prompts a gradient pass, remat, dtypes, attention.
+    """How the step is laid out: devices along the mesh axes, prompts per gradient pass, remat, dtypes, attention.
 
     remat is what the policy amounts to: 'attention' stores no more than 'full' where the attention backend is fused.
     """

@@ -218,7 +218,7 @@ def search(config: Any, topology: Topology, load: Load, compiles: int) -> dict[s
     """
     from listopd_jax.ops.attention_backends import resolve
 
-    resolve(config.attention, topology.platform, config.dtype.compute)  # no layout mends that
+    resolve(config.attention, topology.platform, config.dtype.compute)  # no layout fixes that
     left = [(make_plan(c, topology, load, False), c) for c in candidates(config, topology)]
     if not left:
         raise UserError(

@@ -15,7 +15,7 @@ from listopd_jax.report.wording import NBSP, at, number, percent
 CONTRACT_HOLDS = (
     0.8  # parse rate from which the contract counts as kept: EC's onset is the largest λ with parse ≥ .80
 )
-LITTLE_HEADROOM = 0.95  # parse rate of the base above which distillation has little to mend
+LITTLE_HEADROOM = 0.95  # parse rate of the base above which distillation has little to fix
 
 FLAT = 0.05  # range of NDCG@1 over λ below which the ranking counts as unmoved
 

@@ -103,4 +103,4 @@ def _read(path: pathlib.Path, parts: Mapping[str, type]) -> _Json:
 
 def _require(holds: bool, path: pathlib.Path, what: str) -> None:
     if not holds:
-        raise UserError(f"{path}: {what}; mend it, or choose another --workdir")
+        raise UserError(f"{path}: {what}; fix it, or choose another --workdir")

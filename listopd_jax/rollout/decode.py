@@ -1,4 +1,4 @@
-"""Decoding: one prefill a prompt, then jitted loops that write n completions a prompt until all have ended.
+"""Decoding: one prefill per prompt, then jitted loops that write n completions per prompt until all have ended.
 
 The next token comes from Σ_i w_i log π_i over one or more models: one model with weight 1 is ordinary sampling;
 teacher and base with weights λ and 1−λ decode from the extrapolated target π_B(π_T/π_B)^λ without training
@@ -137,7 +137,7 @@ def sample_token(
 
 
 def decode_until(sampler: Sampler, prompts: Prompts, state: State, until: int, least: int) -> State:
-    """Write up to `until` tokens a row; stops early once all are done, or a smaller batch would do (`can_shrink`)."""
+    """Write up to `until` tokens per row; stops early once all are done, or a smaller batch would do (`can_shrink`)."""
 
     def body(state):
         token = jax.lax.dynamic_index_in_dim(
@@ -222,7 +222,7 @@ def generate(
 ) -> Rollout:
     """What `decode` writes, by few compiled programs in turn, shared by every λ, seed and evaluation.
 
-    After a segment the cache grows if it is full, and the batch is halved, in prompts or in completions a prompt, as
+    After a segment the cache grows if it is full, and the batch is halved, in prompts or in completions per prompt, as
     often as the unfinished rows fit: a row that is done costs its share of each step until then and nothing after.
     Over a mesh rows stay on their devices, and nothing shrinks, nor does it for models so small that the programs
     would cost more to compile than they save. Not traceable: the host looks at lengths.

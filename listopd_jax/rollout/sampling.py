@@ -32,10 +32,10 @@ def row_keys(key: Array, step: Int[Array, ""], rows: Int[Array, "*s"]) -> Array:
 
 
 def categorical(keys: Array, logp: Float[Array, "*s V"]) -> Int[Array, "*s"]:
-    """One draw a row from log-probabilities, row r with keys[r], in two exact stages: a block of tokens, then a token.
+    """One draw per row from log-probabilities, row r with keys[r], in two exact stages: a block of tokens, then a token.
 
     A block is drawn by its total probability and a token by its share in the block, both by the Gumbel maximum. That
-    takes about 2·√V random numbers a row where one maximum over all tokens takes V, which on a CPU cost more than a
+    takes about 2·√V random numbers per row where one maximum over all tokens takes V, which on a CPU cost more than a
     small model's decoding step.
     """
     width = 1 << (logp.shape[-1] - 1).bit_length() // 2
@@ -44,7 +44,7 @@ def categorical(keys: Array, logp: Float[Array, "*s V"]) -> Int[Array, "*s"]:
     ).reshape(-1, -(-logp.shape[-1] // width), width)
     first, second = jax.vmap(jax.random.split, out_axes=1)(keys.reshape(-1))
     block = jax.vmap(jax.random.categorical)(first, jax.nn.logsumexp(blocks, -1))
-    # A sum, not a gather: over a split vocabulary only one block a row is sent.
+    # A sum, not a gather: over a split vocabulary only one block per row is sent.
     chosen = (jnp.arange(blocks.shape[1]) == block[:, None])[..., None]
     within = jnp.where(chosen, blocks, 0).sum(1)
     token = block * width + jax.vmap(jax.random.categorical)(second, within)

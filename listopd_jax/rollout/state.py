@@ -92,7 +92,7 @@ def shrink(prompts: Prompts, state: State, shape: tuple[int, int]) -> tuple[Prom
 
 
 def grow(state: State, capacity: int) -> State:
-    """The caches with room for `capacity` tokens a completion; those given are freed one by one."""
+    """The caches with room for `capacity` tokens per completion; those given are freed one by one."""
     longer = (
         KVCache(_freed(_pad(c.k, -1, capacity), c.k), _freed(_pad(c.v, -2, capacity), c.v))
         for c in state.caches

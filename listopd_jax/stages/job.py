@@ -72,7 +72,7 @@ class Job:
     def steps(self, epochs: float, batch_size: int) -> int:
         """Optimisation steps in `epochs` passes over the training lists; an epoch is of whole batches, at least one.
 
-        EC's 1795 lists in batches of 128 are 14 steps an epoch.
+        EC's 1795 lists in batches of 128 are 14 steps per epoch.
         """
         return max(1, round(epochs * max(1, len(self.train.prompts) // batch_size))) if epochs else 0
 

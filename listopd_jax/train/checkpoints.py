@@ -1,4 +1,4 @@
-"""Checkpoints of one training run that survive: written while training goes on, proven when they are read.
+"""Checkpoints of one training run that survive: written while training continues, proven when they are read.
 
 A run's folder is `workdir/checkpoints/<run>`. A checkpoint has three items: `params`, `opt_state` (an item of its own,
 so that a finished run's parameters load without it) and `record`, JSON: the step, the identity of the run (seed, λ and
@@ -6,7 +6,7 @@ its warm-up, digest of the config), its progress (data iterator) and checksums o
 more: the key of every step is folded from seed and step.
 
 Orbax writes to a temporary folder and renames it: a killed save leaves no checkpoint at all. What a disk damages later
-the checksums tell, on whatever mesh; such a checkpoint is passed over for the one before it.
+the checksums tell, on whatever mesh; such a checkpoint is skipped for the one before it.
 """
 
 import contextlib
@@ -49,10 +49,10 @@ class Checkpoints:
     Args:
       folder: of this run alone; made if absent.
       keep: how many of the newest are kept.
-      identity: JSON; what a checkpoint must have been saved with to be gone on from.
+      identity: JSON; what a checkpoint must have been saved with to be resumed.
       best: step of a checkpoint to keep besides, if there is one.
 
-    Saves return as soon as the state may be changed and go on in the background; a failed one is a UserError of the
+    Saves return as soon as the state may be changed and continue in the background; a failed one is a UserError of the
     next save, of `wait` or of the end. Every host calls every method.
     """
 
@@ -115,7 +115,7 @@ class Checkpoints:
     def restore(self, like: TrainState, final: int | None = None) -> Saved | None:
         """The newest undamaged checkpoint, with the shapes, dtypes and shardings of `like` (see `abstract`).
 
-        Damaged ones are passed over with a warning and deleted once an older one is good. If none is, their folder is
+        Damaged ones are skipped with a warning and deleted once an older one is good. If none is, their folder is
         put aside and the result is None. Of a checkpoint at step `final` the optimizer is not read. Raises UserError
         for a checkpoint of another run or model.
         """
@@ -124,7 +124,7 @@ class Checkpoints:
             try:
                 saved = self._read(step, like, optimizer=step != final)
             except _Damaged as e:
-                _warn(f"{self._folder / str(step)}: damaged checkpoint passed over ({e})")
+                _warn(f"{self._folder / str(step)}: damaged checkpoint skipped ({e})")
                 continue
             with self._reported():
                 for damaged in steps[:i]:

@@ -63,7 +63,7 @@ def train(
 
     `initial()` makes the state to start from, which belongs to the run. `update(state, batch, step)` does 0-based step
     number `step`; its metrics hold the number of "tokens" it worked on. A checkpoint is written every `saving.every`
-    steps and at the end; a killed run goes on from the newest one, with the same batches, as if nothing had happened:
+    steps and at the end; a killed run resumes from the newest one, with the same batches, as if nothing had happened:
     all else that a step may depend on is its number. SIGTERM finishes the step, saves and raises Interrupted.
     """
     folder = checkpoint_folder(workdir, run.name)
@@ -128,7 +128,7 @@ def _train_on(
                 reached(f"{run.name} saving {step}")
             if stopping:
                 checkpoints.wait()
-                raise Interrupted(f"{run.name}: saved at step {step}; the same command goes on from there")
+                raise Interrupted(f"{run.name}: saved at step {step}; the same command resumes from there")
         checkpoints.wait()
     return state
 
