@@ -32,7 +32,7 @@ def row_keys(key: Array, step: Int[Array, ""], rows: Int[Array, "*s"]) -> Array:
 
 
 def categorical(keys: Array, logp: Float[Array, "*s V"]) -> Int[Array, "*s"]:
-    """One draw per row from log-probabilities, row r with keys[r], in two exact stages: a block of tokens, then a token.
+    """One draw per row of log-probabilities, row r with keys[r], in two exact stages: a block of tokens, then a token.
 
     A block is drawn by its total probability and a token by its share in the block, both by the Gumbel maximum. That
     takes about 2·√V random numbers per row where one maximum over all tokens takes V, which on a CPU cost more than a
