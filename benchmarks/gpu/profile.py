@@ -20,8 +20,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from benchmarks.command import Parser, exit_code, positive
 from benchmarks.opd_step import RUNS, configured
+from listopd_jax.errors import Parser, exit_code, positive
 
 
 def say(**facts: Any) -> None:
