@@ -12,9 +12,16 @@ from typing import NamedTuple
 
 REPO = pathlib.Path(__file__).resolve().parents[1]
 
-PROGRAMS = pathlib.Path(tempfile.mkdtemp(prefix="listopd_programs_"))
-atexit.register(shutil.rmtree, PROGRAMS, ignore_errors=True)
-SHARE = {"JAX_COMPILATION_CACHE_DIR": str(PROGRAMS), "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
+
+def programs_folder() -> str:
+    """The folder of compiled programs that the first process makes and removes, and its children find by a variable."""
+    if "LISTOPD_TEST_PROGRAMS" not in os.environ:
+        os.environ["LISTOPD_TEST_PROGRAMS"] = folder = tempfile.mkdtemp(prefix="listopd_programs_")
+        atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    return os.environ["LISTOPD_TEST_PROGRAMS"]
+
+
+SHARE = {"JAX_COMPILATION_CACHE_DIR": programs_folder(), "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
 """What a process is told in order to keep its compiled programs for the others of these tests, and to use theirs."""
 
 FORKS = multiprocessing.get_context("forkserver")

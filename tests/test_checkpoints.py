@@ -1,7 +1,6 @@
 """Checkpoints: what is read is what was written, bit for bit, whatever became of the buffers or the disk."""
 
 import gc
-import multiprocessing
 import os
 import pathlib
 import resource
@@ -13,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from processes import FORKS
 
 from listopd_jax.errors import UserError
 from listopd_jax.train.checkpoints import Checkpoints, abstract
@@ -288,10 +288,8 @@ def save_on_a_full_disk(folder, results):
 def test_a_full_disk_is_one_line(tmp_path):
     """Though it is a thread of the background that meets it; the checkpoint before stays."""
     save_all(tmp_path, [1])
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["listopd_jax.train.checkpoints"])
-    results = context.Queue()
-    process = context.Process(target=save_on_a_full_disk, args=(tmp_path, results))
+    results = FORKS.Queue()
+    process = FORKS.Process(target=save_on_a_full_disk, args=(tmp_path, results))
     process.start()
     name, message, log = results.get(timeout=60)
     process.join(60)

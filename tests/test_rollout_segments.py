@@ -25,6 +25,7 @@ def small_steps(monkeypatch):
     """Limits at which even small rollouts grow twice and shrink to few rows."""
     monkeypatch.setattr(module, "LEAST_ROWS", LEAST_ROWS)
     monkeypatch.setattr(module, "LEAST_CAPACITY", LEAST_CAPACITY)
+    monkeypatch.setattr(module, "LEAST_PARAMETERS", 0)
 
 
 @functools.cache
