@@ -29,15 +29,18 @@ FORKS.set_forkserver_preload(
     ["pytest", "grain", "listopd_jax.main", "listopd_jax.stages.pipeline", "listopd_jax.report.write"]
 )
 
-SMALL = (
+NO_LAMBDA = (
     "--config.data.synthetic.products=12 --config.data.validation_share=0.25 "
     "--config.evaluation.max_lists=6 --config.evaluation.batch_size=6 "
     "--config.evaluation.bootstrap=50 --config.sft.teacher.steps=4 --config.sft.student.steps=3 "
     "--config.sft.teacher.batch_size=4 --config.sft.student.batch_size=4 --config.opd.batch_size=4 "
-    "--config.opd.steps=3 --config.opd.eval_steps=2, --config.opd.lambdas=1.0,2.0 --config.train.checkpoint_every=1 "
+    "--config.opd.steps=3 --config.opd.eval_steps=2, --config.train.checkpoint_every=1 "
     "--config.task.max_response=64 --config.forecast.lambdas=1.5 --config.forecast.batch_size=6"
 ).split()
-"""A whole job of seconds; the fixture `finished_job` is the run of it that is never interrupted."""
+"""A whole job of seconds, but for its λ: the flags of a tuple add up when they are given twice."""
+
+SMALL = [*NO_LAMBDA, "--config.opd.lambdas=1.0,2.0"]
+"""The job that the fixture `finished_job` runs, never interrupted."""
 
 
 class Ended(NamedTuple):

@@ -9,7 +9,7 @@ import sys
 import time
 
 import pytest
-from processes import REPO, SHARE, SMALL, command, run_main
+from processes import NO_LAMBDA, REPO, SHARE, command, run_main
 
 from listopd_jax.config import defaults
 from listopd_jax.errors import UserError
@@ -121,7 +121,7 @@ def test_a_process_without_its_number_is_told(monkeypatch):
 
 @pytest.mark.slow
 def test_two_processes_reproduce_the_job_of_one(finished_job, tmp_path):
-    arguments = command(tmp_path, *SMALL, "--config.opd.lambdas=2.0,", "--config.parallel.fsdp=2")[1:]
+    arguments = command(tmp_path, *NO_LAMBDA, "--config.opd.lambdas=2.0,", "--config.parallel.fsdp=2")[1:]
     first, second = finish(start_two(arguments, environment=SHARE), limit=1200)
     assert first[0] == second[0] == 0, first[2] + second[2]
     assert first[1] == [f"report: {tmp_path}/report.html"] and second[1] == []
@@ -143,7 +143,7 @@ def test_two_processes_reproduce_the_job_of_one(finished_job, tmp_path):
 @pytest.mark.slow
 def test_a_job_goes_on_where_a_host_was_lost(tmp_path):
     """Process 1 is killed; the other ends by itself, and the same command finishes on another mesh."""
-    arguments = *SMALL, "--config.opd.lambdas=2.0,"
+    arguments = *NO_LAMBDA, "--config.opd.lambdas=2.0,"
     where = {SIGNAL_VARIABLE: "SIGKILL sft_teacher step 3"}
     processes = start_two(command(tmp_path, *arguments)[1:], environment=SHARE, of_second=where)
     (code, _, errors), second = finish(processes)

@@ -65,9 +65,9 @@ class Sampler:
 
     graphs: tuple[nnx.GraphDef, ...] = dataclasses.field(metadata={"static": True})
     params: tuple[Any, ...]
-    weights: Array
-    key: Array
-    temperature: float | Float[Array, ""]
+    weights: Any  # these are arrays, or what stands for one where the program is lowered or sharded
+    key: Any
+    temperature: Any
     settings: Settings = dataclasses.field(metadata={"static": True})
 
     @property
