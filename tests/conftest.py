@@ -37,6 +37,20 @@ def shared() -> pathlib.Path:
     return SHARED
 
 
+SLOW_FILES = (
+    "benchmarks benchmarks_gpu data_input data_prepare forecast guard launch main models_check models_hf opd_step "
+    "parallel parallel_hosts plan_compile rollout rollout_segments survival gather_kernel calibrate checkpoints"
+).split()
+"""tests/test_NAME.py that take more than a few seconds each: not in `make quick`."""
+
+
+def pytest_collection_modifyitems(items):
+    """Mark the tests of SLOW_FILES slow."""
+    for item in items:
+        if item.path.stem.removeprefix("test_") in SLOW_FILES:
+            item.add_marker(pytest.mark.slow)
+
+
 def pytest_unconfigure():
     """End the server of tests/processes.py and wait for it: what it used then counts as the suite's."""
     multiprocessing.forkserver._forkserver._stop()
