@@ -10,7 +10,7 @@ BIN := $(VENV)/bin
 .PHONY: demo test quick soak lint clean
 
 demo: $(VENV)/.run
-	@echo "The demo takes about 3 minutes on two free cores. Stop it whenever you like: the same command continues."
+	@echo "The demo takes 4 to 7 minutes on two cores. Stop it whenever you like: the same command continues."
 	$(BIN)/python -m listopd_jax.main --config=configs/fashion.py --workdir=$(WORKDIR)
 
 test: $(VENV)/.test lint
