@@ -52,3 +52,27 @@ def test_float32_is_float32_on_a_gpu(monkeypatch, backend, dtype, asked):
     monkeypatch.setattr(jax.config, "update", said.__setitem__)
     compiler.exact_float32(dtype)
     assert said.get("jax_default_matmul_precision") == asked
+
+
+@pytest.mark.parametrize(("flags", "quick"), [("", True), ("--xla_backend_optimization_level=2", False)])
+def test_small_jobs_compile_quickly_unless_the_user_says_how(monkeypatch, flags, quick):
+    for name in ("ROLLOUT", "UPDATE", "OTHER"):
+        monkeypatch.setattr(compiler, name, {})
+    monkeypatch.setenv("XLA_FLAGS", flags)
+    compiler.compile_quickly()
+    assert [options.get("cpu", {}) == compiler.QUICK for options in (compiler.ROLLOUT, compiler.UPDATE)] == [
+        quick
+    ] * 2
+
+
+def test_a_flag_that_this_jaxlib_lacks_is_not_known():
+    assert not compiler._known({"no_such_flag": True})
+    assert compiler._known({})
+
+
+def test_the_users_compilation_cache_stays(monkeypatch, tmp_path):
+    said = {}
+    monkeypatch.setattr(jax.config, "update", said.__setitem__)
+    compiler.keep_compiled(tmp_path)
+    expected = {} if jax.config.jax_compilation_cache_dir else {"jax_compilation_cache_dir": str(tmp_path)}
+    assert said == expected

@@ -128,3 +128,21 @@ def test_a_config_file_is_found_beside_the_package_from_any_folder(tmp_path, mon
     assert path == fashion.__file__ and preset == "tiny" and there[2] == "--config.seed=1"
     with pytest.raises(UserError, match="configs/fashoin.py: no such file, .* in a checkout"):
         config_module.find_config_file(["main", "--config=configs/fashoin.py"])
+
+
+@pytest.mark.parametrize(("k", "tokens"), [(0, 48), (8, 96)])
+def test_an_answers_budget_of_zero_follows_the_number_of_reviews(k, tokens):
+    config = fashion.tiny()
+    config.task.k = k
+    assert config_module.validate(config).task.max_response == tokens
+    config.task.max_response = 1
+    with pytest.raises(UserError, match="task.max_response=1"):
+        config_module.validate(config)
+
+
+def test_only_models_made_here_and_narrow_are_small():
+    assert config_module.is_small(config_module.validate(fashion.tiny()))
+    assert not config_module.is_small(config_module.validate(fashion.paper()))
+    wide = fashion.tiny()
+    wide.teacher.hidden_size = 256
+    assert not config_module.is_small(config_module.validate(wide))

@@ -164,7 +164,7 @@ def test_what_is_done_is_not_done_again(finished, pretender):
     assert finished.pending() == []
 
 
-def test_a_point_goes_on_from_the_common_stages(finished):
+def test_a_point_starts_from_the_common_stages(finished):
     workdir = finished.workdir(NAMES[0])
     records = json.loads((workdir / "results.json").read_text())
     assert [r["stage"] for r in records] == ["sft_teacher", "sft_student", *["forecast"] * 7, "opd"]

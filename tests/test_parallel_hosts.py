@@ -141,7 +141,7 @@ def test_two_processes_reproduce_the_job_of_one(finished_job, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_job_goes_on_where_a_host_was_lost(tmp_path):
+def test_a_job_resumes_where_a_host_was_lost(tmp_path):
     """Process 1 is killed; the other ends by itself, and the same command finishes on another mesh."""
     arguments = *NO_LAMBDA, "--config.opd.lambdas=2.0,"
     where = {SIGNAL_VARIABLE: "SIGKILL sft_teacher step 3"}

@@ -293,7 +293,7 @@ print("done")
 """
 
 
-def test_a_checkpoint_goes_on_on_another_mesh(tmp_path):
+def test_a_checkpoint_resumes_on_another_mesh(tmp_path):
     """Saved on 4×2 of 8 devices, read bit for bit on 2×4 and on one, and trained on to rounding."""
     done = subprocess.run(
         [sys.executable, "-c", MESHES, tmp_path], capture_output=True, text=True, check=False
