@@ -5,6 +5,7 @@ Stopped at any moment, the same command resumes. Exit code 0: done (or saved on 
 """
 
 import contextlib
+import gc
 import importlib.metadata
 import pathlib
 import platform
@@ -148,12 +149,19 @@ def run(config: Any, workdir: pathlib.Path) -> pathlib.Path:
     from listopd_jax.report.write import write_report
     from listopd_jax.stages.pipeline import run_stages
 
+    collect_rarely()
     compiler.exact_float32(config.dtype.compute)
     if config_module.is_small(config):
         compiler.compile_quickly()
     compiler.keep_compiled(workdir / "compile_cache")
     run_stages(config, workdir)
     return write_report(workdir) if hosts.is_main() else workdir
+
+
+def collect_rarely() -> None:
+    """Keep garbage collection from looking at the imported libraries again and again: a tenth of a small job."""
+    gc.freeze()
+    gc.set_threshold(50_000, 20, 50)
 
 
 if __name__ == "__main__":

@@ -51,6 +51,13 @@ def pytest_collection_modifyitems(items):
             item.add_marker(pytest.mark.slow)
 
 
+def pytest_collection_finish():
+    """Garbage collection was a fifth of the suite's time: JAX and torch leave millions of objects that never die."""
+    from listopd_jax.main import collect_rarely
+
+    collect_rarely()
+
+
 def pytest_unconfigure():
     """End the server of tests/processes.py and wait for it: what it used then counts as the suite's."""
     multiprocessing.forkserver._forkserver._stop()

@@ -9,7 +9,7 @@ import sys
 import time
 
 import pytest
-from processes import NO_LAMBDA, REPO, SHARE, command, run_main
+from processes import NO_LAMBDA, REPO, SHARE, command
 
 from listopd_jax.config import defaults
 from listopd_jax.errors import UserError
@@ -120,8 +120,14 @@ def test_a_process_without_its_number_is_told(monkeypatch):
 
 
 @pytest.mark.slow
-def test_two_processes_reproduce_the_job_of_one(finished_job, tmp_path):
+def test_two_processes_resume_and_reproduce_the_job_of_one(finished_job, tmp_path):
+    """Process 1 is killed; the other ends by itself. The same command then finds what one process finds."""
     arguments = command(tmp_path, *NO_LAMBDA, "--config.opd.lambdas=2.0,", "--config.parallel.fsdp=2")[1:]
+    where = {SIGNAL_VARIABLE: "SIGKILL sft_teacher step 3"}
+    (code, _, errors), second = finish(start_two(arguments, environment=SHARE, of_second=where))
+    assert second[0] == -9
+    assert code == 1 and errors[-1].startswith("error: process 1 of 2 is gone")
+
     first, second = finish(start_two(arguments, environment=SHARE), limit=1200)
     assert first[0] == second[0] == 0, first[2] + second[2]
     assert first[1] == [f"report: {tmp_path}/report.html"] and second[1] == []
@@ -138,16 +144,3 @@ def test_two_processes_reproduce_the_job_of_one(finished_job, tmp_path):
             assert b[name] == near, name
     one, two = (json.loads((folder / "results.json").read_text()) for folder in (finished_job, tmp_path))
     assert [r for r in one if r["lambda"] != 1.0] == [r for r in two if r["lambda"] != 1.0] and len(two) == 6
-
-
-@pytest.mark.slow
-def test_a_job_resumes_where_a_host_was_lost(tmp_path):
-    """Process 1 is killed; the other ends by itself, and the same command finishes on another mesh."""
-    arguments = *NO_LAMBDA, "--config.opd.lambdas=2.0,"
-    where = {SIGNAL_VARIABLE: "SIGKILL sft_teacher step 3"}
-    processes = start_two(command(tmp_path, *arguments)[1:], environment=SHARE, of_second=where)
-    (code, _, errors), second = finish(processes)
-    assert second[0] == -9
-    assert code == 1 and errors[-1].startswith("error: process 1 of 2 is gone")
-    assert run_main(tmp_path, *arguments).returncode == 0
-    assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 10
