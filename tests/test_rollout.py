@@ -10,7 +10,7 @@ import scipy.stats
 from flax import nnx
 
 from listopd_jax.models.config import ModelConfig
-from listopd_jax.models.decoder import Decoder
+from listopd_jax.models.decoder import Decoder, KVCache
 from listopd_jax.rollout.decode import completion_mask, decode, generate, segment
 from listopd_jax.rollout.scoring import completion_hidden, completion_logprobs
 
@@ -109,12 +109,15 @@ class Scripted(nnx.Module):
     def prefill(self, prompts, lengths):
         return self._state(self.script[...][:, 0, 0]), None
 
-    def init_cache(self, *_):
-        return jnp.zeros(())
+    def init_cache(self, B, n, C):
+        return KVCache(jnp.zeros((1, B, n, 1, 1, C)), jnp.zeros((1, B, n, 1, C, 1)))
 
-    def decode_step(self, prompt, lengths, cache, step, tokens):
+    def decode_step(self, prompt, lengths, cache, cached, tokens):
         jax.debug.callback(self.tell)
-        return self._state(jnp.take(self.script[...], step + 1, axis=-1, mode="clip")), cache
+        script = self.script[...]
+        place = jnp.atleast_2d(cached)[..., None] + 1 + jnp.arange(tokens.shape[-1])
+        place = jnp.broadcast_to(jnp.minimum(place, script.shape[-1] - 1), tokens.shape)
+        return self._state(jnp.take_along_axis(script, place, axis=-1)), cache
 
     def head_weight(self):
         return 50 * jnp.eye(VOCAB)

@@ -14,7 +14,7 @@ from listopd_jax.models.decoder import abstract
 from listopd_jax.rollout import decode as module
 from listopd_jax.rollout.decode import capacities, decode, generate
 from listopd_jax.rollout.sampling import categorical, row_keys
-from listopd_jax.rollout.state import fitting
+from listopd_jax.rollout.state import fitting, longest
 
 VOCAB, EOS, PAD, P, T = 37, 1, 0, 5, 24
 LEAST_ROWS, LEAST_CAPACITY = 4, 8
@@ -62,7 +62,7 @@ def watched(arguments, options, monkeypatch):
     seen, segment = [], module.segment
 
     def watch(sampler, prompts, state, least):
-        seen.append((*state.caches[0].k.shape[1:3], state.caches[0].capacity, int(state.step)))
+        seen.append((*state.caches[0].k.shape[1:3], state.caches[0].capacity, int(longest(state.rows))))
         assert len(prompts.lengths) == prompts.caches[0].k.shape[1] == seen[-1][0]
         return segment(sampler, prompts, state, least)
 

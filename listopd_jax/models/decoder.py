@@ -1,5 +1,6 @@
 """One decoder (Qwen3 and, by switches, Llama): a single layer body serves scoring, prefill and decoding."""
 
+import functools
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -7,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, Shaped
 
 from listopd_jax.errors import UserError
 from listopd_jax.models.config import ModelConfig
@@ -243,25 +244,29 @@ class Decoder(nnx.Module):
         prompt: KVCache,
         prompt_lengths: Int[Array, " B"],
         cache: KVCache,
-        step: Int[Array, ""],
-        tokens: Int[Array, "B n"],
-    ) -> tuple[Float[Array, "B n D"], KVCache]:
-        """Read a token of every completion, at position prompt_length + step: its state and the new cache."""
-        written = (jnp.arange(cache.capacity) < step)[None, None, None]
+        cached: Int[Array, "*at"],
+        tokens: Int[Array, "B n S"],
+    ) -> tuple[Float[Array, "B n S D"], KVCache]:
+        """Read the next S tokens of every completion: the states after each, and the cache with them.
+
+        `cached` is the number of tokens that the cache holds already: one number for all completions, or [B,n], each
+        its own. The cache must have room for S more; what it holds after `cached` is never read.
+        """
+        S, at = tokens.shape[-1], jnp.atleast_2d(cached)[..., None]
+        written = jnp.arange(cache.capacity) < at[..., None]
+        causal = None if S == 1 else (jnp.arange(S) <= jnp.arange(S)[:, None])[None, None]
 
         def body(layer, x, rope, kvs):
             kv, own = kvs
             read = [Prompt(*kv, prompt_lengths).part(), Part(*own, written)]
-            x, new = layer(x, rope, lambda q, k, v: attention(q, [*read, Part(*stored(k, v))]))
+            x, new = layer(x, rope, lambda q, k, v: attention(q, [*read, Part(*stored(k, v), causal)]))
             return x, KVCache(*stored(*new))
 
+        positions = prompt_lengths[:, None, None] + at + jnp.arange(S)
         # The layers only read the cache; it is written once, in place, after them.
-        put = jax.lax.dynamic_update_slice_in_dim
-
-        positions = (prompt_lengths + step)[:, None, None]
-        hidden, new = self._run(tokens[..., None], positions, body, (prompt, cache))
-        return self._final(hidden)[:, :, 0], KVCache(
-            put(cache.k, new.k, step, -1), put(cache.v, new.v, step, -2)
+        hidden, new = self._run(tokens, positions, body, (prompt, cache))
+        return self._final(hidden), KVCache(
+            put_tokens(cache.k, new.k, cached, -1), put_tokens(cache.v, new.v, cached, -2)
         )
 
     def head_weight(self) -> Float[Array, "V D"]:
@@ -310,6 +315,27 @@ class Decoder(nnx.Module):
 
     def _final(self, x: Float[Array, "*r D"]) -> Float[Array, "*r D"]:
         return rms_norm(x, self.final_norm[...], self.config.norm_eps)
+
+
+def put_tokens(
+    cache: Shaped[Array, "L B n *r"], new: Shaped[Array, "L B n *s"], at: Int[Array, "*at"], axis: int
+) -> Shaped[Array, "L B n *r"]:
+    """`cache` with `new` from place `at` of `axis` on: one place for all completions, or [B,n], each its own."""
+    put = functools.partial(jax.lax.dynamic_update_slice_in_dim, axis=axis)
+    if at.ndim == 0:
+        return put(cache, new, at)
+    if jax.default_backend() != "cpu" or not jax.sharding.get_abstract_mesh().empty:
+        by_row = jax.vmap(jax.vmap(put, in_axes=(1, 1, 0), out_axes=1), in_axes=(1, 1, 0), out_axes=1)
+        return by_row(cache, new, at)
+    # That is a scatter, which XLA's CPU backend expands into a loop several times slower than this one.
+    shape, cache, new, at = cache.shape, *(x.reshape(len(x), -1, *x.shape[3:]) for x in (cache, new)), at.reshape(-1)
+
+    def put_row(row, cache):
+        start = [0, row] + [0] * (cache.ndim - 2)
+        start[axis] = at[row]
+        return jax.lax.dynamic_update_slice(cache, jax.lax.dynamic_slice_in_dim(new, row, 1, 1), start)
+
+    return jax.lax.fori_loop(0, at.size, put_row, cache).reshape(shape)
 
 
 def abstract(config: ModelConfig, **options) -> tuple[nnx.GraphDef, nnx.State]:

@@ -25,6 +25,7 @@ from listopd_jax.models.decoder import Decoder
 from listopd_jax.ops.head import take_token
 from listopd_jax.parallel.compiler import ROLLOUT, BackendJit
 from listopd_jax.parallel.rules import constrain, context_mesh
+from listopd_jax.rollout.draft import draft
 from listopd_jax.rollout.sampling import categorical, mixed_logprobs, row_keys
 from listopd_jax.rollout.state import (
     Prompts,
@@ -35,6 +36,7 @@ from listopd_jax.rollout.state import (
     can_shrink,
     fitting,
     grow,
+    longest,
     put_back,
     shrink,
 )
@@ -52,6 +54,7 @@ class Settings(NamedTuple):
     eos: int
     pad: int
     greedy: bool = False
+    draft_tokens: int = 0  # drafted per row and step, all verified by the one pass of that step; 0: none
 
 
 @jax.tree_util.register_dataclass
@@ -89,16 +92,17 @@ def prefill(
     prompts: Int[Array, "B P"],
     prompt_lengths: Int[Array, " B"],
     budgets: Int[Array, "B n"] | None,
+    hint: Int[Array, "B H"],
     capacity: int,
 ) -> tuple[Prompts, State]:
     """Read the prompts and write the first token of every completion; caches for `capacity` tokens."""
     decoders, rows = sampler.decoders, _unwritten(sampler, len(prompts), budgets)
     shape = rows.done.shape
     last, caches = zip(*(d.prefill(prompts, prompt_lengths) for d in decoders), strict=True)
-    hiddens = [jnp.broadcast_to(h[:, None], (*shape, h.shape[-1])) for h in last]
-    rows = sample_token(sampler, hiddens, rows, jnp.int32(0))
+    hiddens = [jnp.broadcast_to(h[:, None, None], (*shape, 1, h.shape[-1])) for h in last]
+    rows = sample_tokens(sampler, hiddens, rows, jnp.zeros((*shape, 0), jnp.int32))
     own = tuple(d.init_cache(*shape, capacity) for d in decoders)
-    return Prompts(prompt_lengths, caches), State(jnp.int32(1), own, rows)
+    return Prompts(prompt_lengths, hint, caches), State(own, rows)
 
 
 def _unwritten(sampler: Sampler, B: int, budgets: Int[Array, "B n"] | None) -> Rows:
@@ -106,55 +110,87 @@ def _unwritten(sampler: Sampler, B: int, budgets: Int[Array, "B n"] | None) -> R
     m, n = sampler.weights.shape
     T, pad = sampler.settings.max_tokens, sampler.settings.pad
     budgets = jnp.full((B, n), T) if budgets is None else jnp.minimum(budgets, T)
+    none = constrain(jnp.zeros((B, n), jnp.int32), "batch", None)
     empty = Rollout(
         constrain(jnp.full((B, n, T), pad, jnp.int32), "batch", None, None),
         constrain(jnp.zeros((B, n, T)), "batch", None, None),
-        constrain(jnp.zeros((B, n), jnp.int32), "batch", None),
+        none,
+        none,
     )
     number = constrain(jnp.arange(B * n).reshape(B, n), "batch", None)
     weights = constrain(jnp.broadcast_to(sampler.weights.T, (B, n, m)), "batch", None, None)
-    return Rows(number, weights, budgets, constrain(budgets <= 0, "batch", None), empty)
+    return Rows(number, weights, budgets, constrain(budgets <= 0, "batch", None), none, empty)
 
 
-def sample_token(
-    sampler: Sampler, hiddens: Sequence[Float[Array, "B n _"]], rows: Rows, step: Int[Array, ""]
+def sample_tokens(
+    sampler: Sampler, hiddens: Sequence[Float[Array, "B n S _"]], rows: Rows, drafted: Int[Array, "B n S-1"]
 ) -> Rows:
-    """Write token `step` of every row that is not done, from the models' states [B, n, D] before it."""
+    """Write the next tokens of every row that is not done: one, and one more for each draft that it confirms.
+
+    `hiddens` are the models' states before `drafted` and after each of its tokens. Each position is sampled from the
+    model's own distribution there, with the random number that belongs to row and position; it stands if all tokens
+    before it were drafted as they were sampled. So a row says what it says without drafts, and a drafted token is
+    confirmed with the model's probability of it, the most that any exact scheme reaches.
+    """
     settings, greedy = sampler.settings, sampler.settings.greedy
     temperature = 1.0 if greedy else sampler.temperature
-    logp = mixed_logprobs(sampler.decoders, hiddens, rows.weights, settings.vocab, temperature)
-    keys = None if greedy else row_keys(sampler.key, step, rows.number)
-    chosen = jnp.argmax(logp, -1) if greedy else categorical(keys, logp)
-    token = jnp.where(rows.done, settings.pad, chosen).astype(jnp.int32)
-    tokens, logprobs, lengths = rows.rollout
-    rollout = Rollout(
-        tokens.at[..., step].set(token),
-        logprobs.at[..., step].set(jnp.where(rows.done, 0.0, take_token(logp, token))),
-        lengths + ~rows.done,
-    )
-    done = rows.done | (token == settings.eos) | (rollout.lengths >= rows.budgets)
-    return rows._replace(done=done, rollout=rollout)
+    logp = mixed_logprobs(sampler.decoders, hiddens, rows.weights[:, :, None], settings.vocab, temperature)
+    place = rows.rollout.lengths[..., None] + jnp.arange(logp.shape[2])
+    keys = None if greedy else row_keys(sampler.key, place, rows.number[..., None])
+    tokens = (jnp.argmax(logp, -1) if greedy else categorical(keys, logp)).astype(jnp.int32)
+    return _written(rows, tokens, take_token(logp, tokens), _standing(rows, tokens, drafted, settings.eos), settings)
 
 
-def decode_until(sampler: Sampler, prompts: Prompts, state: State, until: int, least: int) -> State:
-    """Write up to `until` tokens per row; stops early once all are done, or a smaller batch would do (`can_shrink`)."""
+def _standing(rows: Rows, tokens: Int[Array, "B n S"], drafted: Int[Array, "B n S-1"], eos: int) -> Int[Array, "B n"]:
+    """How many of `tokens` stand: up to the first that was not drafted, an EOS, or the budget."""
+    goes_on = (tokens[..., :-1] == drafted) & (tokens[..., :-1] != eos)
+    count = 1 + jnp.cumprod(goes_on, axis=-1).sum(-1)
+    return jnp.where(rows.done, 0, jnp.minimum(count, rows.budgets - rows.rollout.lengths))
 
-    def body(state):
-        token = jax.lax.dynamic_index_in_dim(
-            state.rows.rollout.tokens, state.step - 1, axis=-1, keepdims=False
-        )
-        read = [
-            d.decode_step(shared, prompts.lengths, own, state.step - 1, token)
-            for d, shared, own in zip(sampler.decoders, prompts.caches, state.caches, strict=True)
-        ]
-        hiddens, caches = zip(*read, strict=True)
-        return State(state.step + 1, caches, sample_token(sampler, hiddens, state.rows, state.step))
+
+def _written(rows: Rows, tokens, logprobs, count: Int[Array, "B n"], settings: Settings) -> Rows:
+    """`rows` with the first `count` of `tokens` [B, n, S] and their log-probabilities."""
+    old = rows.rollout
+    place = jnp.arange(settings.max_tokens) - old.lengths[..., None]
+    at, new = jnp.clip(place, 0, tokens.shape[-1] - 1), (place >= 0) & (place < count[..., None])
+
+    def put(row, x):
+        return jnp.where(new, jnp.take_along_axis(x, at, axis=-1), row)
+
+    lengths = old.lengths + count
+    last = jnp.take_along_axis(tokens, jnp.maximum(count - 1, 0)[..., None], axis=-1)[..., 0]
+    rollout = Rollout(put(old.tokens, tokens), put(old.logprobs, logprobs), lengths, old.steps)
+    done = rows.done | (last == settings.eos) | (lengths >= rows.budgets)
+    return rows._replace(done=done, source=rows.source + count, rollout=rollout)
+
+
+def decode_until(sampler: Sampler, prompts: Prompts, state: State, least: int) -> State:
+    """Write tokens until all rows are done, the cache has no room for a step, or a smaller batch would do."""
+    size = sampler.settings.draft_tokens
+    room = state.caches[0].capacity - size  # of the tokens written the last is not yet cached
 
     def unfinished(state):
         done = state.rows.done
-        return (state.step < until) & ~done.all() & ~can_shrink(done, least)
+        return (longest(state.rows) <= room) & ~done.all() & ~can_shrink(done, least)
 
-    return jax.lax.while_loop(unfinished, body, state)
+    return jax.lax.while_loop(unfinished, lambda s: decode_step(sampler, prompts, s, size), state)
+
+
+def decode_step(sampler: Sampler, prompts: Prompts, state: State, size: int) -> State:
+    """One pass of every model over the last token of each row and `size` drafts of the next, and what it confirms."""
+    rows = state.rows
+    lengths, steps = rows.rollout.lengths, rows.rollout.steps + ~rows.done
+    last = jnp.take_along_axis(rows.rollout.tokens, jnp.maximum(lengths - 1, 0)[..., None], axis=-1)
+    drafted, source = draft(prompts.hint, rows.rollout.tokens, lengths, rows.source, size)
+    # Without drafts all rows that are not done have the same length, and one place in the cache is written.
+    cached = jnp.maximum(lengths - 1, 0) if size else longest(rows) - 1
+    read = [
+        d.decode_step(shared, prompts.lengths, own, cached, jnp.concatenate([last, drafted], axis=-1))
+        for d, shared, own in zip(sampler.decoders, prompts.caches, state.caches, strict=True)
+    ]
+    hiddens, caches = zip(*read, strict=True)
+    rows = rows._replace(source=source, rollout=rows.rollout._replace(steps=steps))
+    return State(caches, sample_tokens(sampler, hiddens, rows, drafted))
 
 
 def decode(
@@ -167,36 +203,43 @@ def decode(
     *,
     temperature: float | Float[Array, ""] = 1.0,
     budgets: Int[Array, "B n"] | None = None,
+    hint: Int[Array, "#B H"] | None = None,
     **settings: Any,
 ) -> Rollout:
     """Write n completions for each prompt; stops early once every row has ended or spent its budget.
 
-    `settings` (static): `max_tokens`, `vocab`, `eos`, `pad` and `greedy`. `budgets` (default `max_tokens`) bounds each
-    row. Row (b, j) of the result is a completion of prompt b under the mixture weights[:, j].
+    `settings` (static): `max_tokens`, `vocab`, `eos`, `pad`, `greedy` and `draft_tokens`. `budgets` (default
+    `max_tokens`) bounds each row. `hint`: tokens like those of an answer, that drafts may be copied from. Row (b, j) of
+    the result is a completion of prompt b under the mixture weights[:, j], whatever is drafted.
     """
     sampler = Sampler(graphs, params, weights, key, temperature, Settings(**settings))
-    T = sampler.settings.max_tokens
-    shared, state = prefill(sampler, prompts, prompt_lengths, budgets, capacity=T)
-    state = decode_until(sampler, shared, state, until=T, least=state.rows.done.size)
-    return state.rows.rollout
+    room = sampler.settings.max_tokens + sampler.settings.draft_tokens
+    shared, state = prefill(sampler, prompts, prompt_lengths, budgets, _hints(hint, len(prompts)), capacity=room)
+    return decode_until(sampler, shared, state, least=state.rows.done.size).rows.rollout
+
+
+def _hints(hint: Int[Array, "#B H"] | None, B: int) -> Int[Array, "B H"]:
+    """A hint for each of B prompts; of no tokens if there is none."""
+    hint = jnp.zeros((1, 0), jnp.int32) if hint is None else jnp.asarray(hint, jnp.int32)
+    return jnp.broadcast_to(hint, (B, hint.shape[-1]))
 
 
 # --- the programs, and the host that runs them ---
 
 
 @functools.partial(BackendJit, options=ROLLOUT, static_argnames="capacity")
-def first_segment(sampler: Sampler, prompts, prompt_lengths, budgets, capacity: int) -> tuple[Prompts, State]:
+def first_segment(
+    sampler: Sampler, prompts, prompt_lengths, budgets, hint, capacity: int
+) -> tuple[Prompts, State]:
     """`prefill`, compiled."""
-    return prefill(sampler, prompts, prompt_lengths, budgets, capacity)
+    return prefill(sampler, prompts, prompt_lengths, budgets, hint, capacity)
 
 
 @functools.partial(BackendJit, options=ROLLOUT, static_argnames="least", donate_argnames="state")
 def segment(sampler: Sampler, prompts: Prompts, state: State, least: int) -> tuple[State, Int[Array, " 3"]]:
-    """`decode_until` the cache is full, compiled; and what the host must know: step, and what is `alive`."""
-    room = state.caches[0].capacity + 1  # the last token written is not yet cached
-    until = min(sampler.settings.max_tokens, room)
-    state = decode_until(sampler, prompts, state, until, least)
-    return state, constrain(jnp.stack([state.step, *alive(state.rows.done)]), None)
+    """`decode_until`, compiled; and what the host must know: the length of the `longest` row, and what is `alive`."""
+    state = decode_until(sampler, prompts, state, least)
+    return state, constrain(jnp.stack([longest(state.rows), *alive(state.rows.done)]), None)
 
 
 def capacities(max_tokens: int) -> list[int]:
@@ -218,6 +261,7 @@ def generate(
     *,
     temperature: float | Float[Array, ""] = 1.0,
     budgets: Int[Array, "B n"] | None = None,
+    hint: Int[Array, "#B H"] | None = None,
     **settings: Any,
 ) -> Rollout:
     """What `decode` writes, by few compiled programs in turn, shared by every λ, seed and evaluation.
@@ -228,23 +272,23 @@ def generate(
     would cost more to compile than they save. Not traceable: the host looks at lengths.
     """
     sampler = Sampler(graphs, params, weights, key, jnp.float32(temperature), Settings(**settings))
-    shape = (len(prompts), weights.shape[1])
+    shape, drafts = (len(prompts), weights.shape[1]), sampler.settings.draft_tokens
     shrinks = context_mesh() is None and sum(x.size for x in jax.tree.leaves(params)) >= LEAST_PARAMETERS
     least = LEAST_ROWS if shrinks else shape[0] * shape[1]
-    sizes = capacities(sampler.settings.max_tokens)
-    shared, state = first_segment(sampler, prompts, prompt_lengths, budgets, sizes[0])
+    sizes = capacities(sampler.settings.max_tokens + drafts)
+    shared, state = first_segment(sampler, prompts, prompt_lengths, budgets, _hints(hint, len(prompts)), sizes[0])
     out = None  # rows that have left, once there are any
     while True:
         state, seen = segment(sampler, shared, state, least)
-        step, prompts_left, most = np.asarray(seen).tolist()
-        if step == sizes[-1] or not most:
+        length, prompts_left, most = np.asarray(seen).tolist()
+        if not most:
             return state.rows.rollout if out is None else put_back(out, state.rows)
         smaller = fitting(shape, prompts_left, most, least)
         if smaller != shape:
             out = state.rows.rollout if out is None else put_back(out, state.rows)
             shape, (shared, state) = smaller, shrink(shared, state, smaller)
-        if step > (size := state.caches[0].capacity):
-            state = grow(state, min(s for s in sizes if s > size))
+        if (needed := length + drafts) > state.caches[0].capacity:
+            state = grow(state, min(s for s in sizes if s >= needed))
 
 
 @functools.partial(jax.jit, static_argnames=("graphdef", "max_tokens", "vocab", "eos", "pad", "greedy"))

@@ -12,9 +12,9 @@ IMPOSSIBLE = -1e30  # finite: a block of nothing else must have a log-probabilit
 
 
 def mixed_logprobs(
-    decoders: Sequence, hiddens: Sequence, weights: Float[Array, "B n m"], vocab: int, temperature
-) -> Float[Array, "B n V"]:
-    """log softmax(Σ_i w_i log π_i / temperature) for hidden states [B, n, D_i] of m decoders.
+    decoders: Sequence, hiddens: Sequence, weights: Float[Array, "B n #S m"], vocab: int, temperature
+) -> Float[Array, "B n S V"]:
+    """log softmax(Σ_i w_i log π_i / temperature) for hidden states [B, n, S, D_i] of m decoders.
 
     Logits stand in for log π_i: they differ by a constant per row, which the softmax drops.
     """
@@ -25,10 +25,11 @@ def mixed_logprobs(
     return jax.nn.log_softmax(mixed / temperature)
 
 
-def row_keys(key: Array, step: Int[Array, ""], rows: Int[Array, "*s"]) -> Array:
-    """A key for each row at a step, by the row's own number: where the row is computed does not matter."""
-    at_step = jax.random.fold_in(key, step)
-    return jax.vmap(jax.random.fold_in, (None, 0))(at_step, rows.reshape(-1)).reshape(rows.shape)
+def row_keys(key: Array, place: Int[Array, "*#s"], rows: Int[Array, "*#s"]) -> Array:
+    """A key for each row at a place in its text, by the row's own number: where the row is computed does not matter."""
+    place, rows = jnp.broadcast_arrays(place, rows)
+    of_place = jax.vmap(jax.random.fold_in, (None, 0))(key, place.reshape(-1))
+    return jax.vmap(jax.random.fold_in)(of_place, rows.reshape(-1)).reshape(rows.shape)
 
 
 def categorical(keys: Array, logp: Float[Array, "*s V"]) -> Int[Array, "*s"]:

@@ -19,6 +19,7 @@ class Rollout(NamedTuple):
         Array, "B n T"
     ]  # log-probability under the distribution sampled from (greedy: at temperature 1)
     lengths: Int[Array, "B n"]  # tokens up to and with EOS, or the budget
+    steps: Int[Array, "B n"] | None = None  # decode steps that wrote them, after the prefill
 
 
 def trim(rollout: Rollout, budget: int) -> Rollout:
@@ -34,6 +35,7 @@ class Rows(NamedTuple):
     weights: Float[Array, "B n m"]
     budgets: Int[Array, "B n"]
     done: Bool[Array, "B n"]
+    source: Int[Array, "B n"]  # where the next draft goes on copying (rollout/draft.py)
     rollout: Rollout
 
 
@@ -41,15 +43,20 @@ class Prompts(NamedTuple):
     """What the completions of a prompt share."""
 
     lengths: Int[Array, " B"]
+    hint: Int[Array, "B H"]  # what drafts are copied from
     caches: tuple[KVCache, ...]  # of each model
 
 
 class State(NamedTuple):
-    """After `step` tokens of every completion, the last of which no model has read."""
+    """Completions under way; the last token of each has not been read by any model."""
 
-    step: Int[Array, ""]
     caches: tuple[KVCache, ...]  # of each model, of the completions
     rows: Rows
+
+
+def longest(rows: Rows) -> Int[Array, ""]:
+    """Tokens of the longest row that is not done."""
+    return jnp.where(rows.done, 0, rows.rollout.lengths).max()
 
 
 def alive(done: Bool[Array, "B n"]) -> tuple[Int[Array, ""], Int[Array, ""]]:
@@ -84,10 +91,10 @@ def shrink(prompts: Prompts, state: State, shape: tuple[int, int]) -> tuple[Prom
     """The rows that are not done, and as many done ones as fill `shape`; the caches given are freed."""
     B = len(prompts.lengths)
     rows, b, j = _select(state.rows, shape)
-    state = State(state.step, jax.tree.map(lambda x: _freed(_pick_rows(x, b, j), x), state.caches), rows)
+    state = State(jax.tree.map(lambda x: _freed(_pick_rows(x, b, j), x), state.caches), rows)
     if shape[0] < B:
         caches = jax.tree.map(lambda x: _freed(_pick_prompts(x, b), x), prompts.caches)
-        prompts = Prompts(prompts.lengths[b], caches)
+        prompts = Prompts(prompts.lengths[b], prompts.hint[b], caches)
     return prompts, state
 
 
