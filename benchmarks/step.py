@@ -77,7 +77,7 @@ class Step:
             max_tokens=budget, vocab=self.vocab, eos=-1, pad=0, temperature=opd.temperature,
             budgets=jnp.full((len(self.prompts), opd.rollouts), response, jnp.int32),
         )  # fmt: skip
-        return jax.block_until_ready(trim(rollout, budget))
+        return jax.block_until_ready(trim(rollout._replace(steps=None), budget))
 
     def update(self, rollout: Rollout) -> dict[str, Array]:
         """Scores of teacher and base, loss, gradient, AdamW; the step's metrics."""

@@ -57,6 +57,9 @@ def defaults() -> ml_collections.ConfigDict:
         sft=_section(teacher=_sft(), student=_sft()),
         optimizer=_section(b1=0.9, weight_decay=0.0, max_grad_norm=1.0),
         opd=_opd(),
+        rollout=_section(
+            draft_tokens=-1
+        ),  # most that are drafted per decode step; 0: none, -1: 8, none if is_small
         forecast=_section(lambdas=(), batch_size=8),  # lambdas besides opd.lambdas, decoded without training
         evaluation=_section(batch_size=64, max_lists=0, bootstrap=2000, examples=3),
         parallel=_parallel(),
@@ -348,7 +351,8 @@ def _validate_grid(config: ml_collections.ConfigDict) -> None:
 
 
 def _validate_combinations(config: ml_collections.ConfigDict) -> None:
-    opd = config.opd
+    opd, drafts = config.opd, config.rollout.draft_tokens
+    _require(drafts >= -1, f"rollout.draft_tokens={drafts}: must be >= 0, or -1 for the default")
     _require(
         config.task.max_response != 1, "task.max_response=1: must be at least 2 tokens, or 0 to follow task.k"
     )

@@ -137,7 +137,8 @@ def written(mesh):
     """What the student writes, and the compiled programs: of the first token, and of the others."""
     batch = put(opd_batch(3), batch_shardings, mesh)
     models = (STUDENT_DEF,), (put(STUDENT, rollout_shardings, mesh),), jnp.ones((1, N))
-    key, arguments = jax.random.key(1), (*batch[:2], None, OPTIONS["max_tokens"])
+    hint = jnp.zeros((B, 0), jnp.int32)
+    key, arguments = jax.random.key(1), (*batch[:2], None, hint, OPTIONS["max_tokens"])
     rollout = jax.tree.map(np.asarray, generate(*models, *batch[:2], key, **OPTIONS))
     sampler = Sampler(*models, key, jnp.float32(1), Settings(**OPTIONS))
     first = first_segment.lower(sampler, *arguments).compile()
@@ -213,6 +214,18 @@ def test_rollout_writes_the_same_tokens(alone, sizes):
     np.testing.assert_allclose(rollout.logprobs, alone[2].logprobs, atol=1e-5)
     assert len(np.unique(rollout.tokens)) > 10
     check_traffic(program, *sizes[1:], updates=False)
+
+
+def test_drafts_change_no_token_over_devices(alone):
+    mesh = mesh_of(2, 2, 2)
+    with use_mesh(mesh):
+        batch, params = put(opd_batch(3), batch_shardings, mesh), put(STUDENT, rollout_shardings, mesh)
+        rollout = generate(
+            (STUDENT_DEF,), (params,), jnp.ones((1, N)), *batch[:2], jax.random.key(1), **OPTIONS,
+            hint=alone[2].tokens[:, 0], draft_tokens=3,
+        )  # fmt: skip
+    np.testing.assert_array_equal(rollout.tokens, alone[2].tokens)
+    assert np.asarray(rollout.steps).sum() < 0.8 * alone[2].steps.sum()
 
 
 def test_a_cache_that_grows_writes_the_same_tokens(alone, monkeypatch):

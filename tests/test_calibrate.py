@@ -40,6 +40,7 @@ def classes(tokens, lengths):
     return np.where(inside, np.where(tokens % 2, DIGIT, COMMA), -1)
 
 
+DECODING = dict(max_tokens=T, vocab=VOCAB, eos=EOS, pad=PAD)
 CODEC = types.SimpleNamespace(vocab=VOCAB, eos=EOS, pad=PAD, classes=classes)
 
 
@@ -58,7 +59,7 @@ def batch():
 
 def look(models, batch, chunk=5):
     (graph_t, teacher), (graph_b, base) = models
-    return measure({"teacher": graph_t, "student": graph_b}, teacher, base, [batch], CODEC, T, chunk)
+    return measure({"teacher": graph_t, "student": graph_b}, teacher, base, [batch], CODEC, DECODING, chunk)
 
 
 @pytest.fixture(scope="module")
@@ -68,7 +69,7 @@ def measured(models, batch):
 
 def greedy(models, weights, batch):
     graphdefs, params = zip(*models, strict=True)
-    options = dict(max_tokens=T, vocab=VOCAB, eos=EOS, pad=PAD, greedy=True)
+    options = dict(greedy=True, **DECODING)
     key, weights = jax.random.key(0), jnp.asarray(weights, jnp.float32)
     rollout = generate(graphdefs, params, weights, batch["prompt"], LENGTHS, key, **options)
     return np.asarray(rollout.tokens), np.asarray(rollout.lengths)
@@ -291,9 +292,7 @@ def test_the_interval_is_that_of_a_plain_bootstrap():
 def job_of(models, batch, workdir):
     (graph_t, _), (graph_b, _) = models
     opd = dict(head_chunk=8, clip=5.0, ratio="aspo", advantage="base_relative", estimator="sampled")
-    config = ml_collections.FrozenConfigDict(
-        {"task": {"max_response": T}, "opd": opd, "evaluation": {"bootstrap": 50}, "seed": 0}
-    )
+    config = ml_collections.FrozenConfigDict({"opd": opd, "evaluation": {"bootstrap": 50}, "seed": 0})
     graphs, calls = {"teacher": graph_t, "student": graph_b}, []
 
     def batches():
@@ -301,7 +300,13 @@ def job_of(models, batch, workdir):
         return [batch]
 
     return types.SimpleNamespace(
-        workdir=workdir, config=config, graphs=graphs, codec=CODEC, evaluation_batches=batches, calls=calls
+        workdir=workdir,
+        config=config,
+        graphs=graphs,
+        codec=CODEC,
+        decoding=DECODING,
+        calls=calls,
+        evaluation_batches=batches,
     )
 
 

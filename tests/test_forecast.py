@@ -35,6 +35,10 @@ def setting(tmp_path_factory):
     return decoders, codec, batch
 
 
+def decoding(codec):
+    return dict(max_tokens=6, vocab=codec.vocab, eos=codec.eos, pad=codec.pad)
+
+
 @nnx.jit
 def hidden_states(decoder, tokens, length):
     return decoder(tokens[None], length[None])[0]
@@ -59,7 +63,7 @@ def test_every_lambda_is_decoded_from_its_own_target(setting):
     decoders, codec, batch = setting
     graphdefs, params = zip(*(nnx.split(d) for d in decoders), strict=True)
     lam = jnp.array(LAMBDAS)
-    columns = greedy_answers(graphdefs, params, jnp.stack([lam, 1 - lam]), [batch], codec, 6)
+    columns = greedy_answers(graphdefs, params, jnp.stack([lam, 1 - lam]), [batch], codec, decoding(codec))
     assert [[a.index for a in column] for column in columns] == [[5, 3]] * len(LAMBDAS), "no filler rows"
     for value, column in zip(LAMBDAS, columns, strict=True):
         for row, answer in enumerate(column):
@@ -70,6 +74,6 @@ def test_every_lambda_is_decoded_from_its_own_target(setting):
 def test_lambda_one_is_the_teacher(setting):
     decoders, codec, batch = setting
     graphdefs, params = zip(*(nnx.split(d) for d in decoders), strict=True)
-    (target,) = greedy_answers(graphdefs, params, jnp.array([[1.0], [0.0]]), [batch], codec, 6)
-    (teacher,) = greedy_answers(graphdefs[:1], params[:1], jnp.ones((1, 1)), [batch], codec, 6)
+    (target,) = greedy_answers(graphdefs, params, jnp.array([[1.0], [0.0]]), [batch], codec, decoding(codec))
+    (teacher,) = greedy_answers(graphdefs[:1], params[:1], jnp.ones((1, 1)), [batch], codec, decoding(codec))
     assert target == teacher

@@ -328,7 +328,11 @@ def put_tokens(
         by_row = jax.vmap(jax.vmap(put, in_axes=(1, 1, 0), out_axes=1), in_axes=(1, 1, 0), out_axes=1)
         return by_row(cache, new, at)
     # That is a scatter, which XLA's CPU backend expands into a loop several times slower than this one.
-    shape, cache, new, at = cache.shape, *(x.reshape(len(x), -1, *x.shape[3:]) for x in (cache, new)), at.reshape(-1)
+    shape, cache, new, at = (
+        cache.shape,
+        *(x.reshape(len(x), -1, *x.shape[3:]) for x in (cache, new)),
+        at.reshape(-1),
+    )
 
     def put_row(row, cache):
         start = [0, row] + [0] * (cache.ndim - 2)

@@ -28,10 +28,12 @@ from listopd_jax.parallel.mesh import use_mesh
 from listopd_jax.plan.chips import GIB, Topology
 from listopd_jax.plan.hlo import traffic
 from listopd_jax.rollout.decode import Rollout, Sampler, Settings, capacities, first_segment, segment
+from listopd_jax.stages.job import draft_tokens
 from listopd_jax.stages.opd import hyper_at, make_step
 from listopd_jax.train.opd_step import OpdBatch
 from listopd_jax.train.optimizer import TrainState, adamw
 
+HINT = 256  # tokens of the answer that drafts are copied from: about what a list of eight takes
 ARGUMENTS = ("parameters", "optimizer", "teacher", "base")
 _TOO_LARGE = (
     re.compile(r"Used ([\d.]+)([KMGT]) of [\d.]+[KMGT] hbm"),
@@ -102,10 +104,12 @@ def _rollout_programs(config: Any, shapes: Mapping[str, ModelConfig], vocab: int
     """Of the first token, and of the last segment, whose cache has the room of the whole budget."""
     sampler = _sampler(config, shapes, vocab, mesh)
     prompts, lengths, rollout = _batch(config, mesh)
-    sizes, rows = capacities(sampler.settings.max_tokens), rollout.lengths.size
+    room, rows = sampler.settings.max_tokens + sampler.settings.draft_tokens, rollout.lengths.size
+    sizes, hint = capacities(room), jax.ShapeDtypeStruct((*lengths.shape, HINT), jnp.int32)
+    hint = rules.abstract(hint, rules.batch_shardings(hint, mesh))
 
     def start(capacity):
-        return first_segment.lower(sampler, prompts, lengths, None, capacity)
+        return first_segment.lower(sampler, prompts, lengths, None, hint, capacity)
 
     with use_mesh(mesh):
         first, shardings = _compiled(start(sizes[0]), "rollout", mesh)
@@ -122,7 +126,7 @@ def _sampler(config: Any, shapes: Mapping[str, ModelConfig], vocab: int, mesh: M
     weights, key, temperature = _replicate(
         jax.eval_shape(lambda: (jnp.ones((1, config.opd.rollouts)), jax.random.key(0), jnp.float32(1))), mesh
     )
-    settings = Settings(config.task.max_response, vocab, eos=0, pad=0)
+    settings = Settings(config.task.max_response, vocab, eos=0, pad=0, draft_tokens=draft_tokens(config))
     graphs = (_graph(config, shapes["student"], mesh),)
     return Sampler(graphs, (params,), weights, key, temperature, settings)
 

@@ -43,6 +43,9 @@ from listopd_jax.rollout.state import (
 
 LEAST_ROWS = 8  # fewer cost hardly less, and each shape is one more program to compile
 LEAST_PARAMETERS = 1_000_000  # a smaller model's steps cost less than those programs
+TOKENS_PER_PASS = {"cpu": 64}  # that cost little more than one per row, by backend
+MANY_TOKENS = 1024  # the same on accelerators, where reading the weights takes as long
+LEAST_DRAFT = 3
 LEAST_CAPACITY = 64  # tokens; a shorter cache is not worth a program
 
 
@@ -54,7 +57,7 @@ class Settings(NamedTuple):
     eos: int
     pad: int
     greedy: bool = False
-    draft_tokens: int = 0  # drafted per row and step, all verified by the one pass of that step; 0: none
+    draft_tokens: int = 0  # most that are drafted per row and step (`draft_size`); 0: none
 
 
 @jax.tree_util.register_dataclass
@@ -138,10 +141,14 @@ def sample_tokens(
     place = rows.rollout.lengths[..., None] + jnp.arange(logp.shape[2])
     keys = None if greedy else row_keys(sampler.key, place, rows.number[..., None])
     tokens = (jnp.argmax(logp, -1) if greedy else categorical(keys, logp)).astype(jnp.int32)
-    return _written(rows, tokens, take_token(logp, tokens), _standing(rows, tokens, drafted, settings.eos), settings)
+    return _written(
+        rows, tokens, take_token(logp, tokens), _standing(rows, tokens, drafted, settings.eos), settings
+    )
 
 
-def _standing(rows: Rows, tokens: Int[Array, "B n S"], drafted: Int[Array, "B n S-1"], eos: int) -> Int[Array, "B n"]:
+def _standing(
+    rows: Rows, tokens: Int[Array, "B n S"], drafted: Int[Array, "B n S-1"], eos: int
+) -> Int[Array, "B n"]:
     """How many of `tokens` stand: up to the first that was not drafted, an EOS, or the budget."""
     goes_on = (tokens[..., :-1] == drafted) & (tokens[..., :-1] != eos)
     count = 1 + jnp.cumprod(goes_on, axis=-1).sum(-1)
@@ -166,7 +173,7 @@ def _written(rows: Rows, tokens, logprobs, count: Int[Array, "B n"], settings: S
 
 def decode_until(sampler: Sampler, prompts: Prompts, state: State, least: int) -> State:
     """Write tokens until all rows are done, the cache has no room for a step, or a smaller batch would do."""
-    size = sampler.settings.draft_tokens
+    size = draft_size(sampler.settings.draft_tokens, state.rows.done.size)
     room = state.caches[0].capacity - size  # of the tokens written the last is not yet cached
 
     def unfinished(state):
@@ -174,6 +181,15 @@ def decode_until(sampler: Sampler, prompts: Prompts, state: State, least: int) -
         return (longest(state.rows) <= room) & ~done.all() & ~can_shrink(done, least)
 
     return jax.lax.while_loop(unfinished, lambda s: decode_step(sampler, prompts, s, size), state)
+
+
+def draft_size(most: int, rows: int) -> int:
+    """Tokens to draft for each of `rows`, at most `most`: about as many as a pass computes while it reads the weights.
+
+    Beyond that a drafted token costs what a sampled one does, and the later ones are often in vain.
+    """
+    enough = TOKENS_PER_PASS.get(jax.default_backend(), MANY_TOKENS) // rows - 1
+    return min(most, max(LEAST_DRAFT, enough))
 
 
 def decode_step(sampler: Sampler, prompts: Prompts, state: State, size: int) -> State:
@@ -214,7 +230,9 @@ def decode(
     """
     sampler = Sampler(graphs, params, weights, key, temperature, Settings(**settings))
     room = sampler.settings.max_tokens + sampler.settings.draft_tokens
-    shared, state = prefill(sampler, prompts, prompt_lengths, budgets, _hints(hint, len(prompts)), capacity=room)
+    shared, state = prefill(
+        sampler, prompts, prompt_lengths, budgets, _hints(hint, len(prompts)), capacity=room
+    )
     return decode_until(sampler, shared, state, least=state.rows.done.size).rows.rollout
 
 
@@ -276,7 +294,9 @@ def generate(
     shrinks = context_mesh() is None and sum(x.size for x in jax.tree.leaves(params)) >= LEAST_PARAMETERS
     least = LEAST_ROWS if shrinks else shape[0] * shape[1]
     sizes = capacities(sampler.settings.max_tokens + drafts)
-    shared, state = first_segment(sampler, prompts, prompt_lengths, budgets, _hints(hint, len(prompts)), sizes[0])
+    shared, state = first_segment(
+        sampler, prompts, prompt_lengths, budgets, _hints(hint, len(prompts)), sizes[0]
+    )
     out = None  # rows that have left, once there are any
     while True:
         state, seen = segment(sampler, shared, state, least)

@@ -10,7 +10,9 @@ import jax.numpy as jnp
 from jaxtyping import Array, Int
 
 WINDOW = 8  # tokens before a place that are compared with the last ones written
-LOYALTY = 2.5  # matches by which another place must be better than going on where the last draft was copied from
+LOYALTY = (
+    2.5  # matches by which another place must be better than going on where the last draft was copied from
+)
 
 
 def draft(

@@ -25,7 +25,7 @@ class Rollout(NamedTuple):
 def trim(rollout: Rollout, budget: int) -> Rollout:
     """Without what no completion reaches, in quarters of `budget`: few shapes, so few compilations of the update."""
     size = min(budget, round_up(int(rollout.lengths.max()), ceil_div(budget, 4)))
-    return Rollout(rollout.tokens[..., :size], rollout.logprobs[..., :size], rollout.lengths)
+    return rollout._replace(tokens=rollout.tokens[..., :size], logprobs=rollout.logprobs[..., :size])
 
 
 class Rows(NamedTuple):

@@ -90,7 +90,7 @@ def measure(
     params_base: Any,
     batches: Iterable[dict[str, np.ndarray]],
     codec: Codec,
-    max_tokens: int,
+    decoding: Mapping[str, Any],
     chunk: int,
 ) -> Positions:
     """Teacher and base at every position of the teacher's greedy answers to the prompts of `batches`.
@@ -98,7 +98,7 @@ def measure(
     Args:
       graphs: static halves by role, teacher and student (the base has the student's).
       batches: evaluation batches; filler rows (weight 0) are left out.
-      max_tokens: the longest answer.
+      decoding: how answers are written, Job.decoding.
       chunk: positions whose distributions over the vocabulary exist at one time.
     """
     graphdefs, params = (graphs["teacher"], graphs["student"]), (params_teacher, params_base)
@@ -106,11 +106,10 @@ def measure(
     for batch in progress(list(batches), "calibrate"):
         prompts = jnp.asarray(batch["prompt"]), jnp.asarray(batch["prompt_length"])
         rollout = generate(
-            graphdefs[:1], params[:1], jnp.ones((1, 1)), *prompts, jax.random.key(0),
-            max_tokens=max_tokens, vocab=codec.vocab, eos=codec.eos, pad=codec.pad, greedy=True,
+            graphdefs[:1], params[:1], jnp.ones((1, 1)), *prompts, jax.random.key(0), greedy=True, **decoding
         )  # fmt: skip
         lengths = gather(rollout.lengths)[:, 0]
-        size = min(max_tokens, round_up(int(lengths.max()), ANSWER_STEP))
+        size = min(decoding["max_tokens"], round_up(int(lengths.max()), ANSWER_STEP))
         tokens = rollout.tokens[..., :size]
         seen = _look(graphdefs, params, *prompts, tokens, vocab=codec.vocab, chunk=chunk)
         written = (np.arange(size) < lengths[:, None]) & (batch["weight"] > 0)[:, None]
@@ -203,7 +202,7 @@ def calibrate_stage(job: Job, frozen: Frozen) -> Calibration:
         return Calibration.from_json(saved, str(path))
     positions = measure(
         job.graphs, frozen.teacher, frozen.base, job.evaluation_batches(), job.codec,
-        config.task.max_response, config.opd.head_chunk,
+        job.decoding, config.opd.head_chunk,
     )  # fmt: skip
     found = calibrate(positions, config.opd.clip, bootstrap=config.evaluation.bootstrap, seed=config.seed)
     found = dataclasses.replace(found, notes=found.notes + _objective_notes(config.opd))

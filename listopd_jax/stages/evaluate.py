@@ -1,6 +1,6 @@
 """Strict evaluation of one policy: greedy answers to every validation prompt, judged by the contract."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -34,18 +34,18 @@ def greedy_answers(
     weights: Float[Array, "m n"],
     batches: Iterable[dict[str, np.ndarray]],
     codec: Codec,
-    max_tokens: int,
+    decoding: Mapping[str, Any],
     description: str = "greedy answers",
 ) -> list[list[Answer]]:
     """For each of the n mixtures Σ_i weights[i, j] log π_i, its greedy answer to each prompt of `batches`, judged.
 
-    One model with weight 1 is a policy; filler rows of weight 0 in a batch are left out.
+    One model with weight 1 is a policy; filler rows of weight 0 in a batch are left out. `decoding`: Job.decoding.
     """
     answers: list[list[Answer]] = [[] for _ in range(weights.shape[1])]
     for number, batch in enumerate(progress(list(batches), description), 1):
         rollout = generate(
-            graphdefs, params, weights, batch["prompt"], batch["prompt_length"], jax.random.key(0),
-            max_tokens=max_tokens, vocab=codec.vocab, eos=codec.eos, pad=codec.pad, greedy=True,
+            graphdefs, params, weights, batch["prompt"], batch["prompt_length"], jax.random.key(0), greedy=True,
+            **decoding,
         )  # fmt: skip
         tokens, lengths = gather(rollout.tokens), gather(rollout.lengths)
         ids = review_ids(batch["scores"].shape[1])

@@ -8,11 +8,12 @@ from typing import Any
 
 import jax
 import ml_collections
+import numpy as np
 from absl import logging
 from flax import nnx
 
 from listopd_jax import files
-from listopd_jax.config import digest
+from listopd_jax.config import digest, is_small
 from listopd_jax.data import input as data_input
 from listopd_jax.data.builder import read_split
 from listopd_jax.data.prepare import prepare
@@ -23,8 +24,13 @@ from listopd_jax.models.config import ModelConfig
 from listopd_jax.ops.attention_backends import resolve
 from listopd_jax.parallel import hosts, rules
 from listopd_jax.task.codec import Codec
-from listopd_jax.task.prompt import ListExample
+from listopd_jax.task.prompt import ListExample, render_answer
 from listopd_jax.train.loop import Saving
+
+
+DRAFT_TOKENS = (
+    8  # by default; an object of an answer has 10 to 28 tokens, most of them the same in every answer
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,6 +75,20 @@ class Job:
             self, examples={"validation": self.examples["validation"][:limit]}
         ).encoded("validation")
 
+    @functools.cached_property
+    def decoding(self) -> dict[str, Any]:
+        """How completions are written everywhere in the job: the options of `generate` that no stage chooses.
+
+        The hint, which drafts are copied from, is an answer of the task's form; it knows nothing of any list.
+        """
+        codec, task = self.codec, self.config.task
+        answer = render_answer([7] * len(next(iter(self.examples["train"])).scores))
+        hint = [*codec.tokenizer.encode(answer, add_special_tokens=False), codec.eos]
+        return {
+            "max_tokens": task.max_response, "vocab": codec.vocab, "eos": codec.eos, "pad": codec.pad,
+            "hint": np.array([hint], np.int32), "draft_tokens": draft_tokens(self.config),
+        }  # fmt: skip
+
     def steps(self, epochs: float, batch_size: int) -> int:
         """Optimisation steps in `epochs` passes over the training lists; an epoch is of whole batches, at least one.
 
@@ -104,6 +124,12 @@ class Job:
         """Every validation list once, `batch_size` (0: `evaluation.batch_size`) or a few more at a time."""
         size = rules.round_up_rows(batch_size or self.config.evaluation.batch_size)
         return data_input.evaluation_batches(self.validation, buckets=self.buckets, batch_size=size)
+
+
+def draft_tokens(config: Any) -> int:
+    """The most tokens that are drafted per row and decode step; models for which a step costs little draft none."""
+    asked = config.rollout.draft_tokens
+    return asked if asked >= 0 else 0 if is_small(config) else DRAFT_TOKENS
 
 
 def open_job(config: ml_collections.FrozenConfigDict, workdir: pathlib.Path) -> Job:

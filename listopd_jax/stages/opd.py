@@ -113,10 +113,12 @@ def train_opd(job: Job, shared: Distillation, run: Run, best: int | None = None)
         rows = hosts.global_batch({k: batch[k] for k in ("prompt", "prompt_length")}, opd.batch_size)
         prompts, lengths = rows["prompt"], rows["prompt_length"]
         rollout = sample(job, state.params, prompts, lengths, jax.random.fold_in(key, step))
-        sampled, hyper = OpdBatch(prompts, lengths, rollout), hyper_at(opd, run.lam, step)
+        sampled = OpdBatch(prompts, lengths, rollout._replace(steps=None))
+        hyper = hyper_at(opd, run.lam, step)
         for _ in range(opd.updates_per_batch):
             state, metrics, per_token = shared.step(state, shared.frozen, sampled, hyper, jnp.float32(opd.lr))
         tokens = {"tokens": int(rollout.lengths.sum()) + opd.rollouts * int(lengths.sum())}
+        tokens["tokens_per_decode_step"] = tokens_per_decode_step(rollout)
         return state, metrics | tokens | contract_metrics(
             rollout, per_token["advantage"], job.codec, config.task.k
         )
@@ -128,15 +130,21 @@ def train_opd(job: Job, shared: Distillation, run: Run, best: int | None = None)
 
 def sample(job: Job, params: Any, prompts, lengths, key) -> Rollout:
     """`opd.rollouts` completions of each prompt by the student, cut to the longest (in quarters of the budget)."""
-    opd, codec, budget = job.config.opd, job.codec, job.config.task.max_response
+    opd, decoding = job.config.opd, job.decoding
     params = cast(params, job.config.dtype.compute)
     if job.config.parallel.gather_rollout:
         params = decoding_copy(params)
     rollout = generate(
         (job.graphs["student"],), (params,), jnp.ones((1, opd.rollouts)), prompts, lengths, key,
-        max_tokens=budget, vocab=codec.vocab, eos=codec.eos, pad=codec.pad, temperature=opd.temperature,
+        temperature=opd.temperature, **decoding,
     )  # fmt: skip
-    return trim(rollout, budget)
+    return trim(rollout, decoding["max_tokens"])
+
+
+def tokens_per_decode_step(rollout: Rollout) -> float:
+    """Tokens that a row wrote in each pass after the prefill: 1, and more where drafts were confirmed."""
+    steps = int(rollout.steps.sum())
+    return (int(rollout.lengths.sum()) - int((rollout.lengths > 0).sum())) / steps if steps else 1.0
 
 
 def contract_metrics(rollout: Rollout, advantage, codec: Codec, k: int) -> dict[str, float]:

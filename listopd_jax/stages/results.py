@@ -37,11 +37,17 @@ def evaluated(workdir: pathlib.Path, run: Run) -> Result | None:
 
 def evaluate(job: Job, role: str, params: Any, run: Run) -> Result:
     """Evaluate the policy that `run` ended in and keep its record and examples; returns the record."""
-    batches, limit = job.evaluation_batches(), job.config.task.max_response
+    batches = job.evaluation_batches()
     if job.config.parallel.gather_rollout:
         params = decoding_copy(params)
     (answers,) = greedy_answers(
-        (job.graphs[role],), (params,), jnp.ones((1, 1)), batches, job.codec, limit, f"{run.name} evaluated"
+        (job.graphs[role],),
+        (params,),
+        jnp.ones((1, 1)),
+        batches,
+        job.codec,
+        job.decoding,
+        f"{run.name} evaluated",
     )
     return keep(job, run, answers)
 
