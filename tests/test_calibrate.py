@@ -40,7 +40,7 @@ def classes(tokens, lengths):
     return np.where(inside, np.where(tokens % 2, DIGIT, COMMA), -1)
 
 
-CODEC = types.SimpleNamespace(vocab=VOCAB, eos=EOS, pad=PAD, classes=classes)
+CODEC = types.SimpleNamespace(vocab=VOCAB, ends=(EOS,), pad=PAD, classes=classes)
 
 
 @pytest.fixture(scope="module")
@@ -68,7 +68,7 @@ def measured(models, batch):
 
 def greedy(models, weights, batch):
     graphdefs, params = zip(*models, strict=True)
-    options = dict(max_tokens=T, vocab=VOCAB, eos=EOS, pad=PAD, greedy=True)
+    options = dict(max_tokens=T, vocab=VOCAB, eos=(EOS,), pad=PAD, greedy=True)
     key, weights = jax.random.key(0), jnp.asarray(weights, jnp.float32)
     rollout = generate(graphdefs, params, weights, batch["prompt"], LENGTHS, key, **options)
     return np.asarray(rollout.tokens), np.asarray(rollout.lengths)

@@ -50,7 +50,7 @@ def target_greedy(decoders, lam, prompt, codec, steps):
             logits = np.asarray(hidden @ d.head_weight().T, np.float64)
             logps.append(logits - np.logaddexp.reduce(logits))
         tokens.append(int(np.argmax(lam * logps[0] + (1 - lam) * logps[1])))
-        if tokens[-1] == codec.eos:
+        if tokens[-1] in codec.ends:
             break
     return tokens[len(prompt) :]
 

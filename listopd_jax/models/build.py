@@ -13,7 +13,7 @@ from listopd_jax.data import manifest
 from listopd_jax.errors import UserError
 from listopd_jax.models.config import ModelConfig, custom_config, named_config
 from listopd_jax.models.decoder import Decoder, abstract
-from listopd_jax.models.hf import load_hf, read_config, resolve
+from listopd_jax.models.hf import load_hf, read_config, read_eos_ids, resolve
 from listopd_jax.parallel.compiler import OTHER, backend_options
 from listopd_jax.parallel.rules import param_shardings
 
@@ -37,6 +37,20 @@ def model_config(model: ml_collections.FrozenConfigDict, vocab: int) -> ModelCon
             "tokens; set tokenizer.path to this model's tokenizer"
         )
     return config
+
+
+def model_ends(model: ml_collections.FrozenConfigDict, vocab: int) -> tuple[int, ...]:
+    """Every id that ends a completion of the checkpoint of config section `model`; () without one.
+
+    Raises UserError if the tokenizer, whose ids are below `vocab`, has no such id.
+    """
+    ids = read_eos_ids(weights_folder(model.weights)) if model.weights else ()
+    if unknown := [i for i in ids if i >= vocab]:
+        raise UserError(
+            f"{model.weights}: generation_config.json (or config.json) has eos_token_id {unknown[0]}, but its "
+            f"tokenizer only ids below {vocab}; correct it, or set tokenizer.path to this model's tokenizer"
+        )
+    return ids
 
 
 @functools.cache

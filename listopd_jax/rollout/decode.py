@@ -49,7 +49,7 @@ class Settings(NamedTuple):
 
     max_tokens: int  # at least 1
     vocab: int
-    eos: int
+    eos: tuple[int, ...]  # each of these ids ends a completion
     pad: int
     greedy: bool = False
 
@@ -132,7 +132,7 @@ def sample_token(
         logprobs.at[..., step].set(jnp.where(rows.done, 0.0, take_token(logp, token))),
         lengths + ~rows.done,
     )
-    done = rows.done | (token == settings.eos) | (rollout.lengths >= rows.budgets)
+    done = rows.done | jnp.isin(token, jnp.array(settings.eos, jnp.int32)) | (rollout.lengths >= rows.budgets)
     return rows._replace(done=done, rollout=rollout)
 
 

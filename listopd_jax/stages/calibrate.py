@@ -107,7 +107,7 @@ def measure(
         prompts = jnp.asarray(batch["prompt"]), jnp.asarray(batch["prompt_length"])
         rollout = generate(
             graphdefs[:1], params[:1], jnp.ones((1, 1)), *prompts, jax.random.key(0),
-            max_tokens=max_tokens, vocab=codec.vocab, eos=codec.eos, pad=codec.pad, greedy=True,
+            max_tokens=max_tokens, vocab=codec.vocab, eos=codec.ends, pad=codec.pad, greedy=True,
         )  # fmt: skip
         lengths = gather(rollout.lengths)[:, 0]
         size = min(max_tokens, round_up(int(lengths.max()), ANSWER_STEP))

@@ -45,7 +45,7 @@ def greedy_answers(
     for number, batch in enumerate(progress(list(batches), description), 1):
         rollout = generate(
             graphdefs, params, weights, batch["prompt"], batch["prompt_length"], jax.random.key(0),
-            max_tokens=max_tokens, vocab=codec.vocab, eos=codec.eos, pad=codec.pad, greedy=True,
+            max_tokens=max_tokens, vocab=codec.vocab, eos=codec.ends, pad=codec.pad, greedy=True,
         )  # fmt: skip
         tokens, lengths = gather(rollout.tokens), gather(rollout.lengths)
         ids = review_ids(batch["scores"].shape[1])

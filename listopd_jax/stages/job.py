@@ -18,13 +18,15 @@ from listopd_jax.data.builder import read_split
 from listopd_jax.data.prepare import prepare
 from listopd_jax.data.tokenizer import check_tokenizers_agree, load_tokenizer, train_tokenizer
 from listopd_jax.errors import UserError
-from listopd_jax.models.build import graph_of, model_config
+from listopd_jax.models.build import graph_of, model_config, model_ends
 from listopd_jax.models.config import ModelConfig
 from listopd_jax.ops.attention_backends import resolve
 from listopd_jax.parallel import hosts, rules
-from listopd_jax.task.codec import Codec
+from listopd_jax.task.codec import Codec, vocab_of
 from listopd_jax.task.prompt import ListExample
 from listopd_jax.train.loop import Saving
+
+ROLES = ("teacher", "student")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,7 +42,7 @@ class Job:
     @functools.cached_property
     def shapes(self) -> dict[str, ModelConfig]:
         """Dimensions of teacher and student."""
-        return {role: model_config(self.config[role], self.codec.vocab) for role in ("teacher", "student")}
+        return {role: model_config(self.config[role], self.codec.vocab) for role in ROLES}
 
     @functools.cached_property
     def graphs(self) -> dict[str, nnx.GraphDef]:
@@ -116,7 +118,8 @@ def open_job(config: ml_collections.FrozenConfigDict, workdir: pathlib.Path) -> 
             logging.warning("data: %s", note)
         examples = {split: read_split(workdir / "data", split) for split in ("train", "validation")}
         tokenizer = _tokenizer(config, workdir, report["fingerprint"], examples["train"])
-    return Job(config, workdir, Codec(tokenizer), examples, backend)
+    ends = [i for role in ROLES for i in model_ends(config[role], vocab_of(tokenizer))]
+    return Job(config, workdir, Codec(tokenizer, ends), examples, backend)
 
 
 def refuse_other_data(workdir: pathlib.Path, fingerprint: str) -> None:

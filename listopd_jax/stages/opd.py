@@ -134,7 +134,7 @@ def sample(job: Job, params: Any, prompts, lengths, key) -> Rollout:
         params = decoding_copy(params)
     rollout = generate(
         (job.graphs["student"],), (params,), jnp.ones((1, opd.rollouts)), prompts, lengths, key,
-        max_tokens=budget, vocab=codec.vocab, eos=codec.eos, pad=codec.pad, temperature=opd.temperature,
+        max_tokens=budget, vocab=codec.vocab, eos=codec.ends, pad=codec.pad, temperature=opd.temperature,
     )  # fmt: skip
     return trim(rollout, budget)
 

@@ -50,6 +50,23 @@ def read_config(folder: pathlib.Path) -> ModelConfig:
         raise UserError(f"{path}: {e}") from e
 
 
+def read_eos_ids(folder: pathlib.Path) -> tuple[int, ...]:
+    """Every id that ends a completion of a checkpoint: generation_config.json's, if it has none config.json's.
+
+    UserError if they are not ids.
+    """
+    path, value = folder / "generation_config.json", None
+    if path.exists():
+        value = read_object(path).get("eos_token_id")
+    if value is None:
+        path = folder / "config.json"
+        value = read_object(path).get("eos_token_id")
+    ids = [] if value is None else value if isinstance(value, list) else [value]
+    if not all(isinstance(i, int) and not isinstance(i, bool) and i >= 0 for i in ids):
+        raise UserError(f"{path}: eos_token_id {value!r} is no token id and no list of them; correct it")
+    return tuple(ids)
+
+
 def read_object(path: pathlib.Path) -> dict[str, Any]:
     """The object that a JSON file of a checkpoint holds; UserError if it is missing or broken."""
     value = files.read_json(path, fix="download it again")
