@@ -6,6 +6,7 @@ combinations.
 """
 
 import contextlib
+import datetime
 import json
 import keyword
 import math
@@ -73,6 +74,7 @@ def _task() -> ml_collections.ConfigDict:
         max_review_words=200,  # 0: uncut
         prompt_buckets=4,  # prompt widths to compile for
         chat_template=False,
+        chat_date="2024-07-26",  # what a chat template that asks is told today's date is
         ndcg_gain="linear",
     )
 
@@ -326,6 +328,13 @@ def _is_seed(x: Any) -> bool:
     return isinstance(x, int) and 0 <= x < 2**32
 
 
+def _is_date(text: str) -> bool:
+    try:
+        return bool(datetime.date.fromisoformat(text))
+    except ValueError:
+        return False
+
+
 def _validate_grid(config: ml_collections.ConfigDict) -> None:
     lambdas, seeds = config.opd.lambdas, config.opd.seeds
     for x in config.forecast.lambdas:
@@ -411,6 +420,9 @@ def _validate_data(config: ml_collections.ConfigDict) -> None:
     _require(
         bool(data.path) or data.source in ("synthetic", "amazon2023"),
         f"data.path is empty: data.source={data.source!r} needs a file, e.g. --config.data.path=FILE",
+    )
+    _require(
+        _is_date(config.task.chat_date), f"task.chat_date={config.task.chat_date!r}: write it as YYYY-MM-DD"
     )
     _require(k == 0 or k >= 2, f"task.k={k}: a list to rank has at least 2 reviews")
     _require(

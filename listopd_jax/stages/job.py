@@ -16,9 +16,15 @@ from listopd_jax.config import digest
 from listopd_jax.data import input as data_input
 from listopd_jax.data.builder import read_split
 from listopd_jax.data.prepare import prepare
-from listopd_jax.data.tokenizer import check_tokenizers_agree, load_tokenizer, train_tokenizer
+from listopd_jax.data.tokenizer import (
+    check_tokenizers_agree,
+    has_tokenizer,
+    load_tokenizer,
+    read_tokenizer,
+    train_tokenizer,
+)
 from listopd_jax.errors import UserError
-from listopd_jax.models.build import graph_of, model_config, model_ends
+from listopd_jax.models.build import graph_of, model_config, model_ends, weights_folder
 from listopd_jax.models.config import ModelConfig
 from listopd_jax.ops.attention_backends import resolve
 from listopd_jax.parallel import hosts, rules
@@ -55,7 +61,7 @@ class Job:
         task = self.config.task
         return data_input.encode_split(
             self.examples[split], self.codec.tokenizer, max_prompt=task.max_prompt, max_answer=task.max_response,
-            chat_template=task.chat_template,
+            chat_template=task.chat_template, chat_date=task.chat_date, ends=self.codec.ends,
         )  # fmt: skip
 
     @functools.cached_property
@@ -133,12 +139,13 @@ def refuse_other_data(workdir: pathlib.Path, fingerprint: str) -> None:
 
 
 def _tokenizer(config, workdir: pathlib.Path, fingerprint: str, examples: list[ListExample]):
-    """The tokenizer of the config, checked against the models' own; or one trained on `examples`, once."""
+    """The tokenizer of the config, checked against those of the models that have one; or one trained on `examples`."""
     if config.tokenizer.path:
         tokenizer = load_tokenizer(config.tokenizer.path)
-        for role in ("student", "teacher"):
-            if config[role].weights and config[role].weights != config.tokenizer.path:
-                check_tokenizers_agree(tokenizer, load_tokenizer(config[role].weights))
+        for role in ROLES:
+            own = weights_folder(config[role].weights) if config[role].weights else None
+            if own is not None and own != pathlib.Path(config.tokenizer.path) and has_tokenizer(own):
+                check_tokenizers_agree(tokenizer, read_tokenizer(own))
         return tokenizer
     folder, stamp = workdir / "tokenizer", workdir / "tokenizer.json"
     made_from = {"data": fingerprint, "vocab_size": config.tokenizer.vocab_size}
