@@ -124,6 +124,14 @@ def test_texts_of_a_batch_end_at_their_lengths(codec, rows):
     assert codec.texts(tokens.reshape(2, 2, -1), lengths.reshape(2, 2)) == TEXTS
 
 
+def test_an_answer_ends_or_is_cut_off_by_its_budget(codec, rows):
+    assert codec.ended(*rows).tolist() == [True, False, False, True]
+    assert codec.ended(rows[0].reshape(2, 2, -1), rows[1].reshape(2, 2)).tolist() == [
+        [True, False],
+        [False, True],
+    ]
+
+
 def test_classes_follow_the_contract(codec, rows):
     tokens, lengths = rows
     classes = codec.classes(tokens, lengths)

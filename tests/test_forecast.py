@@ -64,7 +64,8 @@ def test_every_lambda_is_decoded_from_its_own_target(setting):
     for value, column in zip(LAMBDAS, columns, strict=True):
         for row, answer in enumerate(column):
             prompt = batch["prompt"][row, : batch["prompt_length"][row]].tolist()
-            assert answer.text == codec.text(target_greedy(decoders, value, prompt, codec, 6))
+            tokens = target_greedy(decoders, value, prompt, codec, 6)
+            assert answer.text == codec.text(tokens) and answer.ended == (tokens[-1] in codec.ends)
 
 
 def test_lambda_one_is_the_teacher(setting):

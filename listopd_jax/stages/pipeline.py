@@ -78,7 +78,7 @@ def finish(job: Job, role: str, params: Any, run: Run, export: bool = True) -> N
     record = evaluate(job, role, params, run)
     shown = ", ".join(
         f"{name} {value:.3f}"
-        for name in ("parse", "useful", "ndcg@1")
+        for name in ("parse", "ended", "useful", "ndcg@1")
         if (value := record.metric(name)) is not None
     )
     if is_main():

@@ -49,6 +49,13 @@ class Codec:
         rows = zip(tokens.reshape(-1, tokens.shape[-1]), lengths.reshape(-1), strict=True)
         return [self.text(row[:n].tolist()) for row, n in rows]
 
+    def ended(
+        self, tokens: Int[np.ndarray, "*s T"], lengths: Int[np.ndarray, "*s"]
+    ) -> Bool[np.ndarray, "*s"]:
+        """Whether each completion closes with one of `ends`; one that does not was cut off by its budget."""
+        last = np.take_along_axis(tokens, np.maximum(lengths - 1, 0)[..., None], axis=-1)[..., 0]
+        return (lengths > 0) & np.isin(last, self.ends)
+
     def classes(
         self, tokens: Int[np.ndarray, "N T"], lengths: Int[np.ndarray, " N"]
     ) -> Int[np.ndarray, "N T"]:
