@@ -1,11 +1,13 @@
-"""What stands in a checkpoint's folder besides a whole model: the ids that end a turn."""
+"""Folders of checkpoints as people have them: other names, adapters, two models in one, blocks that do nothing."""
 
 import json
+import logging
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from safetensors.numpy import load_file, save_file
 
 from listopd_jax import config as config_module
 from listopd_jax.errors import UserError
@@ -30,6 +32,117 @@ def edit(path, **fields):
     """Set fields of a JSON file, which is made if it is not there."""
     before = json.loads(path.read_text()) if path.exists() else {}
     path.write_text(json.dumps(before | fields))
+
+
+def edit_tensors(folder, change):
+    """Rewrite model.safetensors by a function from its tensors to others."""
+    path = folder / "model.safetensors"
+    save_file(change(load_file(path)), path, metadata={"format": "pt"})
+
+
+def same(a, b):
+    """Whether two checkpoints are one model, bit by bit."""
+    (config_a, params_a), (config_b, params_b) = a, b
+    leaves = map(jax.tree.leaves, (params_a, params_b))
+    return config_a == config_b and all(np.array_equal(x, y) for x, y in zip(*leaves, strict=True))
+
+
+# --- names
+
+EMBED, HEAD = "model.embed_tokens.weight", "lm_head.weight"
+
+
+@pytest.mark.parametrize(
+    "rename",
+    [
+        lambda name: HEAD if name == EMBED else name,
+        lambda name: name.removeprefix("model."),
+        lambda name: HEAD if name == EMBED else name.removeprefix("model."),
+        lambda name: f"module.{name}",
+        lambda name: f"_orig_mod.{name}",
+        lambda name: "module.lm_head.weight" if name == EMBED else f"module.{name}",
+    ],
+    ids=["head alone", "bare decoder", "bare decoder with head alone", "wrapped", "compiled", "wrapped head"],
+)
+def test_a_tied_checkpoint_loads_under_other_names(folder, rename):
+    before = hf.load_hf(folder)
+    edit_tensors(folder, lambda tensors: {rename(name): tensor for name, tensor in tensors.items()})
+    assert same(hf.load_hf(folder), before)
+
+
+def test_an_embedding_models_config_loads_where_it_has_a_head(folder):
+    before = hf.load_hf(folder)
+    edit(folder / "config.json", architectures=["Qwen3Model"])
+    assert same(hf.load_hf(folder), before)
+    edit(folder / "config.json", tie_word_embeddings=False)
+    with pytest.raises(UserError, match="architectures"):
+        hf.load_hf(folder)
+    edit(folder / "config.json", architectures=["Qwen3ForCausalLM"])
+    with pytest.raises(UserError, match="lm_head.weight is missing"):
+        hf.load_hf(folder)
+
+
+def test_a_tensor_of_another_model_is_still_unexpected(folder):
+    edit_tensors(folder, lambda tensors: tensors | {"visual.layers.0.norm.weight": np.ones(3, np.float32)})
+    with pytest.raises(UserError, match="tensor visual.layers.0.norm.weight is unexpected"):
+        hf.load_hf(folder)
+
+
+# --- what is no whole model, or more than one
+
+
+@pytest.mark.parametrize("beside", [False, True], ids=["alone", "beside whole weights"])
+@pytest.mark.parametrize("name", ["adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"])
+def test_the_folder_of_an_adapter_is_named_as_such(folder, tmp_path, name, beside):
+    place = folder if beside else tmp_path
+    (place / name).write_text("{}")
+    for load in (hf.load_hf, hf.check_hf):
+        with pytest.raises(UserError, match=f"{place}: holds {name}, a LoRA or other adapter.*merge it") as e:
+            load(place)
+        assert "\n" not in str(e.value)
+
+
+def test_weights_with_an_adapter_not_yet_merged_are_named_as_such(folder):
+    edit_tensors(folder, lambda t: t | {"model.layers.0.self_attn.q_proj.lora_A.weight": t[EMBED]})
+    with pytest.raises(UserError, match="lora_A.weight is of a LoRA adapter; merge it"):
+        hf.load_hf(folder)
+
+
+def test_an_old_single_file_does_not_win_over_newer_shards(folder, tmp_path):
+    """transformers reads the single file without a word."""
+    config, params = hf.load_hf(folder)
+    hf.save_hf(tmp_path / "sharded", config, params, max_shard_bytes=10_000)
+    for path in (tmp_path / "sharded").iterdir():
+        (folder / path.name).write_bytes(path.read_bytes())
+    with pytest.raises(UserError, match="holds model.safetensors, and model.safetensors.index.json .*delete"):
+        hf.load_hf(folder)
+    (folder / "model.safetensors").unlink()
+    assert same(hf.load_hf(folder), (config, params))
+
+
+def test_an_index_of_the_single_file_is_no_second_model(folder):
+    weight_map = dict.fromkeys(load_file(folder / "model.safetensors"), "model.safetensors")
+    edit(folder / "model.safetensors.index.json", weight_map=weight_map)
+    assert hf.load_hf(folder)[0] == TIED
+
+
+# --- blocks that do nothing
+
+
+@pytest.mark.parametrize("name", ["self_attn.o_proj", "mlp.down_proj"])
+def test_an_identity_block_loads_with_a_warning(folder, name, caplog):
+    """So models are made deeper: a copied block, its last projections zero."""
+    layers = [f"model.layers.{i}.{name}.weight" for i in range(2)]
+    edit_tensors(folder, lambda t: t | {layers[1]: 0 * t[layers[1]]})
+    with caplog.at_level(logging.WARNING, "absl"):
+        hf.load_hf(folder)
+    assert f"tensor {layers[1]} is all zeros, of layers 1: blocks that change nothing" in caplog.text
+    edit_tensors(folder, lambda t: t | {layers[0]: 0 * t[layers[0]]})
+    with pytest.raises(UserError, match="blank weights"):
+        hf.load_hf(folder)
+
+
+# --- ids that end a turn
 
 
 @pytest.mark.parametrize(

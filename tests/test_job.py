@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from safetensors.numpy import load_file, save_file
 
 from listopd_jax import config as config_module
 from listopd_jax.data.tokenizer import load_tokenizer, train_tokenizer
@@ -14,7 +15,7 @@ from listopd_jax.errors import UserError
 from listopd_jax.models import hf
 from listopd_jax.models.config import ModelConfig
 from listopd_jax.models.decoder import abstract
-from listopd_jax.stages.job import open_job, refuse_other_data
+from listopd_jax.stages.job import open_job, refuse_other_inputs
 from listopd_jax.task.prompt import render_answer
 
 
@@ -81,13 +82,53 @@ def test_a_model_of_another_vocabulary_is_refused_by_its_folder(folder):
         open_job(config_of(folder), folder / "workdir")
 
 
-def test_another_data_set_is_refused_once_models_are_trained(tmp_path):
-    refuse_other_data(tmp_path, "a")
-    refuse_other_data(tmp_path, "b")  # nothing trained yet
-    (tmp_path / "checkpoints").mkdir()
-    refuse_other_data(tmp_path, "b")
-    with pytest.raises(UserError, match="data files changed") as error:
-        refuse_other_data(tmp_path, "a")
-    assert "\n" not in str(error.value)
-    with pytest.raises(UserError):
-        refuse_other_data(tmp_path, "a")  # still refused the second time
+def test_other_inputs_are_refused_once_models_are_made(tmp_path):
+    refuse_other_inputs(tmp_path, fingerprint="a", teacher="t")
+    refuse_other_inputs(tmp_path, fingerprint="b", teacher="t")  # nothing made yet
+    (tmp_path / "results.json").write_text("[]")
+    refuse_other_inputs(tmp_path, fingerprint="b", teacher=None)
+    refuse_other_inputs(tmp_path, student="s")  # a stamp of before there were such digests
+    for name, wrong, what in (("fingerprint", "a", "data files"), ("teacher", "u", "teacher.weights"),
+                              ("student", "u", "student.weights")):  # fmt: skip
+        for _ in range(2):  # still refused the second time
+            with pytest.raises(UserError, match=f"{what} changed") as error:
+                refuse_other_inputs(tmp_path, **{name: wrong})
+            assert "\n" not in str(error.value)
+    (tmp_path / "data.json").write_text("[]")
+    with pytest.raises(UserError, match="data.json: not what a run writes"):
+        refuse_other_inputs(tmp_path, fingerprint="b")
+
+
+def replace_weights(folder):
+    path = folder / "model.safetensors"
+    save_file({name: tensor[::-1].copy() for name, tensor in load_file(path).items()}, path)
+
+
+@pytest.mark.parametrize(
+    "change, what",
+    [
+        (lambda f: replace_weights(f / "teacher"), "teacher.weights"),
+        (lambda f: replace_weights(f / "student"), "student.weights"),
+        (lambda f: write_json(f / "student" / "generation_config.json", eos_token_id=[0]), "student.weights"),
+        (lambda f: (f / "tokenizer" / "chat_template.jinja").write_text("{{ messages }}"), "tokenizer.path"),
+        (lambda f: (f / "tokenizer" / "README.md").write_text("more words"), None),
+    ],
+)
+@pytest.mark.parametrize("used", ["checkpoints", "results.json", None])
+def test_a_job_is_not_resumed_with_other_weights_or_another_tokenizer(folder, change, what, used):
+    """With no SFT the folders decide everything, and results of the old ones stay in the workdir."""
+    if used:
+        (folder / "workdir" / used).mkdir()
+    change(folder)
+    if used and what:
+        with pytest.raises(UserError, match=f"the files of {what} changed"):
+            open_job(config_of(folder), folder / "workdir")
+    else:
+        open_job(config_of(folder), folder / "workdir")
+
+
+def test_a_checkpoint_that_does_not_fit_shows_before_anything_is_computed(folder):
+    """The student's would otherwise be opened hours later, after the teacher's SFT."""
+    write_json(folder / "student" / "config.json", num_hidden_layers=2)
+    with pytest.raises(UserError, match="student: tensor model.layers.1"):
+        open_job(config_of(folder), folder / "workdir")

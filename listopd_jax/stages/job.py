@@ -21,18 +21,28 @@ from listopd_jax.data.tokenizer import (
     has_tokenizer,
     load_tokenizer,
     read_tokenizer,
+    tokenizer_files,
     train_tokenizer,
 )
 from listopd_jax.errors import UserError
-from listopd_jax.models.build import graph_of, model_config, model_ends, weights_folder
+from listopd_jax.models.build import graph_of, model_config, model_ends, weights_digest, weights_folder
 from listopd_jax.models.config import ModelConfig
 from listopd_jax.ops.attention_backends import resolve
 from listopd_jax.parallel import hosts, rules
+from listopd_jax.records import RESULTS
 from listopd_jax.task.codec import Codec, vocab_of
 from listopd_jax.task.prompt import ListExample
 from listopd_jax.train.loop import Saving
 
 ROLES = ("teacher", "student")
+STAMP = "data.json"
+INPUTS = {
+    "fingerprint": "the data files",
+    "tokenizer": "the files of tokenizer.path",
+    "teacher": "the files of teacher.weights",
+    "student": "the files of student.weights",
+}
+"""What STAMP has the digests of."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -119,23 +129,45 @@ def open_job(config: ml_collections.FrozenConfigDict, workdir: pathlib.Path) -> 
     backend = resolve(config.attention, jax.default_backend(), config.dtype.compute)
     with hosts.main_first():
         report = prepare(config.data, config.task, workdir / "data")
-        refuse_other_data(workdir, report["fingerprint"])
+        refuse_other_inputs(workdir, fingerprint=report["fingerprint"])
         for note in report["notes"]:
             logging.warning("data: %s", note)
         examples = {split: read_split(workdir / "data", split) for split in ("train", "validation")}
         tokenizer = _tokenizer(config, workdir, report["fingerprint"], examples["train"])
+        if hosts.is_main():
+            refuse_other_inputs(workdir, **_digests(config))
     ends = [i for role in ROLES for i in model_ends(config[role], vocab_of(tokenizer))]
-    return Job(config, workdir, Codec(tokenizer, ends), examples, backend)
+    job = Job(config, workdir, Codec(tokenizer, ends), examples, backend)
+    _ = job.shapes  # a checkpoint that does not fit shows now, not when its turn comes
+    return job
 
 
-def refuse_other_data(workdir: pathlib.Path, fingerprint: str) -> None:
-    """UserError if models of this workdir were trained on another data set than the one that its config gives now."""
-    stamp, now = workdir / "data.json", {"fingerprint": fingerprint}
-    if stamp.exists() and (workdir / "checkpoints").exists() and files.read_json(stamp) != now:
+def refuse_other_inputs(workdir: pathlib.Path, **digests: str | None) -> None:
+    """UserError if models of this workdir were made from other files than those that its config names now.
+
+    `digests` are of INPUTS, by name; None, for what the config does not name, is left out.
+    """
+    stamp, now = workdir / STAMP, {name: digest for name, digest in digests.items() if digest is not None}
+    before = files.read_json(stamp) if stamp.exists() else {}
+    if not isinstance(before, dict):
+        raise UserError(f"{stamp}: not what a run writes; restore it, or choose another --workdir")
+    used = any((workdir / name).exists() for name in ("checkpoints", RESULTS))
+    changed = [name for name in now if before.get(name, now[name]) != now[name]]
+    if used and changed:
         raise UserError(
-            f"{workdir}: the data files changed since its models were trained; choose another --workdir"
+            f"{workdir}: {INPUTS[changed[0]]} changed since its models were made; choose another --workdir"
         )
-    files.write_json(stamp, now)
+    files.write_json(stamp, before | now)
+
+
+def _digests(config: ml_collections.FrozenConfigDict) -> dict[str, str | None]:
+    """What decides a run besides config and data: the bytes of the folders that the config names."""
+    path = config.tokenizer.path
+    files_of = {f.name: files.sha256(f) for f in tokenizer_files(path)} if path else {}
+    return {
+        "tokenizer": files.json_sha256(files_of) if path else None,
+        **{role: weights_digest(config[role]) for role in ROLES},
+    }
 
 
 def _tokenizer(config, workdir: pathlib.Path, fingerprint: str, examples: list[ListExample]):

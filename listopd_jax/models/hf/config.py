@@ -36,6 +36,7 @@ def resolve(source: str | os.PathLike, revision: str | None = None) -> pathlib.P
 def read_config(folder: pathlib.Path) -> ModelConfig:
     """The ModelConfig of folder/config.json; UserError if broken or of a kind that Decoder lacks."""
     path = pathlib.Path(folder) / "config.json"
+    _refuse_adapter(pathlib.Path(folder))
     raw = read_object(path)
     try:
         _refuse_unsupported(raw)
@@ -75,6 +76,15 @@ def read_object(path: pathlib.Path) -> dict[str, Any]:
     return value
 
 
+def _refuse_adapter(folder: pathlib.Path) -> None:
+    """UserError for the folder of an adapter, even beside whole weights: without it they are another model."""
+    if found := min(folder.glob("adapter_*"), default=None):
+        raise UserError(
+            f"{folder}: holds {found.name}, a LoRA or other adapter and not a whole model; merge it first: "
+            "peft.AutoPeftModelForCausalLM.from_pretrained(FOLDER).merge_and_unload().save_pretrained(NEW_FOLDER)"
+        )
+
+
 def _refuse_unsupported(raw: dict[str, Any]) -> None:
     kind = raw.get("model_type")
     if kind not in ("qwen3", "llama"):
@@ -87,11 +97,19 @@ def _refuse_unsupported(raw: dict[str, Any]) -> None:
         "quantization_config": raw.get("quantization_config"),
         f"hidden_act {activation!r}": activation != "silu",
         "partial_rotary_factor": raw.get("partial_rotary_factor", 1) != 1,
-        f"architectures {architectures}": architectures and "ForCausalLM" not in str(architectures),
+        f"architectures {architectures}": architectures and not _generates(str(architectures), raw),
     }
     for problem, present in problems.items():
         if present:
             raise UserError(f"{problem} is not supported; use a plain qwen3 or llama causal language model")
+
+
+def _generates(architectures: str, raw: dict[str, Any]) -> bool:
+    """Whether a model has a head: the bare decoder, as embedding models are saved, only where it shares its matrix."""
+    bare = (
+        bool(re.search(r"\b(Qwen3|Llama)Model\b", architectures)) and raw.get("tie_word_embeddings") is True
+    )
+    return "ForCausalLM" in architectures or bare
 
 
 def _slides(raw: dict[str, Any]) -> bool:
