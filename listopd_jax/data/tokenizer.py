@@ -33,6 +33,7 @@ _VOCABULARIES = (
 _KEPT_APART = (
     "merges.txt tokenizer_config.json special_tokens_map.json added_tokens.json chat_template.jinja".split()
 )
+_OF_VERSION_5 = ("backend", "is_local", "local_files_only")  # how it was loaded, not what it is
 
 
 def load_tokenizer(path: str | os.PathLike) -> transformers.PreTrainedTokenizerBase:
@@ -155,6 +156,20 @@ def _check_answer(tokenizer: transformers.PreTrainedTokenizerBase, path: str | o
         )
 
 
+def save_tokenizer(tokenizer: transformers.PreTrainedTokenizerBase, folder: str | os.PathLike) -> None:
+    """Write a tokenizer to `folder` in the terms that transformers 4 and 5, and vLLM, all read."""
+    tokenizer.save_pretrained(
+        folder, save_jinja_files=False
+    )  # versions before 4.52 know no chat_template.jinja
+    path = pathlib.Path(folder) / "tokenizer_config.json"
+    config = {name: value for name, value in files.read_json(path).items() if name not in _OF_VERSION_5}
+    if config.get("tokenizer_class") == "TokenizersBackend":
+        config["tokenizer_class"] = "PreTrainedTokenizerFast"
+    if isinstance(config.get("extra_special_tokens"), list):
+        config["additional_special_tokens"] = config.pop("extra_special_tokens")
+    files.write_json(path, config)
+
+
 def train_tokenizer(
     texts: Iterable[str], vocab_size: int, folder: str | os.PathLike
 ) -> transformers.PreTrainedTokenizerBase:
@@ -187,7 +202,7 @@ def train_tokenizer(
     )
     try:
         with files.whole_folder(folder) as new:
-            fast.save_pretrained(new)
+            save_tokenizer(fast, new)
     except OSError as e:
         raise files.not_written(folder, e) from e
     return load_tokenizer(folder)

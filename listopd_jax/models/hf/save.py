@@ -13,6 +13,7 @@ from safetensors import SafetensorError
 from safetensors.numpy import save_file
 
 from listopd_jax import files
+from listopd_jax.data.tokenizer import save_tokenizer
 from listopd_jax.errors import UserError
 from listopd_jax.models.config import ModelConfig
 from listopd_jax.models.hf.config import config_json
@@ -47,7 +48,7 @@ def save_hf(
         with files.whole_folder(folder) as new:
             _write_shards(new, config, params, dtype, max_shard_bytes)
             if tokenizer is not None:
-                tokenizer.save_pretrained(new)
+                save_tokenizer(tokenizer, new)
             _write_json(new / "config.json", config_json(config, weights, tokenizer))
             if ends:
                 _write_json(new / "generation_config.json", {"eos_token_id": list(ends)})
