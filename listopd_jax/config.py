@@ -220,7 +220,7 @@ def unknown_field(argv: Sequence[str], e: Exception) -> str:
 @contextlib.contextmanager
 def flag_mistakes(argv: Sequence[str]) -> Iterator[None]:
     """What absl and ml_collections raise inside for a wrong flag, field, type or file is a UserError of one line."""
-    if problem := keyword_field(argv):
+    if problem := keyword_field(argv) or decimal_comma(argv):
         raise UserError(problem)
     try:
         yield
@@ -242,6 +242,15 @@ def keyword_field(argv: Sequence[str]) -> str | None:
             known = [field for field, _ in flatten(defaults().to_dict())]
             near = did_you_mean(".".join(parts[: at + 1]), known).replace("'", "")
             return f"{name}: no such field; {near}listopd_jax/config.py has them all"
+    return None
+
+
+def decimal_comma(argv: Sequence[str]) -> str | None:
+    """One line for a λ that is written as 1,5 and may mean 1.5, or 1 and 5; None if there is none."""
+    for arg in argv:
+        if found := re.fullmatch(r"(--config\.(?:opd|forecast)\.lambdas)=([0-9]+),([0-9]+)", arg):
+            field, one, two = found.groups()
+            return f"{arg}: one λ or two? Write {field}={one}.{two}, or {field}={one}.0,{two}.0"
     return None
 
 

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import os
 
 import jax
 import jax.numpy as jnp
@@ -140,6 +141,23 @@ def test_an_identity_block_loads_with_a_warning(folder, name, caplog):
     edit_tensors(folder, lambda t: t | {layers[0]: 0 * t[layers[0]]})
     with pytest.raises(UserError, match="blank weights"):
         hf.load_hf(folder)
+
+
+# --- exports
+
+
+@pytest.mark.parametrize("mask", [0o022, 0o002, 0o077])
+def test_an_export_is_readable_for_whom_the_umask_says(folder, tmp_path, mask):
+    """safetensors writes by way of a temporary file, which only its owner can read."""
+    config, params = hf.load_hf(folder)
+    before = os.umask(mask)
+    try:
+        hf.save_hf(tmp_path / "out", config, params, max_shard_bytes=10_000)
+    finally:
+        os.umask(before)
+    modes = {path.name: path.stat().st_mode & 0o777 for path in (tmp_path / "out").iterdir()}
+    assert len(modes) > 3 and set(modes.values()) == {0o666 & ~mask}, modes
+    assert (tmp_path / "out").stat().st_mode & 0o777 == 0o777 & ~mask
 
 
 # --- ids that end a turn

@@ -184,6 +184,11 @@ def test_killed_at_any_moment_the_job_ends_with_the_same_metrics(finished, tmp_p
         (["--config.opd.lambda.x=1"], "--config.opd.lambda.x: no such field; did you mean opd.lambdas?"),
         (["--config.opd.steps=many"], "--config.opd.steps=many"),
         (["--config.opd.lambdas=1.0,x"], "every lambda is a number"),
+        (
+            ["--config.opd.lambdas=1,5"],
+            "one λ or two? Write --config.opd.lambdas=1.5, or --config.opd.lambdas=1.0,5.0",
+        ),
+        (["--config.forecast.lambdas=1,05"], "Write --config.forecast.lambdas=1.05"),
         (["--config.opd.ratio=teacher"], "opd.ratio='teacher' is unknown; did you mean 'teacher_student'?"),
         (["--config.attention=splash"], "attention='splash' needs a TPU, not a cpu"),
         (["--config.opd.clip=1.0"], "opd.clip=1.0: the clip c must be > 1"),

@@ -12,6 +12,7 @@ from listopd_jax.data.tokenizer import (
     check_tokenizers_agree,
     load_tokenizer,
     read_tokenizer,
+    save_tokenizer,
     tokenizer_files,
     train_tokenizer,
 )
@@ -105,6 +106,27 @@ def test_a_vocabulary_that_cannot_spell_json_is_refused(tmp_path, dropped):
     special = dict(eos_token="</s>", unk_token="<unk>")
     PreTrainedTokenizerFast(tokenizer_object=model, **special).save_pretrained(tmp_path / "t")
     refused(tmp_path / "t", "cannot spell the answers")
+
+
+def test_what_is_saved_is_in_the_terms_of_transformers_4_too(folder, tmp_path):
+    """Version 5 writes a class and a form of extra tokens that version 4, and vLLM on it, cannot load."""
+    tokenizer = load_tokenizer(folder)
+    tokenizer.add_special_tokens({"extra_special_tokens": ["<|im_start|>"]})
+    tokenizer.chat_template = "{{ messages }}"
+    save_tokenizer(tokenizer, tmp_path / "out")
+    config = json.loads((tmp_path / "out" / "tokenizer_config.json").read_text())
+    assert (
+        config["tokenizer_class"] == "PreTrainedTokenizerFast" and config["chat_template"] == "{{ messages }}"
+    )
+    assert config["additional_special_tokens"] == ["<|im_start|>"] and "extra_special_tokens" not in config
+    assert not {"backend", "is_local", "local_files_only"} & config.keys()
+    again, text = load_tokenizer(tmp_path / "out"), ANSWER + "<|im_start|><|im_end|>"
+    assert (
+        again(text)["input_ids"] == tokenizer(text)["input_ids"]
+        and again.get_vocab() == tokenizer.get_vocab()
+    )
+    assert set(again.all_special_ids) == set(tokenizer.all_special_ids)
+    assert again.chat_template == tokenizer.chat_template and again.eos_token == tokenizer.eos_token
 
 
 def test_the_files_of_a_tokenizer(folder):
