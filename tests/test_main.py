@@ -53,6 +53,7 @@ def test_every_policy_has_a_whole_record(finished):
         "tau",
         "mae",
         "useful",
+        "ended",
         "intervals",
     }
     for r in records:
@@ -68,7 +69,7 @@ def test_every_step_is_logged_with_every_metric(finished):
     ]
     wanted = {
         "loss", "advantage_mean", "advantage_structural", "advantage_content", "ratio_max", "clip_fraction",
-        "reverse_kl", "entropy", "completion_length", "parse", "grad_norm", "sampler_trainer_gap",
+        "reverse_kl", "entropy", "completion_length", "parse", "ended", "grad_norm", "sampler_trainer_gap",
     }  # fmt: skip
     assert all(wanted <= row.keys() for row in opd)
     assert all(row["sampler_trainer_gap"] < 1e-4 for row in opd)

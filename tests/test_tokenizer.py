@@ -95,6 +95,17 @@ def test_a_base_models_tokenizer_without_eos_can_still_be_compared(folder, base)
     check_tokenizers_agree(load_tokenizer(base), read_tokenizer(configure(folder, eos_token=None)))
 
 
+def test_tokens_that_only_one_side_has_are_no_other_vocabulary(folder, base):
+    """A [PAD] that someone added; but not one token under another's id."""
+    ours, theirs = load_tokenizer(base), read_tokenizer(configure(folder, pad_token="[PAD]"))
+    assert len(theirs) == len(ours) + 1
+    check_tokenizers_agree(ours, theirs)
+    check_tokenizers_agree(theirs, ours)
+    ours.add_tokens(["[OTHER]"])
+    with pytest.raises(UserError, match="1 unlike"):
+        check_tokenizers_agree(ours, theirs)
+
+
 @pytest.mark.parametrize("dropped", ["{", '"', "1", "_"])
 def test_a_vocabulary_that_cannot_spell_json_is_refused(tmp_path, dropped):
     """T5's has no brace; SFT would train on <unk>, and every answer would fail."""

@@ -22,7 +22,7 @@ EOS, PAD = "<|im_end|>", "<|endoftext|>"
 # with one space before it, white space. On our JSON: `[{"` `review` `_id` `":"` `r` `1` `","` … `}]`.
 _PIECES = r"(?: |[^\s\p{L}\p{N}])?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+|\s+"
 _PROBE = (
-    "Below are 8 reviews.\n[Review 1] id=r1 It's très 5'8\", <b>naïve</b>  $12.50 帽子 🧢 OK!!\n\n"
+    "Below are 8 reviews.\n[Review 1] id=r1 It's très 5'8\", <b>naïve</b>  $12.50 \tcafe\u0301 帽子 🧢 OK!!\n\n"
     '[{"review_id":"r1","score":10}]'
 )
 _VOCABULARIES = (
@@ -214,11 +214,12 @@ def check_tokenizers_agree(
     """Raise UserError unless a model's own tokenizer (`theirs`) gives the same ids to the same text as `ours`.
 
     Distillation compares the two models' probabilities of the same ids, so any difference makes it meaningless. EOS
-    and chat template may differ, as those of a base model and its instruct model do: `ours` decides.
+    and chat template may differ, as those of a base model and its instruct model do: `ours` decides. So may tokens
+    that only one of them has, such as a [PAD] that was added.
     """
     a, b = ours.get_vocab(), theirs.get_vocab()
-    if a != b:
-        unlike = sum(b.get(token) != i for token, i in a.items()) + len(b.keys() - a.keys())
+    token_of = {i: token for token, i in b.items()}
+    if unlike := sum(b.get(token, i) != i or token_of.get(i, token) != token for token, i in a.items()):
         raise UserError(
             f"{theirs.name_or_path}: has another vocabulary than tokenizer.path={ours.name_or_path} ({len(b)} and "
             f"{len(a)} entries, {unlike} unlike); choose models of one family"

@@ -36,7 +36,7 @@ def model_config(model: ml_collections.FrozenConfigDict, vocab: int) -> ModelCon
     if config.vocab_size < vocab:
         raise UserError(
             f"{model.weights or model.architecture}: {config.vocab_size} embedding rows for a tokenizer of {vocab} "
-            "tokens; set tokenizer.path to this model's tokenizer"
+            "ids; set tokenizer.path to this model's tokenizer, whose tokenizer_config.json adds no token to it"
         )
     return config
 
