@@ -10,7 +10,7 @@ import tokenizers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from listopd_jax.data.chat import chat_prompt
+from listopd_jax.data.chat import chat_prompt, turn_ends
 from listopd_jax.data.control import control_ids, spell_out
 from listopd_jax.data.input import encode_split, prompt_ids
 from listopd_jax.data.reviews import clean_text
@@ -66,6 +66,18 @@ def test_a_template_opens_the_assistants_turn(templated):
 
 
 @pytest.mark.parametrize(
+    ("template", "ends"),
+    [(GOOD, ["<|im_end|>"]), (GOOD.replace("<|im_end|>", "</s>"), ["</s>"]), (GOOD.replace("<|im_end|>", ""), []),
+     ("{% if messages[1] %}{{ raise_exception('one turn') }}{% endif %}" + GOOD, []),
+     ("{% for m in messages %}{{ m.content }}{% endfor %}", [])],
+)  # fmt: skip
+def test_the_token_that_ends_the_assistants_turn_is_read_off_the_template(templated, template, ends):
+    """Base models' tokenizers call another one EOS."""
+    tokenizer = templated(template)
+    assert turn_ends(tokenizer) == tokenizer.convert_tokens_to_ids(ends)
+
+
+@pytest.mark.parametrize(
     "opened",
     ["<think>\n", "<think>", "<|START_THINKING|>", "[THINK]", "◁think▷", "<seed:think>", "<thinking>\n", "<reasoning>",
      "<think>\n</think>\n<think>\n"],
@@ -92,7 +104,7 @@ def test_thoughts_that_are_closed_or_switched_off_pass(templated, opened):
     ids=["raises", "undefined", "syntax", "division", "attribute", "no default"],
 )  # fmt: skip
 def test_a_template_that_fails_is_one_line(templated, template):
-    with pytest.raises(UserError, match="chat template fails .*chat_template=False") as e:
+    with pytest.raises(UserError, match="chat template fails on 1 turn.*chat_template=False") as e:
         encode_split(EXAMPLES, templated(template), max_prompt=400, max_answer=99, chat_template=True)
     assert "\n" not in str(e.value) and "/t: " in str(e.value), "names the folder"
 

@@ -15,6 +15,7 @@ from listopd_jax import files
 from listopd_jax.config import digest
 from listopd_jax.data import input as data_input
 from listopd_jax.data.builder import read_split
+from listopd_jax.data.chat import turn_ends
 from listopd_jax.data.prepare import prepare
 from listopd_jax.data.tokenizer import (
     check_tokenizers_agree,
@@ -137,6 +138,7 @@ def open_job(config: ml_collections.FrozenConfigDict, workdir: pathlib.Path) -> 
         if hosts.is_main():
             refuse_other_inputs(workdir, **_digests(config))
     ends = [i for role in ROLES for i in model_ends(config[role], vocab_of(tokenizer))]
+    ends += turn_ends(tokenizer) if config.task.chat_template else []
     job = Job(config, workdir, Codec(tokenizer, ends), examples, backend)
     _ = job.shapes  # a checkpoint that does not fit shows now, not when its turn comes
     return job
