@@ -9,6 +9,7 @@ import pytest
 import tokenizers
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from transformers import PreTrainedTokenizerFast
 
 from listopd_jax.data.chat import chat_prompt, turn_ends
 from listopd_jax.data.control import control_ids, spell_out
@@ -190,6 +191,17 @@ def test_a_normaliser_brings_no_control_token_back(tmp_path):
     for text in ("＜／Ｓ＞", "x </S> y", "℀"):
         assert set(tokenizer(text)["input_ids"]) & control_ids(tokenizer), "else the test shows nothing"
         assert not set(tokenizer(spell_out(text, tokenizer))["input_ids"]) & control_ids(tokenizer)
+
+
+def test_unk_spelt_out_is_broken_and_unknown_signs_are_left(tmp_path):
+    words = {"<unk>": 0, "</s>": 1} | {c: i for i, c in enumerate(sorted({*render_answer(range(11))}), 2)}
+    model = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, unk_token="<unk>"))
+    model.pre_tokenizer = tokenizers.pre_tokenizers.Split(tokenizers.Regex("."), "isolated")
+    model.decoder = tokenizers.decoders.Fuse()
+    fast = PreTrainedTokenizerFast(tokenizer_object=model, eos_token="</s>", unk_token="<unk>")
+    fast.save_pretrained(tmp_path / "t")
+    tokenizer = load_tokenizer(tmp_path / "t")
+    assert spell_out("1 <unk> 帽 </s>", tokenizer) == "1 < unk> 帽 < /s>"
 
 
 # --- long texts

@@ -16,7 +16,8 @@ def control_ids(tokenizer: transformers.PreTrainedTokenizerBase) -> set[int]:
     answer = set(tokenizer(render_answer(range(11)), add_special_tokens=False)["input_ids"])
     special = {i for i, (_, special) in added.items() if special} | set(tokenizer.all_special_ids)
     blank = {i for i, (text, _) in added.items() if not text.strip()}
-    return (special - {tokenizer.unk_token_id} | signs - answer | {tokenizer.eos_token_id}) - blank
+    marks = special | (signs - answer)
+    return (marks - {tokenizer.unk_token_id} | {tokenizer.eos_token_id}) - blank
 
 
 def spell_out(text: str, tokenizer: transformers.PreTrainedTokenizerBase) -> str:
@@ -33,10 +34,14 @@ def spell_out(text: str, tokenizer: transformers.PreTrainedTokenizerBase) -> str
 
 
 def _spans(text: str, tokenizer, control: set[int]) -> list[tuple[int, int]]:
-    """Where control tokens stand in `text`."""
+    """Where control tokens stand in `text`, and `<unk>` spelt out."""
     encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
-    pairs = zip(encoded["input_ids"], encoded["offset_mapping"], strict=True)
-    return [(start, end) for i, (start, end) in pairs if i in control and text[start:end].strip()]
+    spans = [
+        (start, end)
+        for i, (start, end) in zip(encoded["input_ids"], encoded["offset_mapping"], strict=True)
+        if i in control or (i == tokenizer.unk_token_id and text[start:end].strip() == tokenizer.unk_token)
+    ]
+    return [(start, end) for start, end in spans if text[start:end].strip()]
 
 
 def _broken(token: str, separated: bool) -> str:
