@@ -145,8 +145,9 @@ def gpus_of_node(parameters: Mapping[str, Any]) -> int:
 
 
 def _resources(extra: Mapping[str, Any]) -> list[str]:
-    """The entries of the option gres, e.g. gpu:a100:4(S:0-1)."""
-    return re.sub(r"\([^)]*\)", "", extra.get("gres", "")).split(",")
+    """The entries of the options gres, e.g. gpu:a100:4(S:0-1), and tres-per-node, e.g. gres/gpu:a100:4."""
+    both = f"{extra.get('gres', '')},{extra.get('tres-per-node', '')}"
+    return re.sub(r"\([^)]*\)|\bgres[/:]", "", both).split(",")
 
 
 def _count(text: str) -> int:

@@ -145,6 +145,7 @@ def test_a_command_sees_every_gpu_of_its_node(tmp_path, monkeypatch):
         (["--sbatch=gpus-per-node=h100:8"], 8),
         (["--sbatch=gpus-per-task=2"], 2),
         (["--sbatch=gpus=h100:8", "--nodes=2"], 4),
+        (["--sbatch=tres-per-node=gres/gpu:a100:4"], 4),
         (["--sbatch=gres=nvme:1"], 0),
         ([], 0),
     ],

@@ -158,9 +158,8 @@ def _check_answer(tokenizer: transformers.PreTrainedTokenizerBase, path: str | o
 
 def save_tokenizer(tokenizer: transformers.PreTrainedTokenizerBase, folder: str | os.PathLike) -> None:
     """Write a tokenizer to `folder` in the terms that transformers 4 and 5, and vLLM, all read."""
-    tokenizer.save_pretrained(
-        folder, save_jinja_files=False
-    )  # versions before 4.52 know no chat_template.jinja
+    # versions before 4.52 know no chat_template.jinja
+    tokenizer.save_pretrained(folder, save_jinja_files=False)
     path = pathlib.Path(folder) / "tokenizer_config.json"
     config = {name: value for name, value in files.read_json(path).items() if name not in _OF_VERSION_5}
     if config.get("tokenizer_class") == "TokenizersBackend":
