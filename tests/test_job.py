@@ -127,6 +127,15 @@ def test_a_job_is_not_resumed_with_other_weights_or_another_tokenizer(folder, ch
         open_job(config_of(folder), folder / "workdir")
 
 
+def test_a_template_that_does_not_fit_shows_before_anything_is_computed(folder):
+    (folder / "tokenizer" / "chat_template.jinja").write_text(
+        "{{ messages[0].content }}<|im_start|>assistant<think>"
+    )
+    open_job(config_of(folder), folder / "workdir")
+    with pytest.raises(UserError, match="tokenizer: its chat template opens <think>"):
+        open_job(config_of(folder, **{"task.chat_template": True}), folder / "workdir")
+
+
 def test_a_checkpoint_that_does_not_fit_shows_before_anything_is_computed(folder):
     """The student's would otherwise be opened hours later, after the teacher's SFT."""
     write_json(folder / "student" / "config.json", num_hidden_layers=2)

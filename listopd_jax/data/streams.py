@@ -31,7 +31,7 @@ _OTHER_FORMATS = (
     (0, b"<!doctype", "a web page", "download the file itself"),
     (0, b"<html", "a web page", "download the file itself"),
 )
-"""(offset, first bytes what it is, what to do) of files that people have in place of reviews."""
+"""(offset, first bytes, what it is, what to do) of files that people have in place of reviews."""
 
 
 def read_lines(path: str | os.PathLike) -> Iterator[bytes]:
@@ -41,7 +41,7 @@ def read_lines(path: str | os.PathLike) -> Iterator[bytes]:
 
     Raises:
       UserError: the file is missing, a folder, unreadable, a broken or truncated archive, an archive of
-        several files, of a format that is no text (in plain or inside), or has a line above `MAX_LINE`.
+        several files, of a format that is no text, packed or not, or has a line above `MAX_LINE`.
     """
     path = pathlib.Path(path)
     with _readable(path), open(path, "rb") as raw, _decompressed(raw, path) as stream:

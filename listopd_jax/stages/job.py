@@ -140,7 +140,10 @@ def open_job(config: ml_collections.FrozenConfigDict, workdir: pathlib.Path) -> 
     ends = [i for role in ROLES for i in model_ends(config[role], vocab_of(tokenizer))]
     ends += turn_ends(tokenizer) if config.task.chat_template else []
     job = Job(config, workdir, Codec(tokenizer, ends), examples, backend)
-    _ = job.shapes  # a checkpoint that does not fit shows now, not when its turn comes
+    _ = (
+        job.shapes,
+        job.validation,
+    )  # a checkpoint or template that does not fit shows now, not when its turn comes
     return job
 
 
