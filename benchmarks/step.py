@@ -74,7 +74,7 @@ class Step:
         rollout = generate(
             (self.graphs["student"],), (cast(self.state.params, self.config.dtype.compute),),
             jnp.ones((1, opd.rollouts)), self.prompts, self.lengths, jax.random.key(self.count),
-            max_tokens=budget, vocab=self.vocab, eos=-1, pad=0, temperature=opd.temperature,
+            max_tokens=budget, vocab=self.vocab, eos=(), pad=0, temperature=opd.temperature,
             budgets=jnp.full((len(self.prompts), opd.rollouts), response, jnp.int32),
         )  # fmt: skip
         return jax.block_until_ready(trim(rollout._replace(steps=None), budget))

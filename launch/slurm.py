@@ -8,10 +8,14 @@ A run that is pre-empted or reaches its time limit saves, is requeued and resume
 Exit code 0: submitted, or nothing to do; 2: a mistake to fix.
 """
 
+import argparse
+import contextlib
 import dataclasses
+import os
+import re
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from launch import cli
@@ -47,7 +51,7 @@ def _parser() -> Parser:
     parser.add_argument("--qos")
     parser.add_argument("--constraint")
     parser.add_argument("--nodes", type=positive, default=1, help="nodes of a point, one process each")
-    parser.add_argument("--gpus-per-node", type=positive)
+    parser.add_argument("--gpus-per-node", type=_gpus, metavar="[TYPE:]N")
     parser.add_argument("--cpus-per-task", type=positive)
     parser.add_argument("--mem", help="memory of a node, e.g. 200GB")
     parser.add_argument("--parallel", type=positive, default=256, help="points at one time")
@@ -58,6 +62,13 @@ def _parser() -> Parser:
         "--sbatch", action="append", default=[], metavar="OPTION=VALUE", help="any other of sbatch"
     )
     return parser
+
+
+def _gpus(text: str) -> str:
+    """GPUs of a node, as an argparse type: their number, after their type where the cluster wants it."""
+    if not re.fullmatch(r"(?:[\w.-]+:)?[1-9][0-9]*", text, re.ASCII):
+        raise argparse.ArgumentTypeError(f"{text!r} is neither a number nor TYPE:NUMBER, e.g. 4 or a100:4")
+    return text
 
 
 def _parameters(args: Any) -> dict[str, Any]:
@@ -110,16 +121,53 @@ def _submit(grid: Grid, names: Sequence[str], parameters: dict[str, Any], requeu
         raise UserError("submitit is not installed: pip install -e '.[slurm]'") from e
     on_node = dataclasses.replace(grid, root=grid.root.absolute())
     # one process a node has all its GPUs: jax under SLURM would give it the first alone
-    gpus = {"JAX_LOCAL_DEVICE_IDS": ",".join(map(str, range(parameters.get("gpus_per_node", 0))))}
-    environment = gpus if gpus["JAX_LOCAL_DEVICE_IDS"] else {}
+    gpus = gpus_of_node(parameters)
+    environment = {"JAX_LOCAL_DEVICE_IDS": ",".join(map(str, range(gpus)))} if gpus else {}
     tasks = [Task(on_node.point_command(name, sys.executable), environment) for name in names]
     try:
         executor = submitit.SlurmExecutor(grid.root / "slurm", max_num_timeout=requeues)
         executor.update_parameters(job_name=f"listopd-{grid.root.name}", **parameters)
-        jobs = executor.submit_array(tasks) if len(tasks) > 1 else [executor.submit(tasks[0])]
+        with outside_any_job():
+            jobs = executor.submit_array(tasks) if len(tasks) > 1 else [executor.submit(tasks[0])]
     except (RuntimeError, OSError) as e:
         raise UserError(f"SLURM did not take the job: {cli.last_line(e)}") from e
     return {name: job.job_id for name, job in zip(names, jobs, strict=True)}
+
+
+def gpus_of_node(parameters: Mapping[str, Any]) -> int:
+    """How many GPUs a node of a job has, whichever option asks for them; 0 if none does."""
+    extra, nodes = parameters["additional_parameters"], parameters.get("nodes", 1)
+    options = [(str(parameters.get("gpus_per_node", "")), 1)]
+    options += [(extra.get(name, ""), 1) for name in ("gpus-per-node", "gpus-per-task")]
+    options += [(extra.get("gpus", ""), nodes)]
+    options += [(",".join(x.removeprefix("gpu:") for x in _resources(extra) if x.startswith("gpu")), 1)]
+    return max(_count(text) // share for text, share in options)
+
+
+def _resources(extra: Mapping[str, Any]) -> list[str]:
+    """The entries of the options gres, e.g. gpu:a100:4(S:0-1), and tres-per-node, e.g. gres/gpu:a100:4."""
+    both = f"{extra.get('gres', '')},{extra.get('tres-per-node', '')}"
+    return re.sub(r"\([^)]*\)|\bgres[/:]", "", both).split(",")
+
+
+def _count(text: str) -> int:
+    """The number in an option for GPUs: N, TYPE:N, several of them with commas, or a type alone, which is one."""
+    parts = [part.rpartition(":")[2] for part in text.split(",") if part]
+    return sum(int(part) if part.isdigit() else 1 for part in parts)
+
+
+@contextlib.contextmanager
+def outside_any_job() -> Iterator[None]:
+    """Hide the job that this process is in, if it is in one: sbatch would take what it has for the new job's.
+
+    What a user or site sets for every submission stays.
+    """
+    import submitit
+
+    kept = {n: x for n, x in os.environ.items() if n.startswith("SBATCH_") or n == "SLURM_CONF"}
+    with submitit.helpers.clean_env():
+        os.environ.update(kept)
+        yield
 
 
 def queued_jobs() -> set[str]:

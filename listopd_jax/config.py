@@ -6,6 +6,7 @@ combinations.
 """
 
 import contextlib
+import datetime
 import json
 import keyword
 import math
@@ -76,6 +77,7 @@ def _task() -> ml_collections.ConfigDict:
         max_review_words=200,  # 0: uncut
         prompt_buckets=4,  # prompt widths to compile for
         chat_template=False,
+        chat_date="2024-07-26",  # what a chat template that asks is told today's date is
         ndcg_gain="linear",
     )
 
@@ -221,7 +223,7 @@ def unknown_field(argv: Sequence[str], e: Exception) -> str:
 @contextlib.contextmanager
 def flag_mistakes(argv: Sequence[str]) -> Iterator[None]:
     """What absl and ml_collections raise inside for a wrong flag, field, type or file is a UserError of one line."""
-    if problem := keyword_field(argv):
+    if problem := keyword_field(argv) or decimal_comma(argv):
         raise UserError(problem)
     try:
         yield
@@ -243,6 +245,15 @@ def keyword_field(argv: Sequence[str]) -> str | None:
             known = [field for field, _ in flatten(defaults().to_dict())]
             near = did_you_mean(".".join(parts[: at + 1]), known).replace("'", "")
             return f"{name}: no such field; {near}listopd_jax/config.py has them all"
+    return None
+
+
+def decimal_comma(argv: Sequence[str]) -> str | None:
+    """One line for a λ that is written as 1,5 and may mean 1.5, or 1 and 5; None if there is none."""
+    for arg in argv:
+        if found := re.fullmatch(r"(--config\.(?:opd|forecast)\.lambdas)=([0-9]+),([0-9]+)", arg):
+            field, one, two = found.groups()
+            return f"{arg}: one λ or two? Write {field}={one}.{two}, or {field}={one}.0,{two}.0"
     return None
 
 
@@ -327,6 +338,13 @@ def _is_lambda(x: Any) -> bool:
 
 def _is_seed(x: Any) -> bool:
     return isinstance(x, int) and 0 <= x < 2**32
+
+
+def _is_date(text: str) -> bool:
+    try:
+        return bool(datetime.date.fromisoformat(text))
+    except ValueError:
+        return False
 
 
 def _validate_grid(config: ml_collections.ConfigDict) -> None:
@@ -415,6 +433,9 @@ def _validate_data(config: ml_collections.ConfigDict) -> None:
     _require(
         bool(data.path) or data.source in ("synthetic", "amazon2023"),
         f"data.path is empty: data.source={data.source!r} needs a file, e.g. --config.data.path=FILE",
+    )
+    _require(
+        _is_date(config.task.chat_date), f"task.chat_date={config.task.chat_date!r}: write it as YYYY-MM-DD"
     )
     _require(k == 0 or k >= 2, f"task.k={k}: a list to rank has at least 2 reviews")
     _require(

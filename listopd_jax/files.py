@@ -74,7 +74,7 @@ def whole_folder(folder: str | os.PathLike, replace: bool = True) -> Iterator[pa
     temporary = _beside(folder)
     try:
         yield temporary
-        _sync(temporary)
+        _finish(temporary)
         if replace and folder.exists():
             retired = _beside(folder)
             os.replace(folder, retired)
@@ -94,11 +94,16 @@ def _beside(folder: pathlib.Path) -> pathlib.Path:
     return made
 
 
-def _sync(folder: pathlib.Path) -> None:
-    """Put every file under `folder` on disk; what links point to is left alone."""
+def _finish(folder: pathlib.Path) -> None:
+    """Put every file under `folder` on disk, readable for whom the umask says; what links point to is left alone.
+
+    Libraries that write by way of a temporary file leave files that only their owner can read (safetensors from 0.8).
+    """
+    readable = 0o666 & ~_umask()
     for place, _, names in os.walk(folder):
         for path in (pathlib.Path(place) / name for name in names):
             if not path.is_symlink():
+                path.chmod(path.stat().st_mode | readable)
                 with open(path, "rb") as f:
                     os.fsync(f.fileno())
 

@@ -90,6 +90,7 @@ class Result(_OfPolicy):
     tau: float | None = None
     mae: float | None = None
     useful: float | None = None
+    ended: float | None = None  # share of answers that close with EOS before the budget does, parsed or not
     failures: Counts = dataclasses.field(default_factory=dict)
     counted: Counts = dataclasses.field(default_factory=dict)  # metric -> lists in its mean
     intervals: Intervals = dataclasses.field(default_factory=dict)

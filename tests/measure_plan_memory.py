@@ -77,7 +77,7 @@ def main() -> None:
     def rollout(params):
         return generate(
             (graphs["student"],), (jax.tree.map(jnp.copy, params),), jnp.ones((1, ROLLOUTS)), prompts, lengths,
-            jax.random.key(0), max_tokens=RESPONSE, vocab=vocab, eos=vocab, pad=0, temperature=1.0,
+            jax.random.key(0), max_tokens=RESPONSE, vocab=vocab, eos=(), pad=0, temperature=1.0,
         )  # fmt: skip
 
     def update(state, frozen, sampled):

@@ -130,7 +130,7 @@ def sft(mesh):
     return three_steps(mesh, step, (put(sft_batch(opd_batch(3)), batch_shardings, mesh),))
 
 
-OPTIONS = {"max_tokens": 6, "vocab": VOCAB, "eos": 1, "pad": 0}
+OPTIONS = {"max_tokens": 6, "vocab": VOCAB, "eos": (1,), "pad": 0}
 
 
 def written(mesh):

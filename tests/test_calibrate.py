@@ -40,8 +40,8 @@ def classes(tokens, lengths):
     return np.where(inside, np.where(tokens % 2, DIGIT, COMMA), -1)
 
 
-DECODING = dict(max_tokens=T, vocab=VOCAB, eos=EOS, pad=PAD)
-CODEC = types.SimpleNamespace(vocab=VOCAB, eos=EOS, pad=PAD, classes=classes)
+DECODING = dict(max_tokens=T, vocab=VOCAB, eos=(EOS,), pad=PAD)
+CODEC = types.SimpleNamespace(vocab=VOCAB, ends=(EOS,), pad=PAD, classes=classes)
 
 
 @pytest.fixture(scope="module")

@@ -73,6 +73,27 @@ def test_only_the_last_eos_is_the_end(codec):
     assert codec.text([codec.eos, *ids]) == f"{end}[1]"
 
 
+def test_each_of_several_ends_closes_an_answer(small):
+    """A model may end its turn with another token than the one that its tokenizer calls EOS."""
+    other = small.tokenizer.convert_tokens_to_ids("<other>")
+    codec = Codec(small.tokenizer, [other])
+    assert codec.ends == tuple(sorted({codec.eos, other})) and codec.eos == small.eos
+    ids = encode(codec, ANSWER)
+    for end in codec.ends:
+        assert codec.text([*ids, end]) == ANSWER
+        classes = codec.classes(np.array([[*ids, end]]), np.array([len(ids) + 1]))
+        assert TOKEN_CLASSES[classes[0, -1]] == "eos"
+
+
+def test_ids_may_have_holes(small):
+    """A model's rows go to the largest id; an id that no token has is no end of an answer."""
+    words = tokenizers.Tokenizer(tokenizers.models.WordLevel({"[": 0, "<end>": 3, "]": 9}, unk_token="["))
+    codec = Codec(PreTrainedTokenizerFast(tokenizer_object=words, eos_token="<end>", pad_token="<end>"))
+    assert codec.vocab == 10 and codec.ends == (3,)
+    classes = codec.classes(np.array([[0, 5, 9, 3]]), np.array([4]))[0]
+    assert [TOKEN_CLASSES[c] for c in classes] == ["bracket", "other", "bracket", "eos"]
+
+
 def test_other_special_tokens_stay_visible(codec):
     """A model that writes them breaks its answer, and the parser must see it."""
     ids = encode(codec, "[1")
@@ -101,6 +122,14 @@ def test_texts_of_a_batch_end_at_their_lengths(codec, rows):
     tokens, lengths = rows
     assert codec.texts(tokens, lengths) == TEXTS
     assert codec.texts(tokens.reshape(2, 2, -1), lengths.reshape(2, 2)) == TEXTS
+
+
+def test_an_answer_ends_or_is_cut_off_by_its_budget(codec, rows):
+    assert codec.ended(*rows).tolist() == [True, False, False, True]
+    assert codec.ended(rows[0].reshape(2, 2, -1), rows[1].reshape(2, 2)).tolist() == [
+        [True, False],
+        [False, True],
+    ]
 
 
 def test_classes_follow_the_contract(codec, rows):

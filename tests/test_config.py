@@ -62,6 +62,7 @@ def test_k_follows_the_source():
         ({"data.validation_share": 0.0}, "data.validation_share=0.0"),
         ({"data.max_lists": 1}, "data.max_lists=1"),
         ({"task.k": 1}, "task.k=1"),
+        ({"task.chat_date": "26 Jul 2024"}, "task.chat_date='26 Jul 2024': write it as YYYY-MM-DD"),
         ({"task.k": 4, "data.max_reviews_per_product": 3}, "data.max_reviews_per_product=3"),
         ({"data.synthetic.noise": math.nan}, "data.synthetic.noise=nan"),
         ({"student.weights": "folder"}, "tokenizer.path is empty"),

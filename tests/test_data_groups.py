@@ -237,6 +237,25 @@ def test_a_bad_label_is_named_by_file_and_line(tmp_path, line):
         read_labels(tmp_path / "labels.jsonl")
 
 
+def write_scores(path, scores):
+    path.write_text("".join(json.dumps({"key": f"k{i}", "score": s}) + "\n" for i, s in enumerate(scores)))
+    return path
+
+
+def test_a_rubric_on_another_scale_is_refused_or_said(tmp_path):
+    """Rounded, fractions of 1 would all be 0 or 1."""
+    path = tmp_path / "labels.jsonl"
+    unit = [i * 0.37 % 1 for i in range(200)]
+    with pytest.raises(
+        UserError, match=r"labels\.jsonl: every score is between 0 and 1.*multiply them by 10"
+    ):
+        read_labels(write_scores(path, unit))
+    assert set(read_labels(write_scores(path, [10 * s for s in unit])).values()) == {*range(11)}
+    assert LabelFile(path).notes() == []
+    for scores, said in (([0, 1, 1, 0], "only from 0 to 1 "), ([1, 2.5, 5], "only from 1 to 5 ")):
+        assert said in LabelFile(write_scores(path, scores)).notes()[0]
+
+
 def test_an_empty_labels_file_is_refused(tmp_path):
     (tmp_path / "labels.jsonl").write_text("\n")
     with pytest.raises(UserError, match="has no labels"):

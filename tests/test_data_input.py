@@ -161,21 +161,16 @@ def test_a_listed_hub_id_is_loaded_at_its_pinned_revision(tokenizer, monkeypatch
 
 
 def test_disagreeing_tokenizers_are_refused(tokenizer, examples, tmp_path, qwen):
-    with pytest.raises(UserError, match="different vocabularies"):
+    with pytest.raises(UserError, match=f"{qwen.name_or_path}: has another vocabulary"):
         check_tokenizers_agree(tokenizer, qwen)
-    for field, value, message in (
-        ("chat_template", "{{ messages }}", "differ in chat_template"),
-        ("eos_token", "<|endoftext|>", "differ in eos_token_id"),
-    ):
-        other = load_tokenizer(tokenizer.name_or_path)
-        setattr(other, field, value)
-        with pytest.raises(UserError, match=message):
-            check_tokenizers_agree(tokenizer, other)
+    other = load_tokenizer(tokenizer.name_or_path)
+    other.chat_template, other.eos_token = "{{ messages }}", "<|endoftext|>"
+    check_tokenizers_agree(tokenizer, other)  # tokenizer.path decides on these
     spec = json.loads(tokenizer.backend_tokenizer.to_str())
     spec["model"]["merges"] = []
     tokenizer.save_pretrained(tmp_path / "t")
     (tmp_path / "t" / "tokenizer.json").write_text(json.dumps(spec))
-    with pytest.raises(UserError, match="split the same text"):
+    with pytest.raises(UserError, match="splits the same text"):
         check_tokenizers_agree(tokenizer, load_tokenizer(tmp_path / "t"))
 
 
@@ -207,7 +202,7 @@ def test_long_prompts_lose_words_not_reviews(examples, tokenizer, split):
         190 <= len(cut.prompts[-1]) <= 200 and "short." in text and "id=r4 so." in text and "end." not in text
     )
     assert tokenizer.decode(cut.answers[-1]).startswith(render_answer((1, 2, 3, 4)))
-    with pytest.raises(UserError, match="list k: .* one word a review"):
+    with pytest.raises(UserError, match="list k: .* one character a review"):
         encode_split(long, tokenizer, max_prompt=50, max_answer=128)
     with pytest.raises(UserError, match="an answer takes 4[3-7] tokens"):
         encode_split(examples, tokenizer, max_prompt=512, max_answer=42)

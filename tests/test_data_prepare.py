@@ -237,6 +237,13 @@ def test_a_labels_file_decides_scores_and_rows(tmp_path):
     expected = {key: i % 11 for i, key in enumerate(keys)}
     for row in tfds.data_source(builder.NAME, split="train", data_dir=tmp_path / "rubric"):
         assert [expected[key.decode()] for key in row["review_keys"]] == [int(s) for s in row["scores"]]
+    assert not [note for note in report["notes"] if "scale" in note]
+    labels.write_text("".join(json.dumps({"key": key, "score": i % 5}) + "\n" for i, key in enumerate(keys)))
+    notes = prepare(Data(labels=str(labels)), task(), tmp_path / "likert")["notes"]
+    assert any("scores only from 0 to 4 where the scale is 0-10" in note for note in notes)
+    labels.write_text("".join(json.dumps({"key": key, "score": 0}) + "\n" for key in keys))
+    notes = prepare(Data(labels=str(labels)), task(), tmp_path / "constant")["notes"]
+    assert any("every label is 0: nothing to rank by" in note for note in notes)
     with pytest.raises(UserError, match="labels.jsonl: 432 of 432 keys"):
         prepare(Data(labels=str(labels), seed=9), task(), tmp_path / "rubric")
 

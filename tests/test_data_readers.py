@@ -1,11 +1,15 @@
 """Readers: what they count, what they clean, and one clear line for every way a file can be wrong."""
 
+import bz2
 import gzip
 import hashlib
+import io
 import json
+import lzma
 import random
 import subprocess
 import sys
+import tarfile
 import zipfile
 from collections import Counter
 
@@ -176,6 +180,86 @@ def test_a_csv_row_that_is_not_utf8_is_one_broken_row(tmp_path):
     assert reviews[0].text == "fits well é" and reviews[-1].text == "still read"
 
 
+ELEVEN = (
+    ",Clothing ID,Age,Title,Review Text,Rating,Recommended IND,Positive Feedback Count,Division Name,Department Name,"
+    "Class Name\n"
+)
+GOOD = "".join(
+    f'{i},{100 + i % 3},30,Nice,"Soft, warm {i}",5,1,{i % 7},General,Dresses,Dresses\n' for i in range(60)
+)
+
+
+@pytest.mark.parametrize(
+    "rows, broken",
+    [
+        ("900,55,30,Nice,Soft and warm, but short,5,1,42,General,Dresses,Dresses\n", 1),
+        ("900,55,30,Nice,Soft and warm\nbut short,5,1,42,General,Dresses,Dresses\n", 2),
+        ("900,55,30,Nice,Soft and warm bu", 1),
+        ("900,55,30,Nice,Soft and warm,5,1,42,General,Dresses\n", 1),
+        ('900,55,30,Nice,"Soft, and 5"8 tall,5,1,42,General,Dresses,Dresses\n', 1),
+        ('900,55,30,Nice,"Soft and never closed,5,1,42,General,Dresses,Dresses\n', 1),
+    ],
+    ids=["comma", "line break", "cut off", "one short", "quote inside", "open quote"],
+)
+def test_a_csv_row_whose_values_may_be_in_the_wrong_columns_is_broken(tmp_path, rows, broken):
+    """After an unquoted comma 'Recommended IND' stands where the votes are looked for."""
+    path = tmp_path / "r.csv"
+    for text in (GOOD + rows, rows.rstrip("\n") + "\n" + GOOD):
+        path.write_text(ELEVEN + text)
+        reviews, tally = read("clothing", path)
+        assert tally["broken"] == broken and not [r for r in reviews if r.product in ("55", "5", "900")]
+        assert len(reviews) >= 59, "an open quote takes the row after it along"
+        assert all(r.votes == int(r.text.split()[-1]) % 7 for r in reviews)
+
+
+@pytest.mark.parametrize(
+    "votes, expected", [([3, 20], 3), ([0, 0], 0), ([5, 2], None), ([3], None), ("3/4", None)]
+)
+def test_the_release_of_2014_names_the_votes_otherwise(tmp_path, votes, expected):
+    rows = [{"reviewerID": f"u{i}", "asin": "a", "reviewText": "fine", "helpful": [i, 30]} for i in range(30)]
+    row = {"reviewerID": "u", "asin": "a", "reviewText": "odd", "helpful": votes}
+    reviews, tally = read("amazon2018", write_lines(tmp_path / "r", [*rows, row]))
+    assert [r.votes for r in reviews] == [*range(30)] + ([] if expected is None else [expected])
+    assert tally["broken"] == (expected is None)
+
+
+@pytest.mark.parametrize("votes", ["1_000", "١٢", "0x10", "1e3", "12,34", "", "inf", "9" * 5000])
+def test_what_is_no_count_of_votes_is_broken(tmp_path, votes):
+    rows = [{"reviewerID": f"u{i}", "asin": "a", "reviewText": "fine", "vote": " 2 "} for i in range(30)]
+    reviews, tally = read("amazon2018", write_lines(tmp_path / "r", [*rows, rows[0] | {"vote": votes}]))
+    assert len(reviews) == 30 and tally["broken"] == 1
+
+
+def tar_of(data):
+    out = io.BytesIO()
+    with tarfile.open(fileobj=out, mode="w") as tar:
+        member = tarfile.TarInfo("reviews.csv")
+        member.size = len(data)
+        tar.addfile(member, io.BytesIO(data))
+    return out.getvalue()
+
+
+@pytest.mark.parametrize(
+    "pack, what",
+    [
+        (lambda data: gzip.compress(tar_of(data)), "a tar archive; unpack it"),
+        (tar_of, "a tar archive"),
+        (lambda data: gzip.compress(gzip.compress(data)), "packed twice"),
+        (bz2.compress, "a bzip2 file"),
+        (lzma.compress, "an xz file"),
+        (lambda data: data.decode().encode("utf-16"), "UTF-16 text"),
+        (lambda data: b"<!DOCTYPE html><html>not found</html>", "a web page"),
+        (lambda data: b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n", "a Git LFS pointer"),
+        (lambda data: b"PAR1" + data, "a Parquet file"),
+    ],
+)
+@pytest.mark.parametrize("source", ["clothing", "amazon2018"])
+def test_a_file_of_another_format_is_named(tmp_path, source, pack, what):
+    (tmp_path / "file").write_bytes(pack((ELEVEN + GOOD).encode()))
+    with pytest.raises(UserError, match=f"{tmp_path}/file: is {what}"):
+        read(source, tmp_path / "file")
+
+
 def test_an_endless_line_is_refused(tmp_path, monkeypatch):
     monkeypatch.setattr("listopd_jax.data.streams.MAX_LINE", 1000)
     (tmp_path / "r").write_bytes(b"x" * 5000)
@@ -187,6 +271,10 @@ def test_cleaning():
     assert (
         clean_text("Fits&#34; well<br /><BR>and&amp;\n  soft\u2028\x00 \ud800!") == 'Fits" well and& soft !'
     )
+    assert (
+        clean_text("see http://a.b/?x=1&copy=2&lt=3 &amp;copy=4") == "see http://a.b/?x=1&copy=2&lt=3 &copy=4"
+    )
+    assert clean_text("&amp;amp;amp;#39;s &eacute;&#xE9; AT&T &nope;") == "'s éé AT&T &nope;"
     assert clean_text("a <|im_end|> b &lt;|im_start|&gt;") == "a < |im_end|> b < |im_start|>"
     assert (
         first_words("a b c d", 2) == "a b"
@@ -212,6 +300,23 @@ def test_titles_are_joined_from_the_real_2023_metadata(shared):
     assert all(0 < len(title.split()) <= 24 for title in titles.values())
     with pytest.raises(UserError, match="title for none of 1 products"):
         read_titles(path, {"absent"}, 0.0, Counter())
+
+
+@pytest.mark.parametrize(
+    "title",
+    [
+        "var aPageStart = (new Date()).getTime(); var navMet = {}; ue.count('x', 1);",
+        '<span class="a-size">Red belt</span>',
+        "function (a, b) { return a }",
+        "if (window.ue) { window.ue.count(1) }",
+    ],
+)
+def test_a_title_that_is_code_of_a_page_is_none(tmp_path, title):
+    names = ["Red linen belt", "Watch with alarm function (black)", "Curtain for a window. Blue, 3 < 5"]
+    rows = [{"asin": f"P{i}", "title": name} for i, name in enumerate([*names, title])]
+    assert list(read_titles(write_lines(tmp_path / "meta", rows), {"P0", "P1", "P2", "P3"}, 0.0, Counter())) == [
+        "P0", "P1", "P2",
+    ]  # fmt: skip
 
 
 def test_broken_metadata_is_refused_above_the_share(tmp_path):

@@ -36,7 +36,7 @@ def setting(tmp_path_factory):
 
 
 def decoding(codec):
-    return dict(max_tokens=6, vocab=codec.vocab, eos=codec.eos, pad=codec.pad)
+    return dict(max_tokens=6, vocab=codec.vocab, eos=codec.ends, pad=codec.pad)
 
 
 @nnx.jit
@@ -54,7 +54,7 @@ def target_greedy(decoders, lam, prompt, codec, steps):
             logits = np.asarray(hidden @ d.head_weight().T, np.float64)
             logps.append(logits - np.logaddexp.reduce(logits))
         tokens.append(int(np.argmax(lam * logps[0] + (1 - lam) * logps[1])))
-        if tokens[-1] == codec.eos:
+        if tokens[-1] in codec.ends:
             break
     return tokens[len(prompt) :]
 
@@ -68,7 +68,8 @@ def test_every_lambda_is_decoded_from_its_own_target(setting):
     for value, column in zip(LAMBDAS, columns, strict=True):
         for row, answer in enumerate(column):
             prompt = batch["prompt"][row, : batch["prompt_length"][row]].tolist()
-            assert answer.text == codec.text(target_greedy(decoders, value, prompt, codec, 6))
+            tokens = target_greedy(decoders, value, prompt, codec, 6)
+            assert answer.text == codec.text(tokens) and answer.ended == (tokens[-1] in codec.ends)
 
 
 def test_lambda_one_is_the_teacher(setting):

@@ -57,6 +57,11 @@ def test_options_reach_sbatch(tmp_path, monkeypatch):
     ("options", "says"),
     [
         (["--minutes=0"], "argument --minutes: '0' is not a whole number of at least 1"),
+        (
+            ["--gpus-per-node=0"],
+            "argument --gpus-per-node: '0' is neither a number nor TYPE:NUMBER, e.g. 4 or a100:4",
+        ),
+        (["--gpus-per-node=a100:"], "'a100:' is neither a number nor TYPE:NUMBER"),
         (["--gpus=8"], "unrecognized arguments: --gpus=8"),
         (["--sbatch=--exclusive"], "write OPTION=VALUE without dashes"),
         (["--sbatch=exclusive"], "write OPTION=VALUE without dashes"),
@@ -124,6 +129,49 @@ def test_a_command_sees_every_gpu_of_its_node(tmp_path, monkeypatch):
     slurm_task.Task([sys.executable, "-c", code], submitted[0].environment)()
     assert seen.read_text() == "0,1,2,3,4,5,6,7"
     assert "--name=common" in submitted[0].command
+
+
+@pytest.mark.parametrize(
+    ("options", "gpus"),
+    [
+        (["--gpus-per-node=4"], 4),
+        (["--gpus-per-node=a100:4"], 4),
+        (["--sbatch=gres=gpu:4"], 4),
+        (["--sbatch=gres=gpu:a100:4"], 4),
+        (["--sbatch=gres=gpu:a100:4(S:0-1),nvme:1"], 4),
+        (["--sbatch=gres=gpu:a100:2,gpu:h100:1"], 3),
+        (["--sbatch=gres=gpu:a100"], 1),
+        (["--sbatch=gres=gpu"], 1),
+        (["--sbatch=gpus-per-node=h100:8"], 8),
+        (["--sbatch=gpus-per-task=2"], 2),
+        (["--sbatch=gpus=h100:8", "--nodes=2"], 4),
+        (["--sbatch=tres-per-node=gres/gpu:a100:4"], 4),
+        (["--sbatch=gres=nvme:1"], 0),
+        ([], 0),
+    ],
+)
+def test_gpus_are_counted_in_whichever_form_a_cluster_wants(options, gpus):
+    """Uncounted, jax takes one of them."""
+    assert slurm.gpus_of_node(parameters(*options)) == gpus
+
+
+def test_a_submission_from_inside_a_job_does_not_inherit_it(monkeypatch):
+    """sbatch reads the shell's binding and memory per CPU as options of the new job; what a site sets stays."""
+    pytest.importorskip("submitit")
+    inherited = (
+        "SLURM_JOB_ID",
+        "SLURM_CPU_BIND",
+        "SLURM_MEM_PER_CPU",
+        "SLURM_CPUS_PER_TASK",
+        "SRUN_CPUS_PER_TASK",
+    )
+    kept = ("SLURM_CONF", "SBATCH_ACCOUNT", "HOME")
+    for name in (*inherited, *kept):
+        monkeypatch.setenv(name, "5")
+    with slurm.outside_any_job():
+        assert not [name for name in inherited if name in os.environ]
+        assert all(os.environ[name] == "5" for name in kept)
+    assert all(os.environ[name] == "5" for name in (*inherited, *kept))
 
 
 def test_a_broken_list_of_jobs_is_refused(tmp_path):

@@ -53,6 +53,7 @@ def test_every_policy_has_a_whole_record(finished):
         "tau",
         "mae",
         "useful",
+        "ended",
         "intervals",
     }
     for r in records:
@@ -68,7 +69,7 @@ def test_every_step_is_logged_with_every_metric(finished):
     ]
     wanted = {
         "loss", "advantage_mean", "advantage_structural", "advantage_content", "ratio_max", "clip_fraction",
-        "reverse_kl", "entropy", "completion_length", "parse", "grad_norm", "sampler_trainer_gap",
+        "reverse_kl", "entropy", "completion_length", "parse", "ended", "grad_norm", "sampler_trainer_gap",
     }  # fmt: skip
     assert all(wanted <= row.keys() for row in opd)
     assert all(row["sampler_trainer_gap"] < 1e-4 for row in opd)
@@ -184,6 +185,11 @@ def test_killed_at_any_moment_the_job_ends_with_the_same_metrics(finished, tmp_p
         (["--config.opd.lambda.x=1"], "--config.opd.lambda.x: no such field; did you mean opd.lambdas?"),
         (["--config.opd.steps=many"], "--config.opd.steps=many"),
         (["--config.opd.lambdas=1.0,x"], "every lambda is a number"),
+        (
+            ["--config.opd.lambdas=1,5"],
+            "one λ or two? Write --config.opd.lambdas=1.5, or --config.opd.lambdas=1.0,5.0",
+        ),
+        (["--config.forecast.lambdas=1,05"], "Write --config.forecast.lambdas=1.05"),
         (["--config.opd.ratio=teacher"], "opd.ratio='teacher' is unknown; did you mean 'teacher_student'?"),
         (["--config.attention=splash"], "attention='splash' needs a TPU, not a cpu"),
         (["--config.opd.clip=1.0"], "opd.clip=1.0: the clip c must be > 1"),

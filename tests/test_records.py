@@ -25,7 +25,7 @@ from listopd_jax.task.metrics import METRICS
 
 HEAD = {"run": "opd_lambda1.2_seed0", "stage": "opd", "lam": 1.2, "seed": 0, "steps": 60}
 ANSWERS = [
-    Answer(0, "[…]", Parsed("ok", (3.0, 1.0)), (3.0, 1.0)),
+    Answer(0, "[…]", Parsed("ok", (3.0, 1.0)), (3.0, 1.0), ended=False),
     Answer(1, "?", Parsed("no_json"), (0.0, 2.0)),
 ]
 MADE = Calibration(
@@ -40,9 +40,10 @@ def test_a_result_has_every_metric_under_its_name_and_comes_back(tmp_path):
     write_records(tmp_path / "results.json", [made])
     (saved,) = json.loads((tmp_path / "results.json").read_text())
     assert list(saved)[:7] == ["run", "stage", "lambda", "seed", "steps", "n", "gain"]
-    assert list(saved)[7:] == [*METRICS, "failures", "counted", "intervals"]
+    assert list(saved)[7:] == [*METRICS, "ended", "failures", "counted", "intervals"]
     assert [made.metric(name) for name in METRICS] == [saved[name] for name in METRICS]
     assert read_results(tmp_path / "results.json") == [made] and made.parse == 0.5
+    assert made.ended == 0.5, "an answer that parses and never stops is told from one that ends"
 
 
 def test_a_calibration_comes_back(tmp_path):

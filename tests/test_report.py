@@ -168,6 +168,7 @@ def test_it_says_what_happened_with_every_part(typical):
     )
     for part in ("K−1 truncation", "Strict parse of the samples", "Reverse KL to the teacher", "SFT loss"):
         assert part in text
+    assert "Ends: the share of answers" in text
     for part in ("14,080", "0.7012", "Few lists.", "K is 8, because", "0123abcd+changes", "jax", "0.10.2"):
         assert part in text
     for part in (CONFIG["command"], "opd.lr = 1e-06", "task.k = 8", "Rank: []"):

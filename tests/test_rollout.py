@@ -14,7 +14,7 @@ from listopd_jax.models.decoder import Decoder, KVCache
 from listopd_jax.rollout.decode import completion_mask, decode, generate, segment
 from listopd_jax.rollout.scoring import completion_hidden, completion_logprobs
 
-VOCAB, EOS, PAD = 16, 1, 0
+VOCAB, EOS, OTHER_EOS, PAD = 16, 1, 8, 0
 B, P, N, T = 3, 7, 3, 8
 LENGTHS = np.array([7, 2, 5])
 LAMBDAS = np.array([0.5, 1.2, 2.5])
@@ -46,7 +46,7 @@ def prompts():
 
 def run(models, weights, prompts, key=0, **options):
     graphdefs, params = zip(*models, strict=True)
-    options = dict(max_tokens=T, vocab=VOCAB, eos=EOS, pad=PAD) | options
+    options = dict(max_tokens=T, vocab=VOCAB, eos=(EOS,), pad=PAD) | options
     weights = jnp.asarray(weights, jnp.float32)
     rollout = generate(graphdefs, params, weights, prompts, LENGTHS, jax.random.key(key), **options)
     return jax.tree.map(np.asarray, rollout)
@@ -126,7 +126,7 @@ class Scripted(nnx.Module):
         return jax.nn.one_hot(next_token, VOCAB)
 
 
-def follow(script, max_tokens=6, budgets=None, greedy=True):
+def follow(script, max_tokens=6, budgets=None, greedy=True, eos=(EOS,)):
     script = np.array(script)
     steps = itertools.count()
     graph, params = nnx.split(Scripted(script, lambda: next(steps)))
@@ -140,7 +140,7 @@ def follow(script, max_tokens=6, budgets=None, greedy=True):
         jax.random.key(0),
         max_tokens=max_tokens,
         vocab=VOCAB,
-        eos=EOS,
+        eos=eos,
         pad=PAD,
         greedy=greedy,
         budgets=None if budgets is None else jnp.array(budgets),
@@ -164,6 +164,14 @@ def test_a_completion_ends_with_its_eos(greedy):
     assert rollout.tokens[0].tolist() == [[3, 4, EOS, PAD, PAD, PAD], [3, EOS, PAD, PAD, PAD, PAD]]
     assert rollout.tokens[1].tolist() == [[EOS, PAD, PAD, PAD, PAD, PAD]] * 2
     assert rollout.tokens[2].tolist() == SCRIPT[2]
+
+
+def test_each_of_several_eos_ends_a_completion():
+    rollout, _ = follow([[[3, 4, OTHER_EOS, 5, 6, 7], [3, EOS, OTHER_EOS, 5, 5, 5]]], eos=(EOS, OTHER_EOS))
+    assert rollout.lengths.tolist() == [[3, 2]]
+    assert rollout.tokens[0, 0].tolist() == [3, 4, OTHER_EOS, PAD, PAD, PAD]
+    rollout, _ = follow([[[3, EOS, 4, 4, 4, 4]]], eos=())
+    assert rollout.lengths.tolist() == [[6]], "without an EOS only the budget ends it"
 
 
 def test_budgets_bound_each_row():
@@ -356,7 +364,7 @@ def test_sampling_frequencies_are_the_models_probabilities(exact_pairs, temperat
     (graphdef, params), prompt, first, second = exact_pairs
     first, second = (np.asarray(jax.nn.log_softmax(x / temperature)) for x in (first, second))
     n = 20_000
-    options = dict(max_tokens=2, vocab=5, eos=EOS, pad=PAD, temperature=temperature)
+    options = dict(max_tokens=2, vocab=5, eos=(EOS,), pad=PAD, temperature=temperature)
     rollout = generate(
         (graphdef,), (params,), jnp.ones((1, n)), prompt, np.array([3]), jax.random.key(5), **options
     )

@@ -70,7 +70,7 @@ def follow(script, hint, draft_tokens, budgets=None, greedy=True):
     B, n, length = np.shape(script)
     rollout = decode(
         (graph,), (params,), jnp.ones((1, n)), np.zeros((B, 1), np.int32), np.ones(B, np.int32), jax.random.key(0),
-        max_tokens=length, vocab=VOCAB, eos=EOS, pad=PAD, greedy=greedy, budgets=budgets,
+        max_tokens=length, vocab=VOCAB, eos=(EOS,), pad=PAD, greedy=greedy, budgets=budgets,
         hint=jnp.array([hint], jnp.int32), draft_tokens=draft_tokens,
     )  # fmt: skip
     return jax.tree.map(np.asarray, rollout)
@@ -114,7 +114,7 @@ def case(models, seed, B, n, **options):
     weights = rng.uniform(0.5, 1.5, (len(models), n)) if len(models) > 1 else np.ones((1, n))
     arguments = graphs, params, jnp.asarray(weights, jnp.float32), rng.integers(VOCAB, size=(B, P))
     arguments += rng.integers(1, P + 1, B), jax.random.key(seed)
-    return arguments, dict(max_tokens=T, vocab=VOCAB, eos=EOS, pad=PAD) | options
+    return arguments, dict(max_tokens=T, vocab=VOCAB, eos=(EOS,), pad=PAD) | options
 
 
 CASES = {
@@ -161,7 +161,7 @@ def test_a_million_drafted_tokens_have_the_models_frequencies():
 
     rollout = generate(
         (graph,), (params,), jnp.ones((1, n)), np.array([prompt]), np.array([3]), jax.random.key(7),
-        max_tokens=3, vocab=vocab, eos=EOS, pad=PAD, draft_tokens=2, hint=jnp.array([[3, 2, 4, 3]]),
+        max_tokens=3, vocab=vocab, eos=(EOS,), pad=PAD, draft_tokens=2, hint=jnp.array([[3, 2, 4, 3]]),
     )  # fmt: skip
     tokens, lengths, steps = (np.asarray(x)[0] for x in (rollout.tokens, rollout.lengths, rollout.steps))
     assert lengths.sum() > 1e6 and 0.1 < (steps[lengths == 3] == 1).mean() < 0.9

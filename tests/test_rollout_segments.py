@@ -71,10 +71,10 @@ def watched(arguments, options, monkeypatch):
 
 
 CASES = {
-    "n=1": dict(B=11, n=1, models=1, eos=-1),
-    "n=4, eos": dict(B=5, n=4, models=1, eos=EOS),
-    "mixture": dict(B=6, n=4, models=2, eos=-1),
-    "mixture, greedy, eos": dict(B=3, n=5, models=2, eos=EOS, greedy=True),
+    "n=1": dict(B=11, n=1, models=1, eos=()),
+    "n=4, eos": dict(B=5, n=4, models=1, eos=(EOS,)),
+    "mixture": dict(B=6, n=4, models=2, eos=()),
+    "mixture, greedy, eos": dict(B=3, n=5, models=2, eos=(EOS,), greedy=True),
 }
 
 
@@ -108,7 +108,7 @@ def check_segments(seen, lengths):
 
 
 def test_rows_of_one_length_take_a_segment_for_each_capacity(monkeypatch):
-    arguments, options = case(4, 2, models=1, seed=0, eos=-1)
+    arguments, options = case(4, 2, models=1, seed=0, eos=())
     rollout, seen = watched(arguments, options | {"budgets": None}, monkeypatch)
     assert (rollout.lengths == T).all()
     assert [capacity for _, _, capacity, _ in seen] == [8, 16, 24]
@@ -116,7 +116,7 @@ def test_rows_of_one_length_take_a_segment_for_each_capacity(monkeypatch):
 
 
 def test_a_row_says_the_same_whatever_becomes_of_the_others():
-    arguments, options = case(5, 4, models=1, seed=1, eos=EOS)
+    arguments, options = case(5, 4, models=1, seed=1, eos=(EOS,))
     full = generate(*arguments, **options | {"budgets": None})
     rollout = generate(*arguments, **options)
     for b, j in np.ndindex(5, 4):
@@ -126,7 +126,7 @@ def test_a_row_says_the_same_whatever_becomes_of_the_others():
 
 
 def test_nothing_to_write(monkeypatch):
-    arguments, options = case(3, 2, models=1, seed=2, eos=-1)
+    arguments, options = case(3, 2, models=1, seed=2, eos=())
     rollout, seen = watched(arguments, options | {"budgets": np.zeros((3, 2), int)}, monkeypatch)
     assert (rollout.lengths == 0).all() and (rollout.tokens == PAD).all() and len(seen) == 1
 

@@ -187,7 +187,7 @@ def _decoding(config: Any, small: bool) -> list[bool]:
         with jax.default_matmul_precision(precision):
             rollout = generate(
                 (graph,), (params,), jnp.ones((1, 2)), prompts, lengths, jax.random.key(0),
-                max_tokens=70, vocab=config.vocab_size - 3, eos=-1, pad=0,
+                max_tokens=70, vocab=config.vocab_size - 3, eos=(), pad=0,
             )  # fmt: skip
             gap = jnp.abs(jax.jit(forced)(params, rollout.tokens) - rollout.logprobs)
         errors = {"largest gap": float(gap.max()), "mean gap": float(gap.mean())}

@@ -9,7 +9,7 @@ float32 [B], 0 for the rows that only fill up the last evaluation batch.
 import dataclasses
 import functools
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import NamedTuple
 
 import grain
@@ -18,6 +18,8 @@ import transformers
 from absl import logging
 from jaxtyping import Float32, Int, Int32, Int64
 
+from listopd_jax.data.chat import DATE, chat_prompt
+from listopd_jax.data.control import spell_out
 from listopd_jax.data.reviews import first_words, hash64
 from listopd_jax.errors import UserError
 from listopd_jax.metrics_log import progress
@@ -67,28 +69,31 @@ def encode_split(
     max_prompt: int,
     max_answer: int,
     chat_template: bool = False,
+    chat_date: str = DATE,
+    ends: Collection[int] = (),
 ) -> EncodedSplit:
     """Encode prompts and SFT answers.
 
     A prompt above `max_prompt` tokens has its reviews cut to the largest number of words with which it
-    fits; the list and its answer stay whole. With `chat_template` the prompt is one user turn with the
-    assistant's turn opened and thinking switched off.
+    fits, or of characters if one of them is a single long word; the list and its answer stay whole. With
+    `chat_template` the prompt is one user turn with the assistant's turn opened and thinking switched off, on
+    `chat_date`. `ends` are the ids besides EOS that end a turn.
 
     Raises:
-      UserError: no chat template though one is asked for, a prompt that cannot be cut enough, an answer above
-        `max_answer` tokens (EOS included).
+      UserError: no chat template though one is asked for, or an unfit one; a prompt that ends in EOS or cannot be cut
+        enough; an answer above `max_answer` tokens (EOS included).
     """
-    if chat_template and not tokenizer.chat_template:
-        raise UserError(
-            "task.chat_template=True, but this tokenizer has none; set it to False or use another tokenizer"
-        )
+    to_ids = functools.partial(
+        prompt_ids, tokenizer=tokenizer, chat_template=chat_template, chat_date=chat_date
+    )
     prompts, answers = [], []
     for example in progress(examples, "encoding lists"):
-        ids = prompt_ids(example.title, example.reviews, tokenizer, chat_template)
+        ids = to_ids(example.title, example.reviews)
         if len(ids) > max_prompt:
-            ids = _cut_prompt(example, tokenizer, max_prompt, chat_template)
+            ids = _cut_prompt(example, to_ids, max_prompt)
         prompts.append(ids)
         answers.append(answer_ids(example, tokenizer))
+    _check_open(prompts[0], tokenizer, {tokenizer.eos_token_id, *ends}, chat_template)
     longest = max(map(len, answers))
     if longest > max_answer:
         raise UserError(
@@ -110,16 +115,34 @@ def with_noise(
 
 
 def prompt_ids(
-    title: str, reviews: Sequence[str], tokenizer: transformers.PreTrainedTokenizerBase, chat_template: bool
+    title: str,
+    reviews: Sequence[str],
+    tokenizer: transformers.PreTrainedTokenizerBase,
+    chat_template: bool,
+    chat_date: str = DATE,
 ) -> Int32[np.ndarray, " prompt"]:
-    """Ids of the rendered prompt; without a chat template, with the BOS that some tokenizers add."""
-    text = render_prompt(title, reviews)
+    """Ids of the rendered prompt; without a chat template, with the BOS that some tokenizers add.
+
+    No title or review gives a control token: what spells one is broken up.
+    """
+    text = spell_out(render_prompt(title, reviews), tokenizer)
     if chat_template:
-        turns = [{"role": "user", "content": text}]
-        text = tokenizer.apply_chat_template(
-            turns, tokenize=False, add_generation_prompt=True, enable_thinking=False
-        )
+        text = chat_prompt(text, tokenizer, chat_date)
     return np.array(tokenizer(text, add_special_tokens=not chat_template)["input_ids"], np.int32)
+
+
+def _check_open(
+    prompt: Int32[np.ndarray, " prompt"], tokenizer, ends: Collection[int], chat_template: bool
+) -> None:
+    """UserError if the last token of a prompt that is no white space ends a turn: nothing is left to be said."""
+    last = next((i for i in prompt[::-1].tolist() if tokenizer.decode([i]).strip()), None)
+    if last in ends:
+        fix = (
+            "its chat template must open the assistant's turn, mend chat_template.jinja or set task.chat_template=False"
+            if chat_template
+            else "set add_eos_token to false in tokenizer_config.json, or mend tokenizer.json's post_processor"
+        )
+        raise UserError(f"{tokenizer.name_or_path}: prompts end in EOS {tokenizer.decode([last])!r}; {fix}")
 
 
 def answer_ids(
@@ -155,25 +178,33 @@ def rendered(examples: Sequence[ListExample]) -> Iterator[str]:
 
 
 def _cut_prompt(
-    example: ListExample, tokenizer, max_prompt: int, chat_template: bool
+    example: ListExample, to_ids: Callable[..., np.ndarray], max_prompt: int
 ) -> Int32[np.ndarray, " prompt"]:
-    """Bisect the number of words a review: more words never make a shorter prompt."""
+    """The prompt with reviews of as many words as fit; if not even one does, of as many characters, the title too."""
 
-    def cut(words: int) -> np.ndarray:
-        return prompt_ids(
-            example.title, [first_words(r, words) for r in example.reviews], tokenizer, chat_template
-        )
+    def words(count: int) -> np.ndarray:
+        return to_ids(example.title, [first_words(r, count) for r in example.reviews])
 
-    fits, too_many = 0, max(r.count(" ") + 1 for r in example.reviews)
+    def characters(count: int) -> np.ndarray:
+        return to_ids(example.title[:count], [r[:count] for r in example.reviews])
+
+    longest = max(map(len, (example.title, *example.reviews)))
+    for cut, most in ((words, max(r.count(" ") + 1 for r in example.reviews)), (characters, longest)):
+        if fits := _most_that_fit(lambda n, cut=cut: len(cut(n)) <= max_prompt, most):
+            return cut(fits)
+    raise UserError(
+        f"list {example.key}: its prompt is above task.max_prompt={max_prompt} tokens even with one character a "
+        "review; raise it or lower task.k"
+    )
+
+
+def _most_that_fit(fit: Callable[[int], bool], too_many: int) -> int:
+    """The largest number below `too_many` that fits, by bisection: more never make a shorter prompt. 0 if none does."""
+    fits = 0
     while too_many - fits > 1:
         middle = (fits + too_many) // 2
-        fits, too_many = (middle, too_many) if len(cut(middle)) <= max_prompt else (fits, middle)
-    if fits == 0:
-        raise UserError(
-            f"list {example.key}: its prompt is above {max_prompt} tokens even with one word a review; "
-            "raise the prompt limit or lower task.k"
-        )
-    return cut(fits)
+        fits, too_many = (middle, too_many) if fit(middle) else (fits, middle)
+    return fits
 
 
 def choose_buckets(lengths: Sequence[int], count: int = 4) -> tuple[int, ...]:

@@ -39,6 +39,16 @@ class LabelFile:
             self._met.add(key)
         return self._scores.get(key)
 
+    def notes(self) -> list[str]:
+        """What a reader should know of the scores: whether they look like those of a smaller scale."""
+        lowest, highest = min(self._scores.values()), max(self._scores.values())
+        if highest > MAX_SCORE / 2:
+            return []
+        return [
+            f"{self._path}: scores only from {lowest} to {highest} where the scale is 0-{MAX_SCORE}; scale them up if "
+            "the rubric was another"
+        ]
+
     def check(self, max_unmet: float) -> None:
         """Raise UserError if more than the share `max_unmet` of the keys, or all, named no review so far."""
         unmet = [key for key in self._scores if key not in self._met]
@@ -56,23 +66,28 @@ def read_labels(path: str | os.PathLike) -> dict[str, int]:
 
     Raises:
       UserError: naming file and line, for a line that is no such object, a score outside 0–10, a key with
-        two scores.
+        two scores; or if the scores are fractions of 1.
     """
-    labels: dict[str, int] = {}
+    labels: dict[str, int | float] = {}
     for number, line in enumerate(read_lines(path), 1):
         if line.isspace():
             continue
         key, score = _label(line, f"{path}:{number}")
-        if labels.setdefault(key, score) != score:
+        if round(labels.setdefault(key, score)) != round(score):
             raise UserError(f"{path}:{number}: key {key} has two scores, {labels[key]} and {score}; keep one")
     if not labels:
         raise UserError(
             f'{path}: has no labels; give lines like {{"key": "0f3a…", "score": 7}} or no data.labels'
         )
-    return labels
+    if max(labels.values()) <= 1 and any(score != int(score) for score in labels.values()):
+        raise UserError(
+            f"{path}: every score is between 0 and 1, so rounding would leave 0 and 1 alone; the scale is "
+            f"0-{MAX_SCORE}, multiply them by {MAX_SCORE}"
+        )
+    return {key: round(score) for key, score in labels.items()}
 
 
-def _label(line: bytes, where: str) -> tuple[str, int]:
+def _label(line: bytes, where: str) -> tuple[str, int | float]:
     try:
         row = json.loads(line)
         key, score = row["key"], row["score"]
@@ -82,4 +97,4 @@ def _label(line: bytes, where: str) -> tuple[str, int]:
         raise UserError(f'{where}: "key" is {type(key).__name__}, not a string')
     if isinstance(score, bool) or not isinstance(score, int | float) or not 0 <= score <= MAX_SCORE:
         raise UserError(f'{where}: "score" is {score!r}, not a number from 0 to {MAX_SCORE}')
-    return key, round(score)
+    return key, score

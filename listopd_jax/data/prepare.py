@@ -20,7 +20,7 @@ from listopd_jax.data.table import fetch, scan
 from listopd_jax.errors import UserError
 from listopd_jax.metrics_log import progress
 
-FORMAT = 1
+FORMAT = 2
 """Part of the fingerprint: raise it when the same config and files give another data set."""
 _DATA_FIELDS = (
     "source",
@@ -137,7 +137,10 @@ def _build(data: Any, task: Any, inputs: dict[str, pathlib.Path], folder: pathli
     labels = f"file {inputs['labels'].name}" if "labels" in inputs else f"votes, capped at {data.vote_cap}"
     sources = {name: {"file": path.name, "bytes": path.stat().st_size} for name, path in inputs.items()}
     head = {"source": data.source, "inputs": sources, "labels": labels}
-    return head | summarize(rows, dict(tally), plan.counts, data.max_lists) | {"files": built}
+    summary = summarize(rows, dict(tally), plan.counts, data.max_lists)
+    if isinstance(score, LabelFile):
+        summary["notes"] += score.notes()
+    return head | summary | {"files": built}
 
 
 def _reviews(data: Any, inputs: dict[str, pathlib.Path], tally: Counter) -> Iterator[Review]:

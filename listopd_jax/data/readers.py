@@ -3,7 +3,8 @@
 | source | file | product | votes |
 |---|---|---|---|
 | clothing | Women's E-Commerce Clothing Reviews, CSV | `Clothing ID` | `Positive Feedback Count` |
-| amazon2018 | Ni et al. 2019, JSON lines | `asin` | `vote`, a string like "1,234", mostly absent |
+| amazon2018 | Ni et al. 2019, JSON lines | `asin` | `vote`, a string like "1,234", mostly absent; in the 2014 release \
+the first of `helpful`, [votes, of how many] |
 | amazon2023 | Hou et al. 2024, JSON lines | `parent_asin` (variants share it; `asin` would split them) |
 `helpful_vote(s)` |
 
@@ -24,6 +25,15 @@ from listopd_jax.errors import UserError
 
 TITLE_WORDS = 24
 """Product titles are cut here: some sellers put hundreds of search words in them."""
+
+_PAGE = re.compile(
+    r"getTime\(|\bfunction\s*\([\w\s,]*\)\s*\{|\bvar \w+\s*=|</?(?:script|style|span|div|img)\b|<a\s+href"
+    r"|\b(?:document|window)\.\w+[.(]",
+    re.IGNORECASE,
+)
+"""What only a title scraped from a page's code has, as some of 2018 do."""
+
+_COUNT = re.compile(r"(?:[0-9]+|[0-9]{1,3}(?:,[0-9]{3})+)(?:\.0*)?")
 
 _BROKEN = (ValueError, TypeError, ArithmeticError, AttributeError, RecursionError)
 
@@ -80,8 +90,8 @@ def read_titles(
 ) -> dict[str, str]:
     """Titles of the `wanted` products from an Amazon metadata file (by `parent_asin`, 2018 `asin`), streamed.
 
-    Counts meta_rows and meta_broken into `tally`. Raises UserError as `read_reviews` does, and if no
-    product matches.
+    A title that is code of a web page is left out. Counts meta_rows and meta_broken into `tally`. Raises UserError as
+    `read_reviews` does, and if no product matches.
     """
     titles = {}
     for row in _json_rows(path):
@@ -92,7 +102,7 @@ def read_titles(
         except (KeyError, *_BROKEN):
             tally["meta_broken"] += 1
             continue
-        if product in wanted and title:
+        if product in wanted and title and not _PAGE.search(title):
             titles[product] = title
     if tally["meta_broken"] > max_broken * tally["meta_rows"]:
         raise UserError(
@@ -119,8 +129,11 @@ def _json_rows(path: str | os.PathLike) -> Iterator[dict | None]:
 
 
 def _csv_rows(path: str | os.PathLike) -> Iterator[dict | None]:
-    """Rows of a CSV file with a header; None for a row that the csv module refuses or that is not UTF-8."""
-    reader = csv.DictReader(_decoded(path))
+    """Rows of a CSV file with a header; None for a row that the csv module refuses or that is not UTF-8.
+
+    None too for one with more or fewer fields than the header, whose values may stand in the wrong columns.
+    """
+    reader = csv.DictReader(_decoded(path), strict=True)
     try:
         missing = {"Clothing ID", "Review Text", "Positive Feedback Count"} - set(reader.fieldnames or ())
     except csv.Error as e:
@@ -132,7 +145,7 @@ def _csv_rows(path: str | os.PathLike) -> Iterator[dict | None]:
     while True:
         try:
             row = next(reader)
-            yield row if _is_text(row) else None
+            yield row if _is_whole(row) else None
         except StopIteration:
             return
         except csv.Error:
@@ -145,8 +158,11 @@ def _decoded(path: str | os.PathLike) -> Iterator[str]:
         yield line.decode("utf-8-sig" if number == 1 else "utf-8", errors="surrogateescape")
 
 
-def _is_text(row: dict) -> bool:
-    return not any(_SURROGATE.search(value) for value in row.values() if isinstance(value, str))
+def _is_whole(row: dict) -> bool:
+    """Whether each column has one value, a text: csv puts what is too much under None, and None where it lacks."""
+    return None not in row and all(
+        value is not None and not _SURROGATE.search(value) for value in row.values()
+    )
 
 
 def _clothing(row: dict) -> Review:
@@ -160,7 +176,16 @@ def _clothing(row: dict) -> Review:
 
 def _amazon2018(row: dict) -> Review:
     user, product = _identifier(row, "reviewerID"), _identifier(row, "asin")
-    return Review(user, product, "", clean_text(row.get("reviewText") or ""), _votes(row.get("vote")))
+    return Review(user, product, "", clean_text(row.get("reviewText") or ""), _votes_2018(row))
+
+
+def _votes_2018(row: dict) -> int:
+    if "vote" in row or "helpful" not in row:
+        return _votes(row.get("vote"))
+    votes, of = map(_votes, row["helpful"])
+    if votes > of:
+        raise ValueError(row["helpful"])
+    return votes
 
 
 def _amazon2023(row: dict) -> Review:
@@ -183,7 +208,11 @@ def _votes(value: str | int | float | None) -> int:
     """Votes as a count ≥ 0 from 3, 3.0, "3" or "1,234"; None is 0; ValueError for anything else."""
     if value is None:
         return 0
-    number = float(value.replace(",", "") if isinstance(value, str) else value)
+    if isinstance(value, str):
+        if not _COUNT.fullmatch(value.strip()):
+            raise ValueError(value)
+        value = value.replace(",", "")
+    number = float(value)
     if isinstance(value, bool) or not math.isfinite(number) or number < 0 or number != int(number):
         raise ValueError(value)
     return int(number)

@@ -61,6 +61,11 @@ def _notes(rows: dict[str, list[dict]], read: dict[str, int], max_lists: int) ->
         notes.append(
             f"{read['products_without_title']} products have no title, only an id; data.meta_path gives some"
         )
+    labels = {score for part in rows.values() for row in part for score in row["scores"]}
+    if len(labels) == 1:
+        notes.append(
+            f"every label is {labels.pop()}: nothing to rank by; has this file the votes, or are they elsewhere?"
+        )
     total = sum(map(len, rows.values()))
     if total < max_lists:
         notes.append(f"data.max_lists={max_lists}, but the reviews give only {total} lists")

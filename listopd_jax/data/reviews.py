@@ -6,6 +6,7 @@ import html
 import re
 
 _BREAK = re.compile(r"<br\s*/?>", re.IGNORECASE)
+_ENTITY = re.compile(r"&(?:#[0-9]+|#[xX][0-9a-fA-F]+|[A-Za-z][A-Za-z0-9]*);")
 _UNESCAPES = 8
 _UNPRINTABLE = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")
 
@@ -33,11 +34,12 @@ class Review:
 def clean_text(text: str) -> str:
     """HTML unescaped, `<br />` and control characters to spaces, whitespace runs to one space.
 
-    Entities are unescaped up to 8 times, since real reviews hold even `&amp;amp;amp;amp;#39;`.
+    Entities are unescaped up to 8 times, since real reviews hold even `&amp;amp;amp;amp;#39;`. Without its semicolon
+    one is left alone: in the address `?a=1&copy=2` it is none.
     `<|` becomes `< |`, so that no review can spell a tokenizer's control token such as `<|im_end|>`.
     """
     for _ in range(_UNESCAPES if "&" in text else 0):
-        text = html.unescape(text)
+        text = _ENTITY.sub(lambda entity: html.unescape(entity[0]), text)
     text = _UNPRINTABLE.sub(" ", _BREAK.sub(" ", text))
     return " ".join(text.split()).replace("<|", "< |")
 

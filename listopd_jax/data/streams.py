@@ -2,12 +2,12 @@
 
 import contextlib
 import gzip
+import io
 import os
 import pathlib
 import zipfile
 import zlib
 from collections.abc import Iterator
-from typing import IO
 
 from tqdm import tqdm
 
@@ -15,6 +15,23 @@ from listopd_jax.errors import UserError
 
 MAX_LINE = 1 << 26
 """Bytes: no line of a review file is longer, so one that is would only fill the memory."""
+
+_OTHER_FORMATS = (
+    (257, b"ustar", "a tar archive", "unpack it"),
+    (0, b"\x1f\x8b", "packed twice", "unpack it"),
+    (0, b"PK\x03\x04", "packed twice", "unpack it"),
+    (0, b"BZh", "a bzip2 file", "unpack it"),
+    (0, b"\xfd7zXZ", "an xz file", "unpack it"),
+    (0, b"\x28\xb5\x2f\xfd", "a zstd file", "unpack it"),
+    (0, b"7z\xbc\xaf", "a 7z archive", "unpack it"),
+    (0, b"PAR1", "a Parquet file", "write it as JSON lines or CSV"),
+    (0, b"\xff\xfe", "UTF-16 text", "write it as UTF-8"),
+    (0, b"\xfe\xff", "UTF-16 text", "write it as UTF-8"),
+    (0, b"version https://git-lfs", "a Git LFS pointer", "fetch the file itself"),
+    (0, b"<!doctype", "a web page", "download the file itself"),
+    (0, b"<html", "a web page", "download the file itself"),
+)
+"""(offset, first bytes, what it is, what to do) of files that people have in place of reviews."""
 
 
 def read_lines(path: str | os.PathLike) -> Iterator[bytes]:
@@ -24,10 +41,11 @@ def read_lines(path: str | os.PathLike) -> Iterator[bytes]:
 
     Raises:
       UserError: the file is missing, a folder, unreadable, a broken or truncated archive, an archive of
-        several files, or has a line above `MAX_LINE`.
+        several files, of a format that is no text, packed or not, or has a line above `MAX_LINE`.
     """
     path = pathlib.Path(path)
     with _readable(path), open(path, "rb") as raw, _decompressed(raw, path) as stream:
+        _refuse_other_formats(stream.peek(512)[:512], path)
         size = os.fstat(raw.fileno()).st_size
         with tqdm(
             total=size, desc=f"reading {path.name}", unit="B", unit_scale=True, leave=False, disable=None
@@ -63,7 +81,7 @@ def _readable(path: pathlib.Path) -> Iterator[None]:
         raise UserError(f"{path}: cannot be read ({e.strerror or e})") from e
 
 
-def _decompressed(raw: IO[bytes], path: pathlib.Path) -> IO[bytes]:
+def _decompressed(raw: io.BufferedReader, path: pathlib.Path) -> io.BufferedIOBase:
     magic = raw.read(4)
     raw.seek(0)
     if magic.startswith(b"\x1f\x8b"):
@@ -72,6 +90,12 @@ def _decompressed(raw: IO[bytes], path: pathlib.Path) -> IO[bytes]:
         archive = zipfile.ZipFile(raw)
         return archive.open(_sole_member(archive, path))
     return raw
+
+
+def _refuse_other_formats(head: bytes, path: pathlib.Path) -> None:
+    for offset, magic, what, fix in _OTHER_FORMATS:
+        if head[offset:].lower().startswith(magic.lower()):
+            raise UserError(f"{path}: is {what}; {fix}, and name that file")
 
 
 def _sole_member(archive: zipfile.ZipFile, path: pathlib.Path) -> zipfile.ZipInfo:

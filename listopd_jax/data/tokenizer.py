@@ -1,16 +1,20 @@
-"""Tokenizers: load one, train a small one for the embedded data, and insist that two are the same."""
+"""Tokenizers: load one and see that it can do the task, train a small one for the embedded data."""
 
 import os
 import pathlib
 from collections.abc import Iterable
 
+import huggingface_hub
 import tokenizers
 import transformers
+from absl import logging
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from listopd_jax import files
 from listopd_jax.data import manifest
 from listopd_jax.errors import UserError, one_line
+from listopd_jax.task.contract import strict_parse
+from listopd_jax.task.prompt import render_answer, review_ids
 
 EOS, PAD = "<|im_end|>", "<|endoftext|>"
 
@@ -18,21 +22,80 @@ EOS, PAD = "<|im_end|>", "<|endoftext|>"
 # with one space before it, white space. On our JSON: `[{"` `review` `_id` `":"` `r` `1` `","` … `}]`.
 _PIECES = r"(?: |[^\s\p{L}\p{N}])?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+|\s+"
 _PROBE = (
-    'Below are 8 reviews.\n[Review 1] id=r1 It\'s très 5\'8", <b>naïve</b>\n[{"review_id":"r1","score":10}]'
+    "Below are 8 reviews.\n[Review 1] id=r1 It's très 5'8\", <b>naïve</b>  $12.50 \tcafe\u0301 帽子 🧢 OK!!\n\n"
+    '[{"review_id":"r1","score":10}]'
 )
+_VOCABULARIES = (
+    "tokenizer.json tokenizer.model vocab.json vocab.txt spiece.model sentencepiece.bpe.model".split()
+)
+"""What holds a tokenizer's tokens; of a folder without any, transformers makes a tokenizer of one token."""
+
+_KEPT_APART = (
+    "merges.txt tokenizer_config.json special_tokens_map.json added_tokens.json chat_template.jinja".split()
+)
+_OF_VERSION_5 = ("backend", "is_local", "local_files_only")  # how it was loaded, not what it is
 
 
 def load_tokenizer(path: str | os.PathLike) -> transformers.PreTrainedTokenizerBase:
-    """The tokenizer in a local folder or of a hub id, with an EOS, and a PAD (EOS if it defines none).
+    """`read_tokenizer`, and what a run needs of it: a known EOS, a PAD (EOS if it defines none), answers it can spell.
 
-    A hub id that the manifest lists is loaded at its pinned revision.
-
-    Raises:
-      UserError: not found, not reachable (offline), not a tokenizer, or without an EOS token.
+    Raises UserError if it cannot be read, defines no EOS or one that its vocabulary lacks, or if the right answer does
+    not come back from its ids.
     """
-    revision = "main" if pathlib.Path(path).exists() else manifest.revision(os.fspath(path))
+    tokenizer = read_tokenizer(path)
+    _check_eos(tokenizer, path)
+    _check_answer(tokenizer, path)
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def read_tokenizer(path: str | os.PathLike) -> transformers.PreTrainedTokenizerBase:
+    """The tokenizer in a local folder or of a hub id, which gives the ids that its tokenizer.json gives.
+
+    A hub id that the manifest lists is loaded at its pinned revision. transformers rebuilds some classes by rules of
+    its own: where these give other ids than the file, the file is read as it is, and that is said.
+
+    Raises UserError: not found, not reachable (offline), not a tokenizer, or none that knows where its tokens stand in
+    a text.
+    """
+    if pathlib.Path(path).is_dir() and not has_tokenizer(path):
+        raise UserError(
+            f"{path}: holds no tokenizer (no {_VOCABULARIES[0]}); set tokenizer.path to one that does, e.g. that of "
+            "the model that these weights were made from"
+        )
+    tokenizer, file = _load(transformers.AutoTokenizer, path), _file(path)
+    if file is not None and not _obeys(tokenizer, file):
+        logging.warning("%s: %s gives other ids; used as it is", file, type(tokenizer).__name__)
+        tokenizer = _load(transformers.PreTrainedTokenizerFast, path)
+        if not _obeys(tokenizer, file):
+            raise UserError(
+                f"{file}: transformers gives other ids than this file; fetch tokenizer.json and tokenizer_config.json "
+                "again, both of one model"
+            )
+    if not tokenizer.is_fast:
+        raise UserError(f"{path}: holds no tokenizer.json, and none can be made of it; add the model's")
+    return tokenizer
+
+
+def has_tokenizer(folder: str | os.PathLike) -> bool:
+    """Whether a local folder holds a tokenizer; the folder of a checkpoint need not."""
+    return any((pathlib.Path(folder) / name).exists() for name in _VOCABULARIES)
+
+
+def tokenizer_files(path: str | os.PathLike) -> list[pathlib.Path]:
+    """The files, sorted, that make the tokenizer of a local folder or a hub id that was loaded before."""
+    found = (_file(path, name) for name in (*_VOCABULARIES, *_KEPT_APART))
+    return sorted(file for file in found if file is not None)
+
+
+def _revision(path: str | os.PathLike) -> str:
+    return "main" if pathlib.Path(path).exists() else manifest.revision(os.fspath(path))
+
+
+def _load(kind: type, path: str | os.PathLike) -> transformers.PreTrainedTokenizerBase:
     try:
-        tokenizer = transformers.AutoTokenizer.from_pretrained(os.fspath(path), revision=revision)
+        return kind.from_pretrained(os.fspath(path), revision=_revision(path))
     except (OSError, ValueError, KeyError, TypeError, ImportError) as e:
         raise UserError(
             f"{path}: no tokenizer can be loaded from this folder or hub id ({one_line(e)[:200]})"
@@ -42,11 +105,68 @@ def load_tokenizer(path: str | os.PathLike) -> transformers.PreTrainedTokenizerB
         if type(e) is not Exception:
             raise
         raise UserError(f"{path}: tokenizer.json is damaged ({e}); fetch it again") from e
+
+
+def _file(path: str | os.PathLike, name: str = "tokenizer.json") -> pathlib.Path | None:
+    """A file of a tokenizer that was loaded from a folder or hub id; None if it has none of that name."""
+    if pathlib.Path(path).is_dir():
+        file = pathlib.Path(path) / name
+        return file if file.is_file() else None
+    cached = huggingface_hub.try_to_load_from_cache(os.fspath(path), name, revision=_revision(path))
+    return pathlib.Path(cached) if isinstance(cached, str) else None
+
+
+def _obeys(tokenizer: transformers.PreTrainedTokenizerBase, file: pathlib.Path) -> bool:
+    """Whether its tokens have the ids of its tokenizer.json, and text is split as that says."""
+    stored = tokenizers.Tokenizer.from_file(str(file))
+    stored.no_truncation()
+    stored.no_padding()
+    ids = tokenizer(_PROBE, add_special_tokens=False)["input_ids"]
+    same_ids = stored.get_vocab().items() <= tokenizer.get_vocab().items()
+    return same_ids and ids == stored.encode(_PROBE, add_special_tokens=False).ids
+
+
+def _check_eos(tokenizer: transformers.PreTrainedTokenizerBase, path: str | os.PathLike) -> None:
+    """UserError without an EOS, or with one that transformers had to make an id for: no model has learnt it."""
     if tokenizer.eos_token_id is None:
-        raise UserError(f"{path}: this tokenizer defines no EOS token, without which no answer can end")
-    if tokenizer.pad_token_id is None:
-        tokenizer.pad_token = tokenizer.eos_token
-    return tokenizer
+        raise UserError(
+            f"{path}: this tokenizer defines no EOS token, without which no answer can end; set eos_token in "
+            "tokenizer_config.json"
+        )
+    known = tokenizer.init_kwargs.get("added_tokens_decoder") or {}
+    file = _file(path)
+    if file is None or tokenizer.eos_token_id in known:
+        return
+    if tokenizers.Tokenizer.from_file(str(file)).token_to_id(tokenizer.eos_token) is None:
+        raise UserError(
+            f"{path}: tokenizer_config.json says eos_token {tokenizer.eos_token!r}, which tokenizer.json has not; name "
+            "the token that ends the model's turns"
+        )
+
+
+def _check_answer(tokenizer: transformers.PreTrainedTokenizerBase, path: str | os.PathLike) -> None:
+    """UserError unless the right answer comes back from its ids: SFT would train on what the contract fails."""
+    scores = tuple(range(11))
+    ids = tokenizer(render_answer(scores), add_special_tokens=False)["input_ids"]
+    text = tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+    if strict_parse(text, review_ids(len(scores))).scores != scores:
+        raise UserError(
+            f"{path}: this tokenizer cannot spell the answers: the right one comes back from its ids as "
+            f"{' '.join(text.split())[:60]!r}; use a model whose vocabulary has {{, }}, [, ] and digits"
+        )
+
+
+def save_tokenizer(tokenizer: transformers.PreTrainedTokenizerBase, folder: str | os.PathLike) -> None:
+    """Write a tokenizer to `folder` in the terms that transformers 4 and 5, and vLLM, all read."""
+    # versions before 4.52 know no chat_template.jinja
+    tokenizer.save_pretrained(folder, save_jinja_files=False)
+    path = pathlib.Path(folder) / "tokenizer_config.json"
+    config = {name: value for name, value in files.read_json(path).items() if name not in _OF_VERSION_5}
+    if config.get("tokenizer_class") == "TokenizersBackend":
+        config["tokenizer_class"] = "PreTrainedTokenizerFast"
+    if isinstance(config.get("extra_special_tokens"), list):
+        config["additional_special_tokens"] = config.pop("extra_special_tokens")
+    files.write_json(path, config)
 
 
 def train_tokenizer(
@@ -81,33 +201,33 @@ def train_tokenizer(
     )
     try:
         with files.whole_folder(folder) as new:
-            fast.save_pretrained(new)
+            save_tokenizer(fast, new)
     except OSError as e:
         raise files.not_written(folder, e) from e
     return load_tokenizer(folder)
 
 
 def check_tokenizers_agree(
-    student: transformers.PreTrainedTokenizerBase, teacher: transformers.PreTrainedTokenizerBase
+    ours: transformers.PreTrainedTokenizerBase, theirs: transformers.PreTrainedTokenizerBase
 ) -> None:
-    """Raise UserError unless both give the same ids to the same text, end alike and format a chat alike.
+    """Raise UserError unless a model's own tokenizer (`theirs`) gives the same ids to the same text as `ours`.
 
-    Distillation compares the two models' probabilities of the same ids, so any difference makes it
-    meaningless.
+    Distillation compares the two models' probabilities of the same ids, so any difference makes it meaningless. EOS
+    and chat template may differ, as those of a base model and its instruct model do: `ours` decides. So may tokens
+    that only one of them has, such as a [PAD] that was added.
     """
-    a, b = student.get_vocab(), teacher.get_vocab()
-    if a != b:
-        unlike = sum(b.get(token) != i for token, i in a.items()) + len(b.keys() - a.keys())
+    a, b = ours.get_vocab(), theirs.get_vocab()
+    token_of = {i: token for token, i in b.items()}
+    if unlike := sum(b.get(token, i) != i or token_of.get(i, token) != token for token, i in a.items()):
         raise UserError(
-            f"student and teacher have different vocabularies ({len(a)} and {len(b)} entries, "
-            f"{unlike} unlike); choose models of one family"
+            f"{theirs.name_or_path}: has another vocabulary than tokenizer.path={ours.name_or_path} ({len(b)} and "
+            f"{len(a)} entries, {unlike} unlike); choose models of one family"
         )
-    if student(_PROBE)["input_ids"] != teacher(_PROBE)["input_ids"]:
+    if (
+        ours(_PROBE, add_special_tokens=False)["input_ids"]
+        != theirs(_PROBE, add_special_tokens=False)["input_ids"]
+    ):
         raise UserError(
-            "student and teacher split the same text into different tokens; choose models of one family"
+            f"{theirs.name_or_path}: splits the same text into other tokens than tokenizer.path={ours.name_or_path}; "
+            "choose models of one family"
         )
-    for name in ("eos_token_id", "chat_template"):
-        if getattr(student, name) != getattr(teacher, name):
-            raise UserError(
-                f"student and teacher tokenizers differ in {name}; give both the same tokenizer folder"
-            )

@@ -9,11 +9,12 @@ import jax.numpy as jnp
 import ml_collections
 from flax import nnx
 
+from listopd_jax import files
 from listopd_jax.data import manifest
 from listopd_jax.errors import UserError
 from listopd_jax.models.config import ModelConfig, custom_config, named_config
 from listopd_jax.models.decoder import Decoder, abstract
-from listopd_jax.models.hf import load_hf, read_config, resolve
+from listopd_jax.models.hf import check_hf, load_hf, read_eos_ids, resolve
 from listopd_jax.parallel.compiler import OTHER, backend_options
 from listopd_jax.parallel.rules import param_shardings
 
@@ -23,10 +24,11 @@ PARAM_DTYPE = "float32"  # of what trains: in bfloat16, p - lr*u rounds back to 
 def model_config(model: ml_collections.FrozenConfigDict, vocab: int) -> ModelConfig:
     """The dimensions of config section `model`; a custom shape has exactly the tokenizer's `vocab` rows.
 
-    Raises UserError if the model has fewer embedding rows than the tokenizer has tokens.
+    Raises UserError if the model has fewer embedding rows than the tokenizer has ids, or if its checkpoint lacks
+    tensors or has others than its config.json asks for.
     """
     if model.weights:
-        config = read_config(weights_folder(model.weights))
+        config = check_hf(weights_folder(model.weights))
     elif model.architecture != "custom":
         config = named_config(model.architecture)
     else:
@@ -34,9 +36,34 @@ def model_config(model: ml_collections.FrozenConfigDict, vocab: int) -> ModelCon
     if config.vocab_size < vocab:
         raise UserError(
             f"{model.weights or model.architecture}: {config.vocab_size} embedding rows for a tokenizer of {vocab} "
-            "tokens; set tokenizer.path to this model's tokenizer"
+            "ids; set tokenizer.path to this model's tokenizer, whose tokenizer_config.json adds no token to it"
         )
     return config
+
+
+def model_ends(model: ml_collections.FrozenConfigDict, vocab: int) -> tuple[int, ...]:
+    """Every id that ends a completion of the checkpoint of config section `model`; () without one.
+
+    Raises UserError if the tokenizer, whose ids are below `vocab`, has no such id.
+    """
+    ids = read_eos_ids(weights_folder(model.weights)) if model.weights else ()
+    if unknown := [i for i in ids if i >= vocab]:
+        raise UserError(
+            f"{model.weights}: generation_config.json (or config.json) has eos_token_id {unknown[0]}, but its "
+            f"tokenizer only ids below {vocab}; correct it, or set tokenizer.path to this model's tokenizer"
+        )
+    return ids
+
+
+def weights_digest(model: ml_collections.FrozenConfigDict) -> str | None:
+    """SHA-256 of what the checkpoint of config section `model` consists of, read anew; None without one."""
+    if not model.weights:
+        return None
+    folder = weights_folder(model.weights)
+    parts = [*folder.glob("*.safetensors"), *folder.glob("*.index.json"), folder / "config.json"]
+    if (folder / "generation_config.json").exists():
+        parts.append(folder / "generation_config.json")
+    return files.json_sha256({part.name: files.sha256(part) for part in parts})
 
 
 @functools.cache

@@ -126,7 +126,7 @@ def _sampler(config: Any, shapes: Mapping[str, ModelConfig], vocab: int, mesh: M
     weights, key, temperature = _replicate(
         jax.eval_shape(lambda: (jnp.ones((1, config.opd.rollouts)), jax.random.key(0), jnp.float32(1))), mesh
     )
-    settings = Settings(config.task.max_response, vocab, eos=0, pad=0, draft_tokens=draft_tokens(config))
+    settings = Settings(config.task.max_response, vocab, eos=(0,), pad=0, draft_tokens=draft_tokens(config))
     graphs = (_graph(config, shapes["student"], mesh),)
     return Sampler(graphs, (params,), weights, key, temperature, settings)
 

@@ -32,6 +32,7 @@ METRICS = {
     "ndcg@10": "NDCG@10",
     "tau": "Kendall τ",
     "mae": "MAE",
+    "ended": "ends",
 }
 """The metrics of a record and their names."""
 

@@ -224,7 +224,8 @@ def _how_to_read(inputs: Inputs) -> str:
     gains = sorted({record.gain for record in inputs.results if record.gain})
     text = (
         "Strict parse, greedy decoding. Parse and useful (parse · NDCG@1) count every list; the other "
-        "metrics only lists that parse, “–” where none does. Small print: 95 % bootstrap intervals over "
+        "metrics only lists that parse, “–” where none does. Ends: the share of answers, parsed or not, that close "
+        "with EOS before the token budget does. Small print: 95 % bootstrap intervals over "
         "lists; one of zero width only means that all lists agree."
     )
     return text + (f" NDCG gain: {', '.join(gains)}." if gains else "")

@@ -54,7 +54,7 @@ class Settings(NamedTuple):
 
     max_tokens: int  # at least 1
     vocab: int
-    eos: int
+    eos: tuple[int, ...]  # each of these ids ends a completion
     pad: int
     greedy: bool = False
     draft_tokens: int = 0  # most that are drafted per row and step (`draft_size`); 0: none
@@ -147,12 +147,17 @@ def sample_tokens(
 
 
 def _standing(
-    rows: Rows, tokens: Int[Array, "B n S"], drafted: Int[Array, "B n S-1"], eos: int
+    rows: Rows, tokens: Int[Array, "B n S"], drafted: Int[Array, "B n S-1"], eos: tuple[int, ...]
 ) -> Int[Array, "B n"]:
     """How many of `tokens` stand: up to the first that was not drafted, an EOS, or the budget."""
-    goes_on = (tokens[..., :-1] == drafted) & (tokens[..., :-1] != eos)
+    goes_on = (tokens[..., :-1] == drafted) & ~_ends(tokens[..., :-1], eos)
     count = 1 + jnp.cumprod(goes_on, axis=-1).sum(-1)
     return jnp.where(rows.done, 0, jnp.minimum(count, rows.budgets - rows.rollout.lengths))
+
+
+def _ends(tokens: Int[Array, "*s"], eos: tuple[int, ...]) -> Bool[Array, "*s"]:
+    """Which tokens end a completion."""
+    return jnp.isin(tokens, jnp.array(eos, jnp.int32))
 
 
 def _written(rows: Rows, tokens, logprobs, count: Int[Array, "B n"], settings: Settings) -> Rows:
@@ -167,7 +172,7 @@ def _written(rows: Rows, tokens, logprobs, count: Int[Array, "B n"], settings: S
     lengths = old.lengths + count
     last = jnp.take_along_axis(tokens, jnp.maximum(count - 1, 0)[..., None], axis=-1)[..., 0]
     rollout = Rollout(put(old.tokens, tokens), put(old.logprobs, logprobs), lengths, old.steps)
-    done = rows.done | (last == settings.eos) | (lengths >= rows.budgets)
+    done = rows.done | _ends(last, settings.eos) | (lengths >= rows.budgets)
     return rows._replace(done=done, source=rows.source + count, rollout=rollout)
 
 

@@ -20,12 +20,13 @@ from listopd_jax.task.prompt import review_ids
 
 
 class Answer(NamedTuple):
-    """One judged answer; `index` is the row of the evaluated split."""
+    """One judged answer; `index` is the row of the evaluated split, `ended` whether it closed before its budget did."""
 
     index: int
     text: str
     parsed: Parsed
     true_scores: tuple[float, ...]
+    ended: bool = True
 
 
 def greedy_answers(
@@ -51,16 +52,21 @@ def greedy_answers(
         ids = review_ids(batch["scores"].shape[1])
         for row in np.flatnonzero(batch["weight"]):
             index, true = int(batch["index"][row]), tuple(batch["scores"][row].tolist())
-            for column, text in zip(answers, codec.texts(tokens[row], lengths[row]), strict=True):
-                column.append(Answer(index, text, strict_parse(text, ids), true))
+            texts, ended = codec.texts(tokens[row], lengths[row]), codec.ended(tokens[row], lengths[row])
+            for column, text, end in zip(answers, texts, ended.tolist(), strict=True):
+                column.append(Answer(index, text, strict_parse(text, ids), true, end))
         reached(f"{description} {number}")
     return answers
 
 
 def result_record(answers: Sequence[Answer], head: dict[str, Any], gain: str, bootstrap: int) -> Result:
-    """One entry of results.json: `head` (run, stage, lam, seed, steps) and the metrics with intervals."""
+    """One entry of results.json: `head` (run, stage, lam, seed, steps), the metrics with intervals, and `ended`.
+
+    An answer may parse and go on to its budget all the same: the contract judges what it says, `ended` that it stops.
+    """
     found = summarize([(a.parsed, a.true_scores) for a in answers], gain=gain, bootstrap=bootstrap)
-    return Result(**head, **{attribute(name): value for name, value in found.items()})
+    ended = sum(a.ended for a in answers) / len(answers) if answers else None
+    return Result(**head, **{attribute(name): value for name, value in found.items()}, ended=ended)
 
 
 def pick_examples(answers: Sequence[Answer], count: int) -> list[Answer]:

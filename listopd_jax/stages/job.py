@@ -16,21 +16,38 @@ from listopd_jax import files
 from listopd_jax.config import digest, is_small
 from listopd_jax.data import input as data_input
 from listopd_jax.data.builder import read_split
+from listopd_jax.data.chat import turn_ends
 from listopd_jax.data.prepare import prepare
-from listopd_jax.data.tokenizer import check_tokenizers_agree, load_tokenizer, train_tokenizer
+from listopd_jax.data.tokenizer import (
+    check_tokenizers_agree,
+    has_tokenizer,
+    load_tokenizer,
+    read_tokenizer,
+    tokenizer_files,
+    train_tokenizer,
+)
 from listopd_jax.errors import UserError
-from listopd_jax.models.build import graph_of, model_config
+from listopd_jax.models.build import graph_of, model_config, model_ends, weights_digest, weights_folder
 from listopd_jax.models.config import ModelConfig
 from listopd_jax.ops.attention_backends import resolve
 from listopd_jax.parallel import hosts, rules
-from listopd_jax.task.codec import Codec
+from listopd_jax.records import RESULTS
+from listopd_jax.task.codec import Codec, vocab_of
 from listopd_jax.task.prompt import ListExample, render_answer
 from listopd_jax.train.loop import Saving
 
+ROLES = ("teacher", "student")
+STAMP = "data.json"
+INPUTS = {
+    "fingerprint": "the data files",
+    "tokenizer": "the files of tokenizer.path",
+    "teacher": "the files of teacher.weights",
+    "student": "the files of student.weights",
+}
+"""What STAMP has the digests of."""
 
-DRAFT_TOKENS = (
-    8  # by default; an object of an answer has 10 to 28 tokens, most of them the same in every answer
-)
+
+DRAFT_TOKENS = 8  # by default; an object of an answer has 10 to 28 tokens, most of them always the same
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,7 +63,7 @@ class Job:
     @functools.cached_property
     def shapes(self) -> dict[str, ModelConfig]:
         """Dimensions of teacher and student."""
-        return {role: model_config(self.config[role], self.codec.vocab) for role in ("teacher", "student")}
+        return {role: model_config(self.config[role], self.codec.vocab) for role in ROLES}
 
     @functools.cached_property
     def graphs(self) -> dict[str, nnx.GraphDef]:
@@ -59,7 +76,7 @@ class Job:
         task = self.config.task
         return data_input.encode_split(
             self.examples[split], self.codec.tokenizer, max_prompt=task.max_prompt, max_answer=task.max_response,
-            chat_template=task.chat_template,
+            chat_template=task.chat_template, chat_date=task.chat_date, ends=self.codec.ends,
         )  # fmt: skip
 
     @functools.cached_property
@@ -85,7 +102,7 @@ class Job:
         answer = render_answer([7] * len(next(iter(self.examples["train"])).scores))
         hint = [*codec.tokenizer.encode(answer, add_special_tokens=False), codec.eos]
         return {
-            "max_tokens": task.max_response, "vocab": codec.vocab, "eos": codec.eos, "pad": codec.pad,
+            "max_tokens": task.max_response, "vocab": codec.vocab, "eos": codec.ends, "pad": codec.pad,
             "hint": np.array([hint], np.int32), "draft_tokens": draft_tokens(self.config),
         }  # fmt: skip
 
@@ -137,31 +154,59 @@ def open_job(config: ml_collections.FrozenConfigDict, workdir: pathlib.Path) -> 
     backend = resolve(config.attention, jax.default_backend(), config.dtype.compute)
     with hosts.main_first():
         report = prepare(config.data, config.task, workdir / "data")
-        refuse_other_data(workdir, report["fingerprint"])
+        refuse_other_inputs(workdir, fingerprint=report["fingerprint"])
         for note in report["notes"]:
             logging.warning("data: %s", note)
         examples = {split: read_split(workdir / "data", split) for split in ("train", "validation")}
         tokenizer = _tokenizer(config, workdir, report["fingerprint"], examples["train"])
-    return Job(config, workdir, Codec(tokenizer), examples, backend)
+        if hosts.is_main():
+            refuse_other_inputs(workdir, **_digests(config))
+    ends = [i for role in ROLES for i in model_ends(config[role], vocab_of(tokenizer))]
+    ends += turn_ends(tokenizer) if config.task.chat_template else []
+    job = Job(config, workdir, Codec(tokenizer, ends), examples, backend)
+    _ = (
+        job.shapes,
+        job.validation,
+    )  # a checkpoint or template that does not fit shows now, not when its turn comes
+    return job
 
 
-def refuse_other_data(workdir: pathlib.Path, fingerprint: str) -> None:
-    """UserError if models of this workdir were trained on another data set than the one that its config gives now."""
-    stamp, now = workdir / "data.json", {"fingerprint": fingerprint}
-    if stamp.exists() and (workdir / "checkpoints").exists() and files.read_json(stamp) != now:
+def refuse_other_inputs(workdir: pathlib.Path, **digests: str | None) -> None:
+    """UserError if models of this workdir were made from other files than those that its config names now.
+
+    `digests` are of INPUTS, by name; None, for what the config does not name, is left out.
+    """
+    stamp, now = workdir / STAMP, {name: digest for name, digest in digests.items() if digest is not None}
+    before = files.read_json(stamp) if stamp.exists() else {}
+    if not isinstance(before, dict):
+        raise UserError(f"{stamp}: not what a run writes; restore it, or choose another --workdir")
+    used = any((workdir / name).exists() for name in ("checkpoints", RESULTS))
+    changed = [name for name in now if before.get(name, now[name]) != now[name]]
+    if used and changed:
         raise UserError(
-            f"{workdir}: the data files changed since its models were trained; choose another --workdir"
+            f"{workdir}: {INPUTS[changed[0]]} changed since its models were made; choose another --workdir"
         )
-    files.write_json(stamp, now)
+    files.write_json(stamp, before | now)
+
+
+def _digests(config: ml_collections.FrozenConfigDict) -> dict[str, str | None]:
+    """What decides a run besides config and data: the bytes of the folders that the config names."""
+    path = config.tokenizer.path
+    files_of = {f.name: files.sha256(f) for f in tokenizer_files(path)} if path else {}
+    return {
+        "tokenizer": files.json_sha256(files_of) if path else None,
+        **{role: weights_digest(config[role]) for role in ROLES},
+    }
 
 
 def _tokenizer(config, workdir: pathlib.Path, fingerprint: str, examples: list[ListExample]):
-    """The tokenizer of the config, checked against the models' own; or one trained on `examples`, once."""
+    """The tokenizer of the config, checked against those of the models that have one; or one trained on `examples`."""
     if config.tokenizer.path:
         tokenizer = load_tokenizer(config.tokenizer.path)
-        for role in ("student", "teacher"):
-            if config[role].weights and config[role].weights != config.tokenizer.path:
-                check_tokenizers_agree(tokenizer, load_tokenizer(config[role].weights))
+        for role in ROLES:
+            own = weights_folder(config[role].weights) if config[role].weights else None
+            if own is not None and own != pathlib.Path(config.tokenizer.path) and has_tokenizer(own):
+                check_tokenizers_agree(tokenizer, read_tokenizer(own))
         return tokenizer
     folder, stamp = workdir / "tokenizer", workdir / "tokenizer.json"
     made_from = {"data": fingerprint, "vocab_size": config.tokenizer.vocab_size}

@@ -148,7 +148,7 @@ def tokens_per_decode_step(rollout: Rollout) -> float:
 
 
 def contract_metrics(rollout: Rollout, advantage, codec: Codec, k: int) -> dict[str, float]:
-    """What the sampled completions say of the contract: strict parse rate, and advantage by kind of token."""
+    """What the sampled completions say of the contract: how many hold it and end, advantage by kind of token."""
     tokens = hosts.gather(rollout.tokens).reshape(-1, rollout.tokens.shape[-1])
     lengths = hosts.gather(rollout.lengths).reshape(-1)
     parsed = [strict_parse(text, review_ids(k)).failure == "ok" for text in codec.texts(tokens, lengths)]
@@ -156,6 +156,7 @@ def contract_metrics(rollout: Rollout, advantage, codec: Codec, k: int) -> dict[
     content = (np.arange(tokens.shape[1]) < lengths[:, None]) & ~structural
     return {
         "parse": np.mean(parsed),
+        "ended": np.mean(codec.ended(tokens, lengths)),
         "advantage_structural": _mean(values[structural]),
         "advantage_content": _mean(values[content]),
     }

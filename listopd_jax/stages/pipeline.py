@@ -73,11 +73,12 @@ def most_useful(workdir: pathlib.Path, runs: Sequence[Run]) -> int | None:
 def finish(job: Job, role: str, params: Any, run: Run, export: bool = True) -> None:
     """Export and evaluate the policy that `run` ended in; its record in results.json says that both are done."""
     if export and job.config.train.export:
-        save_hf(job.workdir / "export" / run.name, job.shapes[role], params, job.codec.tokenizer)
+        folder, codec = job.workdir / "export" / run.name, job.codec
+        save_hf(folder, job.shapes[role], params, codec.tokenizer, ends=codec.ends)
     record = evaluate(job, role, params, run)
     shown = ", ".join(
         f"{name} {value:.3f}"
-        for name in ("parse", "useful", "ndcg@1")
+        for name in ("parse", "ended", "useful", "ndcg@1")
         if (value := record.metric(name)) is not None
     )
     if is_main():

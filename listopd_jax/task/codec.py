@@ -1,6 +1,6 @@
 """Between token ids and the text that the contract judges."""
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 import numpy as np
 from jaxtyping import Bool, Int
@@ -8,30 +8,53 @@ from transformers import PreTrainedTokenizerBase
 
 from listopd_jax.task.contract import STRUCTURAL, TOKEN_CLASSES, token_classes
 
+NO_TEXT = (
+    "\ufffd"  # stands for a token other than an end that decodes to nothing, such as an id that no token has
+)
 IS_STRUCTURAL = np.array([name in STRUCTURAL for name in TOKEN_CLASSES])
 
 
-class Codec:
-    """A tokenizer with what decoding needs: `vocab` size, `eos` and `pad` ids, and the text of each token."""
+def vocab_of(tokenizer: PreTrainedTokenizerBase) -> int:
+    """The largest id of a tokenizer and one more; ids may have holes."""
+    return max(tokenizer.get_vocab().values()) + 1
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase):
+
+class Codec:
+    """A tokenizer with what decoding needs: `vocab`, the text of each token, and the ids `eos`, `ends` and `pad`.
+
+    Any of `ends` closes a completion; `eos`, one of them, closes the answers of SFT. `also_end` are those of the
+    models, besides the tokenizer's.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, also_end: Collection[int] = ()):
         self.tokenizer = tokenizer
-        self.vocab = len(tokenizer)
+        self.vocab = vocab_of(tokenizer)
         self.eos = tokenizer.eos_token_id
+        self.ends = tuple(sorted({self.eos, *also_end}))
         self.pad = tokenizer.pad_token_id
-        self._pieces = [tokenizer.decode([i], clean_up_tokenization_spaces=False) for i in range(self.vocab)]
-        self._pieces[self.eos] = ""  # what token_classes takes for the end
+        # "" is what token_classes takes for the end
+        self._pieces = [
+            "" if i in self.ends else tokenizer.decode([i], clean_up_tokenization_spaces=False) or NO_TEXT
+            for i in range(self.vocab)
+        ]
 
     def text(self, tokens: Sequence[int]) -> str:
-        """The text of one completion, its closing EOS left out; other special tokens stay visible."""
+        """The text of one completion, its closing EOS (one of `ends`) left out; other special tokens stay visible."""
         tokens = list(tokens)
-        tokens = tokens[:-1] if tokens and tokens[-1] == self.eos else tokens
+        tokens = tokens[:-1] if tokens and tokens[-1] in self.ends else tokens
         return self.tokenizer.decode(tokens, skip_special_tokens=False, clean_up_tokenization_spaces=False)
 
     def texts(self, tokens: Int[np.ndarray, "*s T"], lengths: Int[np.ndarray, "*s"]) -> list[str]:
         """The texts of a batch of completions, flattened."""
         rows = zip(tokens.reshape(-1, tokens.shape[-1]), lengths.reshape(-1), strict=True)
         return [self.text(row[:n].tolist()) for row, n in rows]
+
+    def ended(
+        self, tokens: Int[np.ndarray, "*s T"], lengths: Int[np.ndarray, "*s"]
+    ) -> Bool[np.ndarray, "*s"]:
+        """Whether each completion closes with one of `ends`; one that does not was cut off by its budget."""
+        last = np.take_along_axis(tokens, np.maximum(lengths - 1, 0)[..., None], axis=-1)[..., 0]
+        return (lengths > 0) & np.isin(last, self.ends)
 
     def classes(
         self, tokens: Int[np.ndarray, "N T"], lengths: Int[np.ndarray, " N"]

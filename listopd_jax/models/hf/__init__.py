@@ -1,7 +1,7 @@
 """Hugging Face checkpoints in and out: the only place that knows their names, shapes and config.json."""
 
-from listopd_jax.models.hf.config import read_config, resolve
-from listopd_jax.models.hf.load import load_hf
+from listopd_jax.models.hf.config import read_config, read_eos_ids, resolve
+from listopd_jax.models.hf.load import check_hf, load_hf
 from listopd_jax.models.hf.save import hf_tensors, save_hf
 
-__all__ = ["hf_tensors", "load_hf", "read_config", "resolve", "save_hf"]
+__all__ = ["check_hf", "hf_tensors", "load_hf", "read_config", "read_eos_ids", "resolve", "save_hf"]

@@ -36,6 +36,7 @@ def resolve(source: str | os.PathLike, revision: str | None = None) -> pathlib.P
 def read_config(folder: pathlib.Path) -> ModelConfig:
     """The ModelConfig of folder/config.json; UserError if broken or of a kind that Decoder lacks."""
     path = pathlib.Path(folder) / "config.json"
+    _refuse_adapter(pathlib.Path(folder))
     raw = read_object(path)
     try:
         _refuse_unsupported(raw)
@@ -50,12 +51,38 @@ def read_config(folder: pathlib.Path) -> ModelConfig:
         raise UserError(f"{path}: {e}") from e
 
 
+def read_eos_ids(folder: pathlib.Path) -> tuple[int, ...]:
+    """Every id that ends a completion of a checkpoint: generation_config.json's, if it has none config.json's.
+
+    UserError if they are not ids.
+    """
+    path, value = folder / "generation_config.json", None
+    if path.exists():
+        value = read_object(path).get("eos_token_id")
+    if value is None:
+        path = folder / "config.json"
+        value = read_object(path).get("eos_token_id")
+    ids = [] if value is None else value if isinstance(value, list) else [value]
+    if not all(isinstance(i, int) and not isinstance(i, bool) and i >= 0 for i in ids):
+        raise UserError(f"{path}: eos_token_id {value!r} is no token id and no list of them; correct it")
+    return tuple(ids)
+
+
 def read_object(path: pathlib.Path) -> dict[str, Any]:
     """The object that a JSON file of a checkpoint holds; UserError if it is missing or broken."""
     value = files.read_json(path, fix="download it again")
     if not isinstance(value, dict):
         raise UserError(f"{path}: must be a JSON object; download it again")
     return value
+
+
+def _refuse_adapter(folder: pathlib.Path) -> None:
+    """UserError for the folder of an adapter, even beside whole weights: without it they are another model."""
+    if found := min(folder.glob("adapter_*"), default=None):
+        raise UserError(
+            f"{folder}: holds {found.name}, a LoRA or other adapter and not a whole model; merge it first: "
+            "peft.AutoPeftModelForCausalLM.from_pretrained(FOLDER).merge_and_unload().save_pretrained(NEW_FOLDER)"
+        )
 
 
 def _refuse_unsupported(raw: dict[str, Any]) -> None:
@@ -70,11 +97,19 @@ def _refuse_unsupported(raw: dict[str, Any]) -> None:
         "quantization_config": raw.get("quantization_config"),
         f"hidden_act {activation!r}": activation != "silu",
         "partial_rotary_factor": raw.get("partial_rotary_factor", 1) != 1,
-        f"architectures {architectures}": architectures and "ForCausalLM" not in str(architectures),
+        f"architectures {architectures}": architectures and not _generates(str(architectures), raw),
     }
     for problem, present in problems.items():
         if present:
             raise UserError(f"{problem} is not supported; use a plain qwen3 or llama causal language model")
+
+
+def _generates(architectures: str, raw: dict[str, Any]) -> bool:
+    """Whether a model has a head: the bare decoder, as embedding models are saved, only where it shares its matrix."""
+    bare = (
+        bool(re.search(r"\b(Qwen3|Llama)Model\b", architectures)) and raw.get("tie_word_embeddings") is True
+    )
+    return "ForCausalLM" in architectures or bare
 
 
 def _slides(raw: dict[str, Any]) -> bool:

@@ -3,7 +3,7 @@
 import json
 import os
 import pathlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
@@ -13,6 +13,7 @@ from safetensors import SafetensorError
 from safetensors.numpy import save_file
 
 from listopd_jax import files
+from listopd_jax.data.tokenizer import save_tokenizer
 from listopd_jax.errors import UserError
 from listopd_jax.models.config import ModelConfig
 from listopd_jax.models.hf.config import config_json
@@ -27,10 +28,12 @@ def save_hf(
     tokenizer=None,
     dtype=None,
     max_shard_bytes: int = 5_000_000_000,
+    ends: Sequence[int] = (),
 ) -> None:
     """Write a checkpoint that `AutoModelForCausalLM.from_pretrained` loads: Qwen3 if `qk_norm`, else Llama.
 
-    `dtype` casts the weights (None keeps their own: a round trip is then exact bit for bit). The folder
+    `dtype` casts the weights (None keeps their own: a round trip is then exact bit for bit). `ends` are the ids that
+    end a completion, for generation_config.json. The folder
     appears whole or not at all; an earlier export in its place is replaced, any other folder with files in it
     is refused (UserError). Every host calls it, for its parts of the weights; the first writes.
     """
@@ -45,8 +48,10 @@ def save_hf(
         with files.whole_folder(folder) as new:
             _write_shards(new, config, params, dtype, max_shard_bytes)
             if tokenizer is not None:
-                tokenizer.save_pretrained(new)
+                save_tokenizer(tokenizer, new)
             _write_json(new / "config.json", config_json(config, weights, tokenizer))
+            if ends:
+                _write_json(new / "generation_config.json", {"eos_token_id": list(ends)})
     except (OSError, SafetensorError) as e:
         raise files.not_written(folder, e, "another folder") from e
 

@@ -1,0 +1,83 @@
+"""The chat template of a tokenizer: one user turn as the prompt, and templates that would spoil every prompt."""
+
+import datetime
+import re
+
+import transformers
+
+from listopd_jax.data.control import control_ids
+from listopd_jax.errors import UserError, one_line
+
+DATE = "2024-07-26"
+"""What a template that asks is told today's date is: prompts must not change overnight."""
+
+_THOUGHT = re.compile(
+    r"[<\[◁]\|?(?P<closing>/|end_(?:of_)?)?(?:\w+:)?(?:start_|begin_of_)?"
+    r"(?:think|thinking|thought|reason|reasoning)\|?[>\]▷]",
+    re.IGNORECASE,
+)
+_FIX = "mend chat_template.jinja or set task.chat_template=False"
+_DIRECTIVES = "a A b B c d e H I j m M p S U w x X y Y Z -d -m".split()
+
+
+def chat_prompt(message: str, tokenizer: transformers.PreTrainedTokenizerBase, date: str = DATE) -> str:
+    """`message` as one user turn, the assistant's turn opened and thinking switched off; `date` is an ISO date.
+
+    Raises UserError, which names the tokenizer: it has no template, or one that fails, leaves out the message, or
+    opens a thought and does not close it.
+    """
+    text = _render([{"role": "user", "content": message}], tokenizer, date, add_generation_prompt=True)
+    _, found, tail = text.rpartition(message.strip())
+    if not found:
+        raise UserError(
+            f"{tokenizer.name_or_path}: its chat template leaves out or changes the user's message; {_FIX}"
+        )
+    thoughts = list(_THOUGHT.finditer(tail))
+    if thoughts and not thoughts[-1]["closing"]:
+        raise UserError(
+            f"{tokenizer.name_or_path}: its chat template opens {thoughts[-1][0]} with thinking switched off and does "
+            f"not close it, so every answer would be a thought; {_FIX}"
+        )
+    return text
+
+
+def turn_ends(tokenizer: transformers.PreTrainedTokenizerBase) -> list[int]:
+    """The id of the control token that the chat template writes after an assistant's words; [] if it writes none.
+
+    [] too if it fails on an assistant's turn, which no prompt has.
+    """
+    words = "the answer"
+    turns = [{"role": "user", "content": "question"}, {"role": "assistant", "content": words}]
+    try:
+        tail = _render(turns, tokenizer, DATE).rpartition(words)[2]
+    except UserError:
+        return []
+    ids = tokenizer(tail, add_special_tokens=False)["input_ids"]
+    return ids[:1] if tail.strip() and ids[0] in control_ids(tokenizer) else []
+
+
+def _render(turns: list[dict[str, str]], tokenizer, date: str, **options: bool) -> str:
+    name = tokenizer.name_or_path
+    if not tokenizer.chat_template:
+        raise UserError(
+            f"task.chat_template=True, but {name} has none; set it to False or use another tokenizer"
+        )
+    try:
+        return tokenizer.apply_chat_template(
+            turns,
+            chat_template=_dated(tokenizer.get_chat_template(), datetime.date.fromisoformat(date)),
+            tokenize=False,
+            enable_thinking=False,
+            **options,
+        )
+    except Exception as e:  # a template is a program: it can raise anything
+        said = one_line(e)[:200]
+        raise UserError(f"{name}: its chat template fails on {len(turns)} turn(s) ({said}); {_FIX}") from e
+
+
+def _dated(template: str, date: datetime.date) -> str:
+    """The template with a `strftime_now` of its own, which tells `date`, in place of the one that reads the clock."""
+    if "strftime_now" not in template:
+        return template
+    known = "".join(f'|replace("%{d}", "{date.strftime("%" + d)}")' for d in _DIRECTIVES)
+    return "{% macro strftime_now(format) %}{{ format" + known + " }}{% endmacro %}\n" + template
