@@ -68,8 +68,9 @@ def test_every_step_is_logged_with_every_metric(finished):
         (lam, s) for lam in (1.0, 2.0) for s in (1, 2, 3)
     ]
     wanted = {
-        "loss", "tokens_per_decode_step", "advantage_mean", "advantage_structural", "advantage_content", "ratio_max", "clip_fraction",
-        "reverse_kl", "entropy", "completion_length", "parse", "ended", "grad_norm", "sampler_trainer_gap",
+        "loss", "tokens_per_decode_step", "advantage_mean", "advantage_structural", "advantage_content", "ratio_max",
+        "clip_fraction", "reverse_kl", "entropy", "completion_length", "parse", "ended", "grad_norm",
+        "sampler_trainer_gap",
     }  # fmt: skip
     assert all(wanted <= row.keys() for row in opd)
     assert all(row["sampler_trainer_gap"] < 1e-4 for row in opd)
