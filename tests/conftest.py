@@ -39,7 +39,8 @@ def shared() -> pathlib.Path:
 
 SLOW_FILES = (
     "benchmarks benchmarks_gpu data_input data_prepare forecast guard launch main models_check models_hf opd_step "
-    "parallel parallel_hosts plan_compile rollout rollout_segments survival gather_kernel calibrate checkpoints"
+    "parallel parallel_hosts plan_compile plan_gpu "
+    "rollout rollout_segments survival gather_kernel calibrate checkpoints"
 ).split()
 """tests/test_NAME.py that take more than a few seconds each: not in `make quick`."""
 

@@ -1,13 +1,14 @@
 """The real rollout and update programs, compiled ahead of time for devices that need not exist.
 
 Nothing is allocated: arguments are shapes with shardings. For TPUs it is libtpu's own compiler, so what it says of
-memory is what a chip would say.
+memory is what a chip would say; for GPUs it is XLA's, with the options that a job gives it.
 """
 
+import contextlib
 import importlib.util
 import re
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -24,9 +25,11 @@ from listopd_jax.models.decoder import KVCache, abstract
 from listopd_jax.ops.attention_backends import resolve
 from listopd_jax.ops.opd_loss import Frozen
 from listopd_jax.parallel import rules
+from listopd_jax.parallel.compiler import ROLLOUT, UPDATE, Options, backend_options, product_precision
 from listopd_jax.parallel.mesh import use_mesh
+from listopd_jax.plan import gpu
 from listopd_jax.plan.chips import GIB, Topology
-from listopd_jax.plan.hlo import traffic
+from listopd_jax.plan.traffic import traffic
 from listopd_jax.rollout.decode import Rollout, Sampler, Settings, capacities, first_segment, segment
 from listopd_jax.stages.opd import hyper_at, make_step
 from listopd_jax.train.opd_step import OpdBatch
@@ -40,12 +43,13 @@ _TOO_LARGE = (
 
 
 class Program(NamedTuple):
-    """What the compiler says of one program, in bytes on one device; `traffic` by mesh axis, see hlo.py."""
+    """What the compiler says of one program, in bytes on one device; `traffic` by mesh axis, see traffic.py."""
 
     arguments: int
     results: int  # without those that reuse an argument's memory
     temporaries: int
     traffic: Mapping[str, float]
+    text: str  # the compiled HLO
 
     @property
     def peak(self) -> int:
@@ -62,13 +66,15 @@ class TooLarge(Exception):
 
 
 def devices_of(topology: Topology) -> list[Any] | None:
-    """Devices to compile for: a described TPU slice, or those at hand; None where they are too few.
+    """Devices to compile for: those at hand, or described ones; None where there is no compiler for GPUs.
 
     Raises UserError if libtpu is missing.
     """
     if not topology.is_tpu:
         here = [d for d in jax.devices() if d.platform == topology.platform]
-        return here[: topology.devices] if len(here) >= topology.devices else None
+        if len(here) >= topology.devices:
+            return here[: topology.devices]
+        return gpu.described_devices(topology) if topology.platform == "gpu" and gpu.can_compile() else None
     if importlib.util.find_spec("libtpu") is None:
         raise UserError(
             f"--topology={topology.name}: needs the TPU compiler; pip install 'listopd_jax[tpu]', or --compiles=0"
@@ -93,27 +99,35 @@ def compile_rollout(config: Any, shapes: Mapping[str, ModelConfig], vocab: int, 
 
     Memory is that of its hungrier program, of the first token or of the last segment; traffic that of both.
     """
-    first, last = _rollout_programs(config, shapes, vocab, mesh)
+    sizes = capacities(config.task.max_response)
+    first, (last,) = rollout_programs(config, shapes, vocab, mesh, sizes[-1:])
+    # While the caches grow one by one, the shorter twin of the one at hand is there too.
+    own = max(map(_shard_bytes, _caches(config, shapes["student"], mesh)[1]))
+    twin = own * sizes[-2] // sizes[-1] if len(sizes) > 1 else 0
+    last = last._replace(temporaries=max(last.temporaries, twin))
     moved = dict(Counter(first.traffic) + Counter(last.traffic))
     return max(first, last, key=lambda program: program.peak)._replace(traffic=moved)
 
 
-def _rollout_programs(config: Any, shapes: Mapping[str, ModelConfig], vocab: int, mesh: Mesh):
-    """Of the first token, and of the last segment, whose cache has the room of the whole budget."""
+def rollout_programs(
+    config: Any, shapes: Mapping[str, ModelConfig], vocab: int, mesh: Mesh, sizes: Sequence[int]
+) -> tuple[Program, list[Program]]:
+    """Of the first token, and of each segment whose cache has room for so many of `sizes` tokens."""
     sampler = _sampler(config, shapes, vocab, mesh)
     prompts, lengths, rollout = _batch(config, mesh)
-    sizes, rows = capacities(sampler.settings.max_tokens), rollout.lengths.size
 
     def start(capacity):
         return first_segment.lower(sampler, prompts, lengths, None, capacity)
 
-    with use_mesh(mesh):
-        first, shardings = _compiled(start(sizes[0]), "rollout", mesh)
-        state = rules.abstract(start(sizes[-1]).out_info, shardings)
-        last, _ = _compiled(segment.lower(sampler, *state, least=rows), "rollout", mesh)
-    # While the caches grow one by one, the shorter twin of the one at hand is there too.
-    twin = max(map(_shard_bytes, state[1].caches)) // 2 * sizes[-2] // sizes[-1] if len(sizes) > 1 else 0
-    return first, last._replace(temporaries=max(last.temporaries, twin))
+    with _target(config, mesh):
+        smallest = start(capacities(config.task.max_response)[0])
+        first, shardings = _compiled(smallest, "rollout", ROLLOUT, mesh)
+        segments = []
+        for size in sizes:
+            state = rules.abstract(start(size).out_info, shardings)
+            lowered = segment.lower(sampler, *state, least=rollout.lengths.size)
+            segments.append(_compiled(lowered, "rollout", ROLLOUT, mesh)[0])
+    return first, segments
 
 
 def _sampler(config: Any, shapes: Mapping[str, ModelConfig], vocab: int, mesh: Mesh) -> Sampler:
@@ -133,14 +147,40 @@ def compile_update(config: Any, shapes: Mapping[str, ModelConfig], vocab: int, m
     step = make_step(config.opd, _optimizer(config), graphs, vocab=vocab, attention=_attention(config, mesh))
     state, frozen = _state(config, shapes, mesh)
     scalars = jax.eval_shape(lambda: (hyper_at(config.opd, lam=1.0, step=0), jnp.float32(config.opd.lr)))
-    with use_mesh(mesh):
+    with _target(config, mesh):
         lowered = step.lower(state, frozen, OpdBatch(*_batch(config, mesh)), *_replicate(scalars, mesh))
-        return _compiled(lowered, "update", mesh)[0]
+        return _compiled(lowered, "update", UPDATE, mesh)[0]
+
+
+@contextlib.contextmanager
+def _target(config: Any, mesh: Mesh) -> Iterator[None]:
+    """While inside, programs are lowered as a job on the devices of `mesh` would have them."""
+    platform = platform_of(mesh)
+    cudnn = gpu.assumed_cudnn() if platform == "gpu" and _is_described(mesh) else contextlib.nullcontext()
+    precision = jax.default_matmul_precision(product_precision(config.dtype.compute, platform))
+    with use_mesh(mesh), cudnn, precision:
+        yield
+
+
+def platform_of(mesh: Mesh) -> str:
+    """gpu, tpu or cpu."""
+    return mesh.devices.flat[0].platform
+
+
+def _is_described(mesh: Mesh) -> bool:
+    return mesh.devices.flat[0] not in jax.devices()
+
+
+def _options(options: Options, mesh: Mesh) -> dict[str, Any]:
+    """What a job tells the compiler of the mesh's devices, and what must be added where they are not there."""
+    platform = platform_of(mesh)
+    added = gpu.OPTIONS if platform == "gpu" and _is_described(mesh) else {}
+    return (backend_options(options, platform) or {}) | added
 
 
 def _attention(config: Any, mesh: Mesh) -> str:
     """The attention backend for the devices of the mesh, not for those at hand."""
-    return resolve(config.attention, mesh.devices.flat[0].platform, config.dtype.compute)
+    return resolve(config.attention, platform_of(mesh), config.dtype.compute)
 
 
 def _graph(config: Any, shape: ModelConfig, mesh: Mesh) -> nnx.GraphDef:
@@ -217,21 +257,22 @@ def _count(shape: tuple[int, ...]) -> int:
     return count
 
 
-def _compiled(lowered: Any, name: str, mesh: Mesh) -> tuple[Program, Any]:
+def _compiled(lowered: Any, name: str, options: Options, mesh: Mesh) -> tuple[Program, Any]:
     """What the compiler says of a program, and the shardings of its results."""
     try:
-        compiled = lowered.compile()
+        compiled = lowered.compile(compiler_options=_options(options, mesh))
     except jax.errors.JaxRuntimeError as e:
         needed = needed_bytes(str(e))
         if needed is None:
             raise
         raise TooLarge(name, needed) from e
-    memory = compiled.memory_analysis()
+    memory, text = compiled.memory_analysis(), compiled.as_text()
     program = Program(
         memory.argument_size_in_bytes,
         memory.output_size_in_bytes - memory.alias_size_in_bytes,
         memory.temp_size_in_bytes,
-        traffic(compiled.as_text(), dict(mesh.shape)),
+        traffic(text, dict(mesh.shape)),
+        text,
     )
     return program, compiled.output_shardings
 

@@ -14,7 +14,8 @@ from listopd_jax.errors import UserError, did_you_mean
 from listopd_jax.models.config import NAMED_CONFIGS, ModelConfig, custom_config, named_config
 from listopd_jax.plan import arithmetic
 from listopd_jax.plan.arithmetic import Layout, Load
-from listopd_jax.plan.chips import GIB, Topology
+from listopd_jax.plan.chips import GIB, RATES, Topology
+from listopd_jax.plan.gpu import EXTRA
 
 ROOM = 0.8  # share of the memory that an estimate may fill, since it is rough
 TOKENIZERS = {"qwen3": 151669, "llama3": 128256, "smollm2": 49152}
@@ -96,7 +97,7 @@ def make_plan(config: Any, topology: Topology, load: Load, compile_it: bool) -> 
     """Everything that is known of one OPD step of `config` on `topology`, as JSON values.
 
     load: mean tokens, for FLOPs and times; memory is of the widest prompts and completions. Memory is the compiler's if
-    `compile_it` and there is a compiler for the topology, else an estimate.
+    `compile_it` and there is a compiler for the topology, else an estimate, which says how to get the compiler.
     """
     shapes, layout = shapes_of(config), layout_of(config, topology)
     pair = shapes["student"], shapes["teacher"]
@@ -120,10 +121,28 @@ def make_plan(config: Any, topology: Topology, load: Load, compile_it: bool) -> 
         "phases": floor["phases"],
         "hbm_gib": topology.chip.hbm_gib,
     }
-    compiled = _compiled_memory(config, shapes, topology, layout) if compile_it else None
-    memory = compiled or _estimated_memory(pair, worst_load(config), layout)
+    memory = _compiled_memory(config, shapes, topology, layout) if compile_it else None
+    if memory is None:
+        memory = _estimated_memory(
+            pair, worst_load(config), layout, f"; {EXTRA} compiles" if compile_it else ""
+        )
     refused = memory["refused"] is not None
     return plan | memory | {"fits": not refused and memory["peak_gib"] <= topology.chip.hbm_gib}
+
+
+def model(config: Any, topology: Topology, load: Load, top: int) -> dict[str, Any]:
+    """The times of `config` by its compiled kernels, see modelled.py; UserError where they cannot be had."""
+    from listopd_jax.parallel.mesh import make_mesh
+    from listopd_jax.plan.compile import devices_of
+    from listopd_jax.plan.modelled import modelled_step
+
+    if topology.kind not in RATES:
+        raise UserError(f"--kernels: no rates are known of {topology.kind}; known: {', '.join(RATES)}")
+    devices = devices_of(topology)
+    if devices is None:
+        raise UserError(f"--kernels: needs XLA's compiler for GPUs; {EXTRA}")
+    mesh = make_mesh(layout_of(config, topology).sizes, devices)
+    return modelled_step(config, shapes_of(config), vocabulary(config), mesh, load, RATES[topology.kind], top)
 
 
 def _arriving(phases: Mapping[str, arithmetic.Cost]) -> dict[str, float]:
@@ -132,10 +151,12 @@ def _arriving(phases: Mapping[str, arithmetic.Cost]) -> dict[str, float]:
     return {axis: sum(cost.arriving.get(axis, 0.0) for cost in phases.values()) for axis in sorted(axes)}
 
 
-def _estimated_memory(pair: tuple[ModelConfig, ModelConfig], load: Load, layout: Layout) -> dict[str, Any]:
+def _estimated_memory(
+    pair: tuple[ModelConfig, ModelConfig], load: Load, layout: Layout, hint: str
+) -> dict[str, Any]:
     memory = arithmetic.memory_estimate(*pair, load, layout)
     return {
-        "memory_source": "estimate by arithmetic, not compiled",
+        "memory_source": f"estimate by arithmetic, not compiled{hint}",
         "refused": None,
         "memory_gib": _gib(memory),
         "peak_gib": arithmetic.peak(memory) / GIB,
