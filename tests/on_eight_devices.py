@@ -14,6 +14,7 @@ from jax.experimental import pallas as pl
 
 from listopd_jax.config import defaults
 from listopd_jax.errors import UserError
+from listopd_jax.models import decoder as models_decoder
 from listopd_jax.models import hf
 from listopd_jax.models.build import initial_params
 from listopd_jax.models.config import ModelConfig
@@ -29,7 +30,7 @@ from listopd_jax.ops.objective import Hyper, Variant
 from listopd_jax.ops.opd_loss import Frozen, Models
 from listopd_jax.parallel.mesh import AXES, make_mesh, use_mesh
 from listopd_jax.parallel.rules import batch_shardings, param_sharding, rollout_shardings, state_shardings
-from listopd_jax.plan.hlo import traffic
+from listopd_jax.plan.traffic import traffic
 from listopd_jax.rollout import decode
 from listopd_jax.rollout.decode import (
     Rollout,
@@ -213,6 +214,22 @@ def test_rollout_writes_the_same_tokens(alone, sizes):
     np.testing.assert_allclose(rollout.logprobs, alone[2].logprobs, atol=1e-5)
     assert len(np.unique(rollout.tokens)) > 10
     check_traffic(program, *sizes[1:], updates=False)
+
+
+@pytest.mark.parametrize("sizes", [(2, 2, 2), (1, 1, 8)], ids=str)
+def test_prompts_are_read_in_blocks_where_rows_are_not_split(sizes, monkeypatch):
+    monkeypatch.setattr(models_decoder, "BLOCK", P)
+    prompts, lengths = opd_batch(3)[:2]
+
+    def read():  # compiled anew each time: the mesh is that of the context
+        return jax.jit(lambda params, *batch: nnx.merge(STUDENT_DEF, params).prefill(*batch))
+
+    mesh, expected = mesh_of(*sizes), read()(STUDENT, prompts, lengths)
+    arguments = put(STUDENT, rollout_shardings, mesh), *put((prompts, lengths), batch_shardings, mesh)
+    with use_mesh(mesh):
+        program = read().lower(*arguments).compile()
+    assert_close(program(*arguments)[0], expected[0])  # of the cache, copies of heads differ in number
+    check_traffic(program.as_text(), *sizes[1:], updates=False)
 
 
 def test_a_cache_that_grows_writes_the_same_tokens(alone, monkeypatch):

@@ -34,6 +34,7 @@ from listopd_jax.rollout.decode import Rollout, Sampler, Settings, capacities, f
 from listopd_jax.stages.opd import hyper_at, make_step
 from listopd_jax.train.opd_step import OpdBatch
 from listopd_jax.train.optimizer import TrainState, adamw
+from listopd_jax.train.sft_step import make_sft_step
 
 ARGUMENTS = ("parameters", "optimizer", "teacher", "base")
 _TOO_LARGE = (
@@ -150,6 +151,28 @@ def compile_update(config: Any, shapes: Mapping[str, ModelConfig], vocab: int, m
     with _target(config, mesh):
         lowered = step.lower(state, frozen, OpdBatch(*_batch(config, mesh)), *_replicate(scalars, mesh))
         return _compiled(lowered, "update", UPDATE, mesh)[0]
+
+
+def compile_sft(config: Any, shapes: Mapping[str, ModelConfig], vocab: int, mesh: Mesh, role: str) -> Program:
+    """The update of the SFT of `role`, at the widest prompts and answers; TooLarge if the compiler refuses."""
+    sft, tx = config.sft[role], adamw(config.optimizer, config.sft[role].b2)
+    graph = _graph(config, shapes[role], mesh)
+    step = make_sft_step(graph, tx, vocab, config.opd.head_chunk, sft.microbatch)
+    params = abstract(shapes[role], param_dtype=jnp.dtype(PARAM_DTYPE))[1]
+    state = TrainState(params, jax.eval_shape(tx.init, params))
+    state = rules.abstract(state, rules.state_shardings(state, mesh))
+    lr = _replicate(jax.ShapeDtypeStruct((), jnp.float32), mesh)
+    with _target(config, mesh):
+        lowered = step.lower(state, _answers(config, sft.batch_size, mesh), lr)
+        return _compiled(lowered, f"sft {role}", UPDATE, mesh)[0]
+
+
+def _answers(config: Any, rows: int, mesh: Mesh) -> dict[str, Any]:
+    """Abstract batch of prompts and right answers, at the widths of the configuration."""
+    widths = {"prompt": config.task.max_prompt, "answer": config.task.max_response}
+    tree = {name: jax.ShapeDtypeStruct((rows, width), jnp.int32) for name, width in widths.items()}
+    tree |= {f"{name}_length": jax.ShapeDtypeStruct((rows,), jnp.int32) for name in widths}
+    return rules.abstract(tree, rules.batch_shardings(tree, mesh))
 
 
 @contextlib.contextmanager
