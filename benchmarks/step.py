@@ -61,8 +61,8 @@ class Step:
             student = load_hf(folder / "student", jnp.dtype(PARAM_DTYPE))[1]
             teacher = load_hf(folder / "teacher", jnp.dtype(config.dtype.frozen))[1]
         self.frozen = Frozen(teacher, cast(student, config.dtype.frozen))
-        tx = adamw(config.optimizer, config.opd.b2)
-        self.state = init_state(student, tx)
+        tx = adamw(config.optimizer, config.opd.b2, config.opd.moments)
+        self.state = init_state(jax.tree.map(jnp.copy, student), tx)
         self.program = make_step(config.opd, tx, self.graphs, vocab=self.vocab, attention=backend)
         self.count = 0
 

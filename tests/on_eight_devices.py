@@ -113,7 +113,7 @@ def put(tree, shardings, mesh):
 
 def three_steps(mesh, step, arguments):
     """State and metrics after three steps from the student, and the compiled program."""
-    state = put(init_state(STUDENT, TX), state_shardings, mesh)
+    state = put(init_state(jax.tree.map(jnp.copy, STUDENT), TX), state_shardings, mesh)
     program = step.lower(state, *arguments, LR).compile()
     for _ in range(3):
         state, metrics, *_ = program(state, *arguments, LR)
@@ -309,7 +309,10 @@ def test_a_grid_step_is_its_points_one_by_one(alone):
         step = make_opd_step(
             MODELS, TX, Variant(guard="teacher"), vocab=VOCAB, chunk=7, microbatch=8, grid=True
         )
-        twice = jax.tree.map(lambda x: np.stack([x, x]), jax.tree.map(np.asarray, init_state(STUDENT, TX)))
+        twice = jax.tree.map(
+            lambda x: np.stack([x, x]),
+            jax.tree.map(np.asarray, init_state(jax.tree.map(jnp.copy, STUDENT), TX)),
+        )
         state = put(twice, state_shardings, mesh)
         assert state.params["embed"][...].sharding.spec[0] == "grid"
         batch = jax.device_put(stacked[0], batch_shardings(stacked[0], mesh, grid=True))

@@ -155,7 +155,7 @@ def verdict(plan: Mapping[str, Any]) -> str:
 def _memory_lines(plan: Mapping[str, Any]) -> list[str]:
     lines = [f"memory a device, GiB ({plan['memory_source']})"]
     lines += [f"  {kind:<22}{size:>9.2f}" for kind, size in plan["memory_gib"].items()]
-    lines += [f"  peak of the {phase:<10}{size:>9.2f}" for phase, size in plan.get("peaks_gib", {}).items()]
+    lines += [f"  peak of the {phase:<11}{size:>8.2f}" for phase, size in plan.get("peaks_gib", {}).items()]
     if plan.get("refused"):
         lines.append(f"  refused by the compiler: {plan['refused']}")
     return lines

@@ -5,6 +5,7 @@ memory is what a chip would say; for GPUs it is XLA's, with the options that a j
 """
 
 import contextlib
+import copy
 import importlib.util
 import re
 from collections import Counter
@@ -13,6 +14,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import ml_collections
 import optax
 from flax import nnx
 from jax.experimental import topologies
@@ -110,6 +112,14 @@ def compile_rollout(config: Any, shapes: Mapping[str, ModelConfig], vocab: int, 
     return max(first, last, key=lambda program: program.peak)._replace(traffic=moved)
 
 
+def compile_evaluation(config: Any, shapes: Mapping[str, ModelConfig], vocab: int, mesh: Mesh) -> Program:
+    """What evaluates the teacher after its SFT, in the compute dtype: the same programs, of its own batch."""
+    alone = ml_collections.ConfigDict(copy.deepcopy(config.to_dict()))
+    with use_mesh(mesh):
+        alone.opd.update(batch_size=rules.round_up_rows(config.evaluation.batch_size), rollouts=1)
+    return compile_rollout(alone, {**shapes, "student": shapes["teacher"]}, vocab, mesh)
+
+
 def rollout_programs(
     config: Any, shapes: Mapping[str, ModelConfig], vocab: int, mesh: Mesh, sizes: Sequence[int]
 ) -> tuple[Program, list[Program]]:
@@ -155,7 +165,8 @@ def compile_update(config: Any, shapes: Mapping[str, ModelConfig], vocab: int, m
 
 def compile_sft(config: Any, shapes: Mapping[str, ModelConfig], vocab: int, mesh: Mesh, role: str) -> Program:
     """The update of the SFT of `role`, at the widest prompts and answers; TooLarge if the compiler refuses."""
-    sft, tx = config.sft[role], adamw(config.optimizer, config.sft[role].b2)
+    sft = config.sft[role]
+    tx = adamw(config.optimizer, sft.b2, sft.moments)
     graph = _graph(config, shapes[role], mesh)
     step = make_sft_step(graph, tx, vocab, config.opd.head_chunk, sft.microbatch)
     params = abstract(shapes[role], param_dtype=jnp.dtype(PARAM_DTYPE))[1]
@@ -213,7 +224,7 @@ def _graph(config: Any, shape: ModelConfig, mesh: Mesh) -> nnx.GraphDef:
 
 def _optimizer(config: Any) -> optax.GradientTransformation:
     """The optimizer of the OPD stage."""
-    return adamw(config.optimizer, config.opd.b2)
+    return adamw(config.optimizer, config.opd.b2, config.opd.moments)
 
 
 def _state(config: Any, shapes: Mapping[str, ModelConfig], mesh: Mesh) -> tuple[TrainState, Frozen]:

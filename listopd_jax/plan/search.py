@@ -1,10 +1,11 @@
 """A plan: memory, traffic and time of one OPD step on a topology; and the search for the cheapest layout that fits."""
 
 import copy
+import functools
 import math
 import pathlib
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import ml_collections
@@ -165,7 +166,7 @@ def _estimated_memory(
 
 
 def _compiled_memory(config, shapes, topology: Topology, layout: Layout) -> dict[str, Any] | None:
-    """Memory of both programs by the compiler; None without devices to compile for."""
+    """Memory of all programs that train, by the compiler; None without devices to compile for."""
     from listopd_jax.parallel.mesh import make_mesh
     from listopd_jax.plan import compile as aot
 
@@ -174,21 +175,28 @@ def _compiled_memory(config, shapes, topology: Topology, layout: Layout) -> dict
         return None
     mesh = make_mesh(layout.sizes, devices)
     memory = aot.state_memory(config, shapes, mesh)
-    resident = sum(memory[kind] for kind in aot.ARGUMENTS)
     result = {"memory_source": f"compiled for {devices[0].device_kind}", "refused": None}
+    # What is not among a program's arguments waits beside it: the teacher, until it is needed; for what writes, whose
+    # own are a copy of the model and the prompts, all else.
+    waiting = {
+        "sft student": memory["teacher"],
+        "evaluation": memory["teacher"] * arithmetic.F32 / arithmetic.WIDTHS[layout.frozen],
+        "rollout": sum(memory[kind] for kind in aot.ARGUMENTS),
+    }
     peaks, moved = {}, {}
-    for phase, build in (("rollout", aot.compile_rollout), ("update", aot.compile_update)):
+    for phase, build in _builds(config).items():
         try:
             program = build(config, shapes, vocabulary(config), mesh)
         except aot.TooLarge as e:
-            peaks[phase] = e.bytes + (resident if phase == "rollout" else 0)
+            peaks[phase] = e.bytes + waiting.get(phase, 0)
             result["refused"] = str(e)
             continue
-        # The rollout's own arguments are the copy of the student and the prompts; all else waits beside it.
-        waiting = resident if phase == "rollout" else 0
-        peaks[phase] = waiting + program.peak
+        peaks[phase] = waiting.get(phase, 0) + program.peak
         listed = memory["rollout copy"] + memory["kv cache"]
-        memory[f"{phase} temporaries"] = program.peak - listed if phase == "rollout" else program.temporaries
+        if phase != "evaluation":
+            memory[f"{phase} temporaries"] = (
+                program.peak - listed if phase == "rollout" else program.temporaries
+            )
         moved[phase] = dict(program.traffic)
     return result | {
         "memory_gib": _gib(memory),
@@ -196,6 +204,16 @@ def _compiled_memory(config, shapes, topology: Topology, layout: Layout) -> dict
         "peak_gib": max(peaks.values()) / GIB,
         "bytes_compiled": moved,
     }
+
+
+def _builds(config: Any) -> dict[str, Callable[..., Any]]:
+    """What compiles the programs of each phase; the SFT of a role only where it is trained."""
+    from listopd_jax.plan import compile as aot
+
+    trained = [role for role in ("teacher", "student") if config.sft[role].steps or config.sft[role].epochs]
+    sft = {f"sft {role}": functools.partial(aot.compile_sft, role=role) for role in trained}
+    evaluation = {"evaluation": aot.compile_evaluation} if "teacher" in trained else {}
+    return sft | evaluation | {"rollout": aot.compile_rollout, "update": aot.compile_update}
 
 
 def _gib(sizes: Mapping[str, float]) -> dict[str, float]:
