@@ -3,6 +3,7 @@
     pip install .              # CPU
     pip install '.[cuda]'      # NVIDIA GPUs
     pip install '.[tpu]'       # Google TPUs; also what the planner needs to compile for TPU slices
+    pip install '.[plan-gpu]'  # on a CPU: XLA's compiler for GPUs, for the planner, without the CUDA libraries
     pip install '.[slurm]'     # launch.slurm
     pip install -e '.[test]'   # linter, tests and the libraries they compare with; the tests need a checkout
 
@@ -73,6 +74,7 @@ setup(
     extras_require={
         "cuda": ["jax[cuda13]>=0.10,<0.13"],
         "tpu": ["jax[tpu]>=0.10,<0.13"],
+        "plan-gpu": ["jax-cuda13-plugin>=0.10,<0.13"],
         "slurm": ["submitit>=1.5"],
         "test": ORACLES,
     },

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Int
 
+from listopd_jax.data.input import WIDTH_MULTIPLE
 from listopd_jax.models.build import PARAM_DTYPE, cast, graph_of, initial_params
 from listopd_jax.models.hf import load_hf
 from listopd_jax.ops.attention_backends import resolve
@@ -21,12 +22,10 @@ from listopd_jax.stages.opd import hyper_at, make_step
 from listopd_jax.train.opd_step import OpdBatch
 from listopd_jax.train.optimizer import adamw, init_state
 
-PROMPT_MULTIPLE = 64  # widths of prompts, as the job's buckets have them
-
 
 def random_prompts(config: Any, tokens: int) -> Int[np.ndarray, "B P"]:
     """Prompts of `tokens` random ids each (0 and 1, PAD and EOS, are none), right-padded to a bucket's width."""
-    width = min(config.task.max_prompt, round_up(tokens, PROMPT_MULTIPLE))
+    width = min(config.task.max_prompt, round_up(tokens, WIDTH_MULTIPLE))
     rng = np.random.default_rng(0)
     ids = rng.integers(2, vocabulary(config), (config.opd.batch_size, tokens), dtype=np.int32)
     return np.pad(ids, ((0, 0), (0, width - tokens)))
@@ -62,8 +61,8 @@ class Step:
             student = load_hf(folder / "student", jnp.dtype(PARAM_DTYPE))[1]
             teacher = load_hf(folder / "teacher", jnp.dtype(config.dtype.frozen))[1]
         self.frozen = Frozen(teacher, cast(student, config.dtype.frozen))
-        tx = adamw(config.optimizer, config.opd.b2)
-        self.state = init_state(student, tx)
+        tx = adamw(config.optimizer, config.opd.b2, config.opd.moments)
+        self.state = init_state(jax.tree.map(jnp.copy, student), tx)
         self.program = make_step(config.opd, tx, self.graphs, vocab=self.vocab, attention=backend)
         self.count = 0
 

@@ -128,6 +128,7 @@ def _sft() -> ml_collections.ConfigDict:
         lr=1e-5,
         warmup_steps=0,
         b2=0.999,  # of AdamW
+        moments="float32",  # in which AdamW keeps its moments; bfloat16: half the memory, rounded at random
         truncation_rate=0.0,  # share of training answers with K-1 objects only (EC's SFT teacher cuts ~42 %)
         duplicate_rate=0.0,  # share of training answers whose last object repeats the id before it
         seed=0,
@@ -146,6 +147,7 @@ def _opd() -> ml_collections.ConfigDict:
         updates_per_batch=1,
         lr=1e-6,
         b2=0.999,  # of AdamW
+        moments="float32",  # in which AdamW keeps its moments; bfloat16: half the memory, rounded at random
         temperature=1.0,
         clip=5.0,  # c of EC Eq. 3; inf: no clip
         ratio="teacher_student",
@@ -278,6 +280,9 @@ _NAMES = {
     "attention": ATTENTIONS,
     "dtype.compute": DTYPES,
     "dtype.frozen": DTYPES,
+    "sft.teacher.moments": DTYPES,
+    "sft.student.moments": DTYPES,
+    "opd.moments": DTYPES,
 }
 
 _POSITIVE = """

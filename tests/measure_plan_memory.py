@@ -71,7 +71,7 @@ def main() -> None:
         student, teacher = (
             initial_params(config[r], shapes[r], 0, "float32") for r in ("student", "teacher")
         )
-        state = init_state(student, tx)
+        state = init_state(jax.tree.map(jnp.copy, student), tx)
         return state, Frozen(teacher, student)
 
     def rollout(params):

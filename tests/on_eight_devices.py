@@ -14,6 +14,7 @@ from jax.experimental import pallas as pl
 
 from listopd_jax.config import defaults
 from listopd_jax.errors import UserError
+from listopd_jax.models import decoder as models_decoder
 from listopd_jax.models import hf
 from listopd_jax.models.build import initial_params
 from listopd_jax.models.config import ModelConfig
@@ -29,7 +30,7 @@ from listopd_jax.ops.objective import Hyper, Variant
 from listopd_jax.ops.opd_loss import Frozen, Models
 from listopd_jax.parallel.mesh import AXES, make_mesh, use_mesh
 from listopd_jax.parallel.rules import batch_shardings, param_sharding, rollout_shardings, state_shardings
-from listopd_jax.plan.hlo import traffic
+from listopd_jax.plan.traffic import traffic
 from listopd_jax.rollout import decode
 from listopd_jax.rollout.decode import (
     Rollout,
@@ -112,7 +113,7 @@ def put(tree, shardings, mesh):
 
 def three_steps(mesh, step, arguments):
     """State and metrics after three steps from the student, and the compiled program."""
-    state = put(init_state(STUDENT, TX), state_shardings, mesh)
+    state = put(init_state(jax.tree.map(jnp.copy, STUDENT), TX), state_shardings, mesh)
     program = step.lower(state, *arguments, LR).compile()
     for _ in range(3):
         state, metrics, *_ = program(state, *arguments, LR)
@@ -228,6 +229,22 @@ def test_drafts_change_no_token_over_devices(alone):
     assert np.asarray(rollout.steps).sum() < 0.8 * alone[2].steps.sum()
 
 
+@pytest.mark.parametrize("sizes", [(2, 2, 2), (1, 1, 8)], ids=str)
+def test_prompts_are_read_in_blocks_where_rows_are_not_split(sizes, monkeypatch):
+    monkeypatch.setattr(models_decoder, "BLOCK", P)
+    prompts, lengths = opd_batch(3)[:2]
+
+    def read():  # compiled anew each time: the mesh is that of the context
+        return jax.jit(lambda params, *batch: nnx.merge(STUDENT_DEF, params).prefill(*batch))
+
+    mesh, expected = mesh_of(*sizes), read()(STUDENT, prompts, lengths)
+    arguments = put(STUDENT, rollout_shardings, mesh), *put((prompts, lengths), batch_shardings, mesh)
+    with use_mesh(mesh):
+        program = read().lower(*arguments).compile()
+    assert_close(program(*arguments)[0], expected[0])  # of the cache, copies of heads differ in number
+    check_traffic(program.as_text(), *sizes[1:], updates=False)
+
+
 def test_a_cache_that_grows_writes_the_same_tokens(alone, monkeypatch):
     """Over devices too; rows stay where they are, though half of them end at once."""
     monkeypatch.setattr(decode, "LEAST_CAPACITY", 3)
@@ -305,7 +322,10 @@ def test_a_grid_step_is_its_points_one_by_one(alone):
         step = make_opd_step(
             MODELS, TX, Variant(guard="teacher"), vocab=VOCAB, chunk=7, microbatch=8, grid=True
         )
-        twice = jax.tree.map(lambda x: np.stack([x, x]), jax.tree.map(np.asarray, init_state(STUDENT, TX)))
+        twice = jax.tree.map(
+            lambda x: np.stack([x, x]),
+            jax.tree.map(np.asarray, init_state(jax.tree.map(jnp.copy, STUDENT), TX)),
+        )
         state = put(twice, state_shardings, mesh)
         assert state.params["embed"][...].sharding.spec[0] == "grid"
         batch = jax.device_put(stacked[0], batch_shardings(stacked[0], mesh, grid=True))

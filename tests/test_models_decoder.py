@@ -16,6 +16,7 @@ from jax.experimental import topologies
 
 from listopd_jax.config import REMATS
 from listopd_jax.errors import UserError
+from listopd_jax.models import decoder as models_decoder
 from listopd_jax.models.config import ModelConfig, RopeScaling, num_params
 from listopd_jax.models.decoder import REMAT, Decoder, abstract, rms_norm, rope_frequencies
 from listopd_jax.ops import attention_cudnn
@@ -111,6 +112,17 @@ def test_decode_steps_equal_extend(model, batch):
     for t in range(T):
         hidden, cache = step(params, cache, jnp.int32(t), completions[:, :, t])
         np.testing.assert_allclose(hidden, expected[:, :, t + 1], atol=1e-5, err_msg=f"step {t}")
+
+
+def test_prompts_read_in_blocks_are_those_read_at_once(model, batch, monkeypatch):
+    """Rows and tokens do not know of each other's block; one row is the least."""
+    graphdef, params = model
+    read = lambda p: nnx.merge(graphdef, p).prefill(batch[0], LENGTHS)  # noqa: E731
+    whole = jax.jit(read)(params)
+    monkeypatch.setattr(models_decoder, "BLOCK", 7)
+    program = jax.jit(lambda p: read(p)).lower(params)
+    assert program.as_text().count("stablehlo.while") == 2  # rows inside layers
+    assert_close(program.compile()(params), whole, ROUNDING)
 
 
 def compiled_decode_step(config, B, n, P, C, dtype, sharding=None):

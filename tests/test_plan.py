@@ -19,8 +19,8 @@ from listopd_jax.plan import arithmetic
 from listopd_jax.plan import search as planner
 from listopd_jax.plan.arithmetic import Layout, Load
 from listopd_jax.plan.chips import SLICES, parse_topology
-from listopd_jax.plan.hlo import traffic
 from listopd_jax.plan.search import make_plan, search, shape_of, vocabulary
+from listopd_jax.plan.traffic import traffic
 
 STUDENT, TEACHER = named_config("qwen3_1_7b"), named_config("qwen3_4b")
 EC = Load(prompts=128, rollouts=1, prompt=700, response=225)

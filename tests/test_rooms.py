@@ -12,7 +12,7 @@ PACKAGES = ("listopd_jax", "launch", "benchmarks", "configs")
 LONGEST = 60  # lines of a function
 
 ARROWS = {
-    "plan": "stages config train rollout models ops parallel data lifecycle errors",
+    "plan": "stages config train rollout models ops parallel data lifecycle rounding errors",
     "prereg": "main config records theory files errors",
     "main": "stages config report parallel lifecycle files errors",
     "stages": "config train rollout models ops parallel data task records theory lifecycle metrics_log files "

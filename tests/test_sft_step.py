@@ -1,5 +1,7 @@
 """The supervised step against torch's cross-entropy on Hugging Face's labels, AdamW against torch's."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import ml_collections
@@ -10,7 +12,14 @@ from flax import nnx
 
 from listopd_jax.models.config import ModelConfig
 from listopd_jax.models.decoder import Decoder
-from listopd_jax.train.optimizer import adamw, apply_gradients, cosine_lr, init_state
+from listopd_jax.train.optimizer import (
+    TrainState,
+    adamw,
+    apply_gradients,
+    cosine_lr,
+    init_state,
+    rounded_at_random,
+)
 from listopd_jax.train.sft_step import make_sft_step
 
 VOCAB, EOS, PAD = 13, 1, 0
@@ -193,6 +202,37 @@ def test_gradients_are_clipped_by_their_global_norm(walk):
     clipped = descend(params, gradients, lrs, optimizer_config(max_grad_norm=0.5))
     np.testing.assert_allclose(clipped, expected, rtol=1e-5, atol=1e-6)
     assert np.abs(clipped - descend(params, gradients, lrs, optimizer_config())).max() > 1e-4
+
+
+def test_rounding_at_random_is_right_on_the_average():
+    """One of the two neighbours, with the probability that makes the mean right; what bfloat16 has stays."""
+    x = jnp.float32([1.0, 1 + 2**-9, -3.7, 1e-30, 0.0])
+    keys = jax.random.split(jax.random.key(0), 20_000)
+    drawn = np.asarray(jax.vmap(rounded_at_random, (0, None))(keys, x).astype(jnp.float32))
+    gap = np.float32([2**-7, 2**-7, 2**-6, 2**-106, 0])
+    assert (np.abs(drawn - np.asarray(x)) < gap + 1e-38).all()
+    np.testing.assert_allclose(drawn.mean(0), x, atol=0.02 * gap.max(), rtol=2e-4)
+    assert (drawn[:, 0] == 1).all() and len(np.unique(drawn[:, 1])) == 2
+
+
+def test_moments_in_bfloat16_walk_where_float32_walks():
+    """Thousands of small steps of b2 = .999: rounded to nearest, the second moment would never leave its start."""
+    config, rng = optimizer_config(b2=0.999, weight_decay=0.0), np.random.default_rng(0)
+    gradients = rng.normal(1.0, 0.1, (3000, 4)).astype(np.float32)
+
+    @functools.partial(jax.jit, static_argnums=0)
+    def after(moments, gradients):
+        tx = adamw(config, config.b2, moments)
+        params = {"x": jnp.zeros(4)}
+        state = TrainState(params, tx.init(params))
+        walk = lambda state, g: (apply_gradients(state, {"x": g}, jnp.float32(1e-3), tx), None)  # noqa: E731
+        return jax.lax.scan(walk, state, gradients)[0]
+
+    exact, ours = after("float32", gradients), after("bfloat16", gradients)
+    moments = ours.opt_state[1]
+    assert moments.mu["x"].dtype == moments.nu["x"].dtype == jnp.bfloat16
+    np.testing.assert_allclose(moments.nu["x"].astype(jnp.float32), exact.opt_state[1].nu["x"], rtol=0.1)
+    np.testing.assert_allclose(ours.params["x"], exact.params["x"], rtol=0.05)
 
 
 @pytest.mark.parametrize(("steps", "warmup"), [(20, 0), (20, 5), (1, 0), (3, 3)])

@@ -26,6 +26,8 @@ from listopd_jax.metrics_log import progress
 from listopd_jax.rounding import round_up
 from listopd_jax.task.prompt import ListExample, render_answer, render_prompt, review_ids
 
+WIDTH_MULTIPLE = 64  # of prompts
+
 Batch = dict[str, np.ndarray]
 
 
@@ -208,11 +210,11 @@ def _most_that_fit(fit: Callable[[int], bool], too_many: int) -> int:
 
 
 def choose_buckets(lengths: Sequence[int], count: int = 4) -> tuple[int, ...]:
-    """At most `count` prompt widths: quantiles of the lengths, rounded up to 64s (16s up to 512 tokens).
+    """At most `count` prompt widths: quantiles of the lengths, rounded up to WIDTH_MULTIPLE (16s up to 512 tokens).
 
     Few, because each is compiled once; at quantiles, because then each is used about equally often.
     """
-    multiple = 64 if max(lengths) > 512 else 16
+    multiple = WIDTH_MULTIPLE if max(lengths) > 512 else 16
     quantiles = np.quantile(lengths, np.arange(1, count + 1) / count)
     return tuple(sorted({round_up(int(np.ceil(q)), multiple) for q in quantiles}))
 

@@ -2,7 +2,7 @@
 
 import functools
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +14,14 @@ from listopd_jax.errors import UserError
 from listopd_jax.models.config import ModelConfig
 from listopd_jax.ops.attention import SAVED, Part, Prompt, attention, stored
 from listopd_jax.ops.attention_backends import BACKENDS, causal_attention
-from listopd_jax.parallel.rules import CACHE, constrain, gathered, kv_copies
+from listopd_jax.parallel.rules import (
+    CACHE,
+    constrain,
+    gathered,
+    kv_copies,
+    laid_out,
+    row_multiple,
+)
 
 REMAT = {
     "full": jax.checkpoint_policies.nothing_saveable,
@@ -25,6 +32,8 @@ REMAT = {
     ),
     "none": None,
 }
+
+BLOCK = 2**17  # tokens of prompts that go through a layer at one time
 
 ROWS = ("batch", "completions", "length")  # logical axes in front of an activation's own
 
@@ -278,8 +287,16 @@ class Decoder(nnx.Module):
 
         # Padding is on the right, so causality alone keeps it from every valid token.
         def body(layer, x, rope, _):
-            x, kv = layer(x, rope, self._attend)
-            return x, _of_prompt(kv) if keep_kv else None
+            if not keep_kv:
+                return layer(x, rope, self._attend)[0], None
+
+            def read(rows):
+                rows, kv = layer(rows, rope, self._attend)
+                return rows, _of_prompt(kv)
+
+            x, kv = in_blocks(read, x)
+            # Else XLA stacks the layers' arrays as they are computed and transposes the whole cache in the end.
+            return x, KVCache(*(laid_out(array, *CACHE[5][1:]) for array in kv))
 
         positions = jnp.arange(tokens.shape[1])[None, None]
         hidden, kv = self._run(tokens[:, None], positions, body, None)
@@ -345,6 +362,18 @@ def put_tokens(
 def abstract(config: ModelConfig, **options) -> tuple[nnx.GraphDef, nnx.State]:
     """`nnx.split(Decoder(config, **options))` with shapes for arrays: nothing is computed or allocated."""
     return nnx.split(nnx.eval_shape(lambda: Decoder(config, rngs=nnx.Rngs(0), **options)))
+
+
+def in_blocks(f: Callable[[Array], Any], x: Float[Array, "B 1 T D"]) -> Any:
+    """f(x), a pytree of rows [B, ...], for at most BLOCK tokens at a time where rows are not split over devices.
+
+    A layer's intermediate results are a few times its input: gigabytes for 128 prompts of 2048 tokens.
+    """
+    rows = next((n for n in range(len(x), 0, -1) if len(x) % n == 0 and n * x.shape[2] <= BLOCK), 1)
+    if rows == len(x) or row_multiple() > 1:
+        return f(x)
+    parts = jax.lax.map(f, x.reshape(-1, rows, *x.shape[1:]))
+    return jax.tree.map(lambda part: part.reshape(len(x), *part.shape[2:]), parts)
 
 
 def _of_prompt(kv: tuple[Float[Array, "B 1 T KV H"], Float[Array, "B 1 T KV H"]]) -> KVCache:

@@ -51,9 +51,9 @@ class BackendJit:
         return getattr(self._jitted, name)
 
 
-def backend_options(options: Options) -> dict[str, Any] | None:
-    """What of `options` (by backend) the backend of this process is told."""
-    return options.get(jax.default_backend())
+def backend_options(options: Options, backend: str = "") -> dict[str, Any] | None:
+    """What of `options` (by backend) `backend` is told; empty: that of this process."""
+    return options.get(backend or jax.default_backend())
 
 
 def compile_quickly() -> None:
@@ -86,10 +86,16 @@ def reserve_gpu_memory() -> None:
     os.environ.setdefault(MEMORY_VARIABLE, MEMORY_FRACTION)
 
 
-def exact_float32(dtype: str) -> None:
-    """Compute float32 products in float32 on GPUs and TPUs, whose default is TF32 or bfloat16.
+def product_precision(dtype: str, backend: str) -> str | None:
+    """The precision of products of `dtype` on `backend`; None: its default.
 
-    On an H100 the default makes sampler and trainer differ by 3e-3 nats per token, 1e-4 is our bound.
+    float32 is computed in float32 on GPUs and TPUs too, whose default is TF32 or bfloat16: on an H100 that makes
+    sampler and trainer differ by 3e-3 nats per token, 1e-4 is our bound.
     """
-    if dtype == "float32" and jax.default_backend() != "cpu":
-        jax.config.update("jax_default_matmul_precision", "highest")
+    return "highest" if dtype == "float32" and backend != "cpu" else None
+
+
+def exact_float32(dtype: str) -> None:
+    """From now on, `product_precision` of `dtype` on the backend of this process."""
+    if precision := product_precision(dtype, jax.default_backend()):
+        jax.config.update("jax_default_matmul_precision", precision)

@@ -10,12 +10,14 @@ used in several equal copies (`kv_copies`): a device then holds and caches the h
 while the weights themselves stay single.
 """
 
+import functools
 import math
 from collections.abc import Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.experimental.layout import Layout, with_layout_constraint
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Shaped
 
@@ -75,6 +77,16 @@ def constrain(x: Shaped[Array, "..."], *axes: str | None) -> Shaped[Array, "..."
     """`x`, split as its logical axes say; the identity without a mesh."""
     mesh = jax.sharding.get_abstract_mesh()
     return x if mesh.empty else jax.lax.with_sharding_constraint(x, spec(axes, x.shape, mesh))
+
+
+def laid_out(x: Shaped[Array, "..."], *axes: str | None) -> Shaped[Array, "..."]:
+    """`x`, split as `constrain` does, with its axes in memory in their order: XLA is free to choose another."""
+    mesh = jax.sharding.get_abstract_mesh()
+    in_order = functools.partial(with_layout_constraint, layouts=Layout(tuple(range(x.ndim))))
+    if mesh.empty:
+        return in_order(x)
+    split = spec(axes, x.shape, mesh)  # the partitioner would gather what it must keep in order
+    return jax.shard_map(in_order, mesh=mesh, in_specs=split, out_specs=split, check_vma=False)(x)
 
 
 def constrain_logits(x: Shaped[Array, "rows *r vocab"]) -> Shaped[Array, "rows *r vocab"]:

@@ -21,6 +21,9 @@ from listopd_jax.lifecycle import say
 from listopd_jax.plan.arithmetic import Load
 from listopd_jax.plan.chips import Topology, known, parse_topology
 
+PHASES = {"prefill": ("prefill",), "decode": ("decode",), "update": ("score", "update")}
+"""The phases of the arithmetic that each compiled part of a step consists of."""
+
 FIRST = flags.FlagValues()  # read before the config file, which may start jax
 _TOPOLOGY = flags.DEFINE_string("topology", None, f"one of: {known()}", flag_values=FIRST)
 FLAGS = flags.FlagValues()
@@ -34,6 +37,10 @@ _SEARCH = flags.DEFINE_bool("search", False, "try meshes, microbatches and remat
 _COMPILES = flags.DEFINE_integer(
     "compiles", 3, "layouts to compile at most; 0: arithmetic only", lower_bound=0, flag_values=FLAGS
 )
+_KERNELS = flags.DEFINE_integer(
+    "kernels", 0, "model a step's time by its compiled kernels, and list this many of each program (h100:N)",
+    lower_bound=0, flag_values=FLAGS,
+)  # fmt: skip
 _JSON = flags.DEFINE_bool("json", False, "print the plan as JSON", flag_values=FLAGS)
 
 
@@ -90,8 +97,10 @@ def _tokens(config: Any) -> tuple[float, float]:
 
 def set_environment(topology: Topology) -> None:
     """What must stand before jax starts: no TPU is looked for or taken, and cpu:N has N devices."""
-    if topology.kind == "h100" and shutil.which("nvidia-smi"):
-        return
+    if topology.kind == "h100":
+        os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")  # what XLA says of memory, the plan says
+        if shutil.which("nvidia-smi"):
+            return
     os.environ["JAX_PLATFORMS"] = "cpu"
     if topology.kind == "cpu":
         count = f"--xla_force_host_platform_device_count={topology.devices}"
@@ -114,16 +123,20 @@ def accelerator_type(topology: Topology) -> str:
 
 def plan_of(config: Any, topology: Topology, load: Load) -> dict[str, Any]:
     """The plan that the flags ask for."""
-    from listopd_jax.plan.search import make_plan, search
+    from listopd_jax.plan.search import make_plan, model, search
 
+    if _KERNELS.value and _SEARCH.value:
+        raise UserError("--kernels: is for one layout; search first, then give it what --search recommends")
     if _SEARCH.value:
         return search(config, topology, load, _COMPILES.value)
-    return make_plan(config, topology, load, _COMPILES.value > 0)
+    modelled = {"modelled": model(config, topology, load, _KERNELS.value)} if _KERNELS.value else {}
+    return make_plan(config, topology, load, _COMPILES.value > 0) | modelled
 
 
 def render(plan: Mapping[str, Any]) -> str:
     """The plan for a reader: the verdict first, in one line."""
-    return "\n".join([verdict(plan), "", *_memory_lines(plan), "", *_time_lines(plan), *_tried_lines(plan)])
+    parts = _memory_lines(plan), _time_lines(plan), _kernel_lines(plan), _tried_lines(plan)
+    return "\n\n".join([verdict(plan), *("\n".join(lines) for lines in parts if lines)])
 
 
 def verdict(plan: Mapping[str, Any]) -> str:
@@ -142,7 +155,7 @@ def verdict(plan: Mapping[str, Any]) -> str:
 def _memory_lines(plan: Mapping[str, Any]) -> list[str]:
     lines = [f"memory a device, GiB ({plan['memory_source']})"]
     lines += [f"  {kind:<22}{size:>9.2f}" for kind, size in plan["memory_gib"].items()]
-    lines += [f"  peak of the {phase:<10}{size:>9.2f}" for phase, size in plan.get("peaks_gib", {}).items()]
+    lines += [f"  peak of the {phase:<11}{size:>8.2f}" for phase, size in plan.get("peaks_gib", {}).items()]
     if plan.get("refused"):
         lines.append(f"  refused by the compiler: {plan['refused']}")
     return lines
@@ -164,6 +177,30 @@ def _time_lines(plan: Mapping[str, Any]) -> list[str]:
     return lines
 
 
+def _kernel_lines(plan: Mapping[str, Any]) -> list[str]:
+    """Times by the kernels beside the floors of the phases, and the longest kernels."""
+    if "modelled" not in plan:
+        return []
+    modelled = plan["modelled"]
+    lines = ["one step by its compiled kernels, at {} + {} tokens".format(*modelled["widths"])]
+    for name, floors in PHASES.items():
+        row, floor = modelled[name], sum(plan["phases"][f]["seconds"] for f in floors)
+        kinds = ", ".join(f"{kind} {s:.3g}" for kind, s in row["seconds_by_kind"].items())
+        memory = ", ".join(f"{kind} {size:.3g}" for kind, size in row["memory_gib"].items())
+        lines.append(f"  {name:<10}{row['seconds']:>9.3f} s, {row['seconds'] / floor:.2f} x floor ({kinds})")
+        lines.append(f"{'':>12}{row['kernels']} kernels; GiB: {memory}")
+        lines += [f"{'':>12}{_kernel_line(k)}" for k in row["top"]]
+    total = sum(modelled[name]["seconds"] for name in PHASES)
+    return [*lines, f"  {'step':<10}{total:>9.3f} s, {total / plan['step_s_floor']:.2f} x floor"]
+
+
+def _kernel_line(k: Mapping[str, Any]) -> str:
+    """Time, runs, what one run computes and moves, and where the program asks for it."""
+    size = f"{k['flops'] / 1e9:.4g} GFLOP, {k['read'] / 1e6:.4g} + {k['written'] / 1e6:.4g} MB"
+    source = "/".join(k["source"].split("/")[-2:])
+    return f"{k['seconds'] * 1e3:8.2f} ms, {k['runs']:.0f} x {size}: {k['kind']} {k['name']} ({source})"
+
+
 def _tried_lines(plan: Mapping[str, Any]) -> list[str]:
     if "tried" not in plan:
         return []
@@ -171,7 +208,6 @@ def _tried_lines(plan: Mapping[str, Any]) -> list[str]:
     fields = {f"parallel.{axis}": size for axis, size in plan["mesh"].items()} | {"remat": plan["remat"]}
     fields |= {f"{part}.microbatch": plan["microbatch"] for part in ("opd", "sft.teacher", "sft.student")}
     return [
-        "",
         f"tried {tried['by_arithmetic']} layouts by arithmetic, {len(tried['compiled'])} compiled; recommended:",
         "  " + " ".join(f"--config.{name}={value}" for name, value in fields.items()),
     ]

@@ -5,7 +5,8 @@ give the inter-chip bandwidth of a chip in both directions (400, 1200, 800 GB/s)
 here by the chip's torus axes (2, 3, 2). Their data-centre network is given for a pod or a chip. H100 SXM: NVIDIA's data
 sheet (80 GB, 3.35 TB/s, 989 TFLOP/s dense bf16, NVLink 900 GB/s in both directions), 400 Gb/s of network a GPU.
 `hbm_gib` is what a program may use: of the 16 and 32 GiB of v5e and v6e libtpu 0.0.42 refuses what is over 15.75 and
-31.25 (it would grant 95.74 of v5p's published 95); of an H100 80e9 bytes.
+31.25 (it would grant 95.74 of v5p's published 95); of an H100's 79.18 GiB a job takes .92
+(listopd_jax.parallel.compiler.MEMORY_FRACTION; this module starts no jax).
 The row `cpu` is nominal: a CPU's roofline depends on the machine, and no time of it is a promise.
 """
 
@@ -33,9 +34,24 @@ CHIPS = {
     "v5e": Chip(15.75, 819e9, 197e12, 100e9, 2, 3.1e9),
     "v5p": Chip(95, 2765e9, 459e12, 200e9, 3, 6.25e9),
     "v6e": Chip(31.25, 1640e9, 918e12, 200e9, 2, 12.5e9),
-    "h100": Chip(80e9 / GIB, 3350e9, 989e12, 450e9, 1, 50e9),
+    "h100": Chip(72.8, 3350e9, 989e12, 450e9, 1, 50e9),
     "cpu": Chip(0, 20e9, 100e9, 10e9, 1, 1e9),
 }
+
+
+class Rates(NamedTuple):
+    """What kernels reach, not what a data sheet says: FLOP/s, bytes/s, seconds."""
+
+    product: float  # FLOP/s of large matrix products
+    attention: float  # FLOP/s of fused attention
+    bandwidth: float  # bytes/s of what a kernel reads and writes
+    launch: float  # seconds that each kernel takes besides
+    link: float  # bytes/s that arrive from other devices
+
+
+RATES = {"h100": Rates(740e12, 210e12, 2.7e12, 2.5e-6, 360e9)}
+"""Of one H100 SXM, fitted to its kernel profile and its attention timings (benchmarks/results/h100_first_light.json);
+link is a guess, .8 of the data sheet: several GPUs have not been measured."""
 
 _FLAT = ("1x1", "2x2", "2x4", "4x4", "4x8", "8x8", "8x16", "16x16")
 SLICES = {

@@ -1,17 +1,20 @@
 """The real rollout and update programs, compiled ahead of time for devices that need not exist.
 
 Nothing is allocated: arguments are shapes with shardings. For TPUs it is libtpu's own compiler, so what it says of
-memory is what a chip would say.
+memory is what a chip would say; for GPUs it is XLA's, with the options that a job gives it.
 """
 
+import contextlib
+import copy
 import importlib.util
 import re
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import ml_collections
 import optax
 from flax import nnx
 from jax.experimental import topologies
@@ -24,14 +27,17 @@ from listopd_jax.models.decoder import KVCache, abstract
 from listopd_jax.ops.attention_backends import resolve
 from listopd_jax.ops.opd_loss import Frozen
 from listopd_jax.parallel import rules
+from listopd_jax.parallel.compiler import ROLLOUT, UPDATE, Options, backend_options, product_precision
 from listopd_jax.parallel.mesh import use_mesh
+from listopd_jax.plan import gpu
 from listopd_jax.plan.chips import GIB, Topology
-from listopd_jax.plan.hlo import traffic
+from listopd_jax.plan.traffic import traffic
 from listopd_jax.rollout.decode import Rollout, Sampler, Settings, capacities, first_segment, segment
 from listopd_jax.stages.job import draft_tokens
 from listopd_jax.stages.opd import hyper_at, make_step
 from listopd_jax.train.opd_step import OpdBatch
 from listopd_jax.train.optimizer import TrainState, adamw
+from listopd_jax.train.sft_step import make_sft_step
 
 HINT = 256  # tokens of the answer that drafts are copied from: about what a list of eight takes
 ARGUMENTS = ("parameters", "optimizer", "teacher", "base")
@@ -42,12 +48,13 @@ _TOO_LARGE = (
 
 
 class Program(NamedTuple):
-    """What the compiler says of one program, in bytes on one device; `traffic` by mesh axis, see hlo.py."""
+    """What the compiler says of one program, in bytes on one device; `traffic` by mesh axis, see traffic.py."""
 
     arguments: int
     results: int  # without those that reuse an argument's memory
     temporaries: int
     traffic: Mapping[str, float]
+    text: str  # the compiled HLO
 
     @property
     def peak(self) -> int:
@@ -64,13 +71,15 @@ class TooLarge(Exception):
 
 
 def devices_of(topology: Topology) -> list[Any] | None:
-    """Devices to compile for: a described TPU slice, or those at hand; None where they are too few.
+    """Devices to compile for: those at hand, or described ones; None where there is no compiler for GPUs.
 
     Raises UserError if libtpu is missing.
     """
     if not topology.is_tpu:
         here = [d for d in jax.devices() if d.platform == topology.platform]
-        return here[: topology.devices] if len(here) >= topology.devices else None
+        if len(here) >= topology.devices:
+            return here[: topology.devices]
+        return gpu.described_devices(topology) if topology.platform == "gpu" and gpu.can_compile() else None
     if importlib.util.find_spec("libtpu") is None:
         raise UserError(
             f"--topology={topology.name}: needs the TPU compiler; pip install 'listopd_jax[tpu]', or --compiles=0"
@@ -95,29 +104,50 @@ def compile_rollout(config: Any, shapes: Mapping[str, ModelConfig], vocab: int, 
 
     Memory is that of its hungrier program, of the first token or of the last segment; traffic that of both.
     """
-    first, last = _rollout_programs(config, shapes, vocab, mesh)
+    sizes = cache_sizes(config)
+    first, (last,) = rollout_programs(config, shapes, vocab, mesh, sizes[-1:])
+    # While the caches grow one by one, the shorter twin of the one at hand is there too.
+    own = max(map(_shard_bytes, _caches(config, shapes["student"], mesh)[1]))
+    twin = own * sizes[-2] // sizes[-1] if len(sizes) > 1 else 0
+    last = last._replace(temporaries=max(last.temporaries, twin))
     moved = dict(Counter(first.traffic) + Counter(last.traffic))
     return max(first, last, key=lambda program: program.peak)._replace(traffic=moved)
 
 
-def _rollout_programs(config: Any, shapes: Mapping[str, ModelConfig], vocab: int, mesh: Mesh):
-    """Of the first token, and of the last segment, whose cache has the room of the whole budget."""
+def cache_sizes(config: Any) -> list[int]:
+    """The capacities that the cache of the completions takes in turn."""
+    return capacities(config.task.max_response + draft_tokens(config))
+
+
+def compile_evaluation(config: Any, shapes: Mapping[str, ModelConfig], vocab: int, mesh: Mesh) -> Program:
+    """What evaluates the teacher after its SFT, in the compute dtype: the same programs, of its own batch."""
+    alone = ml_collections.ConfigDict(copy.deepcopy(config.to_dict()))
+    with use_mesh(mesh):
+        alone.opd.update(batch_size=rules.round_up_rows(config.evaluation.batch_size), rollouts=1)
+    return compile_rollout(alone, {**shapes, "student": shapes["teacher"]}, vocab, mesh)
+
+
+def rollout_programs(
+    config: Any, shapes: Mapping[str, ModelConfig], vocab: int, mesh: Mesh, sizes: Sequence[int]
+) -> tuple[Program, list[Program]]:
+    """Of the first token, and of each segment whose cache has room for so many of `sizes` tokens."""
     sampler = _sampler(config, shapes, vocab, mesh)
     prompts, lengths, rollout = _batch(config, mesh)
-    room, rows = sampler.settings.max_tokens + sampler.settings.draft_tokens, rollout.lengths.size
-    sizes, hint = capacities(room), jax.ShapeDtypeStruct((*lengths.shape, HINT), jnp.int32)
+    hint = jax.ShapeDtypeStruct((*lengths.shape, HINT), jnp.int32)
     hint = rules.abstract(hint, rules.batch_shardings(hint, mesh))
 
     def start(capacity):
         return first_segment.lower(sampler, prompts, lengths, None, hint, capacity)
 
-    with use_mesh(mesh):
-        first, shardings = _compiled(start(sizes[0]), "rollout", mesh)
-        state = rules.abstract(start(sizes[-1]).out_info, shardings)
-        last, _ = _compiled(segment.lower(sampler, *state, least=rows), "rollout", mesh)
-    # While the caches grow one by one, the shorter twin of the one at hand is there too.
-    twin = max(map(_shard_bytes, state[1].caches)) // 2 * sizes[-2] // sizes[-1] if len(sizes) > 1 else 0
-    return first, last._replace(temporaries=max(last.temporaries, twin))
+    with _target(config, mesh):
+        smallest = start(cache_sizes(config)[0])
+        first, shardings = _compiled(smallest, "rollout", ROLLOUT, mesh)
+        segments = []
+        for size in sizes:
+            state = rules.abstract(start(size).out_info, shardings)
+            lowered = segment.lower(sampler, *state, least=rollout.lengths.size)
+            segments.append(_compiled(lowered, "rollout", ROLLOUT, mesh)[0])
+    return first, segments
 
 
 def _sampler(config: Any, shapes: Mapping[str, ModelConfig], vocab: int, mesh: Mesh) -> Sampler:
@@ -137,14 +167,63 @@ def compile_update(config: Any, shapes: Mapping[str, ModelConfig], vocab: int, m
     step = make_step(config.opd, _optimizer(config), graphs, vocab=vocab, attention=_attention(config, mesh))
     state, frozen = _state(config, shapes, mesh)
     scalars = jax.eval_shape(lambda: (hyper_at(config.opd, lam=1.0, step=0), jnp.float32(config.opd.lr)))
-    with use_mesh(mesh):
+    with _target(config, mesh):
         lowered = step.lower(state, frozen, OpdBatch(*_batch(config, mesh)), *_replicate(scalars, mesh))
-        return _compiled(lowered, "update", mesh)[0]
+        return _compiled(lowered, "update", UPDATE, mesh)[0]
+
+
+def compile_sft(config: Any, shapes: Mapping[str, ModelConfig], vocab: int, mesh: Mesh, role: str) -> Program:
+    """The update of the SFT of `role`, at the widest prompts and answers; TooLarge if the compiler refuses."""
+    sft = config.sft[role]
+    tx = adamw(config.optimizer, sft.b2, sft.moments)
+    graph = _graph(config, shapes[role], mesh)
+    step = make_sft_step(graph, tx, vocab, config.opd.head_chunk, sft.microbatch)
+    params = abstract(shapes[role], param_dtype=jnp.dtype(PARAM_DTYPE))[1]
+    state = TrainState(params, jax.eval_shape(tx.init, params))
+    state = rules.abstract(state, rules.state_shardings(state, mesh))
+    lr = _replicate(jax.ShapeDtypeStruct((), jnp.float32), mesh)
+    with _target(config, mesh):
+        lowered = step.lower(state, _answers(config, sft.batch_size, mesh), lr)
+        return _compiled(lowered, f"sft {role}", UPDATE, mesh)[0]
+
+
+def _answers(config: Any, rows: int, mesh: Mesh) -> dict[str, Any]:
+    """Abstract batch of prompts and right answers, at the widths of the configuration."""
+    widths = {"prompt": config.task.max_prompt, "answer": config.task.max_response}
+    tree = {name: jax.ShapeDtypeStruct((rows, width), jnp.int32) for name, width in widths.items()}
+    tree |= {f"{name}_length": jax.ShapeDtypeStruct((rows,), jnp.int32) for name in widths}
+    return rules.abstract(tree, rules.batch_shardings(tree, mesh))
+
+
+@contextlib.contextmanager
+def _target(config: Any, mesh: Mesh) -> Iterator[None]:
+    """While inside, programs are lowered as a job on the devices of `mesh` would have them."""
+    platform = platform_of(mesh)
+    cudnn = gpu.assumed_cudnn() if platform == "gpu" and _is_described(mesh) else contextlib.nullcontext()
+    precision = jax.default_matmul_precision(product_precision(config.dtype.compute, platform))
+    with use_mesh(mesh), cudnn, precision:
+        yield
+
+
+def platform_of(mesh: Mesh) -> str:
+    """gpu, tpu or cpu."""
+    return mesh.devices.flat[0].platform
+
+
+def _is_described(mesh: Mesh) -> bool:
+    return mesh.devices.flat[0] not in jax.devices()
+
+
+def _options(options: Options, mesh: Mesh) -> dict[str, Any]:
+    """What a job tells the compiler of the mesh's devices, and what must be added where they are not there."""
+    platform = platform_of(mesh)
+    added = gpu.OPTIONS if platform == "gpu" and _is_described(mesh) else {}
+    return (backend_options(options, platform) or {}) | added
 
 
 def _attention(config: Any, mesh: Mesh) -> str:
     """The attention backend for the devices of the mesh, not for those at hand."""
-    return resolve(config.attention, mesh.devices.flat[0].platform, config.dtype.compute)
+    return resolve(config.attention, platform_of(mesh), config.dtype.compute)
 
 
 def _graph(config: Any, shape: ModelConfig, mesh: Mesh) -> nnx.GraphDef:
@@ -154,7 +233,7 @@ def _graph(config: Any, shape: ModelConfig, mesh: Mesh) -> nnx.GraphDef:
 
 def _optimizer(config: Any) -> optax.GradientTransformation:
     """The optimizer of the OPD stage."""
-    return adamw(config.optimizer, config.opd.b2)
+    return adamw(config.optimizer, config.opd.b2, config.opd.moments)
 
 
 def _state(config: Any, shapes: Mapping[str, ModelConfig], mesh: Mesh) -> tuple[TrainState, Frozen]:
@@ -221,21 +300,22 @@ def _count(shape: tuple[int, ...]) -> int:
     return count
 
 
-def _compiled(lowered: Any, name: str, mesh: Mesh) -> tuple[Program, Any]:
+def _compiled(lowered: Any, name: str, options: Options, mesh: Mesh) -> tuple[Program, Any]:
     """What the compiler says of a program, and the shardings of its results."""
     try:
-        compiled = lowered.compile()
+        compiled = lowered.compile(compiler_options=_options(options, mesh))
     except jax.errors.JaxRuntimeError as e:
         needed = needed_bytes(str(e))
         if needed is None:
             raise
         raise TooLarge(name, needed) from e
-    memory = compiled.memory_analysis()
+    memory, text = compiled.memory_analysis(), compiled.as_text()
     program = Program(
         memory.argument_size_in_bytes,
         memory.output_size_in_bytes - memory.alias_size_in_bytes,
         memory.temp_size_in_bytes,
-        traffic(compiled.as_text(), dict(mesh.shape)),
+        traffic(text, dict(mesh.shape)),
+        text,
     )
     return program, compiled.output_shardings
 

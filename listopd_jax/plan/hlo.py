@@ -1,122 +1,99 @@
-"""Bytes that a compiled program moves between devices, by mesh axis, read from its HLO text.
-
-A collective in a loop's body counts as often as the loop runs: the largest integer constant in its condition, which for
-decoding is the budget. Bytes are those that arrive at one device by a ring. A group of devices is charged to the mesh
-axes along which it extends ("data+fsdp").
-"""
+"""The HLO text of a compiled program as data: computations of instructions, and which of them runs which how often."""
 
 import math
 import re
-from collections.abc import Mapping
+from typing import NamedTuple
 
-import numpy as np
-
-_BYTES = {"pred": 1, "s8": 1, "u8": 1, "bf16": 2, "f16": 2, "s32": 4, "u32": 4, "f32": 4, "s64": 8, "f64": 8}
+_BYTES = {
+    "pred": 1,
+    "s8": 1,
+    "u8": 1,
+    "bf16": 2,
+    "f16": 2,
+    "s32": 4,
+    "u32": 4,
+    "f32": 4,
+    "s64": 8,
+    "u64": 8,
+    "f64": 8,
+}
+_ARRAY = re.compile(r"\b(" + "|".join(_BYTES) + r")\[([\d,]*)\]")
 _HEADER = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\{$")
-_COLLECTIVE = re.compile(
-    r"= (.*?) (all-gather|all-reduce|reduce-scatter|all-to-all|collective-permute)(-start)?\("
-)
-_SHAPE = re.compile(r"\b(" + "|".join(_BYTES) + r")\[([\d,]*)\]")
-_WHILE = re.compile(r"while\(.*condition=%?([\w.\-]+), body=%?([\w.\-]+)")
+_INSTRUCTION = re.compile(r"^\s*(ROOT )?%([\w.\-]+) = (.*?) ([a-z][\w\-]*)\((.*)$")
+_NAME = re.compile(r"%([\w.\-]+)")
 _CALLED = re.compile(r"(?:calls|to_apply|true_computation|false_computation)=%?([\w.\-]+)")
 _BRANCHES = re.compile(r"branch_computations=\{([^}]*)\}")
-_CONSTANT = re.compile(r"= s32\[\]\S* constant\((\d+)\)")
+_TURNS = re.compile(r'"known_trip_count":\{"n":"(\d+)"')
+_CONSTANT = re.compile(r"^(\d+)\)")
 
 
-def traffic(text: str, sizes: Mapping[str, int]) -> dict[str, float]:
-    """Bytes that arrive at one device along each mesh axis of `sizes` (or axes, joined by +) in one run."""
-    computations = _computations(text)
-    total: dict[str, float] = {}
-    for name, times in _runs(computations).items():
-        for line in computations[name]:
-            if found := _COLLECTIVE.search(line):
-                group = _group(line, math.prod(sizes.values()))
-                axes = _axes(group, sizes)
-                if axes:
-                    size = times * _arriving(found[1], found[2], bool(found[3]), len(group))
-                    total[axes] = total.get(axes, 0.0) + size
-    return total
+class Instruction(NamedTuple):
+    """One line of HLO; `rest` is all that follows the opening parenthesis of its operands."""
+
+    name: str
+    shape: str
+    opcode: str
+    rest: str
+    is_root: bool
+
+    @property
+    def operands(self) -> list[str]:
+        """Names in the parentheses."""
+        depth = 1
+        for end, letter in enumerate(self.rest):
+            depth += {"(": 1, ")": -1}.get(letter, 0)
+            if not depth:
+                return _NAME.findall(self.rest[:end])
+        return []
 
 
-def _computations(text: str) -> dict[str, list[str]]:
-    """Lines of each computation; the entry is named ENTRY."""
-    computations, lines = {}, []
+Module = dict[str, dict[str, Instruction]]
+
+
+def parse(text: str) -> Module:
+    """Computations by name, each with its instructions by name, in order; the entry's name is ENTRY."""
+    module: Module = {}
+    current: dict[str, Instruction] = {}
     for line in text.splitlines():
         if header := _HEADER.match(line):
-            lines = computations["ENTRY" if header[1] else header[2]] = []
-        else:
-            lines.append(line)
-    return computations
+            current = module["ENTRY" if header[1] else header[2]] = {}
+        elif found := _INSTRUCTION.match(line):
+            current[found[2]] = Instruction(found[2], found[3], found[4], found[5], bool(found[1]))
+    return module
 
 
-def _runs(computations: Mapping[str, list[str]]) -> dict[str, float]:
-    """How often each computation runs, following calls and loops from the entry."""
-    runs: dict[str, float] = {}
+def callees(module: Module, i: Instruction, turns: float | None = None) -> list[tuple[str, float]]:
+    """The computations that an instruction runs, and how often; all branches of a condition.
 
-    def visit(name: str, times: float) -> None:
-        runs[name] = runs.get(name, 0.0) + times
-        for line in computations.get(name, ()):
-            for callee, count in _callees(line, computations):
-                visit(callee, times * count)
-
-    visit("ENTRY", 1.0)
-    return {name: times for name, times in runs.items() if name in computations}
-
-
-def _callees(line: str, computations: Mapping[str, list[str]]) -> list[tuple[str, int]]:
-    if loop := _WHILE.search(line):
-        bounds = [int(n) for row in computations.get(loop[1], ()) for n in _CONSTANT.findall(row)]
-        return [(loop[2], max(bounds, default=1))]
-    if _COLLECTIVE.search(line):
-        return []
-    called = _CALLED.findall(line)
-    for branches in _BRANCHES.findall(line):
-        called += re.findall(r"[\w.\-]+", branches)
-    return [(name, 1) for name in called]
+    A loop whose end only a run knows has `turns` turns; None: the largest number in its condition, which for decoding
+    is the budget.
+    """
+    if i.opcode != "while":
+        branches = _NAME.findall(" ".join(_BRANCHES.findall(i.rest)))
+        return [(name, 1) for name in (*_CALLED.findall(i.rest), *branches) if name in module]
+    condition, body = (re.search(rf"{role}=%?([\w.\-]+)", i.rest)[1] for role in ("condition", "body"))
+    if known := _TURNS.search(i.rest):
+        return [(body, int(known[1]))]
+    found = (_CONSTANT.match(c.rest) for c in module[condition].values() if c.opcode == "constant")
+    bound = max((int(number[1]) for number in found if number), default=1)
+    return [(body, bound if turns is None else turns)]
 
 
-def _group(line: str, devices: int) -> np.ndarray:
-    """One of the groups of devices of a collective; of a permutation, one pair that is not itself."""
-    if pairs := re.search(r"source_target_pairs=\{\{(.*?)\}\}", line):
-        each = [tuple(map(int, pair.split(","))) for pair in pairs[1].split("},{")]
-        return np.array(next((pair for pair in each if pair[0] != pair[1]), each[0]))
-    if listed := re.search(r"replica_groups=\{\{([\d,]+)\}", line):
-        return np.array([int(n) for n in listed[1].split(",")])
-    if iota := re.search(r"replica_groups=\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", line):
-        ids = np.arange(devices).reshape(_ints(iota[2]))
-        ids = ids.transpose(_ints(iota[3])) if iota[3] else ids
-        return ids.reshape(_ints(iota[1]))[0]
-    if named := re.search(r"replica_groups=mesh\[([^\]]*)\](?:, device_ids=\S*)? ?\{([^}]*)\}", line):
-        axes = re.findall(r"'([^']+)'=(\d+)", named[1])
-        chosen = set(re.findall(r"'([^']+)'", named[2]))
-        ids = np.arange(devices).reshape([int(size) for _, size in axes])
-        return ids[tuple(slice(None) if name in chosen else 0 for name, _ in axes)].reshape(-1)
-    return np.arange(devices)
+def array_bytes(shape: str) -> list[int]:
+    """Bytes of each array of a shape, which may be a tuple."""
+    return [_BYTES[kind] * math.prod(ints(dims)) for kind, dims in _ARRAY.findall(shape)]
 
 
-def _ints(text: str) -> list[int]:
-    return [int(n) for n in text.split(",")]
+def elements(shape: str) -> int:
+    """Elements of the first array of a shape."""
+    return math.prod(dimensions(shape))
 
 
-def _axes(group: np.ndarray, sizes: Mapping[str, int]) -> str:
-    """The mesh axes along which the members of `group` differ; device ids count in the mesh's order."""
-    coordinates = np.unravel_index(group, tuple(sizes.values()))
-    return "+".join(axis for axis, at in zip(sizes, coordinates, strict=True) if np.ptp(at))
+def dimensions(shape: str) -> list[int]:
+    """Of the first array of a shape."""
+    return ints(re.search(r"\w+\[([\d,]*)\]", shape)[1])
 
 
-def _arriving(result: str, kind: str, started: bool, group: int) -> float:
-    shapes = [_BYTES[t] * math.prod(_ints(dims) if dims else []) for t, dims in _SHAPE.findall(result)]
-    # The result of a start is (operand, result, …): the larger one is what ends on the device.
-    is_pair = started and kind in ("all-gather", "collective-permute")
-    size = max(shapes) if is_pair else sum(shapes)
-    share = (group - 1) / group
-    return (
-        size
-        * {
-            "all-gather": share,
-            "all-reduce": 2 * share,
-            "reduce-scatter": group - 1,
-            "all-to-all": share,
-            "collective-permute": 1,
-        }[kind]
-    )
+def ints(text: str) -> list[int]:
+    """The whole numbers in a text."""
+    return [int(n) for n in re.findall(r"\d+", text)]

@@ -1,10 +1,11 @@
 """A plan: memory, traffic and time of one OPD step on a topology; and the search for the cheapest layout that fits."""
 
 import copy
+import functools
 import math
 import pathlib
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import ml_collections
@@ -14,7 +15,8 @@ from listopd_jax.errors import UserError, did_you_mean
 from listopd_jax.models.config import NAMED_CONFIGS, ModelConfig, custom_config, named_config
 from listopd_jax.plan import arithmetic
 from listopd_jax.plan.arithmetic import Layout, Load
-from listopd_jax.plan.chips import GIB, Topology
+from listopd_jax.plan.chips import GIB, RATES, Topology
+from listopd_jax.plan.gpu import EXTRA
 
 ROOM = 0.8  # share of the memory that an estimate may fill, since it is rough
 TOKENIZERS = {"qwen3": 151669, "llama3": 128256, "smollm2": 49152}
@@ -96,7 +98,7 @@ def make_plan(config: Any, topology: Topology, load: Load, compile_it: bool) -> 
     """Everything that is known of one OPD step of `config` on `topology`, as JSON values.
 
     load: mean tokens, for FLOPs and times; memory is of the widest prompts and completions. Memory is the compiler's if
-    `compile_it` and there is a compiler for the topology, else an estimate.
+    `compile_it` and there is a compiler for the topology, else an estimate, which says how to get the compiler.
     """
     shapes, layout = shapes_of(config), layout_of(config, topology)
     pair = shapes["student"], shapes["teacher"]
@@ -120,10 +122,28 @@ def make_plan(config: Any, topology: Topology, load: Load, compile_it: bool) -> 
         "phases": floor["phases"],
         "hbm_gib": topology.chip.hbm_gib,
     }
-    compiled = _compiled_memory(config, shapes, topology, layout) if compile_it else None
-    memory = compiled or _estimated_memory(pair, worst_load(config), layout)
+    memory = _compiled_memory(config, shapes, topology, layout) if compile_it else None
+    if memory is None:
+        memory = _estimated_memory(
+            pair, worst_load(config), layout, f"; {EXTRA} compiles" if compile_it else ""
+        )
     refused = memory["refused"] is not None
     return plan | memory | {"fits": not refused and memory["peak_gib"] <= topology.chip.hbm_gib}
+
+
+def model(config: Any, topology: Topology, load: Load, top: int) -> dict[str, Any]:
+    """The times of `config` by its compiled kernels, see modelled.py; UserError where they cannot be had."""
+    from listopd_jax.parallel.mesh import make_mesh
+    from listopd_jax.plan.compile import devices_of
+    from listopd_jax.plan.modelled import modelled_step
+
+    if topology.kind not in RATES:
+        raise UserError(f"--kernels: no rates are known of {topology.kind}; known: {', '.join(RATES)}")
+    devices = devices_of(topology)
+    if devices is None:
+        raise UserError(f"--kernels: needs XLA's compiler for GPUs; {EXTRA}")
+    mesh = make_mesh(layout_of(config, topology).sizes, devices)
+    return modelled_step(config, shapes_of(config), vocabulary(config), mesh, load, RATES[topology.kind], top)
 
 
 def _arriving(phases: Mapping[str, arithmetic.Cost]) -> dict[str, float]:
@@ -132,10 +152,12 @@ def _arriving(phases: Mapping[str, arithmetic.Cost]) -> dict[str, float]:
     return {axis: sum(cost.arriving.get(axis, 0.0) for cost in phases.values()) for axis in sorted(axes)}
 
 
-def _estimated_memory(pair: tuple[ModelConfig, ModelConfig], load: Load, layout: Layout) -> dict[str, Any]:
+def _estimated_memory(
+    pair: tuple[ModelConfig, ModelConfig], load: Load, layout: Layout, hint: str
+) -> dict[str, Any]:
     memory = arithmetic.memory_estimate(*pair, load, layout)
     return {
-        "memory_source": "estimate by arithmetic, not compiled",
+        "memory_source": f"estimate by arithmetic, not compiled{hint}",
         "refused": None,
         "memory_gib": _gib(memory),
         "peak_gib": arithmetic.peak(memory) / GIB,
@@ -144,7 +166,7 @@ def _estimated_memory(pair: tuple[ModelConfig, ModelConfig], load: Load, layout:
 
 
 def _compiled_memory(config, shapes, topology: Topology, layout: Layout) -> dict[str, Any] | None:
-    """Memory of both programs by the compiler; None without devices to compile for."""
+    """Memory of all programs that train, by the compiler; None without devices to compile for."""
     from listopd_jax.parallel.mesh import make_mesh
     from listopd_jax.plan import compile as aot
 
@@ -153,21 +175,28 @@ def _compiled_memory(config, shapes, topology: Topology, layout: Layout) -> dict
         return None
     mesh = make_mesh(layout.sizes, devices)
     memory = aot.state_memory(config, shapes, mesh)
-    resident = sum(memory[kind] for kind in aot.ARGUMENTS)
     result = {"memory_source": f"compiled for {devices[0].device_kind}", "refused": None}
+    # What is not among a program's arguments waits beside it: the teacher, until it is needed; for what writes, whose
+    # own are a copy of the model and the prompts, all else.
+    waiting = {
+        "sft student": memory["teacher"],
+        "evaluation": memory["teacher"] * arithmetic.F32 / arithmetic.WIDTHS[layout.frozen],
+        "rollout": sum(memory[kind] for kind in aot.ARGUMENTS),
+    }
     peaks, moved = {}, {}
-    for phase, build in (("rollout", aot.compile_rollout), ("update", aot.compile_update)):
+    for phase, build in _builds(config).items():
         try:
             program = build(config, shapes, vocabulary(config), mesh)
         except aot.TooLarge as e:
-            peaks[phase] = e.bytes + (resident if phase == "rollout" else 0)
+            peaks[phase] = e.bytes + waiting.get(phase, 0)
             result["refused"] = str(e)
             continue
-        # The rollout's own arguments are the copy of the student and the prompts; all else waits beside it.
-        waiting = resident if phase == "rollout" else 0
-        peaks[phase] = waiting + program.peak
+        peaks[phase] = waiting.get(phase, 0) + program.peak
         listed = memory["rollout copy"] + memory["kv cache"]
-        memory[f"{phase} temporaries"] = program.peak - listed if phase == "rollout" else program.temporaries
+        if phase != "evaluation":
+            memory[f"{phase} temporaries"] = (
+                program.peak - listed if phase == "rollout" else program.temporaries
+            )
         moved[phase] = dict(program.traffic)
     return result | {
         "memory_gib": _gib(memory),
@@ -175,6 +204,16 @@ def _compiled_memory(config, shapes, topology: Topology, layout: Layout) -> dict
         "peak_gib": max(peaks.values()) / GIB,
         "bytes_compiled": moved,
     }
+
+
+def _builds(config: Any) -> dict[str, Callable[..., Any]]:
+    """What compiles the programs of each phase; the SFT of a role only where it is trained."""
+    from listopd_jax.plan import compile as aot
+
+    trained = [role for role in ("teacher", "student") if config.sft[role].steps or config.sft[role].epochs]
+    sft = {f"sft {role}": functools.partial(aot.compile_sft, role=role) for role in trained}
+    evaluation = {"evaluation": aot.compile_evaluation} if "teacher" in trained else {}
+    return sft | evaluation | {"rollout": aot.compile_rollout, "update": aot.compile_update}
 
 
 def _gib(sizes: Mapping[str, float]) -> dict[str, float]:

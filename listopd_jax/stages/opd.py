@@ -1,6 +1,5 @@
 """The OPD stage: sample from the student, score with teacher and base, update; one run for each λ and seed."""
 
-import functools
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -30,7 +29,7 @@ from listopd_jax.train.preflight import answer_logprobs, check_models
 class Distillation(NamedTuple):
     """What the runs of every λ and seed share: where they start, what stays as it is, and how they are updated."""
 
-    student: Any  # the SFT parameters
+    start: Callable[[], Any]  # gives each run its own copy of the SFT parameters in float32
     frozen: Frozen
     tx: optax.GradientTransformation
     step: Callable  # of `make_step`
@@ -123,7 +122,9 @@ def train_opd(job: Job, shared: Distillation, run: Run, best: int | None = None)
             rollout, per_token["advantage"], job.codec, config.task.k
         )
 
-    initial = functools.partial(init_state, shared.student, shared.tx)
+    def initial():
+        return init_state(shared.start(), shared.tx)
+
     policy = saving(config, best, lambda_warmup_steps=opd.lambda_warmup_steps)
     return train(job.workdir, run, initial, job.opd_batches(run.seed), update, policy)
 

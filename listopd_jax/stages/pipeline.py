@@ -1,11 +1,15 @@
 """The stages in order. Each leaves its result in the workdir and finds it there when called again."""
 
+import functools
 import pathlib
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
-from listopd_jax.models.build import cast
+import jax
+import jax.numpy as jnp
+
+from listopd_jax.models.build import PARAM_DTYPE, cast
 from listopd_jax.models.hf import save_hf
 from listopd_jax.ops.opd_loss import Frozen
 from listopd_jax.parallel.hosts import is_main
@@ -33,15 +37,13 @@ def run_stages(config: Any, workdir: pathlib.Path) -> None:
 
 def _models_to_policies(job: Job) -> None:
     config = job.config
-    teacher, student = (sft_stage(job, role) for role in ("teacher", "student"))
-    frozen = Frozen(cast(teacher, config.dtype.frozen), cast(student, config.dtype.frozen))
-    del teacher
+    frozen = Frozen(*(cast(sft_stage(job, role), config.dtype.frozen) for role in ("teacher", "student")))
     preflight(job, frozen)
     calibrate_stage(job, frozen)
     forecast(job, frozen)
-    tx = adamw(config.optimizer, config.opd.b2)
+    tx = adamw(config.optimizer, config.opd.b2, config.opd.moments)
     step = make_step(config.opd, tx, job.graphs, vocab=job.codec.vocab, attention=job.attention)
-    shared = Distillation(student, frozen, tx, step)
+    shared = Distillation(student_again(job, frozen.base), frozen, tx, step)
     for seed in config.opd.seeds:
         for lam in config.opd.lambdas:
             distil(job, shared, lam, seed)
@@ -53,6 +55,16 @@ def sft_stage(job: Job, role: str) -> Any:
     if evaluated(job.workdir, run) is None:
         finish(job, role, params, run)
     return params
+
+
+def student_again(job: Job, base: Any) -> Callable[[], Any]:
+    """What gives every OPD run the SFT student in float32: a copy of the base if it is that, else read again.
+
+    Through OPD there is no room on a device for a float32 copy that only the next run needs.
+    """
+    if job.config.dtype.frozen == PARAM_DTYPE:
+        return lambda: jax.tree.map(jnp.copy, base)
+    return functools.partial(train_sft, job, "student")
 
 
 def distil(job: Job, shared: Distillation, lam: float, seed: int) -> None:

@@ -6,6 +6,7 @@ from typing import Any
 
 import jax.numpy as jnp
 
+from listopd_jax.models.build import cast
 from listopd_jax.parallel.hosts import from_main
 from listopd_jax.parallel.rules import decoding_copy
 from listopd_jax.records import (
@@ -36,8 +37,8 @@ def evaluated(workdir: pathlib.Path, run: Run) -> Result | None:
 
 
 def evaluate(job: Job, role: str, params: Any, run: Run) -> Result:
-    """Evaluate the policy that `run` ended in and keep its record and examples; returns the record."""
-    batches = job.evaluation_batches()
+    """Evaluate the policy that `run` ended in, in the dtype that samples, and keep its record and examples."""
+    batches, params = job.evaluation_batches(), cast(params, job.config.dtype.compute)
     if job.config.parallel.gather_rollout:
         params = decoding_copy(params)
     (answers,) = greedy_answers(

@@ -7,10 +7,9 @@ import jax.numpy as jnp
 
 from listopd_jax.models.build import PARAM_DTYPE, initial_params
 from listopd_jax.parallel.hosts import global_batch
-from listopd_jax.parallel.rules import place_state
 from listopd_jax.stages.job import Job, saving
 from listopd_jax.train.loop import Run, train
-from listopd_jax.train.optimizer import TrainState, adamw, cosine_lr
+from listopd_jax.train.optimizer import adamw, cosine_lr, init_state
 from listopd_jax.train.sft_step import make_sft_step
 
 
@@ -24,18 +23,16 @@ def sft_run(job: Job, role: str) -> Run:
 def train_sft(job: Job, role: str) -> Any:
     """Train `role` on the answers, or load it if that is done; its parameters in float32."""
     config, sft, run = job.config, job.config.sft[role], sft_run(job, role)
-    tx = adamw(config.optimizer, sft.b2)
+    tx = adamw(config.optimizer, sft.b2, sft.moments)
     start = functools.partial(initial_params, config[role], job.shapes[role], sft.seed, PARAM_DTYPE)
     if run.steps == 0:  # the weights are fine-tuned already
         return start()
     sft_step = make_sft_step(job.graphs[role], tx, job.codec.vocab, config.opd.head_chunk, sft.microbatch)
 
-    def initial():
-        params = start()
-        return place_state(TrainState(params, tx.init(params)))
-
     def update(state, batch, step):
         lr = cosine_lr(step, run.steps, sft.lr, sft.warmup_steps)
         return sft_step(state, global_batch(batch, sft.batch_size), jnp.float32(lr))
 
-    return train(job.workdir, run, initial, job.sft_batches(role), update, saving(config))
+    return train(
+        job.workdir, run, lambda: init_state(start(), tx), job.sft_batches(role), update, saving(config)
+    )

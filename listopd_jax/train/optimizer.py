@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import ml_collections
 import optax
-from jaxtyping import Array, Float
+from jaxtyping import Array, BFloat16, Float
 
 from listopd_jax.parallel.rules import constrain_state, place_state
 
@@ -19,16 +19,61 @@ class TrainState(NamedTuple):
     opt_state: Any
 
 
-def adamw(optimizer: ml_collections.ConfigDict, b2: float) -> optax.GradientTransformation:
-    """Clipping by global norm (0: none), Adam moments and decoupled weight decay, without the learning rate."""
+def adamw(
+    optimizer: ml_collections.ConfigDict, b2: float, moments: str = "float32"
+) -> optax.GradientTransformation:
+    """Clipping by global norm (0: none), Adam and decoupled weight decay, without the learning rate.
+
+    moments: the dtype that Adam's moments are kept in, float32 or bfloat16.
+    """
     clip = optax.clip_by_global_norm(optimizer.max_grad_norm) if optimizer.max_grad_norm else optax.identity()
     adam = optax.scale_by_adam(optimizer.b1, b2)
+    adam = adam if moments == "float32" else _in_bfloat16(adam)
     return optax.chain(clip, adam, optax.add_decayed_weights(optimizer.weight_decay))
 
 
+def _in_bfloat16(adam: optax.GradientTransformation) -> optax.GradientTransformation:
+    """`adam` with moments kept in bfloat16, half the memory, rounded at random so that the mean is right.
+
+    Rounded to nearest, the second moment would stand still: at b2 = .999 a step changes it by less than bfloat16 tells.
+    """
+
+    def init(params):
+        return _stored(adam.init(params))
+
+    def update(grads, state, params=None):
+        exact = state._replace(mu=_float32(state.mu), nu=_float32(state.nu))
+        updates, state = adam.update(grads, exact, params)
+        return updates, _stored(state)
+
+    return optax.GradientTransformation(init, update)
+
+
+def _float32(tree: Any) -> Any:
+    return jax.tree.map(lambda x: x.astype(jnp.float32), tree)
+
+
+def _stored(state: optax.ScaleByAdamState) -> optax.ScaleByAdamState:
+    """The state with its moments in bfloat16; the random numbers are those of its count."""
+    leaves, tree = jax.tree.flatten((state.mu, state.nu))
+    keys = jax.random.split(jax.random.fold_in(jax.random.key(0), state.count), len(leaves))
+    mu, nu = tree.unflatten(map(rounded_at_random, keys, leaves))
+    return state._replace(mu=mu, nu=nu)
+
+
+def rounded_at_random(key: Array, x: Float[Array, "*s"]) -> BFloat16[Array, "*s"]:
+    """float32 to one of the two bfloat16 around it, to the nearer with the larger probability: x on the average."""
+    random = jax.random.bits(key, x.shape, jnp.uint16).astype(jnp.uint32)
+    words = (
+        jax.lax.bitcast_convert_type(x, jnp.uint32) + random
+    )  # carries into the upper half, which is the bfloat16
+    upper = (words >> 16).astype(jnp.uint16)
+    return jax.lax.bitcast_convert_type(upper, jnp.bfloat16)
+
+
 def init_state(params: Any, tx: optax.GradientTransformation) -> TrainState:
-    """A fresh state at a copy of `params`: steps donate their state, and OPD students start from the frozen base."""
-    return place_state(TrainState(jax.tree.map(jnp.copy, params), tx.init(params)))
+    """A fresh state that takes `params` over: steps donate their state."""
+    return place_state(TrainState(params, tx.init(params)))
 
 
 def apply_gradients(
