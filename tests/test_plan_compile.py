@@ -39,6 +39,7 @@ def test_the_real_programs_compile_for_eight_devices(topology):
     plan, code = planned(*TINY, f"--topology={topology}")
     assert code == 0 and plan["fits"] and plan["memory_source"].startswith("compiled for")
     assert plan["mesh"] == {"grid": 1, "data": 2, "fsdp": 2, "tensor": 2}
+    assert plan["peaks_gib"].keys() == {"sft teacher", "sft student", "evaluation", "rollout", "update"}
     assert plan["peak_gib"] == max(plan["peaks_gib"].values())
     moved = plan["bytes_compiled"]["update"]
     assert {"fsdp", "tensor"} <= set("+".join(moved).split("+"))

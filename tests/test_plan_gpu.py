@@ -206,3 +206,9 @@ def test_the_model_is_near_the_measured_step(optimised):
     memory = found["update"]["memory_gib"]
     assert sum(memory.values()) == pytest.approx(measured["peak_gib"], rel=0.05)
     assert RATES.keys() == {"h100"}
+
+
+@needs_plugin
+def test_the_papers_job_fits_one_card_at_every_stage(optimised):
+    plan = planner.make_plan(validate(paper()), H100, Load(128, 1, 700, 225), compile_it=True)
+    assert plan["fits"] and max(plan["peaks_gib"].values()) <= 72

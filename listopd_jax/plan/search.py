@@ -291,11 +291,12 @@ def _enlarged(estimate: Mapping[str, Any], factor: float) -> dict[str, Any]:
 
 
 def _rank(plan: Mapping[str, Any]) -> tuple:
-    """Fitting plans by time, of equals the largest microbatch; after them the others by memory."""
+    """Fitting plans by time, of equals the largest microbatch; after them the others by memory, of equals likewise."""
     room = 1.0 if plan["bytes_compiled"] is not None else ROOM
+    seconds, peak = (float(f"{plan[name]:.3g}") for name in ("step_s_floor", "peak_gib"))
     if plan["peak_gib"] <= room * plan["hbm_gib"]:
-        return (0, float(f"{plan['step_s_floor']:.3g}"), -plan["microbatch"], plan["peak_gib"])
-    return (1, plan["peak_gib"], plan["step_s_floor"])
+        return (0, seconds, -plan["microbatch"], plan["peak_gib"])
+    return (1, peak, seconds, -plan["microbatch"])
 
 
 def summary(plan: Mapping[str, Any]) -> dict[str, Any]:
