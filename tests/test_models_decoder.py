@@ -102,16 +102,24 @@ def test_shared_prefix_equals_whole_sequences(model, batch):
     assert_close(our_grads, plain_grads, 1e-5)
 
 
-def test_decode_steps_equal_extend(model, batch):
+@pytest.mark.parametrize("size", [1, 3])
+def test_decode_steps_equal_extend(model, batch, size):
+    """Token by token, and in blocks, before each of which rows hold different numbers of tokens."""
     prompts, completions, _ = batch
     graphdef, params = model
     (_, expected), _ = shared(graphdef, params, prompts, completions)
     _, kv = jax.jit(lambda p: nnx.merge(graphdef, p).prefill(prompts, LENGTHS))(params)
     step = jax.jit(lambda p, cache, t, x: nnx.merge(graphdef, p).decode_step(kv, LENGTHS, cache, t, x))
     cache = nnx.merge(graphdef, params).init_cache(3, N, T + 2)  # the unused rest must not be seen
-    for t in range(T):
-        hidden, cache = step(params, cache, jnp.int32(t), completions[:, :, t])
-        np.testing.assert_allclose(hidden, expected[:, :, t + 1], atol=1e-5, err_msg=f"step {t}")
+    behind = np.zeros((3, N), int) if size == 1 else np.random.default_rng(0).integers(0, size, (3, N))
+    for t in range(0, T, size):
+        cached = np.maximum(t - behind, 0)
+        place = cached[..., None] + np.arange(size)
+        block = np.minimum(place, T - 1)
+        read = np.take_along_axis(np.asarray(completions), block, -1)
+        hidden, cache = step(params, cache, jnp.int32(t) if size == 1 else cached, read)
+        after = np.take_along_axis(np.asarray(expected), block[..., None] + 1, 2)
+        np.testing.assert_allclose(hidden[place < T], after[place < T], atol=1e-5, err_msg=f"step {t}")
 
 
 def test_prompts_read_in_blocks_are_those_read_at_once(model, batch, monkeypatch):
@@ -134,7 +142,7 @@ def compiled_decode_step(config, B, n, P, C, dtype, sharding=None):
         _, prompt = decoder.prefill(jnp.zeros((B, P), jnp.int32), jnp.ones(B, jnp.int32))
         return params, prompt, jnp.ones(B, jnp.int32), decoder.init_cache(B, n, C), jnp.int32(0), tokens
 
-    tokens = jnp.zeros((B, n), jnp.int32)
+    tokens = jnp.zeros((B, n, 1), jnp.int32)
     shapes = jax.tree.map(
         lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), jax.eval_shape(start, params)
     )

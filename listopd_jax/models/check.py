@@ -117,8 +117,8 @@ def _greedy(decoder: Decoder, prompts, lengths, steps: int):
 
     def step(carry, t):
         token, cache = carry
-        hidden, cache = decoder.decode_step(prompt, lengths, cache, t, token)
-        return (_head(decoder, hidden).argmax(-1), cache), token[:, 0]
+        hidden, cache = decoder.decode_step(prompt, lengths, cache, t, token[..., None])
+        return (_head(decoder, hidden[:, :, 0]).argmax(-1), cache), token[:, 0]
 
     carry = first, decoder.init_cache(len(prompts), 1, steps)
     return jax.lax.scan(step, carry, jnp.arange(steps))[1].T
