@@ -32,7 +32,7 @@ from listopd_jax.parallel.mesh import use_mesh
 from listopd_jax.plan import gpu
 from listopd_jax.plan.chips import GIB, Topology
 from listopd_jax.plan.traffic import traffic
-from listopd_jax.rollout.decode import Rollout, Sampler, Settings, capacities, first_segment, segment
+from listopd_jax.rollout.decode import Rollout, Sampler, Settings, cache_sizes, first_segment, segment
 from listopd_jax.stages.job import draft_tokens
 from listopd_jax.stages.opd import hyper_at, make_step
 from listopd_jax.train.opd_step import OpdBatch
@@ -104,7 +104,7 @@ def compile_rollout(config: Any, shapes: Mapping[str, ModelConfig], vocab: int, 
 
     Memory is that of its hungrier program, of the first token or of the last segment; traffic that of both.
     """
-    sizes = cache_sizes(config)
+    sizes = cache_sizes(config.task.max_response, draft_tokens(config))
     first, (last,) = rollout_programs(config, shapes, vocab, mesh, sizes[-1:])
     # While the caches grow one by one, the shorter twin of the one at hand is there too.
     own = max(map(_shard_bytes, _caches(config, shapes["student"], mesh)[1]))
@@ -112,11 +112,6 @@ def compile_rollout(config: Any, shapes: Mapping[str, ModelConfig], vocab: int, 
     last = last._replace(temporaries=max(last.temporaries, twin))
     moved = dict(Counter(first.traffic) + Counter(last.traffic))
     return max(first, last, key=lambda program: program.peak)._replace(traffic=moved)
-
-
-def cache_sizes(config: Any) -> list[int]:
-    """The capacities that the cache of the completions takes in turn."""
-    return capacities(config.task.max_response + draft_tokens(config))
 
 
 def compile_evaluation(config: Any, shapes: Mapping[str, ModelConfig], vocab: int, mesh: Mesh) -> Program:
@@ -140,7 +135,7 @@ def rollout_programs(
         return first_segment.lower(sampler, prompts, lengths, None, hint, capacity)
 
     with _target(config, mesh):
-        smallest = start(cache_sizes(config)[0])
+        smallest = start(cache_sizes(config.task.max_response, draft_tokens(config))[0])
         first, shardings = _compiled(smallest, "rollout", ROLLOUT, mesh)
         segments = []
         for size in sizes:

@@ -40,12 +40,14 @@ from listopd_jax.rollout.state import (
     put_back,
     shrink,
 )
+from listopd_jax.rounding import round_up
 
 LEAST_ROWS = 8  # fewer cost hardly less, and each shape is one more program to compile
 LEAST_PARAMETERS = 1_000_000  # a smaller model's steps cost less than those programs
 TOKENS_PER_PASS = {"cpu": 64}  # that cost little more than one per row, by backend
 MANY_TOKENS = 1024  # the same on accelerators, where reading the weights takes as long
 LEAST_DRAFT = 3
+ROOM_MULTIPLE = 16  # tokens; XLA's GPU backend pads, by a copy, what its products read at odd widths
 LEAST_CAPACITY = 64  # tokens; a shorter cache is not worth a program
 
 
@@ -274,6 +276,11 @@ def capacities(max_tokens: int) -> list[int]:
     return [*range(part, max_tokens, part), max_tokens]
 
 
+def cache_sizes(max_tokens: int, drafts: int) -> list[int]:
+    """`capacities` with room for the drafts of the last step, in multiples of ROOM_MULTIPLE if there are any."""
+    return capacities(round_up(max_tokens + drafts, ROOM_MULTIPLE) if drafts else max_tokens)
+
+
 def generate(
     graphs: tuple[nnx.GraphDef, ...],
     params: tuple[Any, ...],
@@ -298,7 +305,7 @@ def generate(
     shape, drafts = (len(prompts), weights.shape[1]), sampler.settings.draft_tokens
     shrinks = context_mesh() is None and sum(x.size for x in jax.tree.leaves(params)) >= LEAST_PARAMETERS
     least = LEAST_ROWS if shrinks else shape[0] * shape[1]
-    sizes = capacities(sampler.settings.max_tokens + drafts)
+    sizes = cache_sizes(sampler.settings.max_tokens, drafts)
     shared, state = first_segment(
         sampler, prompts, prompt_lengths, budgets, _hints(hint, len(prompts)), sizes[0]
     )
