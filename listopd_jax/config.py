@@ -152,6 +152,7 @@ def _opd() -> ml_collections.ConfigDict:
         clip=5.0,  # c of EC Eq. 3; inf: no clip
         ratio="teacher_student",
         advantage="base_relative",
+        normalize=False,  # subtract log Z of the target from the advantage: every ratio then ends at the target
         estimator="sampled",
         aggregate="token",
         kl_to_base=0.0,
@@ -401,6 +402,11 @@ def _validate_combinations(config: ml_collections.ConfigDict) -> None:
     _require(
         opd.estimator == "sampled" or (opd.ratio == "none" and opd.ppo_clip == 0),
         "opd.estimator='full_vocab' is exact, without importance ratios: set opd.ratio='none' and opd.ppo_clip=0",
+    )
+    _require(
+        opd.estimator == "sampled" or not opd.normalize,
+        "opd.normalize corrects the advantage of sampled tokens, which opd.estimator='full_vocab' does not need: set "
+        "opd.normalize=False",
     )
     _require(
         opd.steps > 0 or opd.epochs > 0, "opd.steps=0 and opd.epochs=0: nothing to train; set one of them"

@@ -11,18 +11,10 @@ from scipy import stats
 from sklearn.isotonic import IsotonicRegression
 
 from listopd_jax.theory import cliff
+from listopd_jax.theory.ec_figures import FIVE_SEEDS, ROWS
 
-EC_LAMBDAS = [1.18, 1.20, 1.22, 1.24]
-EC_SEEDS = np.array(  # seeds 7, 13, 21, 42, 95 down, λ across
-    [
-        [0.901, 0.830, 0.731, 0.679],
-        [0.934, 0.797, 0.873, 0.486],
-        [0.863, 0.802, 0.901, 0.561],
-        [0.934, 0.934, 0.651, 0.684],
-        [0.858, 0.689, 0.788, 0.877],
-    ]
-)
-SMALL_CLIP = ([0.95, 1.0, 1.05, 1.075, 1.1, 1.15, 1.2], [0.943, 0.892, 0.939, 0.632, 0.670, 0.297, 0.255])
+EC_LAMBDAS = ROWS["five_seeds"].lambdas
+EC_SEEDS = np.array(list(FIVE_SEEDS.values()))  # seeds 7, 13, 21, 42, 95 down, λ across
 
 
 @pytest.fixture(scope="module")
@@ -32,7 +24,7 @@ def ec():
 
 def test_means_are_ecs():
     # EC prints .810 and .658 at 1.20 and 1.24, from unrounded seeds; the printed seeds give .8104 and .6574
-    np.testing.assert_allclose(EC_SEEDS.mean(0), [0.898, 0.810, 0.789, 0.658], atol=7e-4)
+    np.testing.assert_allclose(EC_SEEDS.mean(0), ROWS["five_seeds"].parse, atol=7e-4)
     np.testing.assert_allclose(EC_SEEDS.std(0, ddof=1), [0.037, 0.088, 0.102, 0.149], atol=7e-4)
 
 
@@ -56,7 +48,7 @@ def test_all_resamples_together_give_ecs_intervals_but_for_one_tie():
 
 
 def test_midpoint_of_the_small_clip_run_is_ecs():
-    located = cliff.locate(*SMALL_CLIP)
+    located = cliff.locate(ROWS["small_clip"].lambdas, ROWS["small_clip"].parse)
     assert round(located["midpoint"]["interpolated"]["at"], 4) == 1.0695
     assert located["midpoint"]["interpolated"]["interval"] is None  # one seed
 

@@ -52,6 +52,7 @@ def test_k_follows_the_source():
         ({"opd.steps": 0, "opd.epochs": 0.0}, "nothing to train"),
         ({"opd.ppo_clip": 1.0}, "opd.ppo_clip=1.0: must be in [0, 1)"),
         ({"opd.estimator": "full_vocab"}, "opd.ratio='none'"),
+        ({"opd.estimator": "full_vocab", "opd.ratio": "none", "opd.normalize": True}, "opd.normalize=False"),
         ({"opd.advantage": "no_bass"}, "did you mean 'no_base'?"),
         ({"opd.microbatch": 5}, "must divide"),
         ({"sft.teacher.truncation_rate": 1.0}, "must be in [0, 1)"),

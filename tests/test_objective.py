@@ -16,6 +16,7 @@ from listopd_jax.ops.objective import (
     advantage,
     full_vocab_loss,
     importance_ratio,
+    log_normalizer,
     sampled_loss,
     target_log_distribution,
     token_weights,
@@ -55,6 +56,10 @@ def log_softmax(x):
     return x - np.log(np.exp(x).sum(-1, keepdims=True))
 
 
+def log_z_of(teacher, base, lam, variant: Variant):
+    return log_normalizer(teacher, base, lam, variant.advantage) if variant.normalize else 0.0
+
+
 def total_loss(student_logits, other_logits, tokens, rollout, hyper: Hyper, variant: Variant):
     """The scalar loss of a batch from logits, put together as a training step does."""
     logp, teacher, base = map(jax.nn.log_softmax, (student_logits, *other_logits))
@@ -62,8 +67,8 @@ def total_loss(student_logits, other_logits, tokens, rollout, hyper: Hyper, vari
         loss, _ = full_vocab_loss(logp, teacher, base, tokens, hyper, variant, lam=hyper.lam)
     else:
         at = [take_token(x, tokens) for x in (logp, teacher, base)]
-        entropy = entropy_of(logp)
-        loss, _ = sampled_loss(at[0], entropy, at[1], at[2], rollout, hyper, variant, lam=hyper.lam)
+        entropy, log_z = entropy_of(logp), log_z_of(teacher, base, hyper.lam, variant)
+        loss, _ = sampled_loss(at[0], entropy, *at[1:], rollout, hyper, variant, lam=hyper.lam, log_z=log_z)
     return (loss * token_weights(jnp.asarray(MASK), variant.aggregate)).sum()
 
 
@@ -196,7 +201,8 @@ def reference(case, lam, clip, beta, gamma, epsilon, variant):
         loss, grad = exact_reference(*logps, lam, beta, variant.advantage)
     else:
         at = [np.take_along_axis(x, tokens[..., None], -1)[..., 0] for x in logps]
-        loss, slope = sampled_reference(*at, rollout, lam, clip, beta, epsilon, variant)
+        log_z = log_z_reference(*logps[1:], lam, variant.advantage) if variant.normalize else 0.0
+        loss, slope = sampled_reference(*at, rollout, log_z, lam, clip, beta, epsilon, variant)
         grad = slope[..., None] * (np.eye(V)[tokens] - p)
     loss, grad = loss - gamma * entropy, grad + gamma * p * (logps[0] + entropy[..., None])
     weights = MASK / MASK.sum() if variant.aggregate == "token" else MASK / LENGTHS[..., None] / LENGTHS.size
@@ -211,13 +217,20 @@ def exact_reference(student, teacher, base, lam, beta, kind):
     return loss, np.exp(student) * (gap - loss[..., None])
 
 
-def sampled_reference(student, teacher, base, rollout, lam, clip, beta, epsilon, variant):
+def log_z_reference(teacher, base, lam, kind):
+    """log Σ π_T^λ π_B^(1−λ), or of π_T^λ for `no_base`; the largest term in front, for the extreme case."""
+    terms = lam * teacher + (0 if kind == "no_base" else (1 - lam) * base)
+    most = terms.max(-1)
+    return most + np.log(np.exp(terms - most[..., None]).sum(-1))
+
+
+def sampled_reference(student, teacher, base, rollout, log_z, lam, clip, beta, epsilon, variant):
     """The loss of sampled tokens and its derivative in log π_S(a)."""
     adv = (
         lam * teacher - student
         if variant.advantage == "no_base"
         else lam * (teacher - base) - (student - base)
-    )
+    ) - log_z
     with np.errstate(over="ignore"):
         w, change = np.exp(teacher - student), np.exp(student - rollout)
         ratio = {
@@ -238,6 +251,7 @@ SAMPLED = [
     Variant(r, a, "sampled", aggregate, ppo)
     for r, a, (aggregate, ppo) in itertools.product(RATIOS, ADVANTAGES, PAIRS)
 ]
+SAMPLED += [Variant(r, a, normalize=True) for r, a in itertools.product(RATIOS, ADVANTAGES)]
 FULL = [Variant("none", a, "full_vocab", g) for a, g in itertools.product(ADVANTAGES, AGGREGATES)]
 SETTINGS = {
     "plain": (1.0, 5.0, 0.0, 0.0, 0.2),
@@ -287,8 +301,9 @@ def exact_expectation(logits, under, hyper, variant):
         if exact:
             return full_vocab_loss(logp, teacher, base, token, hyper, variant, lam=hyper.lam)[0]
         at = [take_token(x, token) for x in (logp, teacher, base)]
-        rollout = take_token(jnp.log(under), token)
-        return sampled_loss(at[0], entropy_of(logp), *at[1:], rollout, hyper, variant, lam=hyper.lam)[0]
+        rollout, log_z = take_token(jnp.log(under), token), log_z_of(teacher, base, hyper.lam, variant)
+        entropy = entropy_of(logp)
+        return sampled_loss(at[0], entropy, *at[1:], rollout, hyper, variant, lam=hyper.lam, log_z=log_z)[0]
 
     sampled = jax.vmap(jax.grad(lambda x, a: one(x, a, False)), (None, 0))(logits[0], jnp.arange(V))
     return under @ sampled, jax.grad(lambda x: one(x, jnp.int32(0), True))(logits[0])
@@ -331,6 +346,22 @@ def test_the_pull_to_the_base_is_not_weighted_by_the_ratio(case, ratio):
         strict=True,
     )
     np.testing.assert_allclose(sampled[1] - sampled[0], exact[1] - exact[0], atol=2e-6)
+
+
+@pytest.mark.parametrize("kind", ADVANTAGES)
+@pytest.mark.parametrize("ratio", RATIOS)
+def test_normalized_the_target_is_stationary_for_every_ratio(case, ratio, kind):
+    """The expected gradient at the target vanishes; without log Z it does so where the ratio is 1 only."""
+    logits = case[0][:, 0, 0, 0]
+    logp = log_softmax(logits)
+    for lam, clip in itertools.product((0.5, 1.3, 2.5), (1.5, np.inf)):
+        target = np.asarray(target_log_distribution(logp[1], logp[2], lam, kind), np.float32)
+        at = np.stack([target, *logits[1:]]), jax.nn.softmax(target), hyper(lam, clip)
+        normalized, plain = (
+            expectation(*at, variant=Variant(ratio, kind, normalize=on))[0] for on in (True, False)
+        )
+        np.testing.assert_allclose(normalized, 0, atol=2e-6)
+        assert (np.abs(plain).max() > 1e-3) == (ratio in ("teacher_student", "aspo"))
 
 
 def test_lambda_1_does_not_depend_on_the_base(case):
@@ -390,6 +421,8 @@ def test_advantage_vanishes_at_the_target(case):
         target = target_log_distribution(logp[1], logp[2], 1.4, kind)
         adv = advantage(target, logp[1], logp[2], 1.4, kind)
         assert np.ptp(np.asarray(adv), axis=-1).max() < 1e-4  # a constant: zero expected gradient
+        log_z = log_normalizer(logp[1], logp[2], 1.4, kind)
+        np.testing.assert_allclose(adv, np.broadcast_to(log_z[..., None], adv.shape), atol=1e-4)
     with_unit_norm = target_log_distribution(logp[1], logp[2], 1.4, "base_relative")
     np.testing.assert_allclose(np.exp(with_unit_norm).sum(-1), 1, atol=1e-5)
 

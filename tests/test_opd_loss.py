@@ -14,6 +14,7 @@ from listopd_jax.ops.opd_loss import Models, opd_loss
 N, VOCAB = 23, 17
 WIDTHS, ROWS = (6, 10, 6), (20, 24, 20)  # student, teacher, base: the teacher is wider and padded differently
 EXACT = Variant("none", estimator="full_vocab")
+NORMALIZED = Variant(normalize=True)
 
 
 def make(dtype=np.float32, scale=1.0, n=N, seed=0):
@@ -60,9 +61,9 @@ def dense(case, lam, clip, variant, beta=0.2, gamma=0.1):
     log_s, log_t, log_b = (log_softmax(h @ v[:VOCAB].T) for h, v in zip(hiddens, heads, strict=True))
     s, t, b = (x[rows, tokens] for x in (log_s, log_t, log_b))
     p, entropy = np.exp(log_s), -(np.exp(log_s) * log_s).sum(-1)
-    advantage = lam * (t - b) - (s - b)
+    target = log_softmax(lam * log_t + (1 - lam) * log_b)
+    advantage = target[rows, tokens] - s if variant.normalize else lam * (t - b) - (s - b)
     if variant.estimator == "full_vocab":
-        target = log_softmax(lam * log_t + (1 - lam) * log_b)
         kl, to_base = ((p * (log_s - q)).sum(-1) for q in (target, log_b))
         loss = kl + beta * to_base - gamma * entropy
         d_logits = p * (log_s - target - kl[:, None] + beta * (log_s - log_b - to_base[:, None]))
@@ -90,14 +91,18 @@ def check(case, lam, clip, variant, chunk, tolerance, gradient_scale=0.0):
         np.testing.assert_allclose(got, x, atol=tolerance * max(np.abs(x).max(), gradient_scale))
 
 
-@pytest.mark.parametrize("variant", [Variant(), EXACT], ids=["sampled", "full_vocab"])
+@pytest.mark.parametrize(
+    "variant", [Variant(), NORMALIZED, EXACT], ids=["sampled", "normalized", "full_vocab"]
+)
 @pytest.mark.parametrize("clip", [1.1, 5.0, np.inf])
 @pytest.mark.parametrize("lam", [0.5, 1.0, 1.3, 3.0])
 def test_it_is_the_dense_loss(lam, clip, variant):
     check(make(), lam, clip, variant, chunk=5, tolerance=2e-5)
 
 
-@pytest.mark.parametrize("variant", [Variant(), EXACT], ids=["sampled", "full_vocab"])
+@pytest.mark.parametrize(
+    "variant", [Variant(), NORMALIZED, EXACT], ids=["sampled", "normalized", "full_vocab"]
+)
 def test_bfloat16_loses_only_the_rounding_of_its_factors(variant):
     """Quantities are float32 of bfloat16 inputs; a gradient is rounded twice, to 8 bits each time."""
     case = make(jnp.bfloat16)
@@ -112,13 +117,17 @@ def test_bfloat16_loses_only_the_rounding_of_its_factors(variant):
         np.testing.assert_allclose(got, x, atol=2**-6 * np.abs(x).max())
 
 
-@pytest.mark.parametrize("variant", [Variant(), EXACT], ids=["sampled", "full_vocab"])
+@pytest.mark.parametrize(
+    "variant", [Variant(), NORMALIZED, EXACT], ids=["sampled", "normalized", "full_vocab"]
+)
 def test_extreme_logits_are_the_dense_loss_too(variant):
     """Log-probabilities of −1000 are spaced by 6e-5 in float32, and meet hidden states of 100 in the gradient."""
     check(make(scale=100.0), 1.3, 5.0, variant, chunk=7, tolerance=3e-5, gradient_scale=20.0)
 
 
-@pytest.mark.parametrize("variant", [Variant(), EXACT], ids=["sampled", "full_vocab"])
+@pytest.mark.parametrize(
+    "variant", [Variant(), NORMALIZED, EXACT], ids=["sampled", "normalized", "full_vocab"]
+)
 def test_memory_does_not_grow_with_tokens_times_vocabulary(variant):
     """128 times the logits of one chunk would be 67 MB a model; the whole program grows by less than a fiftieth."""
     vocab, chunk = 4096, 32
@@ -135,10 +144,24 @@ def test_memory_does_not_grow_with_tokens_times_vocabulary(variant):
     assert temp_bytes(chunk * 128) - temp_bytes(chunk) < 4 * chunk * 128 * vocab / 50
 
 
-def test_the_kernel_scores_frozen_models_alike(monkeypatch):
+def test_normalized_and_guarded_log_z_is_that_of_the_positions_own_lambda():
+    case, lam = make(), 3.0
+    variant = NORMALIZED._replace(guard="teacher")
+    per_token = opd_loss(*case, hyper(lam, 5.0), variant, vocab=VOCAB, chunk=5)[1]
+    own = np.asarray(per_token["lambda"])
+    assert set(np.unique(own)) == {1.0, lam}
+    for guarded in (1.0, lam):
+        at = (own == guarded) & (np.asarray(case[-1]) > 0)
+        expected = dense(case, guarded, 5.0, variant)[1]["advantage"]
+        np.testing.assert_allclose(np.asarray(per_token["advantage"])[at], expected[at], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("variant", [Variant(), NORMALIZED], ids=["sampled", "normalized"])
+def test_the_kernel_scores_frozen_models_alike(monkeypatch, variant):
+    """Or leaves it to others where the loss asks for more than the kernel gives."""
     case, at = make(), hyper(1.3, 5.0)
-    wanted = opd_loss(*case, at, Variant(), vocab=VOCAB, chunk=5)
+    wanted = opd_loss(*case, at, variant, vocab=VOCAB, chunk=5)
     monkeypatch.setattr(pl, "pallas_call", functools.partial(pl.pallas_call, interpret=True))
-    got = opd_loss(*case, at, Variant(), vocab=VOCAB, chunk=5, pallas=True)
+    got = opd_loss(*case, at, variant, vocab=VOCAB, chunk=5, pallas=True)
     for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(wanted), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)

@@ -15,12 +15,19 @@ SGD = {"lists": 64, "optimizer": "sgd", "lr": 1.0}
 
 
 @pytest.mark.parametrize(
-    "variant", [Variant("none"), Variant("teacher_student"), Variant("teacher_student", "no_base")]
+    "variant",
+    [
+        Variant("none"),
+        Variant("teacher_student"),
+        Variant("teacher_student", "no_base"),
+        Variant("teacher_student", normalize=True),
+    ],
 )
 def test_sampled_runs_end_at_the_limit_of_their_estimator(variant):
     lams = [1.0, 1.15, 1.3]
     curves = run_grid(single_position(P, B), Recipe(variant, **SGD), lams, [5.0], range(8), [300])
-    expected = [limit_log_odds(P, B, lam, 5.0, variant.ratio, variant.advantage) for lam in lams]
+    kind = variant.ratio, variant.advantage, variant.normalize
+    expected = [limit_log_odds(P, B, lam, 5.0, *kind) for lam in lams]
     # 8 runs scatter by about .1 in log-odds at this learning rate
     np.testing.assert_allclose(curves.log_odds[:, 0, :, 0, 0].mean(1), expected, atol=0.12)
 

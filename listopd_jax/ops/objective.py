@@ -10,9 +10,12 @@ Per sampled token a_t ~ π_S, with π_T the teacher and π_B the base (all log-p
 `full_vocab` replaces the sampled estimate by the exact reverse KL per position to the same target,
 log target = λ log π_T + (1−λ) log π_B − log Z. The target is per token, given the prefix: no return-to-go, so it is
 not the tilt of whole sequences by (π_T/π_B)^λ. With a ratio other than 1 the limit is not the target either, and
-`no_base` can lose the teacher's mode (docs/theory.md §2). Everything a sweep varies is a traced number in `Hyper`; what
-changes the program is static in `Variant`. Where a run is guarded,
-λ is a number for each position, so the losses take it by name beside `Hyper` (listopd_jax.ops.opd_loss decides it).
+`no_base` can lose the teacher's mode (docs/theory.md §2). `normalize` (ours) subtracts the position's log Z from A_t: A
+is then log target − log π_S, which vanishes at the target, and the limit is the target for every ratio.
+
+Everything a sweep varies is a traced number in `Hyper`; what changes the program is static in `Variant`. Where a run is
+guarded, λ is a number for each position, so the losses take it by name beside `Hyper`, as they take log Z
+(listopd_jax.ops.opd_loss decides both).
 """
 
 from typing import NamedTuple
@@ -44,6 +47,7 @@ class Variant(NamedTuple):
     aggregate: str = "token"
     ppo: bool = False
     guard: str = ""  # fallback of listopd_jax.ops.guard, a λ for each position; empty: off
+    normalize: bool = False  # whether log Z is subtracted from the advantage of sampled tokens
 
 
 def warmed_up_lambda(lam: float, step: int, warmup_steps: int) -> float:
@@ -74,16 +78,16 @@ def importance_ratio(student, teacher, rollout, adv, clip, kind: str) -> Float[A
     return jnp.exp(jnp.minimum(log_ratio, jnp.log(clip)))
 
 
-def sampled_loss(student, entropy, teacher, base, rollout, hyper: Hyper, variant: Variant, *, lam):
+def sampled_loss(student, entropy, teacher, base, rollout, hyper: Hyper, variant: Variant, *, lam, log_z=0.0):
     """Per-token loss and metrics from log-probabilities of the sampled tokens, all of one shape.
 
-    `student` and `entropy` carry the gradient; teacher, base, rollout and `lam`, one for all or one for each token,
-    are constants. β enters as the sampled (score-function) gradient of KL(π_S‖π_B), without the ratio, γ as the exact
-    entropy.
+    `student` and `entropy` carry the gradient; teacher, base, rollout, `lam` and `log_z`, one for all or one for each
+    token, are constants. `log_z` is that of `log_normalizer` where Variant.normalize, else 0. β enters as the sampled
+    (score-function) gradient of KL(π_S‖π_B), without the ratio, γ as the exact entropy.
     Returns (loss, {"advantage", "ratio"}).
     """
     detached = jax.lax.stop_gradient(student)
-    adv = advantage(detached, teacher, base, lam, variant.advantage)
+    adv = advantage(detached, teacher, base, lam, variant.advantage) - log_z
     ratio = importance_ratio(detached, teacher, rollout, adv, hyper.clip, variant.ratio)
     weight = ratio * adv - hyper.kl_to_base * (detached - base)
     if variant.ppo:
@@ -97,7 +101,16 @@ def sampled_loss(student, entropy, teacher, base, rollout, hyper: Hyper, variant
 
 def target_log_distribution(teacher, base, lam, kind: str) -> Float[Array, "*s V"]:
     """log of the normalised target of the flow, π_B(π_T/π_B)^λ, or π_T^λ for `no_base`."""
-    return jax.nn.log_softmax(lam * teacher + (1 - lam) * base if kind == "base_relative" else lam * teacher)
+    return jax.nn.log_softmax(_extrapolated(teacher, base, lam, kind))
+
+
+def log_normalizer(teacher, base, lam, kind: str) -> Float[Array, "*s"]:
+    """log Z of the target, from log-distributions [*s, V]: the same constant in the advantage of every token."""
+    return jax.nn.logsumexp(_extrapolated(teacher, base, jnp.asarray(lam)[..., None], kind), -1)
+
+
+def _extrapolated(teacher, base, lam, kind: str) -> Float[Array, "*s V"]:
+    return lam * teacher + (1 - lam) * base if kind == "base_relative" else lam * teacher
 
 
 def full_vocab_loss(student, teacher, base, tokens, hyper: Hyper, variant: Variant, *, lam):

@@ -3,7 +3,7 @@
 The objective itself, per token, is listopd_jax.ops.objective; how the student's head gets its gradient without stored
 logits is listopd_jax.ops.fused. The way of λ: every position starts with the λ of `Hyper`, the guard lowers it where
 the distributions of teacher and base are at hand (`_frozen_distributions`, for every estimator), and the loss takes it
-by name.
+by name. So does log Z, which those distributions and that λ give (`_frozen_scores`).
 """
 
 import functools
@@ -17,7 +17,7 @@ from listopd_jax.ops.fused import fused_loss
 from listopd_jax.ops.gather_kernel import gather_logprobs
 from listopd_jax.ops.guard import guarded_lambda
 from listopd_jax.ops.head import entropy_of, log_distribution, map_positions, take_token
-from listopd_jax.ops.objective import Hyper, Variant, full_vocab_loss, sampled_loss
+from listopd_jax.ops.objective import Hyper, Variant, full_vocab_loss, log_normalizer, sampled_loss
 
 
 class Frozen(NamedTuple):
@@ -73,7 +73,9 @@ def opd_loss(
         f, rows["hiddens"] = _full_vocab, frozen
     else:
         f = _sampled
-        if pallas and not variant.guard:  # the kernel gives no distributions, which the guard looks at
+        rows["log_z"] = jnp.zeros_like(weights)
+        looks_at_all_tokens = variant.guard or variant.normalize  # the kernel gives no distributions
+        if pallas and not looks_at_all_tokens:
             scores = (gather_logprobs(h, w, tokens, vocab) for h, w in zip(frozen, frozen_heads, strict=True))
             rows["teacher"], rows["base"] = scores
         else:
@@ -94,14 +96,15 @@ def _frozen_distributions(rows: dict[str, Any], heads: Frozen, hyper: Hyper, var
 def _frozen_scores(
     rows: dict[str, Any], heads: Frozen, hyper: Hyper, variant: Variant, vocab: int, chunk: int
 ):
-    """Of every sampled token, float32 [N]: log π_T, log π_B and the λ of its position, in one pass of both heads."""
+    """Of every sampled token, float32 [N]: log π_T, log π_B, λ and log Z of its position, in one pass of both heads."""
 
     def score(part):
         teacher, base, lam = _frozen_distributions(part, heads, hyper, variant, vocab)
         at = (take_token(logp, part["token"]) for logp in (teacher, base))
-        return dict(zip(("teacher", "base"), at, strict=True)) | {"lam": lam}
+        log_z = log_normalizer(teacher, base, lam, variant.advantage) if variant.normalize else part["log_z"]
+        return dict(zip(("teacher", "base"), at, strict=True)) | {"lam": lam, "log_z": log_z}
 
-    needed = {name: rows[name] for name in ("hiddens", "token", "lam")}
+    needed = {name: rows[name] for name in ("hiddens", "token", "lam", "log_z")}
     return map_positions(score, needed, chunk)
 
 
@@ -113,8 +116,8 @@ def _sampled(variant: Variant, vocab: int, logits, rows, shared):
     student, teacher, base, rollout = (
         jnp.where(kept, x, 0.0) for x in (student, rows["teacher"], rows["base"], rows["rollout"])
     )
-    entropy, lam = entropy_of(logp), rows["lam"]
-    loss, extra = sampled_loss(student, entropy, teacher, base, rollout, hyper, variant, lam=lam)
+    entropy, lam, log_z = entropy_of(logp), rows["lam"], rows["log_z"]
+    loss, extra = sampled_loss(student, entropy, teacher, base, rollout, hyper, variant, lam=lam, log_z=log_z)
     scores = {"student": student, "teacher": teacher, "base": base, "entropy": entropy, "rollout": rollout}
     return jnp.where(kept, loss * rows["weight"], 0.0).sum(), extra | scores | {"lambda": lam}
 

@@ -26,7 +26,7 @@ import optax
 from jaxtyping import Array, Float, Int
 
 from listopd_jax.ops.head import entropy_of
-from listopd_jax.ops.objective import Hyper, Variant, full_vocab_loss, sampled_loss
+from listopd_jax.ops.objective import Hyper, Variant, full_vocab_loss, log_normalizer, sampled_loss
 from listopd_jax.theory.thresholds import log_odds
 
 OBJECTS, TOKENS_PER_OBJECT = 8, 20  # of a list
@@ -180,8 +180,10 @@ def _token_losses(theta, teacher, base, rollout, hyper: Hyper, variant: Variant)
         tokens = jnp.zeros(theta.shape, jnp.int32)
         exact, _ = full_vocab_loss(student, teacher, base, tokens, hyper, variant, lam=hyper.lam)
         return jnp.stack([exact, exact], -1)
-    entropy = entropy_of(student)[..., None]
-    return sampled_loss(student, entropy, teacher, base, rollout, hyper, variant, lam=hyper.lam)[0]
+    entropy, lam, log_z = entropy_of(student)[..., None], hyper.lam, 0.0
+    if variant.normalize:
+        log_z = log_normalizer(teacher, base, lam, variant.advantage)[..., None]
+    return sampled_loss(student, entropy, teacher, base, rollout, hyper, variant, lam=lam, log_z=log_z)[0]
 
 
 def _log_pair(theta: Float[Array, "P D"]) -> Float[Array, "P D 2"]:

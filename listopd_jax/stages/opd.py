@@ -84,6 +84,7 @@ def variant_of(opd: Any) -> Variant:
         aggregate=opd.aggregate,
         ppo=opd.ppo_clip > 0,
         guard=opd.guard.fallback if opd.guard.margin else "",
+        normalize=opd.normalize,
     )
 
 

@@ -9,7 +9,7 @@ expected update of the student's log-odds θ is
 `none`, `trainer_rollout` (on-policy, where it is 1) and `full_vocab` have ρ = 1: the drift is q(1−q)(θ* −
 θ), the gradient of KL(π_S‖target), and the limit is the target π_B(π_T/π_B)^λ. The other ratios weight the
 two tokens unequally, and then the constant log Z that both advantages share no longer cancels: the limit is
-*not* the target. All ours.
+*not* the target. `normalize` takes log Z out, and with it every ratio ends at the target again. All ours.
 """
 
 from typing import Literal
@@ -27,38 +27,41 @@ _SPAN, _CELLS = 60.0, 4096  # log-odds searched for a limit on each side of the 
 
 
 def drift(theta: ArrayLike, p: ArrayLike, b: ArrayLike, lam: ArrayLike, c: ArrayLike = np.inf,
-          ratio: Ratio = "teacher_student", advantage: Advantage = "base_relative") -> Array:  # fmt: skip
+          ratio: Ratio = "teacher_student", advantage: Advantage = "base_relative",
+          normalize: bool = False) -> Array:  # fmt: skip
     """Expected dθ of one sampled token at student log-odds `theta`; positive makes the token likelier."""
     student, teacher, base = (_log_pair(x) for x in (theta, log_odds(p), log_odds(b)))
     lam, c = as_finite("lam", lam), as_clip(c)
     relative = advantage == "base_relative"
+    target = [lam * t + (1 - lam) * b_ if relative else lam * t for t, b_ in zip(teacher, base, strict=True)]
+    log_z = np.logaddexp(*target) if normalize else 0.0
     pulls = []
-    for s, t, b_ in zip(student, teacher, base, strict=True):
-        adv = lam * (t - b_) - (s - b_) if relative else lam * t - s
+    for s, t, goal in zip(student, teacher, target, strict=True):
+        adv = goal - log_z - s
         pulls.append(np.exp(np.minimum(_log_ratio(s, t, adv, ratio), np.log(c))) * adv)
     return scalar(np.exp(student[0] + student[1]) * (pulls[0] - pulls[1]))
 
 
 def limit_log_odds(p: float, b: float, lam: float, c: float = np.inf, ratio: Ratio = "teacher_student",
-                   advantage: Advantage = "base_relative") -> float:  # fmt: skip
+                   advantage: Advantage = "base_relative", normalize: bool = False) -> float:  # fmt: skip
     """Where the mean flow that starts at the base ends: the first zero of the drift on its way; ±∞ if there
     is none.
 
     Without noise: a start next to an unstable zero may leave it the other way in a sampled run.
     """
     start = float(log_odds(as_probability("b", b)))
-    direction = np.sign(drift(start, p, b, lam, c, ratio, advantage))
+    direction = np.sign(drift(start, p, b, lam, c, ratio, advantage, normalize))
     if direction == 0:
         return start
     path = start + direction * np.linspace(0, _SPAN, _CELLS + 1)
-    turned = np.sign(drift(path, p, b, lam, c, ratio, advantage)) != direction
+    turned = np.sign(drift(path, p, b, lam, c, ratio, advantage, normalize)) != direction
     if not turned.any():
         return float(direction * np.inf)
     cell = int(turned.argmax())
     low, high = path[cell - 1], path[cell]
     for _ in range(60):
         middle = (low + high) / 2
-        ahead = np.sign(drift(middle, p, b, lam, c, ratio, advantage)) == direction
+        ahead = np.sign(drift(middle, p, b, lam, c, ratio, advantage, normalize)) == direction
         low, high = (middle, high) if ahead else (low, middle)
     return float((low + high) / 2)
 
