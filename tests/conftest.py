@@ -18,6 +18,7 @@ if jaxlib.version.__version__.startswith("0.10."):
 else:
     os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
 
+import hypothesis
 import jaxtyping
 import pytest
 import typechecked  # noqa: F401 (before the package: it says what an array is)
@@ -25,6 +26,9 @@ from processes import SMALL, command, run_command
 
 # Every call in the tests is checked against the shapes that the function is annotated with.
 jaxtyping.install_import_hook(["listopd_jax", "benchmarks"], "typechecked.typechecked")
+
+hypothesis.settings.register_profile("any machine", deadline=None)  # a busy machine is no counterexample
+hypothesis.settings.load_profile("any machine")
 
 SHARED = pathlib.Path(__file__).resolve().parents[2] / "shared"
 
