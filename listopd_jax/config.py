@@ -498,11 +498,20 @@ def fixed_fields(saved: dict[str, Any]) -> dict[str, Any]:
     return {field: value for field, value in flatten(saved) if not field.startswith(MAY_CHANGE)}
 
 
-def changed_field(before: dict[str, Any], now: dict[str, Any]) -> tuple[str, Any, Any] | None:
-    """(name, before, now) of the first of `fixed_fields` in which two configs in JSON values differ."""
+EVALUATION = ("task.", "data.", "tokenizer.", "evaluation.", "dtype.compute")
+"""Fields and sections that decide what a policy's record says, whatever the policy."""
+
+
+def changed_field(
+    before: dict[str, Any], now: dict[str, Any], among: tuple[str, ...] = ("",)
+) -> tuple[str, Any, Any] | None:
+    """(name, before, now) of the first of `fixed_fields` in which two configs in JSON values differ.
+
+    Only fields whose names begin as one of `among` count.
+    """
     old, new = map(fixed_fields, (before, now))
     names = (name for name in sorted(old.keys() | new.keys()) if old.get(name) != new.get(name))
-    return next(((name, old.get(name), new.get(name)) for name in names), None)
+    return next(((name, old.get(name), new.get(name)) for name in names if name.startswith(among)), None)
 
 
 def digest(config: ml_collections.ConfigDict | ml_collections.FrozenConfigDict) -> str:
