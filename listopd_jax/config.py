@@ -481,6 +481,24 @@ def to_json(config: ml_collections.ConfigDict | ml_collections.FrozenConfigDict)
     return json.loads(json.dumps(_plain(config.to_dict()), sort_keys=True, allow_nan=False))
 
 
+def from_json(saved: dict[str, Any]) -> ml_collections.FrozenConfigDict:
+    """The checked config whose `to_json` is `saved`; a field that an older one lacks has its default.
+
+    UserError for a field that does not exist, or a value that is none of its.
+    """
+    config, known = defaults(), dict(flatten(defaults().to_dict()))
+    for field, value in flatten(saved):
+        _require(field in known, f"{field}: there is no such field in this version")
+        _require(value is not None, f"{field}=None: must have a value")
+        if isinstance(known[field], float) and value == "inf":
+            value = math.inf
+        try:
+            config.update_from_flattened_dict({field: tuple(value) if isinstance(value, list) else value})
+        except (TypeError, ValueError) as e:
+            raise UserError(f"{field}={value!r}: {one_line(e)}") from e
+    return validate(config)
+
+
 def _plain(value: Any) -> Any:
     if isinstance(value, dict):
         return {k: _plain(v) for k, v in value.items()}
@@ -516,7 +534,12 @@ def changed_field(
 
 def digest(config: ml_collections.ConfigDict | ml_collections.FrozenConfigDict) -> str:
     """SHA-256 of the fixed fields of a config."""
-    return json_sha256(fixed_fields(to_json(config)))
+    return saved_digest(to_json(config))
+
+
+def saved_digest(saved: dict[str, Any]) -> str:
+    """`digest` of the config whose `to_json` is `saved`, in the version that saved it: fields may have come since."""
+    return json_sha256(fixed_fields(saved))
 
 
 def code_revision() -> str:
