@@ -22,6 +22,7 @@ from listopd_jax import files
 from listopd_jax.errors import Interrupted, UserError
 from listopd_jax.lifecycle import interruptible, locked, quiet_libraries
 from listopd_jax.parallel import compiler, hosts
+from listopd_jax.records import EVALUATE, RESULTS, read_results
 
 _CONFIG = config_flags.DEFINE_config_file(
     "config", None, "configs/NAME.py[:PRESET]; override with --config.field=value"
@@ -103,7 +104,8 @@ def record_config(
     """Save what this run of `module` is; UserError if the workdir already holds results of another config.
 
     Of many hosts the first does; the others only look that the workdir is one they share.
-    The grid may grow: points that are done are kept, new ones are added. What a later call was made with is appended
+    The grid may grow: points that are done are kept, new ones are added. Where only checkpoints from elsewhere were
+    evaluated, the config need but judge by the same lists. What a later call was made with is appended
     to the list "resumed".
     """
     if not hosts.is_main():
@@ -114,7 +116,11 @@ def record_config(
         return
     path, now = workdir / "config.json", config_module.to_json(config)
     made = description(config, argv, module)
-    if not (path.exists() and any((workdir / name).exists() for name in ("checkpoints", "results.json"))):
+    records = read_results(workdir / RESULTS)
+    begun = (workdir / "checkpoints").exists() or any(record.stage != EVALUATE for record in records)
+    if not (path.exists() and begun):
+        if path.exists() and records:
+            refuse_changes(path, config, config_module.EVALUATION)
         files.write_json(path, {"config": now, **made})
         return
     first = refuse_changes(path, config)

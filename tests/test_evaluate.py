@@ -12,6 +12,7 @@ from processes import SMALL, run_main
 from listopd_jax import config as config_module
 from listopd_jax.data.tokenizer import load_tokenizer, train_tokenizer
 from listopd_jax.errors import UserError
+from listopd_jax.main import record_config
 from listopd_jax.models import hf
 from listopd_jax.models.config import ModelConfig
 from listopd_jax.models.decoder import abstract
@@ -139,6 +140,20 @@ def test_names_in_a_report_are_text():
     hostile = "<script>alert(1)</script>\x1b"
     page = render(Inputs(results=[Result(run=hostile, stage="evaluate", parse=1.0, failures={"ok": 2})]))
     assert "<script" not in page and "\x1b" not in page and "checkpoint &lt;script&gt;" in page
+
+
+def test_a_run_may_begin_where_only_checkpoints_were_evaluated(folder):
+    """It is then the run that config.json describes; what the rows mean cannot change."""
+    workdir = folder / "workdir"
+    record_config(settings(), workdir, ["evaluate.py", "--a"], "listopd_jax.evaluate")
+    with pytest.raises(UserError, match="task.max_response=64, not 80; choose another --workdir"):
+        record_config(settings(**{"task.max_response": 80}), workdir, ["main.py", "--b"])
+    record_config(settings(**{"opd.steps": 9}), workdir, ["main.py", "--b"])
+    saved = json.loads((workdir / "config.json").read_text())
+    assert saved["config"]["opd"]["steps"] == 9 and saved["command"] == "python -m listopd_jax.main --b"
+    (workdir / "checkpoints").mkdir()
+    with pytest.raises(UserError, match="opd.steps=9, not 8"):
+        record_config(settings(**{"opd.steps": 8}), workdir, ["main.py", "--b"])
 
 
 # --- the command, in the workdir of a run

@@ -16,7 +16,7 @@ ARROWS = {
     "prereg": "main config records theory files errors",
     "export": "config stages report models lifecycle errors",
     "evaluate": "main config stages report parallel errors",
-    "main": "stages config report parallel lifecycle files errors",
+    "main": "stages config report parallel records lifecycle files errors",
     "stages": "config train rollout models ops parallel data task records theory lifecycle metrics_log files "
     "rounding errors",
     "config": "models files errors",
