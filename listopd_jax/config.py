@@ -492,6 +492,24 @@ def to_json(config: ml_collections.ConfigDict | ml_collections.FrozenConfigDict)
     return json.loads(json.dumps(_plain(config.to_dict()), sort_keys=True, allow_nan=False))
 
 
+def from_json(saved: dict[str, Any]) -> ml_collections.FrozenConfigDict:
+    """The checked config whose `to_json` is `saved`; a field that an older one lacks has its default.
+
+    UserError for a field that does not exist, or a value that is none of its.
+    """
+    config, known = defaults(), dict(flatten(defaults().to_dict()))
+    for field, value in flatten(saved):
+        _require(field in known, f"{field}: there is no such field in this version")
+        _require(value is not None, f"{field}=None: must have a value")
+        if isinstance(known[field], float) and value == "inf":
+            value = math.inf
+        try:
+            config.update_from_flattened_dict({field: tuple(value) if isinstance(value, list) else value})
+        except (TypeError, ValueError) as e:
+            raise UserError(f"{field}={value!r}: {one_line(e)}") from e
+    return validate(config)
+
+
 def _plain(value: Any) -> Any:
     if isinstance(value, dict):
         return {k: _plain(v) for k, v in value.items()}
@@ -509,16 +527,30 @@ def fixed_fields(saved: dict[str, Any]) -> dict[str, Any]:
     return {field: value for field, value in flatten(saved) if not field.startswith(MAY_CHANGE)}
 
 
-def changed_field(before: dict[str, Any], now: dict[str, Any]) -> tuple[str, Any, Any] | None:
-    """(name, before, now) of the first of `fixed_fields` in which two configs in JSON values differ."""
+EVALUATION = ("task.", "data.", "tokenizer.", "evaluation.", "dtype.compute")
+"""Fields and sections that decide what a policy's record says, whatever the policy."""
+
+
+def changed_field(
+    before: dict[str, Any], now: dict[str, Any], among: tuple[str, ...] = ("",)
+) -> tuple[str, Any, Any] | None:
+    """(name, before, now) of the first of `fixed_fields` in which two configs in JSON values differ.
+
+    Only fields whose names begin as one of `among` count.
+    """
     old, new = map(fixed_fields, (before, now))
     names = (name for name in sorted(old.keys() | new.keys()) if old.get(name) != new.get(name))
-    return next(((name, old.get(name), new.get(name)) for name in names), None)
+    return next(((name, old.get(name), new.get(name)) for name in names if name.startswith(among)), None)
 
 
 def digest(config: ml_collections.ConfigDict | ml_collections.FrozenConfigDict) -> str:
     """SHA-256 of the fixed fields of a config."""
-    return json_sha256(fixed_fields(to_json(config)))
+    return saved_digest(to_json(config))
+
+
+def saved_digest(saved: dict[str, Any]) -> str:
+    """`digest` of the config whose `to_json` is `saved`, in the version that saved it: fields may have come since."""
+    return json_sha256(fixed_fields(saved))
 
 
 def code_revision() -> str:

@@ -11,6 +11,7 @@ import pathlib
 import platform
 import shlex
 import sys
+from collections.abc import Callable
 from typing import Any
 
 from absl import flags
@@ -21,6 +22,7 @@ from listopd_jax import files
 from listopd_jax.errors import Interrupted, UserError
 from listopd_jax.lifecycle import interruptible, locked, quiet_libraries
 from listopd_jax.parallel import compiler, hosts
+from listopd_jax.records import EVALUATE, RESULTS, read_results
 
 _CONFIG = config_flags.DEFINE_config_file(
     "config", None, "configs/NAME.py[:PRESET]; override with --config.field=value"
@@ -32,17 +34,25 @@ _WORKDIR = flags.DEFINE_string(
 
 def main(argv: list[str]) -> int:
     """Run and return the exit code; a user's mistake is one line on stderr."""
+    return command(argv, __doc__, _job)
+
+
+def command(
+    argv: list[str], description: str, work: Callable[[Any, pathlib.Path, list[str]], pathlib.Path]
+) -> int:
+    """The exit code of a command that works alone in a workdir: `work(config, workdir, argv)` returns its report.
+
+    `description` is what --help prints. A user's mistake is one line on stderr.
+    """
     if {"--help", "-h"} & set(argv):
-        print(__doc__)
+        print(description)
         return 0
     try:
         config, workdir = parse(argv)
         quiet_libraries()
         compiler.reserve_gpu_memory()
         with hosts.initialize_distributed(config.parallel), _alone(workdir), interruptible():
-            with hosts.main_first():
-                record_config(config, workdir, argv)
-            report = run(config, workdir)
+            report = work(config, workdir, argv)
     except UserError as e:
         print(f"error: {e}", file=sys.stderr)
         return hosts.leave(2, str(e))
@@ -55,6 +65,12 @@ def main(argv: list[str]) -> int:
     if hosts.is_main():
         print(f"report: {report}")
     return 0
+
+
+def _job(config: Any, workdir: pathlib.Path, argv: list[str]) -> pathlib.Path:
+    with hosts.main_first():
+        record_config(config, workdir, argv)
+    return run(config, workdir)
 
 
 def _alone(workdir: pathlib.Path) -> contextlib.AbstractContextManager:
@@ -82,11 +98,14 @@ def parse(argv: list[str]) -> tuple[Any, pathlib.Path]:
     return config_module.validate(config), pathlib.Path(workdir)
 
 
-def record_config(config: Any, workdir: pathlib.Path, argv: list[str]) -> None:
-    """Save what this run is; UserError if the workdir already holds results of another config.
+def record_config(
+    config: Any, workdir: pathlib.Path, argv: list[str], module: str = "listopd_jax.main"
+) -> None:
+    """Save what this run of `module` is; UserError if the workdir already holds results of another config.
 
     Of many hosts the first does; the others only look that the workdir is one they share.
-    The grid may grow: points that are done are kept, new ones are added. What a later call was made with is appended
+    The grid may grow: points that are done are kept, new ones are added. Where only checkpoints from elsewhere were
+    evaluated, the config need but judge by the same lists. What a later call was made with is appended
     to the list "resumed".
     """
     if not hosts.is_main():
@@ -95,30 +114,39 @@ def record_config(config: Any, workdir: pathlib.Path, argv: list[str]) -> None:
                 f"--workdir={workdir}: not seen on every host; choose a folder that all of them share"
             )
         return
-    path, now, made = workdir / "config.json", config_module.to_json(config), description(config, argv)
-    if not (path.exists() and any((workdir / name).exists() for name in ("checkpoints", "results.json"))):
+    path, now = workdir / "config.json", config_module.to_json(config)
+    made = description(config, argv, module)
+    records = read_results(workdir / RESULTS)
+    begun = (workdir / "checkpoints").exists() or any(record.stage != EVALUATE for record in records)
+    if not (path.exists() and begun):
+        if path.exists() and records:
+            refuse_changes(path, config, config_module.EVALUATION)
         files.write_json(path, {"config": now, **made})
         return
-    first = _saved_record(path)
-    if changed := config_module.changed_field(first["config"], now):
+    first = refuse_changes(path, config)
+    again = {name: made[name] for name in ("command", "revision", "device", "versions")}
+    files.write_json(path, first | {"config": now, "resumed": [*first.get("resumed", []), again]})
+
+
+def refuse_changes(path: pathlib.Path, config: Any, among: tuple[str, ...] = ("",)) -> dict[str, Any]:
+    """What a run's config.json records; UserError if `config` differs from it in a field that begins as one of `among`.
+
+    Fields that may change between calls may differ all the same.
+    """
+    saved = files.read_json(path)
+    fits = isinstance(saved, dict) and isinstance(saved.get("config"), dict)
+    if not fits or not isinstance(saved.get("resumed", []), list):
+        raise UserError(f"{path}: not the record of a run; choose another --workdir")
+    if changed := config_module.changed_field(saved["config"], config_module.to_json(config), among):
         field, old, new = changed
         problem = f"this workdir holds a run with {field}={old!r}, not {new!r}"
         if field in config_module.RENAMED:
             problem = f"{field} is {config_module.RENAMED[field]} now"
         raise UserError(f"{path}: {problem}; choose another --workdir")
-    again = {name: made[name] for name in ("command", "revision", "device", "versions")}
-    files.write_json(path, first | {"config": now, "resumed": [*first.get("resumed", []), again]})
-
-
-def _saved_record(path: pathlib.Path) -> dict[str, Any]:
-    saved = files.read_json(path)
-    fits = isinstance(saved, dict) and isinstance(saved.get("config"), dict)
-    if not fits or not isinstance(saved.get("resumed", []), list):
-        raise UserError(f"{path}: not the record of a run; choose another --workdir")
     return saved
 
 
-def description(config: Any, argv: list[str]) -> dict[str, Any]:
+def description(config: Any, argv: list[str], module: str) -> dict[str, Any]:
     """Where and with what a run is made: preset, command, code revision, device and versions."""
     import jax
 
@@ -136,7 +164,7 @@ def description(config: Any, argv: list[str]) -> dict[str, Any]:
     return {
         "preset": config.preset,
         "notes": list(config.data.synthetic.notes) if config.data.source == "synthetic" else [],
-        "command": shlex.join(["python", "-m", "listopd_jax.main", *argv[1:]]),
+        "command": shlex.join(["python", "-m", module, *argv[1:]]),
         "revision": config_module.code_revision(),
         "device": f"{len(jax.devices())} x {device.device_kind} ({device.platform}), {platform.machine()}",
         "versions": {"python": platform.python_version()}
@@ -149,13 +177,18 @@ def run(config: Any, workdir: pathlib.Path) -> pathlib.Path:
     from listopd_jax.report.write import write_report
     from listopd_jax.stages.pipeline import run_stages
 
+    set_up(config, workdir)
+    run_stages(config, workdir)
+    return write_report(workdir) if hosts.is_main() else workdir
+
+
+def set_up(config: Any, workdir: pathlib.Path) -> None:
+    """Tell this process how to compile, where compiled programs are kept, and when to collect garbage."""
     collect_rarely()
     compiler.exact_float32(config.dtype.compute)
     if config_module.is_small(config):
         compiler.compile_quickly()
     compiler.keep_compiled(workdir / "compile_cache")
-    run_stages(config, workdir)
-    return write_report(workdir) if hosts.is_main() else workdir
 
 
 def collect_rarely() -> None:

@@ -18,6 +18,9 @@ from listopd_jax.errors import UserError
 
 RESULTS, EXAMPLES, CALIBRATION = "results.json", "examples.json", "calibration.json"
 
+EVALUATE = "evaluate"
+"""The stage of a checkpoint that no run here made: of such policies, `run` is the name of the checkpoint."""
+
 Counts = dict[str, int]  # class -> lists
 Intervals = dict[str, list[float] | None]  # name of a number -> [low, high]
 
@@ -55,6 +58,7 @@ class Identity(NamedTuple):
     lam: float | None
     seed: int | None
     steps: int | None
+    checkpoint: str | None = None  # its name, of stage EVALUATE alone
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -70,7 +74,13 @@ class _OfPolicy(Record):
     @property
     def identity(self) -> Identity:
         """Of one identity there is one result."""
-        return Identity(self.stage, self.lam, self.seed, self.steps)
+        checkpoint = self.run if self.stage == EVALUATE else None
+        return Identity(self.stage, self.lam, self.seed, self.steps, checkpoint)
+
+    @property
+    def policy(self) -> tuple[str, float | None, str | None]:
+        """Stage, λ and checkpoint: the records of one policy differ in seed and steps alone."""
+        return (self.stage, self.lam, self.identity.checkpoint)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -148,3 +148,32 @@ def test_only_models_made_here_and_narrow_are_small():
     wide = fashion.tiny()
     wide.teacher.hidden_size = 256
     assert not config_module.is_small(config_module.validate(wide))
+
+
+@pytest.mark.parametrize("preset", ["tiny", "paper", "paper_8b"])
+def test_a_config_comes_back_from_json(preset):
+    config = fashion.get_config(preset)
+    config.opd.update(clip=float("inf"), eval_steps=(2, 3))
+    config = config_module.validate(config)
+    saved = json.loads(json.dumps(config_module.to_json(config)))
+    assert config_module.from_json(saved).to_dict() == config.to_dict()
+    assert config_module.digest(config_module.from_json(saved)) == config_module.digest(config)
+
+
+@pytest.mark.parametrize(
+    ("saved", "says"),
+    [
+        ({"opd": {"lamdas": [1.0]}}, "opd.lamdas: there is no such field"),
+        ({"opd": {"lr": "fast"}}, "opd.lr='fast': "),
+        ({"opd": {"lambdas": [[1.0]]}}, "opd.lambdas=([1.0],): every lambda is a number"),
+        ({"opd": 3}, "opd: there is no such field"),
+        ({"seed": {"a": 1}}, "seed.a: there is no such field"),
+        ({"task": {"k": 1}}, "task.k=1: "),
+        ({"opd": {"clip": None}}, "opd.clip=None: "),
+        ({"data": {"path": None}}, "data.path=None: "),
+    ],
+)
+def test_what_is_no_config_is_one_line(saved, says):
+    with pytest.raises(UserError) as error:
+        config_module.from_json(saved)
+    assert says in str(error.value) and "\n" not in str(error.value)

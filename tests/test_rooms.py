@@ -14,7 +14,9 @@ LONGEST = 60  # lines of a function
 ARROWS = {
     "plan": "stages config train rollout models ops parallel data lifecycle rounding errors",
     "prereg": "main config records theory files errors",
-    "main": "stages config report parallel lifecycle files errors",
+    "export": "config stages report models lifecycle errors",
+    "evaluate": "main config stages report parallel errors",
+    "main": "stages config report parallel records lifecycle files errors",
     "stages": "config train rollout models ops parallel data task records theory lifecycle metrics_log files "
     "rounding errors",
     "config": "models files errors",

@@ -9,7 +9,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from listopd_jax.records import Result
+from listopd_jax.records import EVALUATE, Result
 from listopd_jax.report.wording import NBSP, at, number, percent
 
 CONTRACT_HOLDS = (
@@ -24,6 +24,7 @@ STAGES = {
     "sft_student": "SFT student",
     "forecast": "forecast",
     "opd": "OPD",
+    EVALUATE: "checkpoint",
 }
 FAILURES = {
     "ok": "parses",
@@ -38,17 +39,20 @@ FAILURES = {
 
 @dataclass(frozen=True)
 class Policy:
-    """One evaluated policy: a stage and, for distillation, a λ. Its records differ in the seed."""
+    """One evaluated policy: a stage and, for distillation, a λ. Its records differ in the seed.
+
+    `checkpoint` is the name of one that no run here made.
+    """
 
     stage: str
     lam: float | None
+    checkpoint: str | None
     records: tuple[Result, ...]
 
     @property
     def name(self) -> str:
-        """How the report calls it, e.g. "OPD, λ = 1.2"."""
-        stage = STAGES.get(self.stage, self.stage)
-        return stage if self.lam is None else f"{stage}, {at(self.lam)}"
+        """How the report calls it."""
+        return policy_name(self.stage, self.lam, self.checkpoint)
 
     def mean(self, metric: str) -> float | None:
         """Mean of `metric` over the seeds that define it, None if none does."""
@@ -97,17 +101,24 @@ class Findings:
     best: Policy | None
     cliff: Cliff
     forecast: tuple[Policy, ...] = ()  # greedy from the untrained target, ascending λ
+    checkpoints: tuple[Policy, ...] = ()  # that no run here made, by name
+
+
+def policy_name(stage: str, lam: float | None, checkpoint: str | None) -> str:
+    """How the report calls a policy: "OPD, λ = 1.2", "checkpoint NAME"."""
+    name = STAGES.get(stage, stage) + (f" {checkpoint}" if checkpoint is not None else "")
+    return name if lam is None else f"{name}, {at(lam)}"
 
 
 def policies(records: Iterable[Result]) -> list[Policy]:
-    """Records grouped by stage and λ, SFT first, λ ascending; of one seed only its longest training."""
+    """Records grouped by policy, SFT first, λ ascending; of one seed only its longest training."""
     longest = {}
     for record in sorted(records, key=lambda r: r.steps or 0):
-        longest[record.stage, record.lam, record.seed] = record
+        longest[record.policy, record.seed] = record
     groups = defaultdict(list)
-    for (stage, lam, _), record in longest.items():
-        groups[stage, lam].append(record)
-    ordered = sorted(groups, key=lambda key: (*_stage_order(key[0]), key[1] is not None, key[1]))
+    for (policy, _), record in longest.items():
+        groups[policy].append(record)
+    ordered = sorted(groups, key=lambda key: (*_stage_order(key[0]), key[1] is not None, *key[1:]))
     return [Policy(*key, tuple(sorted(groups[key], key=lambda r: r.seed or 0))) for key in ordered]
 
 
@@ -129,8 +140,9 @@ def find(records: Iterable[Result]) -> Findings:
     held = tuple(p for p in opd if p.mean("parse") >= CONTRACT_HOLDS)
     broken = tuple(p for p in opd if p.mean("parse") < CONTRACT_HOLDS)
     forecast = tuple(p for p in everyone if p.stage == "forecast")
+    checkpoints = tuple(p for p in everyone if p.stage == EVALUATE)
     teacher, student = single.get("sft_teacher"), single.get("sft_student")
-    return Findings(teacher, student, opd, best, Cliff(held, broken), forecast)
+    return Findings(teacher, student, opd, best, Cliff(held, broken), forecast, checkpoints)
 
 
 def forecast_error(found: Findings) -> float | None:
@@ -142,14 +154,15 @@ def forecast_error(found: Findings) -> float | None:
 
 def headline(found: Findings) -> str:
     """One sentence that says what happened."""
-    if found.best is None:
-        trained = found.teacher or found.student
-        return (
-            "SFT is done; no distilled policy has been evaluated yet"
-            if trained
-            else "No policy has been evaluated yet"
-        )
-    return _lift(found.student, found.best) + _break(found)
+    if found.best is not None:
+        return _lift(found.student, found.best) + _break(found)
+    if found.teacher or found.student:
+        return "SFT is done; no distilled policy has been evaluated yet"
+    if found.checkpoints:
+        best = max(found.checkpoints, key=_usefulness)
+        among = f", the most useful of {len(found.checkpoints)}," if len(found.checkpoints) > 1 else ""
+        return f"The {best.name}{among} parses {percent(best.mean('parse'))} of lists"
+    return "No policy has been evaluated yet"
 
 
 def sentences(found: Findings) -> list[str]:
@@ -186,7 +199,7 @@ def _stage_order(stage: str) -> tuple[int, str]:
 
 def _usefulness(policy: Policy) -> tuple[float, float]:
     """Useful, and parse where useful is undefined or equal."""
-    return (policy.mean("useful") or 0.0, policy.mean("parse"))
+    return (policy.mean("useful") or 0.0, policy.mean("parse") or 0.0)
 
 
 def _compare(a: Policy, b: Policy) -> int:
@@ -317,7 +330,7 @@ def _forecast(found: Findings) -> str:
 
 
 def _evidence(found: Findings) -> str:
-    shown = [p for p in (found.teacher, found.student, *found.opd) if p is not None]
+    shown = [p for p in (found.teacher, found.student, *found.opd, *found.checkpoints) if p is not None]
     sizes = sorted({r.n for p in shown for r in p.records if r.n is not None})
     if not sizes:
         return ""

@@ -233,11 +233,8 @@ def _how_to_read(inputs: Inputs) -> str:
 
 def _runs_table(inputs: Inputs, collapsed: bool) -> Table:
     """One row a record: metrics with intervals, lists, steps, seed."""
-    places = {(policy.stage, policy.lam): i for i, policy in enumerate(inputs.policies)}
-    runs = sorted(
-        inputs.results,
-        key=lambda r: (places[r.stage, r.lam], r.seed or 0, r.steps or 0),
-    )
+    places = {policy.records[0].policy: i for i, policy in enumerate(inputs.policies)}
+    runs = sorted(inputs.results, key=lambda r: (places[r.policy], r.seed or 0, r.steps or 0))
     rows = [_run_row(run) for run in runs]
     marked = inputs.found.best is not None and not collapsed
     best = runs.index(inputs.found.best.records[0]) if marked else None
@@ -246,7 +243,7 @@ def _runs_table(inputs: Inputs, collapsed: bool) -> Table:
 
 
 def _run_row(run: Result) -> tuple[Cell, ...]:
-    name = Policy(run.stage, run.lam, ()).name
+    name = findings.policy_name(*run.policy)
     metrics = [Cell(decimal(run.metric(m)), interval(run.intervals.get(m))) for m in METRICS]
     return (Cell(name), *metrics, *(Cell(fact(value)) for value in (run.n, run.steps, run.seed)))
 
@@ -300,10 +297,10 @@ def _choose(examples: Sequence[Example]) -> list[Example]:
     """A few good and bad outputs a policy, in the order of the policies."""
     groups = defaultdict(list)
     for example in examples:
-        groups[example.stage, example.lam].append(example)
+        groups[example.policy].append(example)
     chosen = []
-    for policy in findings.policies(Result(stage=stage, lam=lam) for stage, lam in groups):
-        group = groups[policy.stage, policy.lam]
+    for policy in findings.policies(Result(run=e.run, stage=e.stage, lam=e.lam) for e, *_ in groups.values()):
+        group = groups[policy.records[0].policy]
         good = [e for e in group if e.failure == "ok"]
         bad = _varied([e for e in group if e.failure != "ok"])
         chosen += good[:GOOD_EXAMPLES] + bad[:BAD_EXAMPLES]
@@ -319,7 +316,7 @@ def _varied(failed: Sequence[Example]) -> list[Example]:
 
 def _example(example: Example) -> page.Example:
     return page.Example(
-        policy=Policy(example.stage, example.lam, ()).name,
+        policy=findings.policy_name(*example.policy),
         failure=FAILURES.get(example.failure, example.failure),
         ok=example.failure == "ok",
         key=example.key,

@@ -1,6 +1,6 @@
 """The report's thresholds before training: what calibration.json says, in plain words."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 from markupsafe import Markup
 
@@ -100,15 +100,20 @@ def _probability(value: float | None) -> str:
 
 
 def _numbers_table(found: Calibration) -> Table:
-    rows = []
-    for name, meaning in (_MEANINGS | _TOKEN_WISE).items():
-        form = decimal if name.startswith("lambda") else _probability
-        ends = interval(found.intervals.get(name), form, " to ")
-        rows.append((Cell(meaning), Cell(form(getattr(found, name))), Cell(ends)))
+    rows = [tuple(map(Cell, row)) for row in main_numbers(found, _MEANINGS | _TOKEN_WISE)]
     return Table("Main numbers", ("", "value", "95 % interval"), rows)
 
 
-def _flip(value: float | None) -> str:
+def main_numbers(
+    found: Calibration, meanings: Mapping[str, str] = _MEANINGS
+) -> Iterator[tuple[str, str, str]]:
+    """(what it is, value, 95 % interval) of the fields of a calibration that `meanings` explains."""
+    for name, meaning in meanings.items():
+        form = decimal if name.startswith("lambda") else _probability
+        yield meaning, form(getattr(found, name)), interval(found.intervals.get(name), form, " to ")
+
+
+def flip_text(value: float | None) -> str:
     """A λ_flip for people: none means that no λ flips the mode."""
     return "never" if value is None else decimal(value)
 
@@ -117,7 +122,7 @@ def _flips_table(found: Calibration) -> Table:
     rows = [
         (
             Cell(f"{words(row.positions)} tokens"),
-            *(Cell(_flip(getattr(row, name))) for name in _FLIPS),
+            *(Cell(flip_text(getattr(row, name))) for name in _FLIPS),
             Cell(percent(row.never)),
         )
         for row in found.flips
@@ -139,7 +144,7 @@ def _classes_table(found: Calibration) -> Table:
     for row in found.classes:
         counts = (Cell(fact(count)) for count in (row.positions, row.kept))
         means = (Cell(_probability(mean)) for mean in (row.p, row.b))
-        flips = (Cell(_flip(getattr(row, name))) for name in _CLASS_FLIPS)
+        flips = (Cell(flip_text(getattr(row, name))) for name in _CLASS_FLIPS)
         rows.append((Cell(words(row.token_class)), *counts, *means, Cell(decimal(row.lam)), *flips))
     return Table("By class of token: p, b and λ* over kept tokens, λ_flip over all", _CLASS_HEAD, rows)
 

@@ -1,9 +1,10 @@
 """What every stage of a run shares: checked config, workdir, tokenizer, encoded lists, and the shapes of the models."""
 
+import contextlib
 import dataclasses
 import functools
 import pathlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax
@@ -31,10 +32,12 @@ from listopd_jax.models.build import graph_of, model_config, model_ends, weights
 from listopd_jax.models.config import ModelConfig
 from listopd_jax.ops.attention_backends import resolve
 from listopd_jax.parallel import hosts, rules
+from listopd_jax.parallel.mesh import configured_mesh, use_mesh
 from listopd_jax.records import RESULTS
 from listopd_jax.task.codec import Codec, vocab_of
 from listopd_jax.task.prompt import ListExample, render_answer
 from listopd_jax.train.loop import Saving
+from listopd_jax.train.preflight import check_mesh
 
 ROLES = ("teacher", "student")
 STAMP = "data.json"
@@ -52,22 +55,27 @@ DRAFT_TOKENS = 8  # by default; an object of an answer has 10 to 28 tokens, most
 
 @dataclasses.dataclass(frozen=True)
 class Job:
-    """Everything but parameters. `examples` are the lists by split (train, validation); `attention` is never auto."""
+    """Everything but parameters.
+
+    `models` are the config sections of its models by role, teacher and student; `examples` the lists by split (train,
+    validation); `attention` is never auto.
+    """
 
     config: ml_collections.FrozenConfigDict
     workdir: pathlib.Path
+    models: Mapping[str, ml_collections.FrozenConfigDict]
     codec: Codec
     examples: dict[str, list[ListExample]]
     attention: str
 
     @functools.cached_property
     def shapes(self) -> dict[str, ModelConfig]:
-        """Dimensions of teacher and student."""
-        return {role: model_config(self.config[role], self.codec.vocab) for role in ROLES}
+        """Dimensions of the models by role."""
+        return {role: model_config(model, self.codec.vocab) for role, model in self.models.items()}
 
     @functools.cached_property
     def graphs(self) -> dict[str, nnx.GraphDef]:
-        """Static halves of teacher and student; the base has the student's."""
+        """Static halves of the models by role; the base has the student's."""
         compute, remat = self.config.dtype.compute, self.config.remat
         return {role: graph_of(shape, compute, remat, self.attention) for role, shape in self.shapes.items()}
 
@@ -149,8 +157,25 @@ def draft_tokens(config: Any) -> int:
     return asked if asked >= 0 else 0 if is_small(config) else DRAFT_TOKENS
 
 
-def open_job(config: ml_collections.FrozenConfigDict, workdir: pathlib.Path) -> Job:
-    """The prepare stage: build or find data set and tokenizer; UserError for whatever cannot be used."""
+@contextlib.contextmanager
+def job_on_mesh(
+    config: ml_collections.FrozenConfigDict, workdir: pathlib.Path, **models: Any
+) -> Iterator[Job]:
+    """`open_job`; while inside, programs are split over the mesh that the config asks for."""
+    mesh = configured_mesh(config.parallel)
+    job = open_job(config, workdir, **models)
+    if mesh is not None:
+        check_mesh(config, job.shapes, mesh.shape)
+    with use_mesh(mesh):
+        yield job
+
+
+def open_job(config: ml_collections.FrozenConfigDict, workdir: pathlib.Path, **models: Any) -> Job:
+    """The prepare stage: build or find data set and tokenizer; UserError for whatever cannot be used.
+
+    `models` are config sections by role; if none is given, those of teacher and student.
+    """
+    models = models or {role: config[role] for role in ROLES}
     backend = resolve(config.attention, jax.default_backend(), config.dtype.compute)
     with hosts.main_first():
         report = prepare(config.data, config.task, workdir / "data")
@@ -159,11 +184,10 @@ def open_job(config: ml_collections.FrozenConfigDict, workdir: pathlib.Path) -> 
             logging.warning("data: %s", note)
         examples = {split: read_split(workdir / "data", split) for split in ("train", "validation")}
         tokenizer = _tokenizer(config, workdir, report["fingerprint"], examples["train"])
+        _check_tokenizers(tokenizer, models)
         if hosts.is_main():
-            refuse_other_inputs(workdir, **_digests(config))
-    ends = [i for role in ROLES for i in model_ends(config[role], vocab_of(tokenizer))]
-    ends += turn_ends(tokenizer) if config.task.chat_template else []
-    job = Job(config, workdir, Codec(tokenizer, ends), examples, backend)
+            refuse_other_inputs(workdir, **_digests(config, models))
+    job = Job(config, workdir, models, make_codec(config, tokenizer, models), examples, backend)
     _ = (
         job.shapes,
         job.validation,
@@ -189,31 +213,40 @@ def refuse_other_inputs(workdir: pathlib.Path, **digests: str | None) -> None:
     files.write_json(stamp, before | now)
 
 
-def _digests(config: ml_collections.FrozenConfigDict) -> dict[str, str | None]:
+def _digests(config: ml_collections.FrozenConfigDict, models: Mapping[str, Any]) -> dict[str, str | None]:
     """What decides a run besides config and data: the bytes of the folders that the config names."""
     path = config.tokenizer.path
     files_of = {f.name: files.sha256(f) for f in tokenizer_files(path)} if path else {}
     return {
         "tokenizer": files.json_sha256(files_of) if path else None,
-        **{role: weights_digest(config[role]) for role in ROLES},
+        **{role: weights_digest(models[role]) for role in ROLES if role in models},
     }
 
 
 def _tokenizer(config, workdir: pathlib.Path, fingerprint: str, examples: list[ListExample]):
-    """The tokenizer of the config, checked against those of the models that have one; or one trained on `examples`."""
+    """The tokenizer of the config, or one trained on `examples`."""
     if config.tokenizer.path:
-        tokenizer = load_tokenizer(config.tokenizer.path)
-        for role in ROLES:
-            own = weights_folder(config[role].weights) if config[role].weights else None
-            if own is not None and own != pathlib.Path(config.tokenizer.path) and has_tokenizer(own):
-                check_tokenizers_agree(tokenizer, read_tokenizer(own))
-        return tokenizer
+        return load_tokenizer(config.tokenizer.path)
     folder, stamp = workdir / "tokenizer", workdir / "tokenizer.json"
     made_from = {"data": fingerprint, "vocab_size": config.tokenizer.vocab_size}
     if not stamp.exists() or files.read_json(stamp) != made_from:
         train_tokenizer(data_input.rendered(examples), config.tokenizer.vocab_size, folder)
         files.write_json(stamp, made_from)
     return load_tokenizer(folder)
+
+
+def _check_tokenizers(tokenizer: Any, models: Mapping[str, Any]) -> None:
+    """UserError if a model that has a tokenizer of its own has another than the task's."""
+    for model in models.values():
+        own = weights_folder(model.weights) if model.weights else None
+        if own is not None and own != pathlib.Path(tokenizer.name_or_path) and has_tokenizer(own):
+            check_tokenizers_agree(tokenizer, read_tokenizer(own))
+
+
+def make_codec(config: Any, tokenizer: Any, models: Mapping[str, Any]) -> Codec:
+    """The codec of `tokenizer`, in which whatever ends a completion of one of `models` or a turn is an end."""
+    ends = [i for model in models.values() for i in model_ends(model, vocab_of(tokenizer))]
+    return Codec(tokenizer, ends + (turn_ends(tokenizer) if config.task.chat_template else []))
 
 
 def saving(config: Any, best: int | None = None, **identity: Any) -> Saving:

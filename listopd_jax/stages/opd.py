@@ -20,7 +20,7 @@ from listopd_jax.stages.job import Job, saving
 from listopd_jax.task.codec import Codec
 from listopd_jax.task.contract import strict_parse
 from listopd_jax.task.prompt import review_ids
-from listopd_jax.train.loop import Run, train
+from listopd_jax.train.loop import Run, Saving, train
 from listopd_jax.train.opd_step import OpdBatch, make_opd_step
 from listopd_jax.train.optimizer import init_state
 from listopd_jax.train.preflight import answer_logprobs, check_models
@@ -126,8 +126,12 @@ def train_opd(job: Job, shared: Distillation, run: Run, best: int | None = None)
     def initial():
         return init_state(shared.start(), shared.tx)
 
-    policy = saving(config, best, lambda_warmup_steps=opd.lambda_warmup_steps)
-    return train(job.workdir, run, initial, job.opd_batches(run.seed), update, policy)
+    return train(job.workdir, run, initial, job.opd_batches(run.seed), update, opd_saving(config, best))
+
+
+def opd_saving(config: Any, best: int | None = None) -> Saving:
+    """How the runs of section `opd` of `config` are saved; the checkpoint at step `best` is kept."""
+    return saving(config, best, lambda_warmup_steps=config.opd.lambda_warmup_steps)
 
 
 def sample(job: Job, params: Any, prompts, lengths, key) -> Rollout:

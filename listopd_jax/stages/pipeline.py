@@ -13,25 +13,19 @@ from listopd_jax.models.build import PARAM_DTYPE, cast
 from listopd_jax.models.hf import save_hf
 from listopd_jax.ops.opd_loss import Frozen
 from listopd_jax.parallel.hosts import is_main
-from listopd_jax.parallel.mesh import configured_mesh, use_mesh
 from listopd_jax.stages.calibrate import calibrate_stage
 from listopd_jax.stages.forecast import forecast
-from listopd_jax.stages.job import Job, open_job
+from listopd_jax.stages.job import Job, job_on_mesh
 from listopd_jax.stages.opd import Distillation, make_step, opd_runs, preflight, train_opd
-from listopd_jax.stages.results import evaluate, evaluated
+from listopd_jax.stages.results import evaluate, evaluated, summary
 from listopd_jax.stages.sft import sft_run, train_sft
 from listopd_jax.train.loop import Run
 from listopd_jax.train.optimizer import adamw
-from listopd_jax.train.preflight import check_mesh
 
 
 def run_stages(config: Any, workdir: pathlib.Path) -> None:
     """prepare → SFT teacher and student (= base) → calibrate, forecast → OPD for each λ and seed, each evaluated."""
-    mesh = configured_mesh(config.parallel)
-    job = open_job(config, workdir)
-    if mesh is not None:
-        check_mesh(config, job.shapes, mesh.shape)
-    with use_mesh(mesh):
+    with job_on_mesh(config, workdir) as job:
         _models_to_policies(job)
 
 
@@ -88,10 +82,5 @@ def finish(job: Job, role: str, params: Any, run: Run, export: bool = True) -> N
         folder, codec = job.workdir / "export" / run.name, job.codec
         save_hf(folder, job.shapes[role], params, codec.tokenizer, ends=codec.ends)
     record = evaluate(job, role, params, run)
-    shown = ", ".join(
-        f"{name} {value:.3f}"
-        for name in ("parse", "ended", "useful", "ndcg@1")
-        if (value := record.metric(name)) is not None
-    )
     if is_main():
-        print(f"{run.name}, {run.steps} steps: {shown}", file=sys.stderr)
+        print(f"{run.name}, {run.steps} steps: {summary(record)}", file=sys.stderr)

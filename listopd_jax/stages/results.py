@@ -36,8 +36,8 @@ def evaluated(workdir: pathlib.Path, run: Run) -> Result | None:
     return None if found is None else Result.from_json(found, RESULTS)
 
 
-def evaluate(job: Job, role: str, params: Any, run: Run) -> Result:
-    """Evaluate the policy that `run` ended in, in the dtype that samples, and keep its record and examples."""
+def evaluate(job: Job, role: str, params: Any, run: Run, **besides: Any) -> Result:
+    """Evaluate the policy that `run` ended in, in the dtype that samples; keep its record, with `besides`, and examples."""
     batches, params = job.evaluation_batches(), cast(params, job.config.dtype.compute)
     if job.config.parallel.gather_rollout:
         params = decoding_copy(params)
@@ -50,13 +50,16 @@ def evaluate(job: Job, role: str, params: Any, run: Run) -> Result:
         job.decoding,
         f"{run.name} evaluated",
     )
-    return keep(job, run, answers)
+    return keep(job, run, answers, **besides)
 
 
-def keep(job: Job, run: Run, answers: Sequence[Answer], examples: bool = True) -> Result:
-    """Put the record of `answers` into results.json and, if asked, some into examples.json; returns the record."""
-    evaluation = job.config.evaluation
-    record = result_record(answers, _head(run), job.config.task.ndcg_gain, evaluation.bootstrap)
+def keep(job: Job, run: Run, answers: Sequence[Answer], examples: bool = True, **besides: Any) -> Result:
+    """Put the record of `answers` into results.json and, if asked, some into examples.json; returns the record.
+
+    `besides` are more fields of the record, JSON values.
+    """
+    evaluation, head = job.config.evaluation, _head(run) | {"extra": besides}
+    record = result_record(answers, head, job.config.task.ndcg_gain, evaluation.bootstrap)
     if examples:
         shown = pick_examples(answers, evaluation.examples)
         path = job.workdir / EXAMPLES
@@ -66,13 +69,19 @@ def keep(job: Job, run: Run, answers: Sequence[Answer], examples: bool = True) -
     return record
 
 
+def summary(record: Result) -> str:
+    """The main metrics of a record on one line, those that it has."""
+    values = {name: record.metric(name) for name in ("parse", "ended", "useful", "ndcg@1")}
+    return ", ".join(f"{name} {value:.3f}" for name, value in values.items() if value is not None)
+
+
 def _head(run: Run) -> dict[str, Any]:
     """What the records of the policy that `run` ended in begin with."""
-    return {"run": run.name, **_identity(run)._asdict()}
+    return {"run": run.name, "stage": run.stage, "lam": run.lam, "seed": run.seed, "steps": run.steps}
 
 
 def _identity(run: Run) -> Identity:
-    return Identity(run.stage, run.lam, run.seed, run.steps)
+    return Result(**_head(run)).identity
 
 
 def _replace(path: pathlib.Path, kept: Sequence[Record], run: Run, records: Sequence[Record]) -> None:

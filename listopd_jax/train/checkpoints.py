@@ -134,6 +134,18 @@ class Checkpoints:
             self._put_aside()
         return None
 
+    def params_at(self, step: int, like: TrainState) -> Any:
+        """The parameters of the checkpoint at `step`, with the shapes, dtypes and shardings of `like`.
+
+        Nothing is changed on disk. UserError if it is not there, is damaged, or is of another run or model.
+        """
+        try:
+            return self._read(step, like, optimizer=False).state.params
+        except _Damaged as e:
+            raise UserError(
+                f"{self._folder / str(step)}: no whole checkpoint ({e}); run the job again"
+            ) from e
+
     def _read(self, step: int, like: TrainState, optimizer: bool) -> Saved:
         record = _unsealed(self._load(step, record=ocp.args.JsonRestore())["record"])
         self._check(step, record, like)

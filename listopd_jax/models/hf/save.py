@@ -29,29 +29,33 @@ def save_hf(
     dtype=None,
     max_shard_bytes: int = 5_000_000_000,
     ends: Sequence[int] = (),
+    card: str = "",
+    replace: bool = True,
 ) -> None:
     """Write a checkpoint that `AutoModelForCausalLM.from_pretrained` loads: Qwen3 if `qk_norm`, else Llama.
 
     `dtype` casts the weights (None keeps their own: a round trip is then exact bit for bit). `ends` are the ids that
-    end a completion, for generation_config.json. The folder
-    appears whole or not at all; an earlier export in its place is replaced, any other folder with files in it
-    is refused (UserError). Every host calls it, for its parts of the weights; the first writes.
+    end a completion, for generation_config.json; `card` is the text of README.md. The folder appears whole or not at
+    all; an earlier export in its place is replaced if `replace`, any other folder with files in it is refused
+    (UserError). Every host calls it, for its parts of the weights; the first writes.
     """
     if not is_main():
         for _ in hf_tensors(params, dtype):
             pass
         return
     folder = pathlib.Path(folder)
-    _check_replaceable(folder)
+    _check_replaceable(folder, replace)
     weights = dtype or jax.tree.leaves(params)[0].dtype
     try:
-        with files.whole_folder(folder) as new:
+        with files.whole_folder(folder, replace) as new:
             _write_shards(new, config, params, dtype, max_shard_bytes)
             if tokenizer is not None:
                 save_tokenizer(tokenizer, new)
             _write_json(new / "config.json", config_json(config, weights, tokenizer))
             if ends:
                 _write_json(new / "generation_config.json", {"eos_token_id": list(ends)})
+            if card:
+                (new / "README.md").write_text(card, encoding="utf-8")
     except (OSError, SafetensorError) as e:
         raise files.not_written(folder, e, "another folder") from e
 
@@ -64,11 +68,13 @@ def hf_tensors(params: nnx.State, dtype=None) -> Iterator[tuple[str, np.ndarray]
             yield name, np.ascontiguousarray(np.asarray(to_hf(path[-1], gather(rows[i])), dtype))
 
 
-def _check_replaceable(folder: pathlib.Path) -> None:
+def _check_replaceable(folder: pathlib.Path, replace: bool) -> None:
     if not folder.exists():
         return
     entries = list(folder.iterdir()) if folder.is_dir() else [folder]
     ours = any(e.name == "config.json" for e in entries) and any(e.suffix == ".safetensors" for e in entries)
+    if entries and not replace:
+        raise UserError(f"{folder}: is there already and will not be replaced; choose a new folder")
     if entries and not (ours and all(e.is_file() for e in entries)):
         raise UserError(f"{folder}: is not an earlier export and will not be replaced; choose a new folder")
 

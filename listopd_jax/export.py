@@ -1,0 +1,53 @@
+"""Write a policy of a run as a Hugging Face folder with a model card.
+
+    python -m listopd_jax.export --workdir=runs/demo --policy=opd_lambda1.0_seed0 --out=FOLDER
+
+FOLDER must be new: it appears whole, with weights, config, generation config, tokenizer and README.md. The policies of
+a run are those that its results.json calls by name.
+"""
+
+import argparse
+import os
+import pathlib
+import sys
+from collections.abc import Sequence
+
+from listopd_jax import config as config_module
+from listopd_jax.errors import Parser, UserError, exit_code
+from listopd_jax.lifecycle import quiet_libraries
+
+
+def export(workdir: pathlib.Path, policy: str, out: pathlib.Path) -> None:
+    """Write `policy` of the run in `workdir` to the new folder `out`; UserError for whatever prevents it."""
+    from listopd_jax.models.hf import save_hf
+    from listopd_jax.report.card import model_card
+    from listopd_jax.report.inputs import read_inputs
+    from listopd_jax.stages.export import find_policy, policy_model
+
+    inputs = read_inputs(workdir)
+    if not (saved := inputs.config.get("config")):
+        raise UserError(f"{workdir}: holds no config.json of a run; give the --workdir of one")
+    record, config = find_policy(inputs.results, policy), config_module.from_json(saved)
+    model = policy_model(config, config_module.saved_digest(saved), workdir, record)
+    card = model_card(config, inputs, record)
+    save_hf(out, model.shape, model.params, model.tokenizer, ends=model.ends, card=card, replace=False)
+
+
+def main(argv: Sequence[str]) -> None:
+    """Export and say where."""
+    parser = Parser(
+        prog="python -m listopd_jax.export", description=__doc__, allow_abbrev=False,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )  # fmt: skip
+    parser.add_argument("--workdir", required=True, type=pathlib.Path, help="folder of the run")
+    parser.add_argument("--policy", required=True, help="its name in results.json")
+    parser.add_argument("--out", required=True, type=pathlib.Path, help="folder to write, which must be new")
+    args = parser.parse_args(argv)
+    quiet_libraries()
+    os.environ.setdefault("JAX_PLATFORMS", "cpu")  # a run may hold the accelerator, and copying needs none
+    export(args.workdir, args.policy, args.out)
+    print(f"{args.policy}: {args.out}")
+
+
+if __name__ == "__main__":
+    sys.exit(exit_code(main, sys.argv[1:]))

@@ -1,0 +1,96 @@
+"""The model card of an exported policy: what it is, what it was measured to do, and how it was made."""
+
+import functools
+from typing import Any
+
+from listopd_jax.records import Calibration, Result
+from listopd_jax.report.findings import policy_name
+from listopd_jax.report.inputs import METRICS, Inputs
+from listopd_jax.report.threshold_section import flip_text, main_numbers
+from listopd_jax.report.wording import decimal, fact, interval, markdown, visible
+
+FRONT = """\
+---
+library_name: transformers
+pipeline_tag: text-generation
+tags:
+- listopd_jax
+---"""
+
+FIELDS = (
+    "data.source data.path data.labels task.k task.max_review_words task.chat_template "
+    "student.weights student.architecture teacher.weights teacher.architecture"
+).split()
+SFT_FIELDS = "lr batch_size truncation_rate duplicate_rate".split()
+OPD_FIELDS = (
+    "ratio advantage estimator aggregate clip guard.margin lr batch_size rollouts temperature updates_per_batch "
+    "kl_to_base entropy_bonus"
+).split()
+
+
+def model_card(config: Any, inputs: Inputs, record: Result) -> str:
+    """README.md of the policy that `record` is of; `config` is that of the run, whose workdir holds `inputs`.
+
+    Texts of the run are shown as text: they cannot become markup.
+    """
+    parts = [
+        FRONT,
+        f"# {_text(record.run)}",
+        f"{_text(policy_name(*record.policy))}: made by listopd_jax to score K reviews of one product as "
+        '`[{"review_id":"r1","score":7},…]`. Prompts are those of `listopd_jax/task/prompt.py`. The licence is that of '
+        "the weights and data that it was made from.",
+        _metrics(record),
+        *([] if inputs.calibration is None else [_thresholds(inputs.calibration)]),
+        _making(config, inputs, record),
+    ]
+    return "\n\n".join(parts) + "\n"
+
+
+def _metrics(record: Result) -> str:
+    rows = [
+        (name, decimal(record.metric(metric)), interval(record.intervals.get(metric), to=" to "))
+        for metric, name in METRICS.items()
+    ]
+    lead = (
+        f"Greedy decoding of {fact(record.n)} held-out lists; strict parse: exactly K objects, each naming one "
+        "distinct review, each with a finite score. Useful is parse · NDCG@1; NDCG, Kendall τ and MAE are over lists "
+        "that parse."
+    )
+    table = markdown(("metric", "value", "95 % interval over lists"), rows)
+    return f"## What it does\n\n{lead}\n\n{table}"
+
+
+def _thresholds(found: Calibration) -> str:
+    rows = [*main_numbers(found)]
+    for row in found.flips:
+        flips = f"λ at which half of the lists first flip, {_text(row.positions)} tokens"
+        rows.append((flips, flip_text(row.percentile_50), ""))
+    lead = (
+        "Read off teacher and base before any update: p is the teacher's probability of its own token, b the base's, "
+        "λ* where the target crosses the clip boundary (arXiv:2605.08737, Eq. 4)."
+    )
+    return f"## Thresholds\n\n{lead}\n\n{markdown(('', 'value', '95 % interval'), rows)}"
+
+
+def _making(config: Any, inputs: Inputs, record: Result) -> str:
+    """The data, the settings, and the command with the versions that ran it."""
+    section, names = record.stage.replace("_", "."), OPD_FIELDS if record.stage == "opd" else SFT_FIELDS
+    fields = [*FIELDS, *(f"{section}.{name}" for name in names)]
+    values = {name: functools.reduce(getattr, name.split("."), config) for name in fields}
+    facts = {"λ": record.lam, "seed": record.seed, "steps": record.steps} | values
+    facts |= {f"lists, {split}": n for split, n in _object(inputs.data.get("lists")).items()}
+    facts |= {name: inputs.data.get(key) for name, key in (("labels", "labels"), ("data", "fingerprint"))}
+    facts |= {"code revision": inputs.config.get("revision"), **_object(inputs.config.get("versions"))}
+    rows = [(_text(name), _text(fact(value))) for name, value in facts.items() if value not in (None, "")]
+    command = _text(str(inputs.config.get("command", "unknown")), markup=False)
+    return f"## How it was made\n\n    {command}\n\n{markdown(('', ''), rows)}"
+
+
+def _object(value: Any) -> dict[str, Any]:
+    return value if isinstance(value, dict) else {}
+
+
+def _text(text: str, markup: bool = True) -> str:
+    """`text` on one line with nothing hidden in it; where Markdown has `markup`, nothing of it is markup."""
+    line = " ".join(visible(text).split())
+    return "".join(f"\\{c}" if c in r"\`*[]<>|&" else c for c in line) if markup else line

@@ -1,0 +1,87 @@
+"""A policy of a run as it is written to a Hugging Face folder: from the run's own export, or from its checkpoint."""
+
+import pathlib
+from collections.abc import Iterable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import ml_collections
+from flax import nnx
+from jax.sharding import SingleDeviceSharding
+from transformers import PreTrainedTokenizerBase
+
+from listopd_jax.data.tokenizer import load_tokenizer
+from listopd_jax.errors import UserError, unknown_name
+from listopd_jax.lifecycle import locked
+from listopd_jax.models.build import PARAM_DTYPE, model_config
+from listopd_jax.models.config import ModelConfig
+from listopd_jax.models.decoder import abstract
+from listopd_jax.models.hf import load_hf, read_eos_ids
+from listopd_jax.records import Result
+from listopd_jax.stages.job import ROLES, make_codec, saving
+from listopd_jax.stages.opd import opd_saving
+from listopd_jax.train.checkpoints import Checkpoints
+from listopd_jax.train.loop import Run, checkpoint_folder
+from listopd_jax.train.optimizer import TrainState, adamw
+
+TRAINED = {"sft_teacher": "teacher", "sft_student": "student", "opd": "student"}
+"""The stages that leave weights, and of which model."""
+
+
+class Model(NamedTuple):
+    """What `save_hf` writes of a policy; `params` in float32, `ends` the ids that end a completion."""
+
+    shape: ModelConfig
+    params: nnx.State
+    tokenizer: PreTrainedTokenizerBase
+    ends: tuple[int, ...]
+
+
+def find_policy(results: Iterable[Result], name: str) -> Result:
+    """The record, of its longest training, of the trained policy `name`; UserError, which lists those there are."""
+    trained = [r for r in results if r.stage in TRAINED]
+    longest = {r.run: r for r in sorted(trained, key=lambda r: r.steps or 0)}
+    if name not in longest:
+        raise unknown_name("--policy", name, sorted(longest) or ["none yet, let the run evaluate one"])
+    return longest[name]
+
+
+def policy_model(
+    config: ml_collections.FrozenConfigDict, digest: str, workdir: pathlib.Path, record: Result
+) -> Model:
+    """The policy that `record` is of, of the run in `workdir`, whose config has the `digest` that checkpoints name.
+
+    UserError if neither its export nor its checkpoint is there and whole.
+    """
+    folder = workdir / "export" / record.run
+    # An export has the weights of the last step, and this record may be of an earlier one.
+    if folder.is_dir() and record.steps not in config.opd.eval_steps:
+        return Model(*load_hf(folder), load_tokenizer(folder), read_eos_ids(folder))
+    if not checkpoint_folder(workdir, record.run).is_dir():
+        raise UserError(
+            f"{workdir}: has neither export/{record.run} nor checkpoints/{record.run}; restore one"
+        )
+    with locked(workdir):
+        return _from_checkpoint(config, digest, workdir, record)
+
+
+def _from_checkpoint(config: Any, digest: str, workdir: pathlib.Path, record: Result) -> Model:
+    tokenizer = load_tokenizer(config.tokenizer.path or workdir / "tokenizer")
+    codec = make_codec(config, tokenizer, {role: config[role] for role in ROLES})
+    shape = model_config(config[TRAINED[record.stage]], codec.vocab)
+    run = Run(record.run, record.stage, record.lam, record.seed, record.steps)
+    saved = opd_saving(config) if record.stage == "opd" else saving(config)
+    folder = checkpoint_folder(workdir, record.run)
+    with Checkpoints(folder, saved.keep, run.labels | saved.identity | {"config": digest}) as checkpoints:
+        params = checkpoints.params_at(record.steps, _state_like(config, shape))
+    return Model(shape, params, codec.tokenizer, codec.ends)
+
+
+def _state_like(config: Any, shape: ModelConfig) -> TrainState:
+    """Shapes and dtypes of the state that a policy of `shape` was trained in, on one device."""
+    device = SingleDeviceSharding(jax.devices()[0])
+    params = abstract(shape, param_dtype=jnp.dtype(PARAM_DTYPE))[1]
+    moments = jax.eval_shape(adamw(config.optimizer, config.opd.b2).init, params)  # of any b2
+    state = TrainState(params, moments)
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=device), state)
