@@ -37,7 +37,7 @@ def evaluated(workdir: pathlib.Path, run: Run) -> Result | None:
 
 
 def evaluate(job: Job, role: str, params: Any, run: Run, **besides: Any) -> Result:
-    """Evaluate the policy that `run` ended in, in the dtype that samples; keep its record, with `besides`, and examples."""
+    """Evaluate the policy that `run` ended in, in the dtype that samples; keep record and examples."""
     batches, params = job.evaluation_batches(), cast(params, job.config.dtype.compute)
     if job.config.parallel.gather_rollout:
         params = decoding_copy(params)
