@@ -1,13 +1,13 @@
 # make demo: set up, run the main job on the embedded default, say where the report is.
 # make test: set up with the test extra, lint, run the tests; make quick: those that take no seconds, without linting;
-# make soak: those that take minutes and are in none of the others.
+# make soak: those that take minutes and are in none of the others. make bench-smoke: have compiled programs grown?
 
 PYTHON ?= python3
 VENV ?= .venv
 WORKDIR ?= runs/demo
 BIN := $(VENV)/bin
 
-.PHONY: demo test quick soak lint clean
+.PHONY: demo test quick soak lint clean bench-smoke
 
 demo: $(VENV)/.run
 	@echo "The demo takes 4 to 7 minutes on two cores. Stop it whenever you like: the same command continues."
@@ -21,6 +21,9 @@ quick: $(VENV)/.test
 
 soak: $(VENV)/.test
 	$(BIN)/python -m pytest -q -m soak
+
+bench-smoke: $(VENV)/.test
+	$(BIN)/python -m benchmarks.smoke
 
 lint: $(VENV)/.test
 	$(BIN)/ruff check .
