@@ -159,6 +159,7 @@ def test_progress_on_a_terminal_redraws_one_line(monkeypatch):
     assert "\r" in stream.getvalue() and "3/3" in stream.getvalue()
 
 
+@pytest.mark.slow
 def test_our_modules_do_not_import_torch():
     """TensorBoard's writer and transformers do so where it is installed, 190 MB: not before they are used."""
     root = pathlib.Path(__file__).parents[1]

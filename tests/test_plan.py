@@ -284,6 +284,7 @@ def command(*flags, timeout=300):
     return subprocess.run(argv, capture_output=True, text=True, timeout=timeout, env=env)
 
 
+@pytest.mark.slow
 def test_the_command_answers_scripts_and_exits_1_when_it_does_not_fit():
     flags = ("--config=configs/fashion.py:paper", "--topology=h100:1", "--compiles=0", "--json")
     flags += ("--config.attention=xla",)

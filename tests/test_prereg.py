@@ -289,6 +289,7 @@ def test_mistakes_at_lock_time_are_one_line_errors(tmp_path, flags, message):
     assert "\n" not in str(caught.value) and not (run / "lock.json").exists()
 
 
+@pytest.mark.slow
 def test_the_command_locks_a_config_file_with_overrides(tmp_path):
     flags = ["--template=small_clip", "--p=0.9993", "--b=0.81", "--config=configs/fashion.py:tiny"]
     flags += ["--grid=1.0,1.1", "--config.opd.lambdas=(1.0,1.1)", "--config.opd.clip=1.5"]
