@@ -67,6 +67,8 @@ def main(argv: Sequence[str]) -> None:
     parser.add_argument("--workdir", default="runs/demo", type=pathlib.Path)
     parser.add_argument("--out", type=pathlib.Path)
     args = parser.parse_args(argv)
+    if not (args.workdir / "export").is_dir():
+        parser.error(f"--workdir={args.workdir}: has no export/; run `make demo` first")
     compile_quickly()
     decode.TOKENS_PER_PASS = {}  # drafts of the length asked for, as on an accelerator
     job = open_job(validate(get_config("tiny")), args.workdir)

@@ -34,6 +34,7 @@ DTYPES = ("float32", "bfloat16")
 REMATS = ("full", "attention", "dots", "none")
 ATTENTIONS = ("auto", "xla", "cudnn", "splash")
 SMALL_WIDTH = 128
+MOST_DRAFT_TOKENS = 64  # more cost more than they can save
 TOKENS_PER_OBJECT = 12  # of an answer, by the tokenizer that the embedded task trains (9 to 11)
 RENAMED = {"opd.budgets": "opd.eval_steps"}  # fields that had another name before
 
@@ -58,9 +59,7 @@ def defaults() -> ml_collections.ConfigDict:
         sft=_section(teacher=_sft(), student=_sft()),
         optimizer=_section(b1=0.9, weight_decay=0.0, max_grad_norm=1.0),
         opd=_opd(),
-        rollout=_section(
-            draft_tokens=-1
-        ),  # most that are drafted per decode step; 0: none, -1: 8, none if is_small
+        rollout=_section(draft_tokens=-1),  # most per decode step; 0: none, -1: 8, none if is_small
         forecast=_section(lambdas=(), batch_size=8),  # lambdas besides opd.lambdas, decoded without training
         evaluation=_section(batch_size=64, max_lists=0, bootstrap=2000, examples=3),
         parallel=_parallel(),
@@ -376,7 +375,10 @@ def _validate_grid(config: ml_collections.ConfigDict) -> None:
 
 def _validate_combinations(config: ml_collections.ConfigDict) -> None:
     opd, drafts = config.opd, config.rollout.draft_tokens
-    _require(drafts >= -1, f"rollout.draft_tokens={drafts}: must be >= 0, or -1 for the default")
+    _require(
+        -1 <= drafts <= MOST_DRAFT_TOKENS,
+        f"rollout.draft_tokens={drafts}: must be from 0 to {MOST_DRAFT_TOKENS}, or -1 for the default",
+    )
     _require(
         config.task.max_response != 1, "task.max_response=1: must be at least 2 tokens, or 0 to follow task.k"
     )

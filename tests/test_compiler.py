@@ -60,9 +60,10 @@ def test_small_jobs_compile_quickly_unless_the_user_says_how(monkeypatch, flags,
         monkeypatch.setattr(compiler, name, {})
     monkeypatch.setenv("XLA_FLAGS", flags)
     compiler.compile_quickly()
-    assert [options.get("cpu", {}) == compiler.QUICK for options in (compiler.ROLLOUT, compiler.UPDATE)] == [
-        quick
-    ] * 2
+    expected = (
+        compiler.QUICK if quick and compiler._known(compiler.QUICK) else {}
+    )  # jax 0.12 lacks one of the flags
+    assert [options.get("cpu", {}) for options in (compiler.ROLLOUT, compiler.UPDATE)] == [expected] * 2
 
 
 def test_a_flag_that_this_jaxlib_lacks_is_not_known():

@@ -55,6 +55,8 @@ def test_k_follows_the_source():
         ({"opd.estimator": "full_vocab", "opd.ratio": "none", "opd.normalize": True}, "opd.normalize=False"),
         ({"opd.advantage": "no_bass"}, "did you mean 'no_base'?"),
         ({"opd.microbatch": 5}, "must divide"),
+        ({"rollout.draft_tokens": -2}, "must be from 0 to 64, or -1"),
+        ({"rollout.draft_tokens": 100_000}, "must be from 0 to 64, or -1"),
         ({"sft.teacher.truncation_rate": 1.0}, "must be in [0, 1)"),
         ({"data.source": "clothing"}, "data.path is empty"),
         ({"data.source": "yelp"}, "data.source='yelp' is unknown"),

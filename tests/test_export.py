@@ -11,7 +11,7 @@ from listopd_jax.errors import UserError, exit_code
 from listopd_jax.export import export, main
 from listopd_jax.models import hf
 from listopd_jax.records import Result, read_results
-from listopd_jax.report.card import model_card
+from listopd_jax.report.card import OPD_FIELDS, model_card
 from listopd_jax.report.inputs import Inputs
 from listopd_jax.report.wording import decimal
 from listopd_jax.stages.export import find_policy
@@ -164,6 +164,13 @@ def test_the_longest_training_of_a_policy_is_found():
     assert find_policy(records, "a").steps == 9
     with pytest.raises(UserError, match="known: a$"):
         find_policy(records, "b")
+
+
+def test_a_card_has_every_field_that_decides_what_distillation_ends_in():
+    """Those left out say how it is computed, or stand in the card's head."""
+    fields = {name for name, _ in config_module.flatten(config_module.defaults().opd.to_dict())}
+    left_out = "lambdas seeds steps epochs eval_steps b2 moments microbatch head_chunk".split()
+    assert fields - set(OPD_FIELDS) == set(left_out)
 
 
 def test_texts_of_a_run_are_no_markup_in_a_card():
