@@ -60,12 +60,21 @@ def positive(text: str) -> int:
     return int(text)
 
 
+def mistake(e: UserError | PermissionError) -> str:
+    """The one line of a mistake. A path that may not be looked at is one wherever it is met."""
+    return (
+        f"{e.filename}: permission denied; correct its permissions"
+        if isinstance(e, PermissionError)
+        else str(e)
+    )
+
+
 def exit_code(main: Callable[[Sequence[str]], int | None], argv: Sequence[str]) -> int:
     """What `main(argv)` returns (None: 0); 2 for a UserError, whose line goes to stderr, and 130 for Ctrl-C."""
     try:
         return main(argv) or 0
-    except UserError as e:
-        print(f"error: {e}", file=sys.stderr)
+    except (UserError, PermissionError) as e:
+        print(f"error: {mistake(e)}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         return 130

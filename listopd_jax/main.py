@@ -19,7 +19,7 @@ from ml_collections import config_flags
 
 from listopd_jax import config as config_module
 from listopd_jax import files
-from listopd_jax.errors import Interrupted, UserError
+from listopd_jax.errors import Interrupted, UserError, mistake
 from listopd_jax.lifecycle import interruptible, locked, quiet_libraries
 from listopd_jax.parallel import compiler, hosts
 from listopd_jax.records import EVALUATE, RESULTS, read_results
@@ -53,9 +53,9 @@ def command(
         compiler.reserve_gpu_memory()
         with hosts.initialize_distributed(config.parallel), _alone(workdir), interruptible():
             report = work(config, workdir, argv)
-    except UserError as e:
-        print(f"error: {e}", file=sys.stderr)
-        return hosts.leave(2, str(e))
+    except (UserError, PermissionError) as e:
+        print(f"error: {mistake(e)}", file=sys.stderr)
+        return hosts.leave(2, mistake(e))
     except Interrupted as e:
         print(e, file=sys.stderr)
         return hosts.leave(0, str(e))
