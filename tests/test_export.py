@@ -14,7 +14,7 @@ from listopd_jax.records import Result, read_results
 from listopd_jax.report.card import OPD_FIELDS, model_card
 from listopd_jax.report.inputs import Inputs
 from listopd_jax.report.wording import decimal
-from listopd_jax.stages.export import find_policy
+from listopd_jax.stages.export import find_policy, policy_model
 
 POLICY = "opd_lambda1.0_seed0"
 
@@ -153,6 +153,13 @@ def test_the_command_says_where_or_one_line(job, capsys):
         assert exit_code(main, arguments) == 2
         (line,) = capsys.readouterr().err.splitlines()
         assert line.startswith("error: ") and says in line
+
+
+@pytest.mark.parametrize("name", ["../other/a", "/etc/a", "..", ""])
+def test_a_record_never_leads_out_of_the_workdir(tmp_path, name):
+    record = Result(run=name, stage="opd", lam=1.0, seed=0, steps=3)
+    with pytest.raises(UserError, match="is no name of a policy"):
+        policy_model(config_module.defaults(), "", tmp_path, record)
 
 
 def test_the_longest_training_of_a_policy_is_found():

@@ -18,7 +18,7 @@ from listopd_jax.models.build import PARAM_DTYPE, model_config
 from listopd_jax.models.config import ModelConfig
 from listopd_jax.models.decoder import abstract
 from listopd_jax.models.hf import load_hf, read_eos_ids
-from listopd_jax.records import Result
+from listopd_jax.records import RESULTS, Result
 from listopd_jax.stages.job import ROLES, make_codec, saving
 from listopd_jax.stages.opd import opd_saving
 from listopd_jax.train.checkpoints import Checkpoints
@@ -54,6 +54,9 @@ def policy_model(
 
     UserError if neither its export nor its checkpoint is there and whole.
     """
+    # results.json is a file like any other: the name may be made up.
+    if pathlib.PurePath(record.run).name != record.run or record.run in ("", ".."):
+        raise UserError(f"{workdir / RESULTS}: run {record.run!r} is no name of a policy; restore the file")
     folder = workdir / "export" / record.run
     # An export has the weights of the last step, and this record may be of an earlier one.
     if folder.is_dir() and record.steps not in config.opd.eval_steps:
