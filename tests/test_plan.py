@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import pytest
 from flax import nnx
 
+from configs import fashion
 from listopd_jax.config import REMATS, defaults, validate
 from listopd_jax.errors import UserError
 from listopd_jax.models.config import ModelConfig, named_config, num_params
@@ -149,6 +150,19 @@ def test_estimated_weights_are_bytes_a_parameter():
     memory = arithmetic.memory_estimate(STUDENT, TEACHER, EC, Layout(ONE | {"fsdp": 8}, 8, "full"))
     assert memory["parameters"] + memory["optimizer"] == 12 * num_params(STUDENT) / 8
     assert memory["teacher"] == 2 * num_params(TEACHER) / 8
+
+
+def test_the_cache_has_room_for_the_drafts_of_the_config():
+    """As many tokens more for every completion as are drafted at most."""
+
+    def cache(drafts):
+        config = fashion.get_config("paper")
+        config.rollout.draft_tokens = drafts
+        layout = planner.layout_of(config, parse_topology("cpu:1"))
+        return arithmetic.memory_estimate(STUDENT, TEACHER, EC, layout)["kv cache"]
+
+    assert cache(8) - cache(0) == EC.prompts * EC.rollouts * 8 * arithmetic.kv_bytes(STUDENT)
+    assert cache(-1) == cache(8)
 
 
 @pytest.mark.parametrize(

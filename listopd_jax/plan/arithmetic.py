@@ -51,6 +51,7 @@ class Layout(NamedTuple):
     gather_rollout: bool = True
     chunk: int = 1024
     attention: str = "xla"
+    drafts: int = 0  # tokens per completion that the rollout's cache has room for besides the budget
 
     @property
     def keeps_scores(self) -> bool:
@@ -287,7 +288,7 @@ def memory_estimate(
         "base": frozen * own / layout.shards,
         "rollout copy": width * own / copies,
         "kv cache": prompts
-        * (load.prompt + load.rollouts * load.response)
+        * (load.prompt + load.rollouts * (load.response + layout.drafts))
         * kv_bytes(student, tensor, width),
         "rollout temporaries": prefill_scores + _vocab_bytes(student, layout),
         "update temporaries": 2 * F32 * own / layout.shards + _pass_bytes(student, teacher, load, layout),

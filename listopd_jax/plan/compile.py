@@ -272,7 +272,8 @@ def _caches(config: Any, c: ModelConfig, mesh: Mesh) -> Any:
         heads = c.num_kv_heads * rules.kv_copies(c.num_kv_heads)
     rows = (c.num_layers, opd.batch_size)
     prompt = jax.ShapeDtypeStruct((*rows, heads, task.max_prompt, c.head_dim), dtype)
-    own = jax.ShapeDtypeStruct((*rows, opd.rollouts, heads, task.max_response, c.head_dim), dtype)
+    room = cache_sizes(task.max_response, draft_tokens(config))[-1]
+    own = jax.ShapeDtypeStruct((*rows, opd.rollouts, heads, room, c.head_dim), dtype)
     tree = KVCache(prompt, prompt), KVCache(own, own)
     return rules.abstract(tree, rules.cache_shardings(tree, mesh))
 

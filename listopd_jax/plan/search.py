@@ -76,6 +76,7 @@ def layout_of(config: Any, topology: Topology) -> Layout:
     """The layout that the config asks for; UserError if its mesh does not fit the devices or the models."""
     from listopd_jax.ops.attention_backends import resolve
     from listopd_jax.parallel.mesh import mesh_sizes
+    from listopd_jax.stages.job import draft_tokens
     from listopd_jax.train.preflight import check_mesh
 
     backend = resolve(config.attention, topology.platform, config.dtype.compute)
@@ -84,7 +85,7 @@ def layout_of(config: Any, topology: Topology) -> Layout:
     remat = "full" if config.remat == "attention" and backend != "xla" else config.remat
     return Layout(
         sizes, config.opd.microbatch, remat, config.dtype.compute, config.dtype.frozen,
-        config.parallel.gather_rollout, config.opd.head_chunk, backend,
+        config.parallel.gather_rollout, config.opd.head_chunk, backend, draft_tokens(config),
     )  # fmt: skip
 
 
