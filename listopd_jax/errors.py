@@ -60,13 +60,14 @@ def positive(text: str) -> int:
     return int(text)
 
 
+def denied(path: object) -> str:
+    """The one line for a path that may not be looked at."""
+    return f"{path}: permission denied; correct its permissions"
+
+
 def mistake(e: UserError | PermissionError) -> str:
     """The one line of a mistake. A path that may not be looked at is one wherever it is met."""
-    return (
-        f"{e.filename}: permission denied; correct its permissions"
-        if isinstance(e, PermissionError)
-        else str(e)
-    )
+    return denied(e.filename) if isinstance(e, PermissionError) else str(e)
 
 
 def exit_code(main: Callable[[Sequence[str]], int | None], argv: Sequence[str]) -> int:

@@ -10,7 +10,7 @@ import tempfile
 from collections.abc import Iterator
 from typing import IO, Any
 
-from listopd_jax.errors import UserError
+from listopd_jax.errors import UserError, denied
 
 _on_process_0 = True
 
@@ -140,5 +140,7 @@ def read_json(path: str | os.PathLike, fix: str = "restore it, or choose another
         return json.loads(pathlib.Path(path).read_text(encoding="utf-8"))
     except FileNotFoundError as e:
         raise UserError(f"{path}: no such file") from e
+    except PermissionError as e:
+        raise UserError(denied(path)) from e
     except (OSError, ValueError, RecursionError) as e:
         raise UserError(f"{path}: not readable as JSON ({e}); {fix}") from e

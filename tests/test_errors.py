@@ -1,8 +1,13 @@
 """What a command says of a mistake, whoever raised it."""
 
+import contextlib
+import pathlib
+
 import pytest
 
+from listopd_jax import files
 from listopd_jax.errors import UserError, exit_code
+from listopd_jax.models.hf import stored
 
 
 @pytest.mark.parametrize(
@@ -21,3 +26,23 @@ def test_a_mistake_is_one_line_and_exit_code_2(error, line, capsys):
 
     assert exit_code(main, []) == 2
     assert capsys.readouterr().err == line
+
+
+def test_a_file_that_is_there_and_may_not_be_read_is_said_to_be(monkeypatch, tmp_path):
+    """Root may read all, so the refusal is made: safetensors calls it a file that is not found."""
+    path = tmp_path / "model.safetensors"
+    path.write_text("{}")
+
+    def refuse(*_, **__):
+        raise FileNotFoundError(2, "No such file or directory")
+
+    monkeypatch.setattr(stored, "safe_open", refuse)
+    with contextlib.ExitStack() as stack, pytest.raises(UserError, match=f"^{path}: permission denied"):
+        stored._open_safetensors(path, stack)
+
+    def denied(*_, **__):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(pathlib.Path, "read_text", denied)
+    with pytest.raises(UserError, match=f"^{path}: permission denied; correct its permissions$"):
+        files.read_json(path)

@@ -98,7 +98,8 @@ def _load(kind: type, path: str | os.PathLike) -> transformers.PreTrainedTokeniz
         return kind.from_pretrained(os.fspath(path), revision=_revision(path))
     except (OSError, ValueError, KeyError, TypeError, ImportError) as e:
         raise UserError(
-            f"{path}: no tokenizer can be loaded from this folder or hub id ({one_line(e)[:200]})"
+            f"{path}: no tokenizer can be loaded from this folder or hub id ({one_line(e)[:200]}); download its "
+            "tokenizer files again"
         ) from e
     except Exception as e:
         # The Rust parser reports a damaged tokenizer.json as a bare Exception.

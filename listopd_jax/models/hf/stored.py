@@ -10,7 +10,7 @@ import numpy as np
 from flax import nnx
 from safetensors import SafetensorError, safe_open
 
-from listopd_jax.errors import UserError
+from listopd_jax.errors import UserError, denied
 from listopd_jax.models.config import ModelConfig
 from listopd_jax.models.hf.config import read_object
 from listopd_jax.models.hf.tensors import INDEX, NAMES, SINGLE, hf_names, to_hf
@@ -130,7 +130,9 @@ def _open_safetensors(path: pathlib.Path, stack: contextlib.ExitStack):
         # then read by way of the whole tensor.
         backend = "pread" if context_mesh() is None else "mmap"
         return stack.enter_context(safe_open(path, framework="np", backend=backend))
-    except FileNotFoundError as e:
+    except FileNotFoundError as e:  # safetensors says so of a file that it may not read, too
+        if path.exists():
+            raise UserError(denied(path)) from e
         raise UserError(f"{path}: no such file, though {INDEX} names it; download it again") from e
     except (OSError, SafetensorError) as e:
         raise UserError(f"{path}: not a complete safetensors file ({e}); download it again") from e
