@@ -32,7 +32,15 @@ from listopd_jax.parallel.mesh import use_mesh
 from listopd_jax.plan import gpu
 from listopd_jax.plan.chips import GIB, Topology
 from listopd_jax.plan.traffic import traffic
-from listopd_jax.rollout.decode import Rollout, Sampler, Settings, cache_sizes, first_segment, segment
+from listopd_jax.rollout.decode import (
+    Rollout,
+    Sampler,
+    Settings,
+    cache_sizes,
+    first_segment,
+    pass_tokens,
+    segment,
+)
 from listopd_jax.stages.job import draft_tokens
 from listopd_jax.stages.opd import hyper_at, make_step
 from listopd_jax.train.opd_step import OpdBatch
@@ -151,7 +159,10 @@ def _sampler(config: Any, shapes: Mapping[str, ModelConfig], vocab: int, mesh: M
     weights, key, temperature = _replicate(
         jax.eval_shape(lambda: (jnp.ones((1, config.opd.rollouts)), jax.random.key(0), jnp.float32(1))), mesh
     )
-    settings = Settings(config.task.max_response, vocab, eos=(0,), pad=0, draft_tokens=draft_tokens(config))
+    settings = Settings(
+        config.task.max_response, vocab, eos=(0,), pad=0, draft_tokens=draft_tokens(config),
+        pass_tokens=pass_tokens(platform_of(mesh)),
+    )  # fmt: skip
     graphs = (_graph(config, shapes["student"], mesh),)
     return Sampler(graphs, (params,), weights, key, temperature, settings)
 

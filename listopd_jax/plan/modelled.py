@@ -15,7 +15,7 @@ from listopd_jax.plan import compile as aot
 from listopd_jax.plan.arithmetic import Load
 from listopd_jax.plan.chips import GIB, Rates
 from listopd_jax.plan.kernels import Kernel, kernels
-from listopd_jax.rollout.decode import capacities
+from listopd_jax.rollout.decode import cache_sizes
 from listopd_jax.rounding import ceil_div, round_up
 
 
@@ -41,22 +41,24 @@ def modelled_step(
 
 
 def at_mean(config: Any, load: Load) -> ml_collections.ConfigDict:
-    """`config` with prompts as wide as those of the mean length, decoded token by token.
+    """`config` with prompts as wide as those of the mean length; drafts only where they are asked for by number.
 
-    How many drafts will be confirmed only a trained policy tells.
+    How many will be confirmed only a trained policy tells: decoding is counted as if none were.
     """
     narrow = ml_collections.ConfigDict(copy.deepcopy(config.to_dict()))
     narrow.task.max_prompt = min(config.task.max_prompt, round_up(math.ceil(load.prompt), WIDTH_MULTIPLE))
-    narrow.rollout.draft_tokens = 0
+    narrow.rollout.draft_tokens = max(0, config.rollout.draft_tokens)
     return narrow
 
 
 def turns_of(config: Any, load: Load) -> list[tuple[int, int]]:
     """The capacities of the caches that completions of the mean length reach, and the tokens decoded in each."""
     budget, length = config.task.max_response, math.ceil(load.response)
-    ends = [min(size + 1, budget, length) for size in capacities(budget)]
+    drafts = max(0, config.rollout.draft_tokens)
+    sizes = cache_sizes(budget, drafts)
+    ends = [min(size + 1 - drafts, budget, length) for size in sizes]
     tokens = [end - begin for begin, end in itertools.pairwise([1, *ends])]
-    return [(size, count) for size, count in zip(capacities(budget), tokens, strict=True) if count > 0]
+    return [(size, count) for size, count in zip(sizes, tokens, strict=True) if count > 0]
 
 
 def trimmed(budget: int, response: float) -> int:

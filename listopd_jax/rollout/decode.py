@@ -24,7 +24,7 @@ from jaxtyping import Array, Bool, Float, Int
 from listopd_jax.models.decoder import Decoder
 from listopd_jax.ops.head import take_token
 from listopd_jax.parallel.compiler import ROLLOUT, BackendJit
-from listopd_jax.parallel.rules import constrain, context_mesh
+from listopd_jax.parallel.rules import constrain, context_mesh, row_multiple
 from listopd_jax.rollout.draft import draft
 from listopd_jax.rollout.sampling import categorical, mixed_logprobs, row_keys
 from listopd_jax.rollout.state import (
@@ -44,8 +44,8 @@ from listopd_jax.rounding import round_up
 
 LEAST_ROWS = 8  # fewer cost hardly less, and each shape is one more program to compile
 LEAST_PARAMETERS = 1_000_000  # a smaller model's steps cost less than those programs
-TOKENS_PER_PASS = {"cpu": 64}  # that cost little more than one per row, by backend
-MANY_TOKENS = 1024  # the same on accelerators, where reading the weights takes as long
+PASS_TOKENS = 1024  # that an accelerator computes while it reads the weights
+CPU_PASS_TOKENS = 64  # that cost little more than one per row (benchmarks/RESULTS.md)
 LEAST_DRAFT = 3
 ROOM_MULTIPLE = 16  # tokens; XLA's GPU backend pads, by a copy, what its products read at odd widths
 LEAST_CAPACITY = 64  # tokens; a shorter cache is not worth a program
@@ -60,6 +60,9 @@ class Settings(NamedTuple):
     pad: int
     greedy: bool = False
     draft_tokens: int = 0  # most that are drafted per row and step (`draft_size`); 0: none
+    pass_tokens: int = (
+        PASS_TOKENS  # of all rows of a device, drafts included, that a step should read (`pass_tokens`)
+    )
 
 
 @jax.tree_util.register_dataclass
@@ -180,7 +183,7 @@ def _written(rows: Rows, tokens, logprobs, count: Int[Array, "B n"], settings: S
 
 def decode_until(sampler: Sampler, prompts: Prompts, state: State, least: int) -> State:
     """Write tokens until all rows are done, the cache has no room for a step, or a smaller batch would do."""
-    size = draft_size(sampler.settings.draft_tokens, state.rows.done.size)
+    size = draft_size(sampler.settings, state.rows.done.size)
     room = state.caches[0].capacity - size  # of the tokens written the last is not yet cached
 
     def unfinished(state):
@@ -190,13 +193,18 @@ def decode_until(sampler: Sampler, prompts: Prompts, state: State, least: int) -
     return jax.lax.while_loop(unfinished, lambda s: decode_step(sampler, prompts, s, size), state)
 
 
-def draft_size(most: int, rows: int) -> int:
-    """Tokens to draft for each of `rows`, at most `most`: about as many as a pass computes while it reads the weights.
+def pass_tokens(platform: str) -> int:
+    """Tokens that a pass on such a device should read at most, for `Settings.pass_tokens`."""
+    return CPU_PASS_TOKENS if platform == "cpu" else PASS_TOKENS
+
+
+def draft_size(settings: Settings, rows: int) -> int:
+    """Tokens to draft for each of `rows`, at most `draft_tokens`: about as many as make `pass_tokens` per device.
 
     Beyond that a drafted token costs what a sampled one does, and the later ones are often in vain.
     """
-    enough = TOKENS_PER_PASS.get(jax.default_backend(), MANY_TOKENS) // rows - 1
-    return min(most, max(LEAST_DRAFT, enough))
+    enough = settings.pass_tokens * row_multiple() // rows - 1
+    return min(settings.draft_tokens, max(LEAST_DRAFT, enough))
 
 
 def decode_step(sampler: Sampler, prompts: Prompts, state: State, size: int) -> State:

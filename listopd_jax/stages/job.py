@@ -34,6 +34,7 @@ from listopd_jax.ops.attention_backends import resolve
 from listopd_jax.parallel import hosts, rules
 from listopd_jax.parallel.mesh import configured_mesh, use_mesh
 from listopd_jax.records import RESULTS
+from listopd_jax.rollout.decode import pass_tokens
 from listopd_jax.task.codec import Codec, vocab_of
 from listopd_jax.task.prompt import ListExample, render_answer
 from listopd_jax.train.loop import Saving
@@ -112,6 +113,7 @@ class Job:
         return {
             "max_tokens": task.max_response, "vocab": codec.vocab, "eos": codec.ends, "pad": codec.pad,
             "hint": np.array([hint], np.int32), "draft_tokens": draft_tokens(self.config),
+            "pass_tokens": pass_tokens(jax.default_backend()),
         }  # fmt: skip
 
     def steps(self, epochs: float, batch_size: int) -> int:
