@@ -32,7 +32,7 @@ from listopd_jax.models.build import graph_of, initial_params
 from listopd_jax.models.config import custom_config
 from listopd_jax.models.hf import load_hf
 from listopd_jax.parallel.compiler import compile_quickly
-from listopd_jax.rollout.decode import PASS_TOKENS, Rollout, generate
+from listopd_jax.rollout.decode import Rollout, generate
 from listopd_jax.stages.job import Job, open_job
 
 ROUNDS = 5
@@ -48,7 +48,7 @@ def compare(job: Job, policy: pathlib.Path, draft: int, n: int, greedy: bool, ro
         began = time.perf_counter()
         written = generate(
             (graph,), (params,), jnp.ones((1, n)), batch["prompt"], batch["prompt_length"], jax.random.key(0),
-            greedy=greedy, **job.decoding | {"draft_tokens": size, "pass_tokens": PASS_TOKENS},
+            greedy=greedy, **job.decoding | {"draft_tokens": size, "pass_tokens": (size + 1) * rows * n},
         )  # fmt: skip
         return jax.tree.map(np.asarray, written), time.perf_counter() - began
 

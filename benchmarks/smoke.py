@@ -25,7 +25,7 @@ from listopd_jax.plan.compile import Program, compile_update, rollout_programs
 from listopd_jax.plan.hlo import parse
 from listopd_jax.plan.kernels import kernels
 from listopd_jax.plan.search import shapes_of, vocabulary
-from listopd_jax.stages.job import draft_tokens
+from listopd_jax.rollout.decode import cache_sizes
 
 RECORD = pathlib.Path(__file__).with_name("results") / "smoke.json"
 MOST = 1.15
@@ -38,10 +38,10 @@ def programs(completions: int) -> Iterator[tuple[str, Program]]:
     arguments = shapes_of(config), vocabulary(config), mesh
     for drafts in (0, 7):
         config.rollout.draft_tokens = drafts
-        first, (decode,) = rollout_programs(validate(config), *arguments, [budget + drafts])
+        first, (decode,) = rollout_programs(validate(config), *arguments, cache_sizes(budget, drafts)[-1:])
         if not drafts:
             yield f"n={completions} prefill", first
-        yield f"n={completions} decode step, at most {draft_tokens(config)} drafted", decode
+        yield f"n={completions} decode step, at most {drafts} drafted", decode
     yield f"n={completions} update", compile_update(validate(config), *arguments)
 
 
@@ -58,9 +58,11 @@ def figures(program: Program) -> dict[str, float]:
 
 def compare(now: Mapping[str, dict[str, float]], then: Mapping[str, dict[str, float]]) -> list[str]:
     """Print a line per program; those figures that grew by more than MOST."""
-    grown = []
+    grown = [
+        f"{name}: recorded, but no longer compiled; --record" for name in sorted(then.keys() - now.keys())
+    ]
     for name, found in now.items():
-        ratios = {k: v / then[name][k] for k, v in found.items() if name in then}
+        ratios = {k: v / max(1, then[name][k]) for k, v in found.items() if name in then}
         print(f"{name:36}", *(f"{k} {ratio:5.2f}" for k, ratio in ratios.items() or [("new", 1)]), sep="  ")
         grown += [f"{name}: {k} {r:.2f} times the recorded" for k, r in ratios.items() if r > MOST]
     return grown

@@ -55,6 +55,15 @@ def test_another_jax_decides_nothing(recorded, capsys):
     assert recorded(5) == 0 and "no verdict" in capsys.readouterr().out
 
 
+def test_a_program_that_is_gone_is_named(recorded, capsys):
+    """Else one that gets another name is never compared again."""
+    recorded(2, "--record")
+    record = json.loads(smoke.RECORD.read_text())
+    record["programs"]["n=9"] = record["programs"]["n=8"]
+    smoke.RECORD.write_text(json.dumps(record))
+    assert recorded(2) == 1 and "n=9: recorded, but no longer compiled" in capsys.readouterr().out
+
+
 def test_a_new_program_is_no_growth(recorded):
     recorded(2, "--record")
     smoke.RECORD.write_text(json.dumps({"jax": jax.__version__, "programs": {}}))

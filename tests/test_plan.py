@@ -325,6 +325,7 @@ def test_the_command_answers_scripts_and_exits_1_when_it_does_not_fit():
     [
         (("--topology=v5q:2x2x2",), "v5p:2x2x2"),
         (("--topology=h100:8", "--tokens=many"), "--tokens"),
+        (("--topology=h100:1", "--tokens=700,1", "--kernels=3"), "--tokens"),
         (("--topology=h100:8", "--serach"), "search"),
         (("--topology=h100:8", "--config.parallel.fsdp=3", "--config.parallel.data=1"), "parallel"),
         ((), "--topology"),

@@ -124,9 +124,15 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("name", CASES)
-def test_drafts_change_no_token(models, name, monkeypatch):
-    """Nor a log-probability, in segments that grow and shrink; some are confirmed, many are not."""
+@pytest.mark.parametrize(
+    ("name", "draft_tokens", "pass_tokens"),
+    [("one model, warm", 7, 24), ("one model, greedy", 7, 1024), ("mixture", 3, 1024)],
+)
+def test_drafts_change_no_token(models, name, draft_tokens, pass_tokens, monkeypatch):
+    """Nor a log-probability, in segments that grow and shrink; some are confirmed, many are not.
+
+    With 24 tokens per pass three are drafted at first, and seven once three rows are left.
+    """
     monkeypatch.setattr(module, "LEAST_ROWS", 2)
     monkeypatch.setattr(module, "LEAST_CAPACITY", 8)
     monkeypatch.setattr(module, "LEAST_PARAMETERS", 0)
@@ -134,12 +140,23 @@ def test_drafts_change_no_token(models, name, monkeypatch):
     arguments, options = case(models[: shape.pop("count")], seed=len(name), **shape)
     plain = jax.tree.map(np.asarray, generate(*arguments, **options))
     hint = plain.tokens[:, 0]  # of one row of each prompt: right for it, and hardly for the others
-    ours = jax.tree.map(np.asarray, generate(*arguments, **options, hint=hint, draft_tokens=3))
+    ours = jax.tree.map(
+        np.asarray,
+        generate(*arguments, **options, hint=hint, draft_tokens=draft_tokens, pass_tokens=pass_tokens),
+    )
     np.testing.assert_array_equal(ours.tokens, plain.tokens)
     np.testing.assert_array_equal(ours.lengths, plain.lengths)
     np.testing.assert_allclose(ours.logprobs, plain.logprobs, atol=1e-4)
     assert (plain.steps == np.maximum(plain.lengths - 1, 0)).all()
     assert (ours.steps <= plain.steps).all() and ours.steps[:, 0].sum() < 0.6 * plain.steps[:, 0].sum()
+
+
+@pytest.mark.parametrize("budget", [2, 48, 256, 512])
+@pytest.mark.parametrize("drafts", [1, 7, 8, 64])
+def test_caches_have_room_for_drafts_at_widths_that_need_no_padding(budget, drafts):
+    sizes = module.cache_sizes(budget, drafts)
+    assert sizes == sorted(set(sizes)) and len(sizes) <= 4
+    assert sizes[-1] >= budget + drafts and all(size % 16 == 0 for size in sizes)
 
 
 def test_a_million_drafted_tokens_have_the_models_frequencies():

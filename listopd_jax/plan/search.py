@@ -140,6 +140,10 @@ def model(config: Any, topology: Topology, load: Load, top: int) -> dict[str, An
 
     if topology.kind not in RATES:
         raise UserError(f"--kernels: no rates are known of {topology.kind}; known: {', '.join(RATES)}")
+    if load.response <= 1:
+        raise UserError(
+            "--tokens: with --kernels, give completions of at least 2 tokens: the first is not decoded"
+        )
     devices = devices_of(topology)
     if devices is None:
         raise UserError(f"--kernels: needs XLA's compiler for GPUs; {EXTRA}")

@@ -40,7 +40,7 @@ from listopd_jax.rollout.state import (
     put_back,
     shrink,
 )
-from listopd_jax.rounding import round_up
+from listopd_jax.rounding import ceil_div, round_up
 
 LEAST_ROWS = 8  # fewer cost hardly less, and each shape is one more program to compile
 LEAST_PARAMETERS = 1_000_000  # a smaller model's steps cost less than those programs
@@ -60,9 +60,7 @@ class Settings(NamedTuple):
     pad: int
     greedy: bool = False
     draft_tokens: int = 0  # most that are drafted per row and step (`draft_size`); 0: none
-    pass_tokens: int = (
-        PASS_TOKENS  # of all rows of a device, drafts included, that a step should read (`pass_tokens`)
-    )
+    pass_tokens: int = PASS_TOKENS  # that a device should read in a step, drafts included (`draft_size`)
 
 
 @jax.tree_util.register_dataclass
@@ -239,9 +237,9 @@ def decode(
 ) -> Rollout:
     """Write n completions for each prompt; stops early once every row has ended or spent its budget.
 
-    `settings` (static): `max_tokens`, `vocab`, `eos`, `pad`, `greedy` and `draft_tokens`. `budgets` (default
-    `max_tokens`) bounds each row. `hint`: tokens like those of an answer, that drafts may be copied from. Row (b, j) of
-    the result is a completion of prompt b under the mixture weights[:, j], whatever is drafted.
+    `settings` (static): those of Settings. `budgets` (default `max_tokens`) bounds each row. `hint`: tokens like those
+    of an answer, that drafts may be copied from. Row (b, j) of the result is a completion of prompt b under the mixture
+    weights[:, j], whatever is drafted.
     """
     sampler = Sampler(graphs, params, weights, key, temperature, Settings(**settings))
     room = sampler.settings.max_tokens + sampler.settings.draft_tokens
@@ -275,18 +273,21 @@ def segment(sampler: Sampler, prompts: Prompts, state: State, least: int) -> tup
     return state, constrain(jnp.stack([longest(state.rows), *alive(state.rows.done)]), None)
 
 
-def capacities(max_tokens: int) -> list[int]:
+def capacities(max_tokens: int, multiple: int = 1) -> list[int]:
     """Sizes that the cache of the completions takes in turn: quarters of the budget, none below LEAST_CAPACITY.
 
-    Each is a program to compile; with four, a step reads 1.25 times the keys that there are by the end of the budget.
+    All but the last are multiples of `multiple`. Each is a program to compile; with four, a step reads 1.25 times the
+    keys that there are by the end of the budget.
     """
-    part = max(LEAST_CAPACITY, -(-max_tokens // 4))
+    part = round_up(max(LEAST_CAPACITY, ceil_div(max_tokens, 4)), multiple)
     return [*range(part, max_tokens, part), max_tokens]
 
 
 def cache_sizes(max_tokens: int, drafts: int) -> list[int]:
-    """`capacities` with room for the drafts of the last step, in multiples of ROOM_MULTIPLE if there are any."""
-    return capacities(round_up(max_tokens + drafts, ROOM_MULTIPLE) if drafts else max_tokens)
+    """`capacities` with room for the drafts of the last step; with drafts, all are multiples of ROOM_MULTIPLE."""
+    if not drafts:
+        return capacities(max_tokens)
+    return capacities(round_up(max_tokens + drafts, ROOM_MULTIPLE), ROOM_MULTIPLE)
 
 
 def generate(
