@@ -153,7 +153,7 @@ def _resources(extra: Mapping[str, Any]) -> list[str]:
 def _count(text: str) -> int:
     """The number in an option for GPUs: N, TYPE:N, several of them with commas, or a type alone, which is one."""
     parts = [part.rpartition(":")[2] for part in text.split(",") if part]
-    return sum(int(part) if part.isdigit() else 1 for part in parts)
+    return sum(int(part) if part.isdecimal() else 1 for part in parts)
 
 
 @contextlib.contextmanager

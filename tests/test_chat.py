@@ -69,6 +69,7 @@ def test_a_template_opens_the_assistants_turn(templated):
 @pytest.mark.parametrize(
     ("template", "ends"),
     [(GOOD, ["<|im_end|>"]), (GOOD.replace("<|im_end|>", "</s>"), ["</s>"]), (GOOD.replace("<|im_end|>", ""), []),
+     (GOOD.replace("<|im_end|>", "\n</s>"), ["</s>"]), (GOOD.replace("<|im_end|>", " </s>"), ["</s>"]),
      ("{% if messages[1] %}{{ raise_exception('one turn') }}{% endif %}" + GOOD, []),
      ("{% for m in messages %}{{ m.content }}{% endfor %}", [])],
 )  # fmt: skip

@@ -3,6 +3,8 @@
 import json
 import shutil
 
+import jax
+import jax.numpy as jnp
 import pytest
 
 from listopd_jax import config as config_module
@@ -10,11 +12,12 @@ from listopd_jax.data.tokenizer import load_tokenizer
 from listopd_jax.errors import UserError, exit_code
 from listopd_jax.export import export, main
 from listopd_jax.models import hf
+from listopd_jax.models.config import ModelConfig
 from listopd_jax.records import Result, read_results
 from listopd_jax.report.card import OPD_FIELDS, model_card
 from listopd_jax.report.inputs import Inputs
 from listopd_jax.report.wording import decimal
-from listopd_jax.stages.export import find_policy, policy_model
+from listopd_jax.stages.export import _on_the_way, _state_like, find_policy, policy_model
 
 POLICY = "opd_lambda1.0_seed0"
 
@@ -33,10 +36,8 @@ def contents(folder):
 @pytest.mark.parametrize("policy", ["sft_teacher", "sft_student", POLICY])
 @pytest.mark.parametrize("source", ["export", "checkpoints"])
 def test_export_and_checkpoint_give_the_runs_own_export_and_a_card(job, tmp_path, policy, source):
-    own, out = (
-        {p.name: data for p, data in contents(job / "export" / policy).items()},
-        tmp_path / "new" / "out",
-    )
+    own = {p.name: data for p, data in contents(job / "export" / policy).items()}
+    out = tmp_path / "new" / "out"
     shutil.rmtree(job / ({"export", "checkpoints"} - {source}).pop())
     before = contents(job)
     export(job, policy, out)
@@ -127,7 +128,7 @@ def test_what_is_damaged_or_gone_is_one_line(job):
             path.write_bytes(path.read_bytes()[:-8])
     refused(job, f"{POLICY}/3: no whole checkpoint")
     shutil.rmtree(job / "checkpoints" / POLICY)
-    refused(job, f"has neither export/{POLICY} nor checkpoints/{POLICY}")
+    refused(job, f"has neither an export of {POLICY} at step 3 nor checkpoints/{POLICY}")
     (job / "config.json").write_text('{"config": {"seed": "x"}}')
     refused(job, "seed='x': ")
     (job / "config.json").unlink()
@@ -160,6 +161,43 @@ def test_a_record_never_leads_out_of_the_workdir(tmp_path, name):
     record = Result(run=name, stage="opd", lam=1.0, seed=0, steps=3)
     with pytest.raises(UserError, match="is no name of a policy"):
         policy_model(config_module.defaults(), "", tmp_path, record)
+
+
+def test_another_tokenizer_than_the_runs_is_not_exported_with_its_weights(job):
+    config = json.loads((job / "config.json").read_text())
+    config["config"]["tokenizer"]["path"] = str(job / "tokenizer")
+    (job / "config.json").write_text(json.dumps(config))
+    stamp = json.loads((job / "data.json").read_text())
+    (job / "data.json").write_text(json.dumps(stamp | {"tokenizer": "of other files"}))
+    shutil.rmtree(job / "export")
+    refused(job, "the files of tokenizer.path changed since its models were made; restore them")
+
+
+@pytest.mark.parametrize(
+    ("record", "expected"),
+    [
+        (dict(stage="opd", steps=2), True),
+        (dict(stage="opd", steps=3), False),  # the last step is evaluated anyway, and exported
+        (dict(stage="sft_teacher", steps=2), False),  # opd.eval_steps says nothing of its steps
+        (dict(stage="opd", steps=4), False),
+    ],
+)
+def test_only_an_earlier_step_of_distillation_is_not_what_was_exported(record, expected):
+    opd = config_module.defaults().opd
+    opd.update(steps=3, eval_steps=(2, 3))
+    assert _on_the_way(opd, Result(run="a", lam=1.0, seed=0, **record)) is expected
+
+
+@pytest.mark.parametrize("moments", ["float32", "bfloat16"])
+def test_a_checkpoint_is_read_in_the_dtypes_that_it_was_trained_in(moments):
+    config = config_module.defaults()
+    config.sft.teacher.moments = moments
+    shape = ModelConfig(16, 8, 16, 1, 2, 1, 4)
+    state = _state_like(config, "sft_teacher", shape)
+    dtypes = {x.dtype for x in jax.tree.leaves(state.opt_state) if x.ndim}
+    assert dtypes == {jnp.dtype(moments)} and {x.dtype for x in jax.tree.leaves(state.params)} == {
+        jnp.dtype("float32")
+    }
 
 
 def test_the_longest_training_of_a_policy_is_found():

@@ -85,8 +85,9 @@ def test_an_embedding_models_config_loads_where_it_has_a_head(folder):
 
 def test_a_tensor_of_another_model_is_still_unexpected(folder):
     edit_tensors(folder, lambda tensors: tensors | {"visual.layers.0.norm.weight": np.ones(3, np.float32)})
-    with pytest.raises(UserError, match="tensor visual.layers.0.norm.weight is unexpected"):
-        hf.load_hf(folder)
+    for load in (hf.load_hf, hf.check_hf):
+        with pytest.raises(UserError, match="tensor visual.layers.0.norm.weight is unexpected"):
+            load(folder)
 
 
 # --- what is no whole model, or more than one

@@ -44,7 +44,7 @@ def chat_prompt(message: str, tokenizer: transformers.PreTrainedTokenizerBase, d
 def turn_ends(tokenizer: transformers.PreTrainedTokenizerBase) -> list[int]:
     """The id of the control token that the chat template writes after an assistant's words; [] if it writes none.
 
-    [] too if it fails on an assistant's turn, which no prompt has.
+    White space may stand before it. [] too if the template fails on an assistant's turn, which no prompt has.
     """
     words = "the answer"
     turns = [{"role": "user", "content": "question"}, {"role": "assistant", "content": words}]
@@ -52,8 +52,8 @@ def turn_ends(tokenizer: transformers.PreTrainedTokenizerBase) -> list[int]:
         tail = _render(turns, tokenizer, DATE).rpartition(words)[2]
     except UserError:
         return []
-    ids = tokenizer(tail, add_special_tokens=False)["input_ids"]
-    return ids[:1] if tail.strip() and ids[0] in control_ids(tokenizer) else []
+    after = tokenizer(tail.lstrip(), add_special_tokens=False)["input_ids"][:1]
+    return [i for i in after if i in control_ids(tokenizer)]
 
 
 def _render(turns: list[dict[str, str]], tokenizer, date: str, **options: bool) -> str:

@@ -60,9 +60,8 @@ def weights_digest(model: ml_collections.FrozenConfigDict) -> str | None:
     if not model.weights:
         return None
     folder = weights_folder(model.weights)
-    parts = [*folder.glob("*.safetensors"), *folder.glob("*.index.json"), folder / "config.json"]
-    if (folder / "generation_config.json").exists():
-        parts.append(folder / "generation_config.json")
+    patterns = ("*.safetensors", "*.index.json", "config.json", "generation_config.json")
+    parts = [part for pattern in patterns for part in folder.glob(pattern)]
     return files.json_sha256({part.name: files.sha256(part) for part in parts})
 
 

@@ -50,9 +50,14 @@ class Policy:
     records: tuple[Result, ...]
 
     @property
+    def key(self) -> tuple[str, float | None, str | None]:
+        """`policy` of each of its records."""
+        return self.stage, self.lam, self.checkpoint
+
+    @property
     def name(self) -> str:
         """How the report calls it."""
-        return policy_name(self.stage, self.lam, self.checkpoint)
+        return policy_name(*self.key)
 
     def mean(self, metric: str) -> float | None:
         """Mean of `metric` over the seeds that define it, None if none does."""

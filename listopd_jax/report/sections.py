@@ -233,7 +233,7 @@ def _how_to_read(inputs: Inputs) -> str:
 
 def _runs_table(inputs: Inputs, collapsed: bool) -> Table:
     """One row a record: metrics with intervals, lists, steps, seed."""
-    places = {policy.records[0].policy: i for i, policy in enumerate(inputs.policies)}
+    places = {policy.key: i for i, policy in enumerate(inputs.policies)}
     runs = sorted(inputs.results, key=lambda r: (places[r.policy], r.seed or 0, r.steps or 0))
     rows = [_run_row(run) for run in runs]
     marked = inputs.found.best is not None and not collapsed
@@ -300,7 +300,7 @@ def _choose(examples: Sequence[Example]) -> list[Example]:
         groups[example.policy].append(example)
     chosen = []
     for policy in findings.policies(Result(run=e.run, stage=e.stage, lam=e.lam) for e, *_ in groups.values()):
-        group = groups[policy.records[0].policy]
+        group = groups[policy.key]
         good = [e for e in group if e.failure == "ok"]
         bad = _varied([e for e in group if e.failure != "ok"])
         chosen += good[:GOOD_EXAMPLES] + bad[:BAD_EXAMPLES]

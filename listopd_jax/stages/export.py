@@ -19,7 +19,7 @@ from listopd_jax.models.config import ModelConfig
 from listopd_jax.models.decoder import abstract
 from listopd_jax.models.hf import load_hf, read_eos_ids
 from listopd_jax.records import RESULTS, Result
-from listopd_jax.stages.job import ROLES, make_codec, saving
+from listopd_jax.stages.job import ROLES, make_codec, refuse_other_inputs, saving, tokenizer_digest
 from listopd_jax.stages.opd import opd_saving
 from listopd_jax.train.checkpoints import Checkpoints
 from listopd_jax.train.loop import Run, checkpoint_folder
@@ -58,33 +58,40 @@ def policy_model(
     if pathlib.PurePath(record.run).name != record.run or record.run in ("", ".."):
         raise UserError(f"{workdir / RESULTS}: run {record.run!r} is no name of a policy; restore the file")
     folder = workdir / "export" / record.run
-    # An export has the weights of the last step, and this record may be of an earlier one.
-    if folder.is_dir() and record.steps not in config.opd.eval_steps:
+    if folder.is_dir() and not _on_the_way(config.opd, record):
         return Model(*load_hf(folder), load_tokenizer(folder), read_eos_ids(folder))
     if not checkpoint_folder(workdir, record.run).is_dir():
         raise UserError(
-            f"{workdir}: has neither export/{record.run} nor checkpoints/{record.run}; restore one"
+            f"{workdir}: has neither an export of {record.run} at step {record.steps} nor checkpoints/{record.run}; "
+            "restore one"
         )
     with locked(workdir):
         return _from_checkpoint(config, digest, workdir, record)
 
 
+def _on_the_way(opd: Any, record: Result) -> bool:
+    """Whether `record` may be of a step before the last, whose weights an export does not have."""
+    return record.stage == "opd" and record.steps in opd.eval_steps and record.steps != opd.steps
+
+
 def _from_checkpoint(config: Any, digest: str, workdir: pathlib.Path, record: Result) -> Model:
     tokenizer = load_tokenizer(config.tokenizer.path or workdir / "tokenizer")
+    refuse_other_inputs(workdir, tokenizer=tokenizer_digest(config.tokenizer.path))
     codec = make_codec(config, tokenizer, {role: config[role] for role in ROLES})
     shape = model_config(config[TRAINED[record.stage]], codec.vocab)
     run = Run(record.run, record.stage, record.lam, record.seed, record.steps)
     saved = opd_saving(config) if record.stage == "opd" else saving(config)
     folder = checkpoint_folder(workdir, record.run)
     with Checkpoints(folder, saved.keep, run.labels | saved.identity | {"config": digest}) as checkpoints:
-        params = checkpoints.params_at(record.steps, _state_like(config, shape))
+        params = checkpoints.params_at(record.steps, _state_like(config, record.stage, shape))
     return Model(shape, params, codec.tokenizer, codec.ends)
 
 
-def _state_like(config: Any, shape: ModelConfig) -> TrainState:
+def _state_like(config: Any, stage: str, shape: ModelConfig) -> TrainState:
     """Shapes and dtypes of the state that a policy of `shape` was trained in, on one device."""
     device = SingleDeviceSharding(jax.devices()[0])
+    trained = config.opd if stage == "opd" else config.sft[TRAINED[stage]]
     params = abstract(shape, param_dtype=jnp.dtype(PARAM_DTYPE))[1]
-    moments = jax.eval_shape(adamw(config.optimizer, config.opd.b2).init, params)  # of any b2
+    moments = jax.eval_shape(adamw(config.optimizer, trained.b2, trained.moments).init, params)
     state = TrainState(params, moments)
     return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=device), state)

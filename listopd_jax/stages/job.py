@@ -4,7 +4,7 @@ import contextlib
 import dataclasses
 import functools
 import pathlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -80,26 +80,23 @@ class Job:
         compute, remat = self.config.dtype.compute, self.config.remat
         return {role: graph_of(shape, compute, remat, self.attention) for role, shape in self.shapes.items()}
 
-    def encoded(self, split: str) -> data_input.EncodedSplit:
-        """A split as ids."""
-        task = self.config.task
-        return data_input.encode_split(
-            self.examples[split], self.codec.tokenizer, max_prompt=task.max_prompt, max_answer=task.max_response,
-            chat_template=task.chat_template, chat_date=task.chat_date, ends=self.codec.ends,
-        )  # fmt: skip
-
     @functools.cached_property
     def train(self) -> data_input.EncodedSplit:
         """The training lists with their right answers."""
-        return self.encoded("train")
+        return self._encoded(self.examples["train"])
 
     @functools.cached_property
     def validation(self) -> data_input.EncodedSplit:
         """The lists that policies are evaluated on: the first `evaluation.max_lists` (0: all)."""
-        limit = self.config.evaluation.max_lists or None
-        return dataclasses.replace(
-            self, examples={"validation": self.examples["validation"][:limit]}
-        ).encoded("validation")
+        return self._encoded(self.examples["validation"][: self.config.evaluation.max_lists or None])
+
+    def _encoded(self, examples: Sequence[ListExample]) -> data_input.EncodedSplit:
+        """Lists as ids."""
+        task = self.config.task
+        return data_input.encode_split(
+            examples, self.codec.tokenizer, max_prompt=task.max_prompt, max_answer=task.max_response,
+            chat_template=task.chat_template, chat_date=task.chat_date, ends=self.codec.ends,
+        )  # fmt: skip
 
     @functools.cached_property
     def decoding(self) -> dict[str, Any]:
@@ -190,10 +187,8 @@ def open_job(config: ml_collections.FrozenConfigDict, workdir: pathlib.Path, **m
         if hosts.is_main():
             refuse_other_inputs(workdir, **_digests(config, models))
     job = Job(config, workdir, models, make_codec(config, tokenizer, models), examples, backend)
-    _ = (
-        job.shapes,
-        job.validation,
-    )  # a checkpoint or template that does not fit shows now, not when its turn comes
+    # A checkpoint or template that does not fit shows now, not when its turn comes.
+    _ = job.shapes, job.validation
     return job
 
 
@@ -210,19 +205,21 @@ def refuse_other_inputs(workdir: pathlib.Path, **digests: str | None) -> None:
     changed = [name for name in now if before.get(name, now[name]) != now[name]]
     if used and changed:
         raise UserError(
-            f"{workdir}: {INPUTS[changed[0]]} changed since its models were made; choose another --workdir"
+            f"{workdir}: {INPUTS[changed[0]]} changed since its models were made; restore them, or choose another "
+            "--workdir"
         )
     files.write_json(stamp, before | now)
 
 
 def _digests(config: ml_collections.FrozenConfigDict, models: Mapping[str, Any]) -> dict[str, str | None]:
     """What decides a run besides config and data: the bytes of the folders that the config names."""
-    path = config.tokenizer.path
-    files_of = {f.name: files.sha256(f) for f in tokenizer_files(path)} if path else {}
-    return {
-        "tokenizer": files.json_sha256(files_of) if path else None,
-        **{role: weights_digest(models[role]) for role in ROLES if role in models},
-    }
+    weights = {role: weights_digest(models[role]) for role in ROLES if role in models}
+    return {"tokenizer": tokenizer_digest(config.tokenizer.path), **weights}
+
+
+def tokenizer_digest(path: str) -> str | None:
+    """SHA-256 of the files of the tokenizer at `tokenizer.path`; None if the run trains its own."""
+    return files.json_sha256({f.name: files.sha256(f) for f in tokenizer_files(path)}) if path else None
 
 
 def _tokenizer(config, workdir: pathlib.Path, fingerprint: str, examples: list[ListExample]):

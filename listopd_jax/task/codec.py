@@ -8,9 +8,8 @@ from transformers import PreTrainedTokenizerBase
 
 from listopd_jax.task.contract import STRUCTURAL, TOKEN_CLASSES, token_classes
 
-NO_TEXT = (
-    "\ufffd"  # stands for a token other than an end that decodes to nothing, such as an id that no token has
-)
+# Stands for a token other than an end that decodes to nothing, such as an id that no token has.
+NO_TEXT = "\ufffd"
 IS_STRUCTURAL = np.array([name in STRUCTURAL for name in TOKEN_CLASSES])
 
 

@@ -96,8 +96,10 @@ def _open_files(folder: pathlib.Path, stack: contextlib.ExitStack) -> Tensors:
 def _weight_map(folder: pathlib.Path) -> dict[str, str] | None:
     """Tensor → file of the index; None where one file holds all. UserError if the folder has two models, or none."""
     single, index = (folder / SINGLE).exists(), (folder / INDEX).exists()
+    if not (index or single):
+        raise _no_weights(folder)
     if not index:
-        return None if single else _no_weights(folder)
+        return None
     weight_map = read_object(folder / INDEX).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise UserError(f"{folder / INDEX}: weight_map must be an object of tensor → file; download it again")
@@ -113,13 +115,13 @@ def _weight_map(folder: pathlib.Path) -> dict[str, str] | None:
     return weight_map
 
 
-def _no_weights(folder: pathlib.Path) -> None:
+def _no_weights(folder: pathlib.Path) -> UserError:
     if any(folder.glob("*.bin")) or any(folder.glob("*.pt*")):
-        raise UserError(
+        return UserError(
             f"{folder}: has only pickled weights (.bin, .pt), which can run code: refused; convert them: "
             "transformers.AutoModelForCausalLM.from_pretrained(FOLDER).save_pretrained(NEW_FOLDER)"
         )
-    raise UserError(
+    return UserError(
         f"{folder}: holds neither {SINGLE} nor {INDEX}; give the folder of a Hugging Face checkpoint"
     )
 
