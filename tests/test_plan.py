@@ -20,6 +20,7 @@ from listopd_jax.plan import arithmetic
 from listopd_jax.plan import search as planner
 from listopd_jax.plan.arithmetic import Layout, Load
 from listopd_jax.plan.chips import SLICES, parse_topology
+from listopd_jax.plan.kernels import kernels
 from listopd_jax.plan.search import make_plan, search, shape_of, vocabulary
 from listopd_jax.plan.traffic import traffic
 
@@ -210,6 +211,25 @@ def test_traffic_counts_loops_groups_and_rings():
     """By hand, in fours: 5 gathers of 512 B, one of 32 B, 24 B permuted; in twos: 60 B reduced, 16 B scattered."""
     moved = traffic(HLO, {"grid": 1, "data": 2, "fsdp": 4, "tensor": 1})
     assert moved == {"fsdp": 5 * 512 * 3 / 4 + 32 * 3 / 4 + 24, "data": 2 * 60 / 2 + 16}
+
+
+STARTED = """HloModule m, is_scheduled=true, num_partitions=8
+
+ENTRY %main (a: f32[64,8], b: f32[16]) -> f32[8,8] {
+  %a = f32[64,8]{1,0} parameter(0)
+  %b = f32[16]{0} parameter(1)
+  %rs = ((f32[64,8]{1,0}), f32[8,8]{1,0}) reduce-scatter-start(%a), replica_groups=[1,8]<=[8], to_apply=%add
+  %ag = ((f32[64,8], f32[16]), (f32[512,8], f32[128])) all-gather-start(%a, %b), replica_groups=[1,8]<=[8]
+  %ar = (f32[64,8], f32[16]) all-reduce-start(%a, %b), replica_groups=[1,8]<=[8], to_apply=%add
+}
+"""
+
+
+def test_of_a_collective_that_is_started_the_results_arrive():
+    """Operands stand before them in its shape. By hand: 7 x 256 B scattered; 7/8 of 16,896 B; 2 x 7/8 of 2,112 B."""
+    expected = [7 * 256, 7 / 8 * (16384 + 512), 2 * 7 / 8 * (2048 + 64)]
+    assert traffic(STARTED, {"grid": 1, "data": 1, "fsdp": 8, "tensor": 1}) == {"fsdp": sum(expected)}
+    assert [k.written for k in kernels(STARTED) if k.kind == "collective"] == expected
 
 
 def test_one_device_has_no_traffic():

@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 from listopd_jax.plan.chips import Rates
 from listopd_jax.plan.hlo import Instruction, Module, array_bytes, callees, dimensions, elements, ints, parse
-from listopd_jax.plan.traffic import collective
+from listopd_jax.plan.traffic import arriving, collective, group_of
 
 _FREE = frozenset(
     "parameter constant tuple get-tuple-element bitcast after-all partition-id replica-id add-dependency "
@@ -54,25 +54,25 @@ class Kernel(NamedTuple):
 
 def kernels(text: str, turns: float = 1) -> list[Kernel]:
     """All kernels of a compiled program; loops whose end only a run knows have `turns` turns."""
-    module = parse(text)
-    return list(_walk(module, "ENTRY", 1.0, turns))
+    partitions = re.search(r"num_partitions=(\d+)", text.partition("\n")[0])
+    return list(_walk(parse(text), "ENTRY", 1.0, turns, int(partitions[1]) if partitions else 1))
 
 
-def _walk(module: Module, name: str, runs: float, turns: float) -> Iterator[Kernel]:
+def _walk(module: Module, name: str, runs: float, turns: float, devices: int) -> Iterator[Kernel]:
     for i in module[name].values():
         if i.opcode in ("while", "conditional", "call"):
             inner = callees(module, i, turns)
             chosen, count = max(
                 inner, key=lambda each: len(module[each[0]])
             )  # of a condition the longest branch
-            yield from _walk(module, chosen, runs * count, turns)
+            yield from _walk(module, chosen, runs * count, turns, devices)
         elif i.opcode not in _FREE and not i.opcode.endswith(("-done", "-update")):
-            yield _kernel(module, module[name], i, runs)
+            yield _kernel(module, module[name], i, runs, devices)
 
 
-def _kernel(module: Module, around: Computation, i: Instruction, runs: float) -> Kernel:
+def _kernel(module: Module, around: Computation, i: Instruction, runs: float, devices: int) -> Kernel:
     if collective(i):
-        cost = ("collective", 0.0, 0.0, max(array_bytes(i.shape)))
+        cost = ("collective", 0.0, 0.0, arriving(i, len(group_of(i.rest, devices))))
     elif i.opcode.removesuffix("-start") in ("fusion", "async"):
         cost = _fused(module, module[callees(module, i)[0][0]])
     elif "__cudnn$fmha" in i.rest:

@@ -21,7 +21,7 @@ def traffic(text: str, sizes: Mapping[str, int]) -> dict[str, float]:
     total: dict[str, float] = {}
     for name, times in _runs(module).items():
         for i in filter(collective, module[name].values()):
-            group = _group(i.rest, math.prod(sizes.values()))
+            group = group_of(i.rest, math.prod(sizes.values()))
             if axes := _axes(group, sizes):
                 total[axes] = total.get(axes, 0.0) + times * arriving(i, len(group))
     return total
@@ -47,7 +47,7 @@ def _runs(module: Module) -> dict[str, float]:
     return runs
 
 
-def _group(attributes: str, devices: int) -> np.ndarray:
+def group_of(attributes: str, devices: int) -> np.ndarray:
     """One of the groups of devices of a collective; of a permutation, one pair that is not itself."""
     if pairs := re.search(r"source_target_pairs=\{\{(.*?)\}\}", attributes):
         each = [tuple(map(int, pair.split(","))) for pair in pairs[1].split("},{")]
@@ -74,18 +74,17 @@ def _axes(group: np.ndarray, sizes: Mapping[str, int]) -> str:
 
 def arriving(i: Instruction, group: int) -> float:
     """Bytes that a collective brings to each of the `group` devices that take part."""
-    kind, sizes = collective(i), array_bytes(i.shape)
-    # The result of a start is (operand, result, …): the larger one is what ends on the device.
-    is_pair = i.opcode.endswith("-start") and kind in ("all-gather", "collective-permute")
-    size = max(sizes) if is_pair else sum(sizes)
-    share = (group - 1) / group
-    return (
-        size
-        * {
-            "all-gather": share,
-            "all-reduce": 2 * share,
-            "reduce-scatter": group - 1,
-            "all-to-all": share,
-            "collective-permute": 1,
-        }[kind]
-    )
+    kind, sizes, share = collective(i), array_bytes(i.shape), (group - 1) / group
+    if (
+        i.opcode.endswith("-start") and kind != "all-reduce"
+    ):  # (operands, results, …): the results end on the device
+        count = len(i.operands)
+        sizes = sizes[count : 2 * count]
+    times = {
+        "all-gather": share,
+        "all-reduce": 2 * share,
+        "reduce-scatter": group - 1,
+        "all-to-all": share,
+        "collective-permute": 1,
+    }
+    return sum(sizes) * times[kind]
