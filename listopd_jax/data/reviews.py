@@ -36,7 +36,8 @@ def clean_text(text: str) -> str:
 
     Entities are unescaped up to 8 times, since real reviews hold even `&amp;amp;amp;amp;#39;`. Without its semicolon
     one is left alone: in the address `?a=1&copy=2` it is none.
-    `<|` becomes `< |`, so that no review can spell a tokenizer's control token such as `<|im_end|>`.
+    `<|` becomes `< |`: the keys of existing labels files depend on it. What keeps control tokens out of a prompt is
+    data/control.py, which knows the tokenizer.
     """
     for _ in range(_UNESCAPES if "&" in text else 0):
         text = _ENTITY.sub(lambda entity: html.unescape(entity[0]), text)
