@@ -39,6 +39,10 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
         "--microbatch", type=positive, help="prompts per gradient pass; default: the preset's"
     )
     parser.add_argument("--remat", choices=REMATS, help="default: the preset's")
+    parser.add_argument("--drafts", type=int, default=0, help="most tokens drafted per row and decode step")
+    parser.add_argument(
+        "--confirmed", type=float, help="confirm each drafted token with this probability: random weights do not"
+    )
     parser.add_argument("--steps", type=positive, help="measured steps, after two that warm up; default: 5")
     parser.add_argument("--trace", metavar="DIR", help="write a profile of one more step")
     parser.add_argument("--topology", help="of a tpu preset, as listopd_jax.plan takes it")
@@ -48,6 +52,8 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
         raise UserError("--topology: only the tpu presets compile for a described slice")
     if args.preset in TPU and any((args.trace, args.completions, args.microbatch, args.remat, args.steps)):
         raise UserError(f"--preset={args.preset} compiles only: it takes --topology and --json")
+    if args.confirmed is not None and not (args.drafts and 0 <= args.confirmed <= 1):
+        raise UserError(f"--confirmed={args.confirmed:g}: must be a probability, and needs --drafts")
     if args.trace:
         _make_folder(args.trace)
     return args
@@ -67,8 +73,12 @@ def main(argv: Sequence[str]) -> None:
     if args.preset in TPU:
         compile_only(args)
         return
+    from benchmarks.confirmed import confirmed
+
     config, tokens = configured(args)
-    result = {"preset": args.preset} | fitting(config, tokens, args.steps or 5, args.trace)
+    with confirmed(args.confirmed):
+        result = fitting(config, tokens, args.steps or 5, args.trace)
+    result = {"preset": args.preset, "confirmed": args.confirmed} | result
     say(json.dumps(result, indent=1, allow_nan=False) if args.json else render(result))
 
 
@@ -82,6 +92,7 @@ def configured(args: argparse.Namespace) -> tuple[Any, tuple[int, int]]:
     config.opd.rollouts = args.completions or config.opd.rollouts
     config.opd.microbatch = args.microbatch or config.opd.microbatch
     config.remat = args.remat or config.remat
+    config.rollout.draft_tokens = args.drafts
     return validate(config), tokens
 
 
@@ -131,6 +142,8 @@ def measure(config: Any, tokens: tuple[int, int], steps: int, trace: str | None 
         "microbatch": config.opd.microbatch,
         "remat": config.remat,
         "compute": config.dtype.compute,
+        "drafts": step.drafts,
+        "tokens_per_step": step.tokens_per_step,
         "steps": steps,
         "memory_bytes": memory,
         "memory_counts": counted,
@@ -183,12 +196,13 @@ def render(result: dict[str, Any]) -> str:
     from benchmarks.table import markdown
 
     load, gib = result["load"], result["memory_bytes"] / 2**30
+    drafts = f", {result['drafts']} drafts: {result['tokens_per_step']:.2f} tokens per step" * bool(result["drafts"])
     software = ", ".join(f"{name} {number}" for name, number in result["versions"].items())
     return "\n".join(
         [
             f"{result['preset']} on {result['device']} ({software}); medians of {result['steps']} steps",
             f"{load['prompts']} prompts of {load['prompt']:g} tokens, {load['rollouts']} completions each of "
-            f"{load['response']:g}; {result['compute']}, microbatch {result['microbatch']}, remat {result['remat']}",
+            f"{load['response']:g}; {result['compute']}, microbatch {result['microbatch']}, remat {result['remat']}{drafts}",
             f"peak {result['peak_flops'] / 1e9:,.0f} GFLOP/s, {result['peak_bytes_per_s'] / 1e9:,.0f} GB/s "
             f"({result['peak_source']})",
             "",

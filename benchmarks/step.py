@@ -15,7 +15,7 @@ from listopd_jax.models.hf import load_hf
 from listopd_jax.ops.attention_backends import resolve
 from listopd_jax.ops.opd_loss import Frozen
 from listopd_jax.plan.search import shapes_of, vocabulary
-from listopd_jax.rollout.decode import Rollout, generate
+from listopd_jax.rollout.decode import Rollout, generate, pass_tokens
 from listopd_jax.rollout.state import trim
 from listopd_jax.rounding import round_up
 from listopd_jax.stages.opd import hyper_at, make_step
@@ -64,7 +64,9 @@ class Step:
         tx = adamw(config.optimizer, config.opd.b2, config.opd.moments)
         self.state = init_state(jax.tree.map(jnp.copy, student), tx)
         self.program = make_step(config.opd, tx, self.graphs, vocab=self.vocab, attention=backend)
-        self.count = 0
+        self.count, self.tokens_per_step = 0, 1.0
+        self.drafts = max(0, config.rollout.draft_tokens)
+        self.hint = self.prompts[:1, :response] if self.drafts else None  # as long as an answer
 
     def rollout(self, response: int | None = None) -> Rollout:
         """Completions of `response` tokens, cut to the widths that the OPD stage compiles (quarters of the budget)."""
@@ -74,8 +76,10 @@ class Step:
             (self.graphs["student"],), (cast(self.state.params, self.config.dtype.compute),),
             jnp.ones((1, opd.rollouts)), self.prompts, self.lengths, jax.random.key(self.count),
             max_tokens=budget, vocab=self.vocab, eos=(), pad=0, temperature=opd.temperature,
-            budgets=jnp.full((len(self.prompts), opd.rollouts), response, jnp.int32),
+            budgets=jnp.full((len(self.prompts), opd.rollouts), response, jnp.int32), hint=self.hint,
+            draft_tokens=self.drafts, pass_tokens=pass_tokens(jax.default_backend()),
         )  # fmt: skip
+        self.tokens_per_step = float((rollout.lengths - 1).sum() / jnp.maximum(1, rollout.steps.sum()))
         return jax.block_until_ready(trim(rollout._replace(steps=None), budget))
 
     def update(self, rollout: Rollout) -> dict[str, Array]:

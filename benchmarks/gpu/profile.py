@@ -20,6 +20,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from benchmarks.confirmed import confirmed
 from benchmarks.opd_step import RUNS, configured
 from listopd_jax.errors import Parser, exit_code, positive
 
@@ -74,7 +75,8 @@ def decode(config: Any, tokens: tuple[int, int], most: int) -> None:
     for _ in range(3):
         prefill, whole = timed(lambda: step.rollout(response=1))[0], timed(step.rollout)[0]
         per_token = round(1e3 * (whole - prefill) / max(1, tokens[1] - 1), 3)
-        say(stage="rollout", seconds=round(whole, 4), prefill=round(prefill, 4), ms_per_token=per_token)
+        facts = {"tokens_per_step": round(step.tokens_per_step, 3)} if step.drafts else {}
+        say(stage="rollout", seconds=round(whole, 4), prefill=round(prefill, 4), ms_per_token=per_token, **facts)
     report("rollout", step.rollout, most)
 
 
@@ -112,9 +114,12 @@ def main(argv: Sequence[str]) -> None:
     parser.add_argument("--microbatch", type=positive)
     parser.add_argument("--remat")
     parser.add_argument("--completions", type=positive)
+    parser.add_argument("--drafts", type=int, default=0)
+    parser.add_argument("--confirmed", type=float, help="as in benchmarks.opd_step")
     parser.add_argument("--top", type=positive, default=40, help="kernels to list")
     args = parser.parse_args(argv)
-    {"decode": decode, "update": update}[args.stage](*configured(args), args.top)
+    with confirmed(args.confirmed):
+        {"decode": decode, "update": update}[args.stage](*configured(args), args.top)
 
 
 if __name__ == "__main__":

@@ -17,6 +17,7 @@ else
   preset=paper batch=16 small= XLA_PYTHON_CLIENT_MEM_FRACTION=${XLA_PYTHON_CLIENT_MEM_FRACTION:-.92}
   export XLA_PYTHON_CLIENT_MEM_FRACTION JAX_PLATFORMS=cuda,cpu
 fi
+export JAX_COMPILATION_CACHE_DIR=${JAX_COMPILATION_CACHE_DIR:-$(mktemp -d)} # the lines share programs
 export TF_CPP_MIN_LOG_LEVEL=1 PYTHONUNBUFFERED=1
 
 line() { # NAME SECONDS COMMAND…
@@ -26,14 +27,20 @@ line() { # NAME SECONDS COMMAND…
   echo "{\"line\": \"$name\", \"exit\": $?, \"seconds\": $((SECONDS - began))}" | tee -a "$OUT/lines.jsonl"
 }
 
-step=(python3 -m benchmarks.opd_step "--preset=$preset" "--microbatch=$batch" --remat=dots --steps=3 --json)
-line step 150 "${step[@]}"
+both() { # NAME SECONDS COMMAND… of two lines that share the device, for what is not timed
+  XLA_PYTHON_CLIENT_PREALLOCATE=false line "$@"
+}
+
+drafted=(--drafts=7 --confirmed=.83) # the rate at which trained students confirm drafts: benchmarks/results/drafts_cpu.json
+step=(python3 -m benchmarks.opd_step "--preset=$preset" "--microbatch=$batch" --remat=dots "${drafted[@]}" --steps=3 --json)
+line step 170 "${step[@]}"
 python3 -m benchmarks.gpu.record "$OUT/step.out" "${step[@]/python3/python}" >"$OUT/headline.json"
-line correct 120 python3 -m benchmarks.gpu.correct $small
-line job 120 python3 -m listopd_jax.main --config=configs/fashion.py:tiny "--workdir=$(mktemp -d)/job" \
+both correct 150 python3 -m benchmarks.gpu.correct $small &
+both job 120 python3 -m listopd_jax.main --config=configs/fashion.py:tiny "--workdir=$(mktemp -d)/job" \
   --config.sft.teacher.steps=20 --config.sft.student.steps=20 --config.opd.steps=3 --config.opd.lambdas=1.2 \
   --config.forecast.lambdas=1.2 --config.evaluation.max_lists=32 --config.data.synthetic.products=200
-line profile_decode 80 python3 -m benchmarks.gpu.profile decode "--preset=$preset"
-line profile_update 100 python3 -m benchmarks.gpu.profile update "--preset=$preset" "--microbatch=$batch" --remat=dots
+wait
+line profile_drafts 70 python3 -m benchmarks.gpu.profile decode "--preset=$preset" "${drafted[@]}"
+line few_drafts 60 python3 -m benchmarks.gpu.profile decode "--preset=$preset" --drafts=3 --confirmed=.83
 tail -n 2 "$OUT"/*.err >&2
 cat "$OUT/headline.json"
