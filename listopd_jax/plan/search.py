@@ -38,7 +38,7 @@ def shape_of(model: Any, vocab: int) -> ModelConfig:
 
 def _name_of(weights: str) -> str:
     """The published shape of a hub id: Qwen/Qwen3-1.7B-Base is qwen3_1_7b."""
-    plain = _letters(weights.rsplit("/", 1)[-1])
+    plain = _letters(re.split("[/:]", weights)[-1])
     names = [name for name in NAMED_CONFIGS if plain.startswith(_letters(name))]
     if names:
         return max(names, key=len)
@@ -59,7 +59,7 @@ def vocabulary(config: Any) -> int:
         from listopd_jax.data.tokenizer import load_tokenizer
 
         return len(load_tokenizer(path))
-    family = next((n for n in TOKENIZERS if _letters(path.rsplit("/", 1)[-1]).startswith(n)), None)
+    family = next((n for n in TOKENIZERS if _letters(re.split("[/:]", path)[-1]).startswith(n)), None)
     if family is None:
         raise UserError(
             f"tokenizer.path={path}: size not known; give a folder, or one of {', '.join(TOKENIZERS)}"

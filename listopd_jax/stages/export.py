@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerBase
 from listopd_jax.data.tokenizer import load_tokenizer
 from listopd_jax.errors import UserError, unknown_name
 from listopd_jax.lifecycle import locked
-from listopd_jax.models.build import PARAM_DTYPE, model_config
+from listopd_jax.models.build import PARAM_DTYPE, model_config, tokenizer_source
 from listopd_jax.models.config import ModelConfig
 from listopd_jax.models.decoder import abstract
 from listopd_jax.models.hf import load_hf, read_eos_ids
@@ -75,8 +75,9 @@ def _on_the_way(opd: Any, record: Result) -> bool:
 
 
 def _from_checkpoint(config: Any, digest: str, workdir: pathlib.Path, record: Result) -> Model:
-    tokenizer = load_tokenizer(config.tokenizer.path or workdir / "tokenizer")
-    refuse_other_inputs(workdir, tokenizer=tokenizer_digest(config.tokenizer.path))
+    path = tokenizer_source(config.tokenizer.path)
+    tokenizer = load_tokenizer(path or workdir / "tokenizer")
+    refuse_other_inputs(workdir, tokenizer=tokenizer_digest(path))
     codec = make_codec(config, tokenizer, {role: config[role] for role in ROLES})
     shape = model_config(config[TRAINED[record.stage]], codec.vocab)
     run = Run(record.run, record.stage, record.lam, record.seed, record.steps)

@@ -28,7 +28,14 @@ from listopd_jax.data.tokenizer import (
     train_tokenizer,
 )
 from listopd_jax.errors import UserError
-from listopd_jax.models.build import graph_of, model_config, model_ends, weights_digest, weights_folder
+from listopd_jax.models.build import (
+    graph_of,
+    model_config,
+    model_ends,
+    tokenizer_source,
+    weights_digest,
+    weights_folder,
+)
 from listopd_jax.models.config import ModelConfig
 from listopd_jax.ops.attention_backends import resolve
 from listopd_jax.parallel import hosts, rules
@@ -214,7 +221,7 @@ def refuse_other_inputs(workdir: pathlib.Path, **digests: str | None) -> None:
 def _digests(config: ml_collections.FrozenConfigDict, models: Mapping[str, Any]) -> dict[str, str | None]:
     """What decides a run besides config and data: the bytes of the folders that the config names."""
     weights = {role: weights_digest(models[role]) for role in ROLES if role in models}
-    return {"tokenizer": tokenizer_digest(config.tokenizer.path), **weights}
+    return {"tokenizer": tokenizer_digest(tokenizer_source(config.tokenizer.path)), **weights}
 
 
 def tokenizer_digest(path: str) -> str | None:
@@ -225,7 +232,7 @@ def tokenizer_digest(path: str) -> str | None:
 def _tokenizer(config, workdir: pathlib.Path, fingerprint: str, examples: list[ListExample]):
     """The tokenizer of the config, or one trained on `examples`."""
     if config.tokenizer.path:
-        return load_tokenizer(config.tokenizer.path)
+        return load_tokenizer(tokenizer_source(config.tokenizer.path))
     folder, stamp = workdir / "tokenizer", workdir / "tokenizer.json"
     made_from = {"data": fingerprint, "vocab_size": config.tokenizer.vocab_size}
     if not stamp.exists() or files.read_json(stamp) != made_from:

@@ -3,7 +3,7 @@
 import json
 import os
 import pathlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -20,6 +20,8 @@ from listopd_jax.models.hf.config import config_json
 from listopd_jax.models.hf.tensors import INDEX, SINGLE, hf_names, to_hf
 from listopd_jax.parallel.hosts import gather, is_main
 
+SHARD_BYTES = 5_000_000_000
+
 
 def save_hf(
     folder: str | os.PathLike,
@@ -27,7 +29,7 @@ def save_hf(
     params: nnx.State,
     tokenizer=None,
     dtype=None,
-    max_shard_bytes: int = 5_000_000_000,
+    max_shard_bytes: int = SHARD_BYTES,
     ends: Sequence[int] = (),
     card: str = "",
     replace: bool = True,
@@ -48,12 +50,12 @@ def save_hf(
     weights = dtype or jax.tree.leaves(params)[0].dtype
     try:
         with files.whole_folder(folder, replace) as new:
-            _write_shards(new, config, params, dtype, max_shard_bytes)
+            write_shards(new, hf_tensors(params, dtype), max_shard_bytes)
             if tokenizer is not None:
                 save_tokenizer(tokenizer, new)
-            _write_json(new / "config.json", config_json(config, weights, tokenizer))
+            write_json(new / "config.json", config_json(config, weights, tokenizer))
             if ends:
-                _write_json(new / "generation_config.json", {"eos_token_id": list(ends)})
+                write_json(new / "generation_config.json", {"eos_token_id": list(ends)})
             if card:
                 (new / "README.md").write_text(card, encoding="utf-8")
     except (OSError, SafetensorError) as e:
@@ -79,12 +81,12 @@ def _check_replaceable(folder: pathlib.Path, replace: bool) -> None:
         raise UserError(f"{folder}: is not an earlier export and will not be replaced; choose a new folder")
 
 
-def _write_shards(
-    folder: pathlib.Path, config: ModelConfig, params: nnx.State, dtype, max_shard_bytes: int
+def write_shards(
+    folder: pathlib.Path, tensors: Iterable[tuple[str, np.ndarray]], max_shard_bytes: int = SHARD_BYTES
 ) -> None:
     """Fill one shard after the other, so that memory holds no more than one; then name and index them."""
     parts, shard, size, total = [], {}, 0, 0
-    for name, array in hf_tensors(params, dtype):
+    for name, array in tensors:
         if shard and size + array.nbytes > max_shard_bytes:
             parts.append(_write_part(folder, len(parts), shard))
             shard, size = {}, 0
@@ -99,7 +101,7 @@ def _write_shards(
         final = f"model-{i + 1:05d}-of-{len(parts):05d}.safetensors"
         os.replace(folder / f"part-{i}", folder / final)
         weight_map |= dict.fromkeys(names, final)
-    _write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
+    write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
 
 
 def _write_part(folder: pathlib.Path, index: int, shard: dict[str, np.ndarray]) -> list[str]:
@@ -107,5 +109,6 @@ def _write_part(folder: pathlib.Path, index: int, shard: dict[str, np.ndarray]) 
     return list(shard)
 
 
-def _write_json(path: pathlib.Path, value: dict[str, Any]) -> None:
+def write_json(path: pathlib.Path, value: dict[str, Any]) -> None:
+    """One of a checkpoint's JSON files."""
     path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
