@@ -1,5 +1,6 @@
 """What the device at hand can do, and how much of its memory was in use at most."""
 
+import re
 import time
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -10,6 +11,8 @@ from jaxtyping import Array
 
 from benchmarks.memory import peak_resident
 from listopd_jax.plan.chips import CHIPS, Chip, Topology
+
+DATA_SHEET = {"H100": CHIPS["h100"], "H200": CHIPS["h100"]._replace(bandwidth=4.8e12)}
 
 
 class Peak(NamedTuple):
@@ -25,9 +28,9 @@ class Peak(NamedTuple):
 
 
 def peak_of(device: Any, dtype: str) -> Peak:
-    """Of an H100 the data sheet's bfloat16 peak; of any other device what a product and a copy reach here and now."""
-    if "H100" in device.device_kind and dtype == "bfloat16":
-        return Peak(CHIPS["h100"], "data sheet (listopd_jax/plan/chips.py)")
+    """Of an H100 or H200 the data sheet's bfloat16 peak; of others what a product and a copy reach here and now."""
+    if dtype == "bfloat16" and (kind := re.search("H[12]00", device.device_kind)):
+        return Peak(DATA_SHEET[kind[0]], "data sheet")
     flops, bandwidth = matmul_flops(dtype, device.platform), copy_bandwidth(device.platform)
     chip = CHIPS["cpu"]._replace(flops=flops, bandwidth=bandwidth)
     return Peak(chip, f"measured in this run: {dtype} matrix product, float32 copy")

@@ -37,7 +37,10 @@ LAYER = {
 _NORMAL, _CONTROL = 1, 3  # of tokenizer.ggml.token_type; the others are added tokens that are not special
 
 _BYTES = functools.partial(pre_tokenizers.ByteLevel, add_prefix_space=False)
-_QWEN2 = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+_QWEN2 = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*"
+    r"|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
 _LLAMA3 = _QWEN2.replace(r"|\p{N}|", r"|\p{N}{1,3}|")
 SPLITS = {
     "smollm": [pre_tokenizers.Digits(individual_digits=True), _BYTES(use_regex=True)],
