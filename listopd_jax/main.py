@@ -51,7 +51,10 @@ def command(
         config, workdir = parse(argv)
         quiet_libraries()
         compiler.reserve_gpu_memory()
-        with hosts.initialize_distributed(config.parallel), _alone(workdir), interruptible():
+        with (
+            hosts.initialize_distributed(config.parallel), _alone(workdir), interruptible(),
+            compiler.naming_full_memory(),
+        ):  # fmt: skip
             report = work(config, workdir, argv)
     except (UserError, PermissionError) as e:
         print(f"error: {mistake(e)}", file=sys.stderr)

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
+from listopd_jax.errors import UserError
 from listopd_jax.parallel import compiler
 
 
@@ -77,3 +78,12 @@ def test_the_users_compilation_cache_stays(monkeypatch, tmp_path):
     compiler.keep_compiled(tmp_path)
     expected = {} if jax.config.jax_compilation_cache_dir else {"jax_compilation_cache_dir": str(tmp_path)}
     assert said == expected
+
+
+def test_a_full_device_is_a_mistake_with_a_fix():
+    said = "RESOURCE_EXHAUSTED: Out of memory while trying to allocate 32.65GiB with allocator GPU_0_bfc"
+    wanted = r"memory is full \(Out of memory while .* 32.65GiB.*--config.remat=full"
+    with pytest.raises(UserError, match=wanted), compiler.naming_full_memory():
+        raise jax.errors.JaxRuntimeError(said)
+    with pytest.raises(jax.errors.JaxRuntimeError, match="INTERNAL"), compiler.naming_full_memory():
+        raise jax.errors.JaxRuntimeError("INTERNAL: something else")

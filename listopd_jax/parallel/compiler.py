@@ -1,12 +1,15 @@
 """What the compiler is told besides the program: options per backend, memory, and how exact float32 is."""
 
+import contextlib
 import functools
 import os
 import pathlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
+
+from listopd_jax.errors import UserError, first_line
 
 Options = dict[str, dict[str, Any]]  # XLA flags by backend
 
@@ -84,6 +87,21 @@ def keep_compiled(folder: pathlib.Path) -> None:
 def reserve_gpu_memory() -> None:
     """Let XLA use MEMORY_FRACTION of each GPU, unless the user has said otherwise; before a backend starts."""
     os.environ.setdefault(MEMORY_VARIABLE, MEMORY_FRACTION)
+
+
+@contextlib.contextmanager
+def naming_full_memory() -> Iterator[None]:
+    """While inside, XLA's error for a device whose memory is full becomes a UserError that says what takes less."""
+    try:
+        yield
+    except jax.errors.JaxRuntimeError as e:
+        if "RESOURCE_EXHAUSTED" not in str(e):
+            raise
+        said = first_line(e).removeprefix("RESOURCE_EXHAUSTED: ")[:100]
+        raise UserError(
+            f"the device's memory is full ({said}); set --config.remat=full, a smaller opd.microbatch, sft.*.microbatch "
+            "or evaluation.batch_size, or give the job a device of its own"
+        ) from e
 
 
 def product_precision(dtype: str, backend: str) -> str | None:
