@@ -99,8 +99,8 @@ def naming_full_memory() -> Iterator[None]:
             raise
         said = first_line(e).removeprefix("RESOURCE_EXHAUSTED: ")[:100]
         raise UserError(
-            f"the device's memory is full ({said}); set --config.remat=full, a smaller opd.microbatch, sft.*.microbatch "
-            "or evaluation.batch_size, or give the job a device of its own"
+            f"the device's memory is full ({said}); set --config.remat=full, a smaller opd.microbatch or "
+            "sft.*.microbatch, a smaller evaluation.batch_size, or give the job a device of its own"
         ) from e
 
 
