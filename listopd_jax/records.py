@@ -106,9 +106,18 @@ class Result(_OfPolicy):
     intervals: Intervals = dataclasses.field(default_factory=dict)
     extra: dict[str, Any] = _extra()
 
+    @classmethod
+    def of(cls, values: Mapping[str, Any]) -> Self:
+        """The record of values by their names in the file or here; metrics that only one task has are `extra`."""
+        known = {field.name for field in _fields(cls)}
+        given = {attribute(name): value for name, value in values.items()}
+        fields = {name: value for name, value in given.items() if name in known}
+        return cls(**fields, extra={name: value for name, value in given.items() if name not in known})
+
     def metric(self, name: str) -> float | None:
-        """A metric by its name in the file, e.g. ndcg@1."""
-        return getattr(self, attribute(name))
+        """A metric by its name in the file, e.g. ndcg@1; None too for one that the record does not have."""
+        value = getattr(self, attribute(name)) if attribute(name) in _NUMBERS else self.extra.get(name)
+        return value if is_number(value) else None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -283,6 +292,10 @@ _TYPES: Mapping[Any, tuple[Callable[[Any], bool], str]] = {
     Intervals: (_maps_to(lambda x: x is None or _is_pair(x)), "map names to [low, high] or null"),
 }
 """What a field of each type must be."""
+
+
+_NUMBERS = frozenset("parse ndcg_1 ndcg_3 ndcg_5 ndcg_10 tau mae useful ended".split())
+"""The metrics that every record has a field for."""
 
 
 def _fields(kind: type) -> list[dataclasses.Field]:
