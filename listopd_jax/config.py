@@ -486,8 +486,7 @@ def validate(config: ml_collections.ConfigDict) -> ml_collections.FrozenConfigDi
     _validate_data(config)
     _validate_combinations(config)
     checked = config.copy_and_resolve_references()
-    embedded = ranks_reviews(config) and config.data.source == "synthetic"
-    checked.task.k = config.task.k or (4 if embedded else 8)
+    checked.task.k = config.task.k or (4 if is_embedded(config) else 8)
     if ranks_reviews(config):
         checked.task.max_response = config.task.max_response or TOKENS_PER_OBJECT * checked.task.k
     return ml_collections.FrozenConfigDict(checked)
@@ -501,6 +500,11 @@ def task_name(config: ml_collections.ConfigDict | ml_collections.FrozenConfigDic
 def ranks_reviews(config: ml_collections.ConfigDict | ml_collections.FrozenConfigDict) -> bool:
     """Whether the task is that of reviews, which alone has `data.source`."""
     return task_name(config) == "reviews"
+
+
+def is_embedded(config: ml_collections.ConfigDict | ml_collections.FrozenConfigDict) -> bool:
+    """Whether the records are the embedded synthetic reviews."""
+    return ranks_reviews(config) and config.data.source == "synthetic"
 
 
 def is_small(config: ml_collections.FrozenConfigDict) -> bool:

@@ -42,7 +42,7 @@ class JsonTask(FileTask):
     name = "json"
     failures = (OK, "no_json")
     useful = "the share of the right answer’s fields that are right, 0 for a failed answer"
-    inputs = ("data.path", "task.schema")
+    inputs = (*FileTask.inputs, "task.schema")
 
     def __init__(self, data: Any, options: Any):
         super().__init__(data, options)
