@@ -114,6 +114,11 @@ class Result(_OfPolicy):
         fields = {name: value for name, value in given.items() if name in known}
         return cls(**fields, extra={name: value for name, value in given.items() if name not in known})
 
+    def to_json(self) -> dict[str, Any]:
+        """The JSON object; of a task that does not rank, without what only rankings have."""
+        absent = {name for name in _OF_RANKINGS if self.counted and name not in self.counted}
+        return {k: v for k, v in super().to_json().items() if v is not None or k not in absent}
+
     def metric(self, name: str) -> float | None:
         """A metric by its name in the file, e.g. ndcg@1; None too for one that the record does not have."""
         value = getattr(self, attribute(name)) if attribute(name) in _NUMBERS else self.extra.get(name)
@@ -293,6 +298,8 @@ _TYPES: Mapping[Any, tuple[Callable[[Any], bool], str]] = {
 }
 """What a field of each type must be."""
 
+
+_OF_RANKINGS = ("gain", "ndcg@1", "ndcg@3", "ndcg@5", "ndcg@10", "tau", "mae")
 
 _NUMBERS = frozenset("parse ndcg_1 ndcg_3 ndcg_5 ndcg_10 tau mae useful ended".split())
 """The metrics that every record has a field for."""

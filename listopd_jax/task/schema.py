@@ -14,7 +14,7 @@ import referencing.jsonschema
 import regex
 from jsonschema.exceptions import ValidationError, best_match
 
-from listopd_jax.errors import UserError, one_line
+from listopd_jax.errors import UserError
 from listopd_jax.task.contract import OK
 
 MATCH_SECONDS = 1.0
@@ -56,7 +56,7 @@ class Contract:
     def explain(self, value: Any) -> str | None:
         """What is wrong with `value`, where in it and why, in one short line; None if nothing is."""
         error = best_match(self._validator.iter_errors(value))
-        return None if error is None else f"at {error.json_path}: {one_line(error)[:160]}"
+        return None if error is None else f"at {error.json_path}: {_short(error)}"
 
     def _name(self, error: ValidationError) -> str:
         keyword = str(error.validator)
@@ -69,6 +69,10 @@ class Contract:
                 best_match(self._validator.iter_errors(value))
             except RecursionError as e:
                 raise UserError(f"{where}: the schema refers to itself without end; {_FIX}") from e
+
+
+def _short(error: Any) -> str:
+    return " ".join(error.message.split())[:160]
 
 
 def _steps(error: ValidationError) -> list[str]:
@@ -102,7 +106,7 @@ def _check_schema(kind: type, schema: dict[str, Any], where: str) -> None:
     try:
         kind.check_schema(schema, format_checker=jsonschema.FormatChecker(formats=()))
     except jsonschema.SchemaError as e:
-        raise UserError(f"{where}: at {e.json_path}: {one_line(e.message)[:160]}; {_FIX}") from e
+        raise UserError(f"{where}: at {e.json_path}: {_short(e)}; {_FIX}") from e
     except RecursionError as e:
         raise UserError(f"{where}: the schema is nested too deeply; {_FIX}") from e
 
