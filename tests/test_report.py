@@ -282,7 +282,7 @@ def test_any_part_may_be_absent(tmp_path, part):
 def test_a_policy_without_parsed_lists_shows_dashes(tmp_path):
     bare = {"stage": "opd", "lambda": 1.5, "parse": 0.0}
     text = page(workdir(tmp_path / "run", results=[*sweep({1.0: 0.0}), bare])).text
-    assert "No distilled policy parses a single list" in text
+    assert "No distilled policy parses a single answer" in text
     assert "OPD, λ = 1.5 0.000 – – – – – – – – – –" in text
 
 
@@ -445,7 +445,7 @@ def test_thresholds_before_training_stand_in_plain_words(tmp_path):
     parsed = page(path)
     text = parsed.text.replace("\u00a0", " ")
     assert parsed.balanced and len(parsed.ids) == len(set(parsed.ids))
-    for part in ("Thresholds before training", "λ*_typ: the clip-safe λ of a typical list", "Only 3 prompts"):
+    for part in ("Thresholds before training", "λ*_typ: the clip-safe λ of a typical answer", "Only 3 prompts"):
         assert part in text
     assert f"{calibration()['lambda_typ_measured']:.3f}" in text and "comma 4 4 0.9985" in text
     assert "Structural tokens flip in 33 % of answers below λ = 1.2, in 100 % below λ = 3" in text

@@ -298,7 +298,7 @@ def _failure_table(shown: Sequence[Policy], names: Mapping[str, str]) -> Table:
     for policy in shown:
         counts = [sum(record.failures.get(f, 0) for record in policy.records) for f in names]
         rows.append((Cell(policy.name), *(Cell(fact(count)) for count in counts)))
-    return Table("Lists, all seeds together", ("policy", *names.values()), rows)
+    return Table("Answers, all seeds together", ("policy", *names.values()), rows)
 
 
 def _choose(examples: Sequence[Example]) -> list[Example]:
