@@ -445,7 +445,11 @@ def test_thresholds_before_training_stand_in_plain_words(tmp_path):
     parsed = page(path)
     text = parsed.text.replace("\u00a0", " ")
     assert parsed.balanced and len(parsed.ids) == len(set(parsed.ids))
-    for part in ("Thresholds before training", "λ*_typ: the clip-safe λ of a typical answer", "Only 3 prompts"):
+    for part in (
+        "Thresholds before training",
+        "λ*_typ: the clip-safe λ of a typical answer",
+        "Only 3 prompts",
+    ):
         assert part in text
     assert f"{calibration()['lambda_typ_measured']:.3f}" in text and "comma 4 4 0.9985" in text
     assert "Structural tokens flip in 33 % of answers below λ = 1.2, in 100 % below λ = 3" in text

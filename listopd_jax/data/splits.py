@@ -1,6 +1,5 @@
 """Records to training and validation, so that no prompt stands on both sides."""
 
-import json
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -8,7 +7,6 @@ from typing import Any
 import numpy as np
 
 from listopd_jax.errors import UserError
-from listopd_jax.task.protocol import Task
 
 SIDES = ("train", "validation")
 ROLES = ("system", "user", "assistant", "tool")
@@ -16,29 +14,35 @@ FEW_RECORDS = 50
 
 
 def split_records(
-    task: Task, records: Sequence[Any], sides: Sequence[str | None], share: float, max_records: int, seed: int
+    records: Sequence[Any],
+    sides: Sequence[str | None],
+    groups: Sequence[str],
+    share: float,
+    max_records: int,
+    seed: int,
 ) -> dict[str, list[Any]]:
     """The records by side, in a random order that `seed` decides.
 
     Args:
-      sides: of SIDES for each record where the file says, else all None: then a random `share` of the prompts is
-        held out, with all records of each.
+      sides: of SIDES for each record where the file says, else all None: then a random `share` of the groups is
+        held out.
+      groups: what each record belongs to: its prompt, or whatever else would leak from one side to the other.
       max_records: of both sides together, 0 for all.
 
-    Raises UserError: two records have one key; a prompt is none; a prompt stands on both sides; a side is empty.
+    Raises UserError: a group stands on both sides; a side is empty.
     """
-    groups = _by_prompt(task, records)
-    order = [list(groups)[i] for i in np.random.default_rng(seed).permutation(len(groups))]
-    side_of = dict(zip((r.key for r in records), sides, strict=True))
-    if any(sides):
-        chosen = {name: _whole_side(groups[name], side_of) for name in order}
-    else:
-        held_out = min(max(1, round(share * len(order))), len(order) - 1)
-        chosen = {name: SIDES[i < held_out] for i, name in enumerate(order)}
-    split = {side: [r for name in order if chosen[name] == side for r in groups[name]] for side in SIDES}
+    members = defaultdict(list)
+    for row, group in enumerate(groups):
+        members[group].append(row)
+    order = [list(members)[i] for i in np.random.default_rng(seed).permutation(len(members))]
+    held_out = min(max(1, round(share * len(order))), len(order) - 1)
+    split: dict[str, list[Any]] = {side: [] for side in SIDES}
+    for i, group in enumerate(order):
+        side = _one_side(records, sides, members[group]) if any(sides) else SIDES[i < held_out]
+        split[side] += [records[row] for row in members[group]]
     for side, part in split.items():
         if not part:
-            raise UserError(f"{task.name}: no record is for {side}; at least 2 different prompts are needed")
+            raise UserError(f"no record is for {side}; at least 2 different prompts are needed")
     return _at_most(split, max_records, share)
 
 
@@ -78,28 +82,16 @@ def _check_message(message: Any, where: str) -> None:
         raise UserError(f"{where}: content must be a text that is not empty; correct it")
 
 
-def _by_prompt(task: Task, records: Sequence[Any]) -> dict[str, list[Any]]:
-    """The records of each prompt, in their order."""
-    groups, keys = defaultdict(list), set()
-    for record in records:
-        if record.key in keys:
-            raise UserError(f"{task.name}: two records have the key {record.key!r}; give each its own")
-        keys.add(record.key)
-        prompt = task.prompt(record)
-        check_prompt(prompt, record.key)
-        groups[json.dumps(prompt)].append(record)
-    return groups
-
-
-def _whole_side(group: Sequence[Any], side_of: Mapping[str, str | None]) -> str:
-    first = group[0]
-    for other in group:
-        if side_of[other.key] != side_of[first.key]:
+def _one_side(records: Sequence[Any], sides: Sequence[str | None], rows: Sequence[int]) -> str:
+    """The side of all `rows`, which are of one group; UserError if they have two."""
+    first = rows[0]
+    for row in rows:
+        if sides[row] != sides[first]:
             raise UserError(
-                f"{other.key}: is for {side_of[other.key]}, but its prompt is that of {first.key}, which is for "
-                f"{side_of[first.key]}: results would leak; put both on one side"
+                f"{records[row].key}: is for {sides[row]}, but its prompt is that of {records[first].key}, which is "
+                f"for {sides[first]}: results would leak; put both on one side"
             )
-    return side_of[first.key]
+    return sides[first]
 
 
 def _at_most(split: dict[str, list[Any]], most: int, share: float) -> dict[str, list[Any]]:

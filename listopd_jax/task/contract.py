@@ -41,7 +41,7 @@ _NUMBER = re.compile(r"-?(0|[1-9][0-9]*)(\.[0-9]+)?([eE][+-]?[0-9]+)?")
 
 _BRACKET, _BRACE, _COMMA, _COLON, _QUOTE, _FIELD, _ID, _DIGIT, _EOS, _OTHER = range(len(TOKEN_CLASSES))
 _PUNCTUATION = {"[": _BRACKET, "]": _BRACKET, "{": _BRACE, "}": _BRACE, ",": _COMMA, ":": _COLON}
-_VALUES = {"review_id": _ID, "score": _DIGIT}
+_VALUES = {"review_id": _ID, "passage_id": _ID, "score": _DIGIT}
 # A token that spans several classes takes the first of these: `},{"` is a comma, `}]` a bracket.
 _PRIORITY = (_BRACKET, _COMMA, _BRACE, _COLON, _QUOTE, _FIELD, _ID, _DIGIT, _OTHER)
 # A string (closed, or cut off by the end of the text, even inside an escape), one mark, or a run of the rest.
@@ -63,12 +63,13 @@ class Parsed:
         return self.failure == OK
 
 
-def strict_parse(text: str, ids: Sequence[str]) -> Parsed:
-    """Judge the answer `text` to a list with the distinct review ids `ids`, as the module's docstring says.
+def strict_parse(text: str, ids: Sequence[str], field: str = "review_id") -> Parsed:
+    """Judge the answer `text` to a list with the distinct ids `ids`, as the module's docstring says.
 
-    The value of a valid answer is a tuple of its scores in the order of `ids`. Total: every string gets a verdict.
+    `field` names the ids. The value of a valid answer is a tuple of its scores in the order of `ids`. Total: every
+    string gets a verdict.
     """
-    return _verdict(_records(text), ids)
+    return _verdict(_records(text, field), ids)
 
 
 def repair_permutation(text: str, ids: Sequence[str]) -> Parsed:
@@ -77,7 +78,7 @@ def repair_permutation(text: str, ids: Sequence[str]) -> Parsed:
     If exactly one id is missing and exactly one is named twice, the later of the two gets the missing id.
     Any other answer is judged as it is.
     """
-    records = _records(text)
+    records = _records(text, "review_id")
     names = [name for name, _ in records or ()]
     missing = set(ids) - set(names)
     if len(names) == len(ids) and len(missing) == 1 and set(names) < set(ids):
@@ -97,7 +98,7 @@ def token_classes(
       values: key → the class of its value, where that is not 'other'.
 
     A token is judged by the text up to its end, so later tokens change nothing. Keys are 'field', the value
-    of `review_id` is 'id', that of `score` 'digit'; other values, blanks, text outside the answer are 'other'.
+    of an id is 'id', that of `score` 'digit'; other values, blanks, text outside the answer are 'other'.
     """
     characters = _character_classes("".join(pieces), opening, values)
     ends = itertools.accumulate(map(len, pieces))
@@ -110,7 +111,7 @@ def plain_classes(pieces: Sequence[str]) -> list[int]:
     return [_OTHER if piece else _EOS for piece in pieces]
 
 
-def _records(text: str) -> list[_Record] | None:
+def _records(text: str, field: str) -> list[_Record] | None:
     """(id, score) of each item of the outermost list, None for an unusable one; None if there is no list."""
     start, end = text.find("["), text.rfind("]") + 1
     non_finite: list[str] = []
@@ -124,7 +125,7 @@ def _records(text: str) -> list[_Record] | None:
     except (ValueError, RecursionError):
         return None
     objects = [item if isinstance(item, dict) else {} for item in items]
-    return [(_name(o.get("review_id")), None if non_finite else _number(o.get("score"))) for o in objects]
+    return [(_name(o.get(field)), None if non_finite else _number(o.get("score"))) for o in objects]
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

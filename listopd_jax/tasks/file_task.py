@@ -1,13 +1,15 @@
 """A task whose records are read from a file: what a task of your own begins with."""
 
 import abc
+import json
 import pathlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from listopd_jax import files
+from listopd_jax.data import manifest
 from listopd_jax.data.builder import REPORT
-from listopd_jax.data.splits import SIDES, notes, split_records
+from listopd_jax.data.splits import SIDES, check_prompt, notes, split_records
 from listopd_jax.errors import UserError
 from listopd_jax.task.protocol import Splits, Task
 
@@ -30,17 +32,35 @@ class FileTask(Task):
         """'train' or 'validation', or None for all records."""
         return None
 
+    def group(self, record: Any) -> str:
+        """Records of one group stay on one side; by default those of one prompt."""
+        return json.dumps(self.prompt(record))
+
     def splits(self, folder: pathlib.Path) -> Splits:
         """Read, split, and write folder/report.json."""
         paths = self._paths()
+        if self.data.verify:
+            for path in paths.values():
+                manifest.verify(path)
         records = list(self.read(paths["data.path"]))
+        self._check(records)
         data, sides = self.data, [self.side(record) for record in records]
-        split = split_records(self, records, sides, data.validation_share, data.max_lists, data.seed)
+        groups = list(map(self.group, records))
+        split = split_records(records, sides, groups, data.validation_share, data.max_lists, data.seed)
         report = self._report(paths, split)
         if not (folder / REPORT).exists() or files.read_json(folder / REPORT) != report:
             folder.mkdir(parents=True, exist_ok=True)
             files.write_json(folder / REPORT, report)
         return Splits(split["train"], split["validation"], report)
+
+    def _check(self, records: Sequence[Any]) -> None:
+        """UserError if two records have one key, or a prompt is none."""
+        keys = set()
+        for record in records:
+            if record.key in keys:
+                raise UserError(f"{self.name}: two records have the key {record.key!r}; give each its own")
+            keys.add(record.key)
+            check_prompt(self.prompt(record), record.key)
 
     def _paths(self) -> dict[str, pathlib.Path]:
         """The files of `inputs` that the config names; UserError for one that is not there."""
@@ -55,7 +75,7 @@ class FileTask(Task):
     def _report(self, paths: dict[str, pathlib.Path], split: dict[str, list[Any]]) -> dict[str, Any]:
         answered = {side: sum(self.answer(r) is not None for r in split[side]) for side in SIDES}
         digests = {name: [path.name, files.sha256(path)] for name, path in paths.items()}
-        fields = {name: getattr(self.data, name) for name in _FIELDS}
+        fields = [getattr(self.data, name) for name in _FIELDS] + [self.options.k]
         return {
             "task": self.name,
             "useful": self.useful,

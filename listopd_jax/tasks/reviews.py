@@ -1,50 +1,18 @@
 """Rank K reviews of one product by helpfulness: the task of EC (arXiv:2605.08737)."""
 
-import dataclasses
-import functools
 import pathlib
-import random
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any
 
 from listopd_jax.data.builder import read_split
 from listopd_jax.data.prepare import prepare
-from listopd_jax.data.reviews import first_words
-from listopd_jax.task.contract import FAILURES, Parsed, strict_parse, token_classes
-from listopd_jax.task.metrics import METRICS, list_metrics
-from listopd_jax.task.prompt import ListExample, render_answer, render_prompt, review_ids
-from listopd_jax.task.protocol import Splits, Task
+from listopd_jax.task.prompt import ListExample, render_prompt
+from listopd_jax.task.protocol import Splits
+from listopd_jax.tasks.listwise import Listwise
 
 
-def truncated(example: ListExample, rng: random.Random) -> str:
-    """A well-formed list of K−1 objects."""
-    return render_answer(example.scores[:-1])
-
-
-def duplicated(example: ListExample, rng: random.Random) -> str:
-    """The right list, but its last object repeats the id before it."""
-    before, last = review_ids(len(example.scores))[-2:]
-    return render_answer(example.scores).replace(f'"{last}"', f'"{before}"')
-
-
-class Reviews(Task):
-    """Records are `ListExample`s of the data set that data/prepare.py builds; the contract is that of task/contract.py.
-
-    The value of an answer is the tuple of its scores in the order of the reviews.
-    """
+class Reviews(Listwise):
+    """The lists of the data set that data/prepare.py builds from `data.source`."""
 
     name = "reviews"
-    failures = FAILURES
-    metrics = METRICS
-    useful = "parse · NDCG@1"
-    corruptions = {
-        "truncate": truncated,
-        "duplicate_id": duplicated,
-    }  # both failures of EC's SFT models (EC §5)
-
-    def __init__(self, data: Any, options: Any):
-        super().__init__(data, options)
-        self.settings = {"gain": options.ndcg_gain}
 
     def splits(self, folder: pathlib.Path) -> Splits:
         """The lists of both splits, built once and read again."""
@@ -54,42 +22,3 @@ class Reviews(Task):
     def prompt(self, record: ListExample) -> str:
         """Title, one line a review, and the form of the answer."""
         return render_prompt(record.title, record.reviews)
-
-    def answer(self, record: ListExample) -> str:
-        """The list with the labels as scores."""
-        return render_answer(record.scores)
-
-    def parse(self, text: str, record: ListExample) -> Parsed:
-        """EC's strict parse."""
-        return strict_parse(text, review_ids(len(record.scores)))
-
-    def score(self, parsed: Parsed, record: ListExample) -> dict[str, float]:
-        """Ranking metrics of the scores against the labels."""
-        return list_metrics(parsed, record.scores, self.settings["gain"])
-
-    def shown(self, parsed: Parsed, record: ListExample) -> dict[str, Any]:
-        """Labels, and the scores of an answer that parses."""
-        scores = list(parsed.value) if parsed.ok else None
-        return {"true_scores": list(map(float, record.scores)), "scores": scores}
-
-    def token_classes(self, pieces: Sequence[str]) -> list[int]:
-        """Everything but score digits and stray text is structure."""
-        return token_classes(pieces)
-
-    def shortened(self, record: ListExample) -> Iterator[tuple[Callable[[int], ListExample], int]]:
-        """By words of each review; where one word is too long, by characters, the title too."""
-        yield functools.partial(_by_words, record), max(r.count(" ") + 1 for r in record.reviews)
-        yield functools.partial(_by_characters, record), max(map(len, (record.title, *record.reviews)))
-
-    def hint(self, records: Sequence[ListExample]) -> str:
-        """An answer that knows nothing of any list."""
-        return render_answer([7] * len(records[0].scores))
-
-
-def _by_words(record: ListExample, count: int) -> ListExample:
-    return dataclasses.replace(record, reviews=tuple(first_words(r, count) for r in record.reviews))
-
-
-def _by_characters(record: ListExample, count: int) -> ListExample:
-    reviews = tuple(r[:count] for r in record.reviews)
-    return dataclasses.replace(record, title=record.title[:count], reviews=reviews)
