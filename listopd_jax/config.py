@@ -37,7 +37,14 @@ ATTENTIONS = ("auto", "xla", "cudnn", "splash")
 SMALL_WIDTH = 128
 MOST_DRAFT_TOKENS = 64  # more cost more than they can save
 TOKENS_PER_OBJECT = 12  # of an answer, by the tokenizer that the embedded task trains (9 to 11)
-RENAMED = {"opd.budgets": "opd.eval_steps"}  # fields that had another name before
+RENAMED = {
+    "opd.budgets": "opd.eval_steps",
+    **{
+        f"sft.{role}.{rate}": f"sft.{role}.noise"
+        for role in ("teacher", "student")
+        for rate in ("truncation_rate", "duplicate_rate")
+    },
+}  # fields that had another name before
 
 
 def _section(**fields: Any) -> ml_collections.ConfigDict:
@@ -133,8 +140,9 @@ def _sft() -> ml_collections.ConfigDict:
         warmup_steps=0,
         b2=0.999,  # of AdamW
         moments="float32",  # in which AdamW keeps its moments; bfloat16: half the memory, rounded at random
-        truncation_rate=0.0,  # share of training answers with K-1 objects only (EC's SFT teacher cuts ~42 %)
-        duplicate_rate=0.0,  # share of training answers whose last object repeats the id before it
+        # Errors by design, "NAME:SHARE,NAME:SHARE": a corruption of the task, and the share of answers that it breaks.
+        # Lists have truncate (EC's SFT teacher cuts ~42 %), duplicate_id and those of task/corruptions.py.
+        noise="",
         seed=0,
     )
 
@@ -310,8 +318,7 @@ evaluation.max_lists evaluation.examples optimizer.weight_decay optimizer.max_gr
 _SEEDS = "seed data.seed sft.teacher.seed sft.student.seed".split()
 
 _SHARES = """
-data.validation_share sft.teacher.truncation_rate sft.teacher.duplicate_rate
-sft.student.truncation_rate sft.student.duplicate_rate
+data.validation_share
 optimizer.b1 sft.teacher.b2 sft.student.b2 opd.b2 opd.ppo_clip
 """.split()
 
@@ -379,7 +386,26 @@ def _validate_grid(config: ml_collections.ConfigDict) -> None:
     _require(len(set(seeds)) == len(seeds), f"opd.seeds={seeds}: a value stands twice")
 
 
+def noise_shares(sft: Any, field: str = "sft") -> tuple[tuple[str, float], ...]:
+    """The corruptions of an SFT section and their shares; UserError, which names `field`, for an entry that is none."""
+    shares = []
+    for entry in filter(None, sft.noise.split(",")):
+        found = re.fullmatch(r" *([A-Za-z_]\w*):([0-9]*\.?[0-9]+) *", entry)
+        _require(
+            found is not None,
+            f"{field}.noise={sft.noise!r}: write NAME:SHARE, e.g. 'truncate:0.2,wrong_digit:0.1'",
+        )
+        shares.append((found[1], float(found[2])))
+    _require(
+        sum(share for _, share in shares) <= 1 and len(dict(shares)) == len(shares),
+        f"{field}.noise={sft.noise!r}: shares must not sum to more than 1, and no name stand twice",
+    )
+    return tuple(shares)
+
+
 def _validate_combinations(config: ml_collections.ConfigDict) -> None:
+    for role in ("teacher", "student"):
+        noise_shares(config.sft[role], f"sft.{role}")
     opd, drafts = config.opd, config.rollout.draft_tokens
     _require(
         -1 <= drafts <= MOST_DRAFT_TOKENS,

@@ -47,7 +47,7 @@ def test_it_runs_to_the_report(folder):
     flags += [f"--config.task.file={folder}/sums.py", f"--config.data.path={folder}/sums.txt"]
     ended = run_main(folder / "run", *flags, "--config.task.max_response=8", "--config.opd.lambdas=1.0,")
     assert ended.returncode == 0, ended.stderr[-2000:]
-    assert ended.stderr.count("defines no such SFT noise, dropped: sft.teacher.truncation_rate") == 1
+    assert ended.stderr.count("task sums: defines no truncate (sft.teacher.noise)") == 1
     records = json.loads((folder / "run" / "results.json").read_text())
     assert {r["stage"] for r in records} == {"sft_teacher", "sft_student", "forecast", "opd"}
     for record in records:

@@ -26,8 +26,9 @@ STAGES = {
     "opd": "OPD",
     EVALUATE: "checkpoint",
 }
+OK = "ok"  # the class of an answer that holds its contract
 FAILURES = {
-    "ok": "parses",
+    OK: "parses",
     "no_json": "no JSON",
     "truncated_k_minus_1": "K−1 truncation",
     "wrong_length": "wrong length",

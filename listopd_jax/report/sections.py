@@ -16,6 +16,7 @@ from markupsafe import Markup
 from listopd_jax.records import Example, Result
 from listopd_jax.report import findings, page, plots
 from listopd_jax.report.curves import opd_section, sft_section
+from listopd_jax.report.errors_section import errors_section
 from listopd_jax.report.findings import FAILURES, Findings, Policy
 from listopd_jax.report.inputs import METRICS, Inputs
 from listopd_jax.report.page import Cell, Listing, Plot, Section, Table
@@ -142,6 +143,7 @@ SECTIONS: tuple[Callable[[Inputs], Section | None], ...] = (
     contract_section,
     policies_section,
     failures_section,
+    errors_section,
     threshold_section,
     opd_section,
     sft_section,

@@ -15,7 +15,7 @@ from absl import logging
 from flax import nnx
 
 from listopd_jax import files
-from listopd_jax.config import digest, is_small
+from listopd_jax.config import digest, is_small, noise_shares
 from listopd_jax.data import input as data_input
 from listopd_jax.data.chat import turn_ends
 from listopd_jax.data.tokenizer import (
@@ -51,9 +51,6 @@ INPUTS = {
     "student": "the files of student.weights",
 }
 """What STAMP has the digests of."""
-
-NOISE = {"truncation_rate": "truncate", "duplicate_rate": "duplicate_id"}
-"""Fields of the SFT sections and the corruptions of a task whose shares they are."""
 
 DRAFT_TOKENS = 8  # by default; an object of an answer has 10 to 28 tokens, most of them always the same
 
@@ -159,7 +156,7 @@ class Job:
                 f"no training record has an answer, so there is nothing to train the {role} on; give answers, or set "
                 f"{role}.weights to a model that is fine-tuned and sft.{role}.epochs=0"
             )
-        noise = data_input.AnswerNoise(noise_shares(self.task, sft), seed=sft.seed)
+        noise = data_input.AnswerNoise(known_noise(self.task, sft), seed=sft.seed)
         split = data_input.with_noise(self.train, self.task, records, self.codec.tokenizer, noise)
         return self._train_batches(data_input.rows_of(split, answered), sft.batch_size, sft.seed)
 
@@ -180,17 +177,18 @@ class Job:
         return data_input.evaluation_batches(self.validation, buckets=self.buckets, batch_size=size)
 
 
-def noise_shares(task: Task, sft: Any) -> tuple[tuple[str, float], ...]:
+def known_noise(task: Task, sft: Any) -> tuple[tuple[str, float], ...]:
     """The corruptions that an SFT section asks for and `task` has, and their shares."""
-    return tuple((name, sft[field]) for field, name in NOISE.items() if name in task.corruptions)
+    return tuple((name, share) for name, share in noise_shares(sft) if name in task.corruptions)
 
 
 def _say_dropped_noise(task: Task, config: Any) -> None:
     """One line on stderr if an SFT section asks for noise that the task does not define."""
-    fields = [f"sft.{role}.{field}" for role in ROLES for field in NOISE if config.sft[role][field]]
-    dropped = [field for field in fields if NOISE[field.rsplit(".", 1)[1]] not in task.corruptions]
+    asked = [(role, name) for role in ROLES for name, _ in noise_shares(config.sft[role])]
+    dropped = [f"{name} (sft.{role}.noise)" for role, name in asked if name not in task.corruptions]
     if dropped:
-        print(f"task {task.name} defines no such SFT noise, dropped: {', '.join(dropped)}", file=sys.stderr)
+        known = ", ".join(sorted(task.corruptions)) or "none"
+        print(f"task {task.name}: defines no {', '.join(dropped)}: dropped; it has {known}", file=sys.stderr)
 
 
 def draft_tokens(config: Any) -> int:

@@ -15,6 +15,7 @@ from typing import Any
 from listopd_jax.data.json_lines import read_objects
 from listopd_jax.errors import UserError
 from listopd_jax.task.contract import OK, Parsed, token_classes
+from listopd_jax.task.corruptions import json_corruptions
 from listopd_jax.task.protocol import Message
 from listopd_jax.task.schema import Contract
 from listopd_jax.task.strict_json import dumps, loads, same
@@ -54,6 +55,10 @@ class Bfcl(FileTask):
     metrics = ("parse", "useful", "arguments")
     useful = "the share of right calls"
     inputs = (*FileTask.inputs, "data.labels")
+
+    def __init__(self, data: Any, options: Any):
+        super().__init__(data, options)
+        self.corruptions = json_corruptions(self.answer)
 
     def read(self, path: pathlib.Path) -> Iterator[Question]:
         """The questions with their possible answers."""

@@ -16,6 +16,7 @@ from listopd_jax.data.json_lines import read_objects
 from listopd_jax.data.splits import SIDES
 from listopd_jax.errors import UserError, did_you_mean
 from listopd_jax.task.contract import OK, Parsed, token_classes
+from listopd_jax.task.corruptions import json_corruptions
 from listopd_jax.task.protocol import Prompt
 from listopd_jax.task.schema import Contract
 from listopd_jax.task.strict_json import dumps, loads, same
@@ -46,6 +47,7 @@ class JsonTask(FileTask):
 
     def __init__(self, data: Any, options: Any):
         super().__init__(data, options)
+        self.corruptions = json_corruptions(self.answer)
         schema = _schema_file(options.schema) if options.schema else {}
         self._contract = Contract(schema, options.schema) if options.schema else None
         declared = schema.get("properties") if isinstance(schema.get("properties"), dict) else {}

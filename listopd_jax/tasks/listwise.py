@@ -8,6 +8,7 @@ from typing import Any
 
 from listopd_jax.data.reviews import first_words
 from listopd_jax.task.contract import FAILURES, Parsed, strict_parse, token_classes
+from listopd_jax.task.corruptions import json_corruptions
 from listopd_jax.task.metrics import METRICS, list_metrics
 from listopd_jax.task.prompt import ListExample, render_answer, review_ids
 from listopd_jax.task.protocol import Task
@@ -24,8 +25,9 @@ class Listwise(Task):
     def __init__(self, data: Any, options: Any):
         super().__init__(data, options)
         self.settings = {"gain": options.ndcg_gain}
-        # both are failures of EC's SFT models (EC §5)
+        # The first two are failures of EC's SFT models (EC §5)
         self.corruptions = {"truncate": self._truncated, "duplicate_id": self._duplicated}
+        self.corruptions |= json_corruptions(self.answer)
 
     def answer(self, record: ListExample) -> str:
         """The list with the labels as scores."""
