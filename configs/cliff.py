@@ -50,7 +50,7 @@ def get_config(name: str = "plain") -> ml_collections.ConfigDict:
     config.task.max_response = 64
     config.tokenizer.vocab_size = 512
     config.sft.teacher.update(steps=300, warmup_steps=30)
-    config.sft.student.update(steps=200, warmup_steps=30, duplicate_rate=0.5)
+    config.sft.student.update(steps=200, warmup_steps=30, noise="duplicate_id:0.5")
     config.opd.update(
         batch_size=8, rollouts=4, lr=4e-4, seeds=(7, 13, 21, 42, 95), steps=200, eval_steps=(50,)
     )
@@ -73,9 +73,9 @@ def _models(config: ml_collections.ConfigDict, name: str) -> None:
     source = {"teacher": "plain", "student": "plain"}
     if name.startswith("clean_teacher"):
         source["teacher"] = "clean_teacher"
-        config.sft.teacher.truncation_rate = 0.0
+        config.sft.teacher.noise = ""
     if name == "truncating_base":
-        config.sft.student.truncation_rate = 0.45
+        config.sft.student.noise = "truncate:0.45,duplicate_id:0.5"
     for role in ("teacher", "student"):
         if made not in (role, "both"):
             config[role].weights = f"{RUNS}/{source[role]}/export/sft_{role}"

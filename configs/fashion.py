@@ -51,10 +51,10 @@ def tiny() -> ml_collections.ConfigDict:
     config.task.update(max_prompt=384, max_response=0, max_review_words=20, prompt_buckets=1)
     config.teacher.num_layers = 3
     config.sft.teacher.update(
-        steps=200, batch_size=32, lr=3e-3, warmup_steps=20, b2=0.95, truncation_rate=0.22, seed=1
+        steps=200, batch_size=32, lr=3e-3, warmup_steps=20, b2=0.95, noise="truncate:0.22", seed=1
     )
     config.sft.student.update(
-        steps=120, batch_size=32, lr=3e-3, warmup_steps=20, b2=0.95, duplicate_rate=0.53, seed=2
+        steps=120, batch_size=32, lr=3e-3, warmup_steps=20, b2=0.95, noise="duplicate_id:0.53", seed=2
     )
     config.opd.update(lambdas=(1.0, 1.1, 1.2, 1.3, 1.5), steps=50, batch_size=16, rollouts=4, lr=6e-4)
     config.forecast.update(lambdas=(1.05, 1.15, 1.25, 1.4, 2.0), batch_size=64)
@@ -66,10 +66,10 @@ EMBEDDED_NOTES = (
     "Reviews are synthetic English, two phrases each, whose helpfulness is the sum of the points of the details they "
     "tell (listopd_jax/data/synthetic.py); lists are short (task.k = 4 unless set) so that models of about 0.2 million "
     "parameters, trained from scratch on two cores in minutes, can read them.",
-    "A share of the teacher's training answers (sft.teacher.truncation_rate) stops after K-1 objects: EC's SFT teacher "
+    "A share of the teacher's training answers (sft.teacher.noise) stops after K-1 objects: EC's SFT teacher "
     "cuts about 42 % of its lists. Its greedy answers still keep the contract, but at the comma before the last object "
     "it is less sure than the base.",
-    "A little more than half of the student's training answers (sft.student.duplicate_rate) repeat an id in the last "
+    "A little more than half of the student's training answers (sft.student.noise) repeat an id in the last "
     "object, the other failure that EC reports of SFT students, so most of its greedy answers do: the headroom to "
     "lift. It is also trained for fewer steps than the teacher.",
     "lambda runs from plain distillation to past the point at which the base-relative target prefers to stop early; "

@@ -29,6 +29,7 @@ ADVANTAGES = ("base_relative", "no_base")
 FALLBACKS = ("teacher", "base")
 ESTIMATORS = ("sampled", "full_vocab")
 AGGREGATES = ("token", "sequence")
+TASKS = ("reviews", "json", "bfcl", "cranfield")
 SOURCES = ("synthetic", "clothing", "amazon2018", "amazon2023")
 DTYPES = ("float32", "bfloat16")
 REMATS = ("full", "attention", "dots", "none")
@@ -36,7 +37,14 @@ ATTENTIONS = ("auto", "xla", "cudnn", "splash")
 SMALL_WIDTH = 128
 MOST_DRAFT_TOKENS = 64  # more cost more than they can save
 TOKENS_PER_OBJECT = 12  # of an answer, by the tokenizer that the embedded task trains (9 to 11)
-RENAMED = {"opd.budgets": "opd.eval_steps"}  # fields that had another name before
+RENAMED = {
+    "opd.budgets": "opd.eval_steps",
+    **{
+        f"sft.{role}.{rate}": f"sft.{role}.noise"
+        for role in ("teacher", "student")
+        for rate in ("truncation_rate", "duplicate_rate")
+    },
+}  # fields that had another name before
 
 
 def _section(**fields: Any) -> ml_collections.ConfigDict:
@@ -70,9 +78,12 @@ def defaults() -> ml_collections.ConfigDict:
 
 def _task() -> ml_collections.ConfigDict:
     return _section(
+        name="reviews",  # one of TASKS
+        file="",  # a Python file that defines a task of your own, in place of `name` (docs/bring_your_own.md)
+        schema="",  # of task json: a file with the JSON Schema of all records that have none of their own
         k=0,  # reviews a list; 0: 8, EC's, but 4 for the synthetic source, which two cores learn in minutes
         max_prompt=2048,  # tokens
-        max_response=512,  # tokens; 0: TOKENS_PER_OBJECT for each review
+        max_response=512,  # tokens; 0: TOKENS_PER_OBJECT for each review; other tasks: the longest right answer
         max_review_words=200,  # 0: uncut
         prompt_buckets=4,  # prompt widths to compile for
         chat_template=False,
@@ -96,6 +107,7 @@ def _data() -> ml_collections.ConfigDict:
         max_reviews_per_product=0,  # 0: all
         max_lists=0,  # 0: all
         validation_share=0.1,
+        split_field="",  # of task json: the field that says "train" or "validation"; empty: at random, by `seed`
         seed=0,
         verify=True,
         synthetic=_section(products=500, reviews_per_product=16, noise=0.5, notes=()),
@@ -128,8 +140,9 @@ def _sft() -> ml_collections.ConfigDict:
         warmup_steps=0,
         b2=0.999,  # of AdamW
         moments="float32",  # in which AdamW keeps its moments; bfloat16: half the memory, rounded at random
-        truncation_rate=0.0,  # share of training answers with K-1 objects only (EC's SFT teacher cuts ~42 %)
-        duplicate_rate=0.0,  # share of training answers whose last object repeats the id before it
+        # Errors by design, "NAME:SHARE,NAME:SHARE": a corruption of the task, and the share of answers that it breaks.
+        # Lists have truncate (EC's SFT teacher cuts ~42 %), duplicate_id and those of task/corruptions.py.
+        noise="",
         seed=0,
     )
 
@@ -274,6 +287,7 @@ _NAMES = {
     "opd.estimator": ESTIMATORS,
     "opd.aggregate": AGGREGATES,
     "opd.guard.fallback": FALLBACKS,
+    "task.name": TASKS,
     "data.source": SOURCES,
     "task.ndcg_gain": ("linear", "exponential"),
     "remat": REMATS,
@@ -304,8 +318,7 @@ evaluation.max_lists evaluation.examples optimizer.weight_decay optimizer.max_gr
 _SEEDS = "seed data.seed sft.teacher.seed sft.student.seed".split()
 
 _SHARES = """
-data.validation_share sft.teacher.truncation_rate sft.teacher.duplicate_rate
-sft.student.truncation_rate sft.student.duplicate_rate
+data.validation_share
 optimizer.b1 sft.teacher.b2 sft.student.b2 opd.b2 opd.ppo_clip
 """.split()
 
@@ -373,14 +386,34 @@ def _validate_grid(config: ml_collections.ConfigDict) -> None:
     _require(len(set(seeds)) == len(seeds), f"opd.seeds={seeds}: a value stands twice")
 
 
+def noise_shares(sft: Any, field: str = "sft") -> tuple[tuple[str, float], ...]:
+    """The corruptions of an SFT section and their shares; UserError, which names `field`, for an entry that is none."""
+    shares = []
+    for entry in filter(None, sft.noise.split(",")):
+        found = re.fullmatch(r" *([A-Za-z_]\w*):([0-9]*\.?[0-9]+) *", entry)
+        _require(
+            found is not None,
+            f"{field}.noise={sft.noise!r}: write NAME:SHARE, e.g. 'truncate:0.2,wrong_digit:0.1'",
+        )
+        shares.append((found[1], float(found[2])))
+    _require(
+        sum(share for _, share in shares) <= 1 and len(dict(shares)) == len(shares),
+        f"{field}.noise={sft.noise!r}: shares must not sum to more than 1, and no name stand twice",
+    )
+    return tuple(shares)
+
+
 def _validate_combinations(config: ml_collections.ConfigDict) -> None:
+    for role in ("teacher", "student"):
+        noise_shares(config.sft[role], f"sft.{role}")
     opd, drafts = config.opd, config.rollout.draft_tokens
     _require(
         -1 <= drafts <= MOST_DRAFT_TOKENS,
         f"rollout.draft_tokens={drafts}: must be from 0 to {MOST_DRAFT_TOKENS}, or -1 for the default",
     )
     _require(
-        config.task.max_response != 1, "task.max_response=1: must be at least 2 tokens, or 0 to follow task.k"
+        config.task.max_response != 1,
+        "task.max_response=1: must be at least 2 tokens, or 0 to follow the task",
     )
     _require(opd.clip > 1, f"opd.clip={opd.clip}: the clip c must be > 1 (inf for none), EC Eq. 3")
     margin = opd.guard.margin
@@ -443,9 +476,10 @@ def _validate_parallel(parallel: ml_collections.ConfigDict) -> None:
 def _validate_data(config: ml_collections.ConfigDict) -> None:
     data, k = config.data, config.task.k
     cap = data.max_reviews_per_product
+    who = f"data.source={data.source!r}" if ranks_reviews(config) else f"task {task_name(config)!r}"
     _require(
-        bool(data.path) or data.source in ("synthetic", "amazon2023"),
-        f"data.path is empty: data.source={data.source!r} needs a file, e.g. --config.data.path=FILE",
+        bool(data.path) or (ranks_reviews(config) and data.source in ("synthetic", "amazon2023")),
+        f"data.path is empty: {who} needs a file, e.g. --config.data.path=FILE",
     )
     _require(
         _is_date(config.task.chat_date), f"task.chat_date={config.task.chat_date!r}: write it as YYYY-MM-DD"
@@ -478,9 +512,25 @@ def validate(config: ml_collections.ConfigDict) -> ml_collections.FrozenConfigDi
     _validate_data(config)
     _validate_combinations(config)
     checked = config.copy_and_resolve_references()
-    checked.task.k = config.task.k or (4 if config.data.source == "synthetic" else 8)
-    checked.task.max_response = config.task.max_response or TOKENS_PER_OBJECT * checked.task.k
+    checked.task.k = config.task.k or (4 if is_embedded(config) else 8)
+    if ranks_reviews(config):
+        checked.task.max_response = config.task.max_response or TOKENS_PER_OBJECT * checked.task.k
     return ml_collections.FrozenConfigDict(checked)
+
+
+def task_name(config: ml_collections.ConfigDict | ml_collections.FrozenConfigDict) -> str:
+    """How messages call the task: by its file, if it has one."""
+    return config.task.file or config.task.name
+
+
+def ranks_reviews(config: ml_collections.ConfigDict | ml_collections.FrozenConfigDict) -> bool:
+    """Whether the task is that of reviews, which alone has `data.source`."""
+    return task_name(config) == "reviews"
+
+
+def is_embedded(config: ml_collections.ConfigDict | ml_collections.FrozenConfigDict) -> bool:
+    """Whether the records are the embedded synthetic reviews."""
+    return ranks_reviews(config) and config.data.source == "synthetic"
 
 
 def is_small(config: ml_collections.FrozenConfigDict) -> bool:

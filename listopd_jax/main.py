@@ -166,7 +166,7 @@ def description(config: Any, argv: list[str], module: str) -> dict[str, Any]:
     device = jax.devices()[0]
     return {
         "preset": config.preset,
-        "notes": list(config.data.synthetic.notes) if config.data.source == "synthetic" else [],
+        "notes": list(config.data.synthetic.notes) if config_module.is_embedded(config) else [],
         "command": shlex.join(["python", "-m", module, *argv[1:]]),
         "revision": config_module.code_revision(),
         "device": f"{len(jax.devices())} x {device.device_kind} ({device.platform}), {platform.machine()}",

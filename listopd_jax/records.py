@@ -106,9 +106,23 @@ class Result(_OfPolicy):
     intervals: Intervals = dataclasses.field(default_factory=dict)
     extra: dict[str, Any] = _extra()
 
+    @classmethod
+    def of(cls, values: Mapping[str, Any]) -> Self:
+        """The record of values by their names in the file or here; metrics that only one task has are `extra`."""
+        known = {field.name for field in _fields(cls)}
+        given = {attribute(name): value for name, value in values.items()}
+        fields = {name: value for name, value in given.items() if name in known}
+        return cls(**fields, extra={name: value for name, value in given.items() if name not in known})
+
+    def to_json(self) -> dict[str, Any]:
+        """The JSON object; of a task that does not rank, without what only rankings have."""
+        absent = {name for name in _OF_RANKINGS if self.counted and name not in self.counted}
+        return {k: v for k, v in super().to_json().items() if v is not None or k not in absent}
+
     def metric(self, name: str) -> float | None:
-        """A metric by its name in the file, e.g. ndcg@1."""
-        return getattr(self, attribute(name))
+        """A metric by its name in the file, e.g. ndcg@1; None too for one that the record does not have."""
+        value = getattr(self, attribute(name)) if attribute(name) in _NUMBERS else self.extra.get(name)
+        return value if is_number(value) else None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -283,6 +297,12 @@ _TYPES: Mapping[Any, tuple[Callable[[Any], bool], str]] = {
     Intervals: (_maps_to(lambda x: x is None or _is_pair(x)), "map names to [low, high] or null"),
 }
 """What a field of each type must be."""
+
+
+_OF_RANKINGS = ("gain", "ndcg@1", "ndcg@3", "ndcg@5", "ndcg@10", "tau", "mae")
+
+_NUMBERS = frozenset("parse ndcg_1 ndcg_3 ndcg_5 ndcg_10 tau mae useful ended".split())
+"""The metrics that every record has a field for."""
 
 
 def _fields(kind: type) -> list[dataclasses.Field]:

@@ -11,18 +11,22 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import PreTrainedTokenizerFast
 
+from listopd_jax import config as config_module
 from listopd_jax.data.chat import chat_prompt, turn_ends
 from listopd_jax.data.control import control_ids, spell_out
 from listopd_jax.data.input import encode_split, prompt_ids
 from listopd_jax.data.reviews import clean_text
 from listopd_jax.data.tokenizer import load_tokenizer, train_tokenizer
 from listopd_jax.errors import UserError
-from listopd_jax.task.prompt import ListExample, render_answer
+from listopd_jax.task.prompt import ListExample, render_answer, render_prompt
+from listopd_jax.tasks.reviews import Reviews
 
 TURNS = "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
 OPENED = "{% if add_generation_prompt %}<|im_start|>assistant\n"
 GOOD = TURNS + OPENED + "{% endif %}"
 REVIEWS = ["holds", "tears"]
+HELLO = [{"role": "user", "content": "hello"}]
+TASK = Reviews(None, config_module.defaults().task)
 EXAMPLES = [ListExample("k", "p", "belt", tuple(REVIEWS), (1, 2))]
 
 
@@ -62,7 +66,7 @@ def templated(base, tmp_path):
 
 
 def test_a_template_opens_the_assistants_turn(templated):
-    text = chat_prompt("hello", templated(GOOD))
+    text = chat_prompt(HELLO, templated(GOOD))
     assert text == "<|im_start|>user\nhello<|im_end|>\n<|im_start|>assistant\n"
 
 
@@ -86,7 +90,7 @@ def test_the_token_that_ends_the_assistants_turn_is_read_off_the_template(templa
 )  # fmt: skip
 def test_a_template_that_opens_a_thought_is_refused(templated, opened):
     with pytest.raises(UserError, match="opens .* and does not close it.*chat_template.jinja") as e:
-        prompt_ids("belt", REVIEWS, templated(TURNS + OPENED + opened + "{% endif %}"), True)
+        prompt_ids(render_prompt("belt", REVIEWS), templated(TURNS + OPENED + opened + "{% endif %}"), True)
     assert "\n" not in str(e.value)
 
 
@@ -96,7 +100,9 @@ def test_a_template_that_opens_a_thought_is_refused(templated, opened):
      "{% if enable_thinking is defined and not enable_thinking %}{% else %}<think>{% endif %}"],
 )  # fmt: skip
 def test_thoughts_that_are_closed_or_switched_off_pass(templated, opened):
-    assert len(prompt_ids("belt", REVIEWS, templated(TURNS + OPENED + opened + "{% endif %}"), True))
+    assert len(
+        prompt_ids(render_prompt("belt", REVIEWS), templated(TURNS + OPENED + opened + "{% endif %}"), True)
+    )
 
 
 @pytest.mark.parametrize(
@@ -107,7 +113,7 @@ def test_thoughts_that_are_closed_or_switched_off_pass(templated, opened):
 )  # fmt: skip
 def test_a_template_that_fails_is_one_line(templated, template):
     with pytest.raises(UserError, match="chat template fails on 1 turn.*chat_template=False") as e:
-        encode_split(EXAMPLES, templated(template), max_prompt=400, max_answer=99, chat_template=True)
+        encode_split(TASK, EXAMPLES, templated(template), max_prompt=400, max_answer=99, chat_template=True)
     assert "\n" not in str(e.value) and "/t: " in str(e.value), "names the folder"
 
 
@@ -115,29 +121,29 @@ def test_a_template_for_other_messages_is_refused(templated):
     """One for lists of parts, given a text, leaves it out or spells it letter by letter."""
     parts = "{% for m in messages %}{% for part in m.content %}{{ part.text }}{% endfor %}{% endfor %}"
     with pytest.raises(UserError, match="leaves out or changes the user's message"):
-        chat_prompt("hello", templated(parts))
+        chat_prompt(HELLO, templated(parts))
 
 
 @pytest.mark.parametrize("call", ['strftime_now("%d %b %Y")', "strftime_now(format)"])
 def test_a_template_that_tells_the_date_tells_the_one_of_the_config(templated, call):
     """Llama 3's do; prompts would change from one day to the next."""
     template = '{% set format = "%d %b %Y" %}Today: {{ ' + call + " }}\n" + GOOD
-    assert "Today: 26 Jul 2024\n<|im_start|>user" in chat_prompt("hello", templated(template))
-    assert "Today: 01 Feb 2030\n" in chat_prompt("hello", templated(template), "2030-02-01")
+    assert "Today: 26 Jul 2024\n<|im_start|>user" in chat_prompt(HELLO, templated(template))
+    assert "Today: 01 Feb 2030\n" in chat_prompt(HELLO, templated(template), "2030-02-01")
 
 
 def test_prompts_that_end_the_turn_are_refused(base, templated, tmp_path):
     """A template that opens no turn, and a tokenizer that adds EOS to every text."""
     options = dict(max_prompt=400, max_answer=99)
     with pytest.raises(UserError, match=r"prompts end in EOS '<\|im_end\|>'.*chat_template.jinja"):
-        encode_split(EXAMPLES, templated(TURNS), **options, chat_template=True)
+        encode_split(TASK, EXAMPLES, templated(TURNS), **options, chat_template=True)
     shutil.copytree(base, tmp_path / "ends")
     stored = tokenizers.Tokenizer.from_file(str(base / "tokenizer.json"))
     eos = "<|im_end|>", stored.token_to_id("<|im_end|>")
     stored.post_processor = tokenizers.processors.TemplateProcessing(f"$A {eos[0]}", None, [eos])
     stored.save(str(tmp_path / "ends" / "tokenizer.json"))
     with pytest.raises(UserError, match=r"prompts end in EOS '<\|im_end\|>'; set add_eos_token to false"):
-        encode_split(EXAMPLES, load_tokenizer(tmp_path / "ends"), **options)
+        encode_split(TASK, EXAMPLES, load_tokenizer(tmp_path / "ends"), **options)
 
 
 # --- reviews
@@ -150,10 +156,9 @@ HOSTILE = ["<|im_end|>", "</s>", "<s>", "<think>", "</think>", "[INST]", "<|im_s
 @pytest.mark.parametrize("token", [*HOSTILE, "<</s>/s>", "<|im_end<|im_end|>|>", "&lt;/s&gt;"])
 def test_no_review_or_title_gives_a_control_token(templated, token, chat_template):
     tokenizer = templated(GOOD)
-    plain = prompt_ids("belt", ["good", "bad"], tokenizer, chat_template)
+    plain = prompt_ids(render_prompt("belt", ["good", "bad"]), tokenizer, chat_template)
     hostile = prompt_ids(
-        clean_text(f"belt {token}"),
-        [clean_text(f"good {token} {token}{token}"), "bad"],
+        render_prompt(clean_text(f"belt {token}"), [clean_text(f"good {token} {token}{token}"), "bad"]),
         tokenizer,
         chat_template,
     )
@@ -215,10 +220,10 @@ def test_one_unbroken_text_costs_no_list(tokenizer, text, where):
     long = text if where != "title" else "holds"
     odd = ListExample("odd", "p", title, (long, "tears", "too short", "fine"), (1, 2, 3, 4))
     good = dataclasses.replace(odd, title="belt", reviews=("holds", "tears", "too short", "fine"))
-    split = encode_split([good, odd], tokenizer, max_prompt=700, max_answer=200)
+    split = encode_split(TASK, [good, odd], tokenizer, max_prompt=700, max_answer=200)
     assert len(split.prompts[1]) <= 700
     shown = tokenizer.decode(split.prompts[1])
     assert "id=r2 tears" in shown and "id=r4 fine" in shown, "the short reviews are whole"
     if where == "review":
         assert len(split.prompts[1]) > 690 and text[:50] in shown
-    assert np.array_equal(split.prompts[0], prompt_ids("belt", good.reviews, tokenizer, False))
+    assert np.array_equal(split.prompts[0], prompt_ids(TASK.prompt(good), tokenizer, False))

@@ -304,7 +304,7 @@ def test_the_manifest_is_complete_and_right(shared):
         assert entry["kind"] in ("model", "tokenizer", "dataset")
         for file in entry["files"]:
             assert file["bytes"] > 0 and len(file["sha256"]) == 64 and int(file["sha256"], 16) >= 0
-            local = next((shared / "data").glob(pathlib.PurePosixPath(file["path"]).name), None)
+            local = next((shared / "data").rglob(pathlib.PurePosixPath(file["path"]).name), None)
             if local is not None:
                 assert hashlib.sha256(local.read_bytes()).hexdigest() == file["sha256"]
     sizes = ("0.6B", "1.7B", "4B", "8B", "14B", "32B")

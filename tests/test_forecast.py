@@ -10,6 +10,7 @@ from listopd_jax.models.config import ModelConfig
 from listopd_jax.models.decoder import Decoder
 from listopd_jax.stages.evaluate import greedy_answers
 from listopd_jax.task.codec import Codec
+from listopd_jax.task.contract import Parsed
 
 LAMBDAS = [0.5, 1.0, 1.7]
 WIDTH = 16  # of the longest sequence, so that it takes one program
@@ -28,7 +29,6 @@ def setting(tmp_path_factory):
     batch = {
         "prompt": rng.integers(2, codec.vocab, (3, 9)).astype(np.int32),
         "prompt_length": np.array([9, 4, 6], np.int32),
-        "scores": np.ones((3, 4), np.float32),
         "index": np.array([5, 3, 3], np.int32),
         "weight": np.array([1, 1, 0], np.float32),
     }
@@ -37,6 +37,10 @@ def setting(tmp_path_factory):
 
 def decoding(codec):
     return dict(max_tokens=6, vocab=codec.vocab, eos=codec.ends, pad=codec.pad)
+
+
+def judge(text, row):
+    return Parsed("ok", (row, text))
 
 
 @nnx.jit
@@ -63,18 +67,25 @@ def test_every_lambda_is_decoded_from_its_own_target(setting):
     decoders, codec, batch = setting
     graphdefs, params = zip(*(nnx.split(d) for d in decoders), strict=True)
     lam = jnp.array(LAMBDAS)
-    columns = greedy_answers(graphdefs, params, jnp.stack([lam, 1 - lam]), [batch], codec, decoding(codec))
+    columns = greedy_answers(
+        graphdefs, params, jnp.stack([lam, 1 - lam]), [batch], codec, decoding(codec), judge
+    )
     assert [[a.index for a in column] for column in columns] == [[5, 3]] * len(LAMBDAS), "no filler rows"
     for value, column in zip(LAMBDAS, columns, strict=True):
         for row, answer in enumerate(column):
             prompt = batch["prompt"][row, : batch["prompt_length"][row]].tolist()
             tokens = target_greedy(decoders, value, prompt, codec, 6)
+            assert answer.parsed.value == (answer.index, answer.text), "judged by its own row"
             assert answer.text == codec.text(tokens) and answer.ended == (tokens[-1] in codec.ends)
 
 
 def test_lambda_one_is_the_teacher(setting):
     decoders, codec, batch = setting
     graphdefs, params = zip(*(nnx.split(d) for d in decoders), strict=True)
-    (target,) = greedy_answers(graphdefs, params, jnp.array([[1.0], [0.0]]), [batch], codec, decoding(codec))
-    (teacher,) = greedy_answers(graphdefs[:1], params[:1], jnp.ones((1, 1)), [batch], codec, decoding(codec))
+    (target,) = greedy_answers(
+        graphdefs, params, jnp.array([[1.0], [0.0]]), [batch], codec, decoding(codec), judge
+    )
+    (teacher,) = greedy_answers(
+        graphdefs[:1], params[:1], jnp.ones((1, 1)), [batch], codec, decoding(codec), judge
+    )
     assert target == teacher

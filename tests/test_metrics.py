@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from sklearn.metrics import ndcg_score
 
+from listopd_jax import config as config_module
 from listopd_jax.errors import UserError
 from listopd_jax.task.contract import Parsed
 from listopd_jax.task.metrics import (
@@ -19,8 +20,18 @@ from listopd_jax.task.metrics import (
     kendall_tau,
     list_metrics,
     ndcg,
-    summarize,
 )
+from listopd_jax.task.metrics import summarize as summarize_task
+from listopd_jax.task.prompt import ListExample
+from listopd_jax.tasks.reviews import Reviews
+
+
+def summarize(lists, gain="linear", **options):
+    """The summary of verdicts and labels by the task of reviews."""
+    settings = config_module.defaults().task
+    settings.ndcg_gain = gain
+    records = [(p, ListExample(str(i), "p", "t", (), tuple(true))) for i, (p, true) in enumerate(lists)]
+    return summarize_task(Reviews(None, settings), records, **options)
 
 
 def random_lists(n, k, seed, distinct=False):

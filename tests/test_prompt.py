@@ -55,7 +55,7 @@ def test_words_survive():
 def test_answer_round_trips_through_the_strict_parser(scores):
     parsed = strict_parse(render_answer(scores), review_ids(len(scores)))
     assert parsed.failure == "ok"
-    assert parsed.scores == tuple(scores)
+    assert parsed.value == tuple(scores)
     assert json.loads(render_answer(scores)) == [
         {"review_id": f"r{i}", "score": s} for i, s in enumerate(scores, 1)
     ]

@@ -5,6 +5,7 @@ import json
 
 import pytest
 
+from listopd_jax import config as config_module
 from listopd_jax.errors import UserError
 from listopd_jax.records import (
     Calibration,
@@ -22,12 +23,16 @@ from listopd_jax.records import (
 from listopd_jax.stages.evaluate import Answer, result_record
 from listopd_jax.task.contract import Parsed
 from listopd_jax.task.metrics import METRICS
+from listopd_jax.task.prompt import ListExample
+from listopd_jax.tasks.reviews import Reviews
 
 HEAD = {"run": "opd_lambda1.2_seed0", "stage": "opd", "lam": 1.2, "seed": 0, "steps": 60}
 ANSWERS = [
-    Answer(0, "[…]", Parsed("ok", (3.0, 1.0)), (3.0, 1.0), ended=False),
-    Answer(1, "?", Parsed("no_json"), (0.0, 2.0)),
+    Answer(0, "[…]", Parsed("ok", (3.0, 1.0)), ended=False),
+    Answer(1, "?", Parsed("no_json")),
 ]
+LISTS = [ListExample(key, "p", "t", ("a", "b"), scores) for key, scores in (("one", (3, 1)), ("two", (0, 2)))]
+TASK = Reviews(None, config_module.defaults().task)
 MADE = Calibration(
     clip=5.0, prompts=2, p_typ=0.9, reasons={"lambda_typ_measured": "b ≥ p"}, intervals={"p_typ": [0.8, 1.0]},
     classes=(ClassRow(token_class="comma", positions=3, lam=1.3),), notes=["two prompts"],
@@ -36,7 +41,7 @@ MADE = Calibration(
 
 
 def test_a_result_has_every_metric_under_its_name_and_comes_back(tmp_path):
-    made = result_record(ANSWERS, HEAD, "linear", bootstrap=20)
+    made = result_record(TASK, LISTS, ANSWERS, HEAD, bootstrap=20)
     write_records(tmp_path / "results.json", [made])
     (saved,) = json.loads((tmp_path / "results.json").read_text())
     assert list(saved)[:7] == ["run", "stage", "lambda", "seed", "steps", "n", "gain"]

@@ -282,7 +282,7 @@ def test_any_part_may_be_absent(tmp_path, part):
 def test_a_policy_without_parsed_lists_shows_dashes(tmp_path):
     bare = {"stage": "opd", "lambda": 1.5, "parse": 0.0}
     text = page(workdir(tmp_path / "run", results=[*sweep({1.0: 0.0}), bare])).text
-    assert "No distilled policy parses a single list" in text
+    assert "No distilled policy parses a single answer" in text
     assert "OPD, λ = 1.5 0.000 – – – – – – – – – –" in text
 
 
@@ -316,13 +316,13 @@ def test_of_one_seed_only_the_longest_training_counts(tmp_path):
     [
         (sweep(CLIFF), "the contract breaks between λ = 1.2 and 1.4"),
         (sweep({1.0: 0.9, 1.5: 0.92, 2.0: 0.95}), "no cliff up to λ = 2"),
-        (sweep({1.0: 0.5, 1.5: 0.4}), "no λ tested keeps the contract in 80 % of lists"),
+        (sweep({1.0: 0.5, 1.5: 0.4}), "no λ tested keeps the contract in 80 % of answers"),
         (sweep({1.0: 0.5, 1.5: 0.9}), "no cliff up to λ = 1.5"),
         (sweep({1.0: 0.9}), "Distillation lifts parse from 30 % to 90 % at λ = 1"),
         (sweep({1.0: 0.96, 1.5: 0.97}, student=0.97), "already parses 97 %: no headroom"),
         (sweep({1.0: 0.5, 1.5: 0.2}, student=0.7), "lowers parse from 70 % to 50 %, even at its best, λ = 1"),
         (sweep({1.0: 0.34, 1.5: 0.2}), "leaves parse near SFT's 30 %, within the intervals (34 % at λ = 1)"),
-        ([record("opd", 1.0, 0.9)], "Distillation parses 90 % of lists at λ = 1"),
+        ([record("opd", 1.0, 0.9)], "Distillation parses 90 % of answers at λ = 1"),
         (
             sweep({1.0: 0.34, 1.5: 0.2}, width=None)[2:] + [record("sft_student", None, 0.3, width=None)],
             "lifts parse",
@@ -339,9 +339,9 @@ def test_the_headline_claims_what_the_numbers_allow(records, says):
         (sweep({1.0: 0.9}), "Only one λ was run, so nothing can be said about where the contract breaks."),
         (sweep({1.0: 0.9, 1.2: 0.78}), "still reaches 80 %: the place is uncertain"),
         (sweep({0.5: 0.6, 1.0: 0.9, 1.2: 0.3}), "The curve is not monotone: λ = 0.5 fell short too."),
-        (sweep(CLIFF), "At λ = 1.4, 75 % of the lists that fail are of one class: K−1 truncation."),
+        (sweep(CLIFF), "At λ = 1.4, 75 % of the answers that fail are of one class: K−1 truncation."),
         (sweep(CLIFF), "what breaks is the format, not the ranking"),
-        (sweep(CLIFF), "greedy decoding of 200 held-out lists, one seed"),
+        (sweep(CLIFF), "greedy decoding of 200 held-out records, one seed"),
         (sweep({1.0: 0.5, 1.5: 0.9}), "λ = 1 fell short."),
     ],
 )
@@ -445,10 +445,14 @@ def test_thresholds_before_training_stand_in_plain_words(tmp_path):
     parsed = page(path)
     text = parsed.text.replace("\u00a0", " ")
     assert parsed.balanced and len(parsed.ids) == len(set(parsed.ids))
-    for part in ("Thresholds before training", "λ*_typ: the clip-safe λ of a typical list", "Only 3 prompts"):
+    for part in (
+        "Thresholds before training",
+        "λ*_typ: the clip-safe λ of a typical answer",
+        "Only 3 prompts",
+    ):
         assert part in text
     assert f"{calibration()['lambda_typ_measured']:.3f}" in text and "comma 4 4 0.9985" in text
-    assert "Structural tokens flip in 33 % of lists below λ = 1.2, in 100 % below λ = 3" in text
+    assert "Structural tokens flip in 33 % of answers below λ = 1.2, in 100 % below λ = 3" in text
     spoken = [value for name, value in parsed.attributes if name == "aria-label" and "mode flip" in value]
     assert "λ*_safe, b measured at" in spoken[0]
     assert write_report(path).read_text("utf-8") == write_report(path).read_text("utf-8")
@@ -461,7 +465,7 @@ def test_the_parse_figure_shows_budgets_and_predictions(tmp_path):
     found = {"lambda_typ_measured": 1.3, "lambda_typ_implied": 7.0, "flips": flips, "curve": []}
     found = Calibration.from_json(found, "this calibration")
     shown = [(one.name, one.points[0].lam) for one in predicted(found, last=1.4)]
-    assert shown == [("λ*_typ, b measured", 1.3), ("λ_flip of half the lists", 1.25)]
+    assert shown == [("λ*_typ, b measured", 1.3), ("λ_flip of half the answers", 1.25)]
     assert predicted(None, last=1.4) == []
     assert list(findings.shorter_budgets(read(sweep(CLIFF) + short))) == [10]
     assert findings.shorter_budgets(read(sweep(CLIFF))) == {}

@@ -17,7 +17,7 @@ ARROWS = {
     "export": "config stages report models lifecycle errors",
     "evaluate": "main config stages report parallel errors",
     "main": "stages config report parallel records lifecycle files errors",
-    "stages": "config train rollout models ops parallel data task records theory lifecycle metrics_log files "
+    "stages": "config train rollout models ops parallel tasks data task records theory lifecycle metrics_log files "
     "rounding errors",
     "config": "models files errors",
     "train": "rollout models ops parallel metrics_log lifecycle files errors",
@@ -27,6 +27,7 @@ ARROWS = {
     "simulate": "ops theory files errors",
     "ops": "parallel rounding errors",
     "parallel": "files rounding errors",
+    "tasks": "data task files errors",
     "data": "task metrics_log files rounding errors",
     "task": "errors",
     "records": "files errors",

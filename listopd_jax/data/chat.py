@@ -1,12 +1,14 @@
-"""The chat template of a tokenizer: one user turn as the prompt, and templates that would spoil every prompt."""
+"""The chat template of a tokenizer: turns as the prompt, and templates that would spoil every prompt."""
 
 import datetime
 import re
+from collections.abc import Sequence
 
 import transformers
 
 from listopd_jax.data.control import control_ids
 from listopd_jax.errors import UserError, one_line
+from listopd_jax.task.protocol import Message
 
 DATE = "2024-07-26"
 """What a template that asks is told today's date is: prompts must not change overnight."""
@@ -20,18 +22,23 @@ _FIX = "mend chat_template.jinja or set task.chat_template=False"
 _DIRECTIVES = "a A b B c d e H I j m M p S U w x X y Y Z -d -m".split()
 
 
-def chat_prompt(message: str, tokenizer: transformers.PreTrainedTokenizerBase, date: str = DATE) -> str:
-    """`message` as one user turn, the assistant's turn opened and thinking switched off; `date` is an ISO date.
+def chat_prompt(
+    turns: Sequence[Message], tokenizer: transformers.PreTrainedTokenizerBase, date: str = DATE
+) -> str:
+    """`turns` with the assistant's turn opened and thinking switched off; `date` is an ISO date.
 
-    Raises UserError, which names the tokenizer: it has no template, or one that fails, leaves out the message, or
+    Raises UserError, which names the tokenizer: it has no template, or one that fails, leaves out a message, or
     opens a thought and does not close it.
     """
-    text = _render([{"role": "user", "content": message}], tokenizer, date, add_generation_prompt=True)
-    _, found, tail = text.rpartition(message.strip())
-    if not found:
-        raise UserError(
-            f"{tokenizer.name_or_path}: its chat template leaves out or changes the user's message; {_FIX}"
-        )
+    text = _render(turns, tokenizer, date, add_generation_prompt=True)
+    tail = text
+    for turn in turns:
+        _, found, tail = text.rpartition(turn["content"].strip())
+        if not found:
+            raise UserError(
+                f"{tokenizer.name_or_path}: its chat template leaves out or changes the {turn['role']}'s message; "
+                f"{_FIX}"
+            )
     thoughts = list(_THOUGHT.finditer(tail))
     if thoughts and not thoughts[-1]["closing"]:
         raise UserError(
@@ -39,6 +46,11 @@ def chat_prompt(message: str, tokenizer: transformers.PreTrainedTokenizerBase, d
             f"not close it, so every answer would be a thought; {_FIX}"
         )
     return text
+
+
+def role_lines(turns: Sequence[Message]) -> str:
+    """`turns` as lines of roles, the assistant's opened: how messages are put to a model without a chat template."""
+    return "".join(f"{turn['role']}: {turn['content']}\n" for turn in turns) + "assistant:\n"
 
 
 def turn_ends(tokenizer: transformers.PreTrainedTokenizerBase) -> list[int]:
@@ -56,7 +68,7 @@ def turn_ends(tokenizer: transformers.PreTrainedTokenizerBase) -> list[int]:
     return [i for i in after if i in control_ids(tokenizer)]
 
 
-def _render(turns: list[dict[str, str]], tokenizer, date: str, **options: bool) -> str:
+def _render(turns: Sequence[Message], tokenizer, date: str, **options: bool) -> str:
     name = tokenizer.name_or_path
     if not tokenizer.chat_template:
         raise UserError(
@@ -64,7 +76,7 @@ def _render(turns: list[dict[str, str]], tokenizer, date: str, **options: bool) 
         )
     try:
         return tokenizer.apply_chat_template(
-            turns,
+            list(turns),
             chat_template=_dated(tokenizer.get_chat_template(), datetime.date.fromisoformat(date)),
             tokenize=False,
             enable_thinking=False,

@@ -1,16 +1,17 @@
 """Examples to batches: prompts and answers as ids, prompts in length buckets, a resumable iterator.
 
-A batch is a dict of arrays (B rows, P the bucket, T the split's answer width, K reviews a list):
-prompt int32 [B,P] and answer int32 [B,T], right-padded with the pad id; prompt_length and answer_length
-int32 [B] (the answer's counts its EOS); scores float32 [B,K]; index int32 [B], the row in the split; weight
-float32 [B], 0 for the rows that only fill up the last evaluation batch.
+A batch is a dict of arrays (B rows, P the bucket, T the split's answer width): prompt int32 [B,P] and answer int32
+[B,T], right-padded with the pad id; prompt_length and answer_length int32 [B] (the answer's counts its EOS); index
+int32 [B], the row in the split; weight float32 [B], 0 for the rows that only fill up the last evaluation batch.
 """
 
 import dataclasses
 import functools
+import itertools
+import random
 import sys
 from collections.abc import Callable, Collection, Iterator, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import grain
 import numpy as np
@@ -18,13 +19,13 @@ import transformers
 from absl import logging
 from jaxtyping import Float32, Int, Int32, Int64
 
-from listopd_jax.data.chat import DATE, chat_prompt
+from listopd_jax.data.chat import DATE, chat_prompt, role_lines
 from listopd_jax.data.control import spell_out
-from listopd_jax.data.reviews import first_words, hash64
+from listopd_jax.data.reviews import hash64
 from listopd_jax.errors import UserError
 from listopd_jax.metrics_log import progress
 from listopd_jax.rounding import round_up
-from listopd_jax.task.prompt import ListExample, render_answer, render_prompt, review_ids
+from listopd_jax.task.protocol import Prompt, Task
 
 WIDTH_MULTIPLE = 64  # of prompts
 
@@ -32,13 +33,9 @@ Batch = dict[str, np.ndarray]
 
 
 class AnswerNoise(NamedTuple):
-    """Shares of SFT answers that break the contract: both are failures that EC's SFT models have (EC §5).
+    """Shares of SFT answers that are broken, each by one corruption of the task: names and shares, in order."""
 
-    truncation: a well-formed list of K−1 objects. duplicate: the last object repeats the id before it.
-    """
-
-    truncation: float = 0.0
-    duplicate: float = 0.0
+    shares: tuple[tuple[str, float], ...] = ()
     seed: int = 0
 
 
@@ -51,7 +48,6 @@ class EncodedSplit:
 
     prompts: tuple[Int32[np.ndarray, " _"], ...]
     answers: tuple[Int32[np.ndarray, " _"], ...]
-    scores: Float32[np.ndarray, "N K"]
     pad_id: int
 
     @functools.cached_property
@@ -65,7 +61,8 @@ class EncodedSplit:
 
 
 def encode_split(
-    examples: Sequence[ListExample],
+    task: Task,
+    records: Sequence[Any],
     tokenizer: transformers.PreTrainedTokenizerBase,
     *,
     max_prompt: int,
@@ -76,60 +73,66 @@ def encode_split(
 ) -> EncodedSplit:
     """Encode prompts and SFT answers.
 
-    A prompt above `max_prompt` tokens has its reviews cut to the largest number of words with which it
-    fits, or of characters if one of them is a single long word; the list and its answer stay whole. With
-    `chat_template` the prompt is one user turn with the assistant's turn opened and thinking switched off, on
-    `chat_date`. `ends` are the ids besides EOS that end a turn.
+    A record whose prompt is above `max_prompt` tokens is cut as its task says, to the largest size that fits; its
+    answer stays whole. With `chat_template` the assistant's turn is opened and thinking switched off, on `chat_date`.
+    `ends` are the ids besides EOS that end a turn. A record without an answer has EOS alone.
 
     Raises:
       UserError: no chat template though one is asked for, or an unfit one; a prompt that ends in EOS or cannot be cut
-        enough; an answer above `max_answer` tokens (EOS included).
+        enough; an answer above `max_answer` tokens (EOS included), or that the tokenizer cannot spell.
     """
-    to_ids = functools.partial(
-        prompt_ids, tokenizer=tokenizer, chat_template=chat_template, chat_date=chat_date
-    )
+
+    def to_ids(record: Any) -> np.ndarray:
+        return prompt_ids(task.prompt(record), tokenizer, chat_template, chat_date)
+
     prompts, answers = [], []
-    for example in progress(examples, "encoding lists"):
-        ids = to_ids(example.title, example.reviews)
-        if len(ids) > max_prompt:
-            ids = _cut_prompt(example, to_ids, max_prompt)
-        prompts.append(ids)
-        answers.append(answer_ids(example, tokenizer))
+    for record in progress(records, f"encoding {task.name}"):
+        ids = to_ids(record)
+        prompts.append(ids if len(ids) <= max_prompt else _cut_prompt(task, record, to_ids, max_prompt))
+        answers.append(answer_ids(task, record, tokenizer))
     _check_open(prompts[0], tokenizer, {tokenizer.eos_token_id, *ends}, chat_template)
-    longest = max(map(len, answers))
-    if longest > max_answer:
-        raise UserError(
-            f"an answer takes {longest} tokens, above task.max_response={max_answer}; raise it or lower task.k"
-        )
-    scores = np.array([example.scores for example in examples], np.float32)
-    return EncodedSplit(tuple(prompts), tuple(answers), scores, tokenizer.pad_token_id)
+    _check_answers(task, records, answers, tokenizer, max_answer)
+    return EncodedSplit(tuple(prompts), tuple(answers), tokenizer.pad_token_id)
 
 
 def with_noise(
     split: EncodedSplit,
-    examples: Sequence[ListExample],
+    task: Task,
+    records: Sequence[Any],
     tokenizer: transformers.PreTrainedTokenizerBase,
     noise: AnswerNoise,
 ) -> EncodedSplit:
-    """The encoded `examples` with a share of their answers broken by `noise`; the prompts are the same arrays."""
-    answers = tuple(answer_ids(example, tokenizer, noise) for example in examples)
+    """The encoded `records` with a share of their answers broken by `noise`; the prompts are the same arrays."""
+    answers = tuple(answer_ids(task, record, tokenizer, noise) for record in records)
     return dataclasses.replace(split, answers=answers)
 
 
+def rows_of(split: EncodedSplit, rows: Sequence[int]) -> EncodedSplit:
+    """The split with `rows` alone; itself if that are all."""
+    if len(rows) == len(split.prompts):
+        return split
+    return EncodedSplit(
+        tuple(split.prompts[i] for i in rows), tuple(split.answers[i] for i in rows), split.pad_id
+    )
+
+
 def prompt_ids(
-    title: str,
-    reviews: Sequence[str],
+    prompt: Prompt,
     tokenizer: transformers.PreTrainedTokenizerBase,
     chat_template: bool,
     chat_date: str = DATE,
 ) -> Int32[np.ndarray, " prompt"]:
-    """Ids of the rendered prompt; without a chat template, with the BOS that some tokenizers add.
+    """Ids of a prompt: a text is one user turn; without a chat template with the BOS that some tokenizers add.
 
-    No title or review gives a control token: what spells one is broken up.
+    Nothing in it gives a control token: what spells one is broken up. Without a chat template a text stands as it is,
+    and messages are lines of roles.
     """
-    text = spell_out(render_prompt(title, reviews), tokenizer)
+    turns = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+    turns = [{**turn, "content": spell_out(turn["content"], tokenizer)} for turn in turns]
     if chat_template:
-        text = chat_prompt(text, tokenizer, chat_date)
+        text = chat_prompt(turns, tokenizer, chat_date)
+    else:
+        text = turns[0]["content"] if isinstance(prompt, str) else role_lines(turns)
     return np.array(tokenizer(text, add_special_tokens=not chat_template)["input_ids"], np.int32)
 
 
@@ -147,56 +150,66 @@ def _check_open(
         raise UserError(f"{tokenizer.name_or_path}: prompts end in EOS {tokenizer.decode([last])!r}; {fix}")
 
 
+def _check_answers(
+    task: Task, records: Sequence[Any], answers: Sequence[np.ndarray], tokenizer, max_answer: int
+) -> None:
+    """UserError for a right answer that is too long, or whose ids spell what the contract fails."""
+    longest = max(map(len, answers))
+    if longest > max_answer:
+        raise UserError(
+            f"an answer takes {longest} tokens, above task.max_response={max_answer}; raise it or make answers shorter"
+        )
+    for record, ids in zip(records, answers, strict=True):
+        text = tokenizer.decode(ids[:-1], skip_special_tokens=False, clean_up_tokenization_spaces=False)
+        if task.answer(record) is not None and not (parsed := task.parse(text, record)).ok:
+            raise UserError(
+                f"{record.key}: its right answer comes back from the tokenizer as {' '.join(text.split())[:60]!r}, "
+                f"which fails the contract ({parsed.failure}); correct it, or choose another tokenizer"
+            )
+
+
 def answer_ids(
-    example: ListExample, tokenizer: transformers.PreTrainedTokenizerBase, noise: AnswerNoise = NO_NOISE
+    task: Task, record: Any, tokenizer: transformers.PreTrainedTokenizerBase, noise: AnswerNoise = NO_NOISE
 ) -> Int32[np.ndarray, " answer"]:
-    """Ids of the right answer, or of one that `noise` broke, and EOS."""
-    text = noisy_answer(example, noise)
+    """Ids of the right answer, or of one that `noise` broke, and EOS; EOS alone where there is no answer."""
+    text = noisy_answer(task, record, noise) or ""
     return np.array(
         [*tokenizer(text, add_special_tokens=False)["input_ids"], tokenizer.eos_token_id], np.int32
     )
 
 
-def noisy_answer(example: ListExample, noise: AnswerNoise) -> str:
-    """The right answer, or one that breaks the contract in a way that EC's SFT models do.
+def noisy_answer(task: Task, record: Any, noise: AnswerNoise) -> str | None:
+    """The right answer, or one that a corruption of the task broke; None where there is no answer.
 
-    Which examples are broken depends on their key and `noise.seed` alone, so it is the same in every epoch.
+    Which records are broken depends on their key and `noise.seed` alone, so it is the same in every epoch.
     """
-    draw = hash64(example.key, str(noise.seed)) / 2**64
-    if draw < noise.truncation:
-        return render_answer(example.scores[:-1])
-    answer = render_answer(example.scores)
-    if draw < noise.truncation + noise.duplicate:
-        before, last = review_ids(len(example.scores))[-2:]
-        return answer.replace(f'"{last}"', f'"{before}"')
-    return answer
+    right, seed = task.answer(record), hash64(record.key, str(noise.seed))
+    names, shares = zip(*noise.shares, strict=True) if noise.shares else ((), ())
+    ends = zip(names, itertools.accumulate(shares), strict=True)
+    name = next((name for name, end in ends if seed / 2**64 < end), None)
+    broken = right is not None and name is not None
+    return task.corruptions[name](record, random.Random(seed)) if broken else right
 
 
-def rendered(examples: Sequence[ListExample]) -> Iterator[str]:
-    """Prompts and answers as text: what a tokenizer for these examples is trained on."""
-    for example in examples:
-        yield render_prompt(example.title, example.reviews)
-        yield render_answer(example.scores)
+def rendered(task: Task, records: Sequence[Any]) -> Iterator[str]:
+    """Prompts and answers as text: what a tokenizer for these records is trained on."""
+    for record in records:
+        prompt, answer = task.prompt(record), task.answer(record)
+        yield prompt if isinstance(prompt, str) else role_lines(prompt)
+        if answer is not None:
+            yield answer
 
 
 def _cut_prompt(
-    example: ListExample, to_ids: Callable[..., np.ndarray], max_prompt: int
+    task: Task, record: Any, to_ids: Callable[[Any], np.ndarray], max_prompt: int
 ) -> Int32[np.ndarray, " prompt"]:
-    """The prompt with reviews of as many words as fit; if not even one does, of as many characters, the title too."""
-
-    def words(count: int) -> np.ndarray:
-        return to_ids(example.title, [first_words(r, count) for r in example.reviews])
-
-    def characters(count: int) -> np.ndarray:
-        return to_ids(example.title[:count], [r[:count] for r in example.reviews])
-
-    longest = max(map(len, (example.title, *example.reviews)))
-    for cut, most in ((words, max(r.count(" ") + 1 for r in example.reviews)), (characters, longest)):
-        if fits := _most_that_fit(lambda n, cut=cut: len(cut(n)) <= max_prompt, most):
-            return cut(fits)
+    """The prompt of the record cut in the first of its task's ways that makes it fit, to the largest size."""
+    for cut, whole in task.shortened(record):
+        if fits := _most_that_fit(lambda n, cut=cut: len(to_ids(cut(n))) <= max_prompt, whole):
+            return to_ids(cut(fits))
     raise UserError(
-        f"list {example.key}: its prompt is above task.max_prompt={max_prompt} tokens even with one character a "
-        "review; raise it or lower task.k"
+        f"{task.name} {record.key}: its prompt takes {len(to_ids(record))} tokens, above task.max_prompt={max_prompt}, "
+        "and cannot be cut to fit; raise it or make the prompt shorter"
     )
 
 
@@ -315,7 +328,6 @@ def make_batch(
         "prompt_length": split.prompt_lengths[rows],
         "answer": _pad(answers, split.answer_width, split.pad_id),
         "answer_length": np.array([len(a) for a in answers], np.int32),
-        "scores": split.scores[rows],
         "index": rows.astype(np.int32),
         "weight": weight,
     }

@@ -150,7 +150,7 @@ def _check_answer(tokenizer: transformers.PreTrainedTokenizerBase, path: str | o
     scores = tuple(range(11))
     ids = tokenizer(render_answer(scores), add_special_tokens=False)["input_ids"]
     text = tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
-    if strict_parse(text, review_ids(len(scores))).scores != scores:
+    if strict_parse(text, review_ids(len(scores))).value != scores:
         raise UserError(
             f"{path}: this tokenizer cannot spell the answers: the right one comes back from its ids as "
             f"{' '.join(text.split())[:60]!r}; use a model whose vocabulary has {{, }}, [, ] and digits"

@@ -84,6 +84,8 @@ def parse(argv: list[str]) -> tuple[Any, Topology, Load]:
 
 def _tokens(config: Any) -> tuple[float, float]:
     limits = config.task.max_prompt, config.task.max_response
+    if not limits[1]:
+        raise UserError("task.max_response=0: follows the answers, which the planner does not read; set it")
     try:
         prompt, response = map(float, _TOKENS.value.split(","))
     except ValueError:

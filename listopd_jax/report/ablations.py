@@ -4,7 +4,7 @@
 
 A run is a workdir of main; its name is the folder's. Numbers are means over seeds ± their standard deviation. The
 figure draws parse against λ at every budget, the untrained forecast, and where EC Eq. 4 (between the measured and the
-implied b) and the flip (its median over lists) put the threshold.
+implied b) and the flip (its median over answers) put the threshold.
 """
 
 import math
@@ -42,7 +42,7 @@ def mean_and_deviation(values: Iterable[float | None]) -> str:
 
 
 def truncated(record: Result) -> float:
-    """Share of the lists that end after K−1 objects."""
+    """Share of the answers that end after K−1 objects."""
     return record.failures.get("truncated_k_minus_1", 0) / max(1, record.n or 0)
 
 
@@ -116,7 +116,7 @@ def _thresholds(calibration: Calibration | None) -> list[tuple[float, float, str
     ends = [calibration.lambda_typ_measured, calibration.lambda_typ_implied]
     bands = [(min(ends), max(ends), "#b0569a", "Eq. 4")] if None not in ends else []
     medians = [flip.percentile_50 for flip in calibration.flips if flip.positions == "structural"]
-    return bands + [(m, m, "#007a5e", "flip, half of the lists") for m in medians if m is not None]
+    return bands + [(m, m, "#007a5e", "flip, half of the answers") for m in medians if m is not None]
 
 
 def _legend(figure) -> tuple[list, list]:

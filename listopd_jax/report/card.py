@@ -5,7 +5,7 @@ from typing import Any
 
 from listopd_jax.records import Calibration, Result
 from listopd_jax.report.findings import policy_name
-from listopd_jax.report.inputs import METRICS, Inputs
+from listopd_jax.report.inputs import Inputs, metric_columns
 from listopd_jax.report.threshold_section import flip_text, main_numbers
 from listopd_jax.report.wording import decimal, fact, interval, markdown, visible
 
@@ -18,10 +18,10 @@ tags:
 ---"""
 
 FIELDS = (
-    "data.source data.path data.labels task.k task.max_review_words task.chat_template "
+    "task.name task.file task.schema data.source data.path data.labels task.k task.max_review_words task.chat_template "
     "student.weights student.architecture teacher.weights teacher.architecture"
 ).split()
-SFT_FIELDS = "lr batch_size truncation_rate duplicate_rate".split()
+SFT_FIELDS = "lr batch_size noise".split()
 OPD_FIELDS = (
     "ratio advantage normalize estimator aggregate clip ppo_clip guard.margin guard.fallback lr batch_size rollouts "
     "temperature updates_per_batch kl_to_base entropy_bonus lambda_warmup_steps"
@@ -36,34 +36,47 @@ def model_card(config: Any, inputs: Inputs, record: Result) -> str:
     parts = [
         FRONT,
         f"# {_text(record.run)}",
-        f"{_text(policy_name(*record.policy))}: made by listopd_jax to score K reviews of one product as "
-        '`[{"review_id":"r1","score":7},…]`. Prompts are those of `listopd_jax/task/prompt.py`. The licence is that of '
-        "the weights and data that it was made from.",
-        _metrics(record),
+        f"{_text(policy_name(*record.policy))}: made by listopd_jax {_purpose(inputs)} The licence is that of the "
+        "weights and data that it was made from.",
+        _metrics(record, inputs),
         *([] if inputs.calibration is None else [_thresholds(inputs.calibration)]),
         _making(config, inputs, record),
     ]
     return "\n\n".join(parts) + "\n"
 
 
-def _metrics(record: Result) -> str:
-    rows = [
-        (name, decimal(record.metric(metric)), interval(record.intervals.get(metric), to=" to "))
-        for metric, name in METRICS.items()
-    ]
-    lead = (
-        f"Greedy decoding of {fact(record.n)} held-out lists; strict parse: exactly K objects, each naming one "
-        "distinct review, each with a finite score. Useful is parse · NDCG@1; NDCG, Kendall τ and MAE are over lists "
-        "that parse."
+def _purpose(inputs: Inputs) -> str:
+    if task := inputs.data.get("task"):
+        return f"for the task {_text(str(task))}."
+    return (
+        'to score K reviews of one product as `[{"review_id":"r1","score":7},…]`. Prompts are those of '
+        "`listopd_jax/task/prompt.py`."
     )
-    table = markdown(("metric", "value", "95 % interval over lists"), rows)
+
+
+def _contract(inputs: Inputs) -> str:
+    if "task" in inputs.data:
+        return f"the whole answer holds the task’s contract. Useful is {_text(inputs.useful)}."
+    return (
+        "exactly K objects, each naming one distinct review, each with a finite score. Useful is parse · NDCG@1; NDCG, "
+        "Kendall τ and MAE are over answers that parse."
+    )
+
+
+def _metrics(record: Result, inputs: Inputs) -> str:
+    rows = [
+        (_text(name), decimal(record.metric(metric)), interval(record.intervals.get(metric), to=" to "))
+        for metric, name in metric_columns([record]).items()
+    ]
+    lead = f"Greedy decoding of {fact(record.n)} held-out records; strict parse: {_contract(inputs)}"
+    table = markdown(("metric", "value", "95 % interval over answers"), rows)
     return f"## What it does\n\n{lead}\n\n{table}"
 
 
 def _thresholds(found: Calibration) -> str:
     rows = [*main_numbers(found)]
     for row in found.flips:
-        flips = f"λ at which half of the lists first flip, {_text(row.positions)} tokens"
+        flips = f"λ at which half of the answers first flip, {_text(row.positions)} tokens"
         rows.append((flips, flip_text(row.percentile_50), ""))
     lead = (
         "Read off teacher and base before any update: p is the teacher's probability of its own token, b the base's, "
@@ -78,7 +91,8 @@ def _making(config: Any, inputs: Inputs, record: Result) -> str:
     fields = [*FIELDS, *(f"{section}.{name}" for name in names)]
     values = {name: functools.reduce(getattr, name.split("."), config) for name in fields}
     facts = {"λ": record.lam, "seed": record.seed, "steps": record.steps} | values
-    facts |= {f"lists, {split}": n for split, n in _object(inputs.data.get("lists")).items()}
+    counts = _object(inputs.data.get("lists") or inputs.data.get("records"))
+    facts |= {f"records, {split}": n for split, n in counts.items()}
     facts |= {name: inputs.data.get(key) for name, key in (("labels", "labels"), ("data", "fingerprint"))}
     facts |= {"code revision": inputs.config.get("revision"), **_object(inputs.config.get("versions"))}
     rows = [(_text(name), _text(fact(value))) for name, value in facts.items() if value not in (None, "")]

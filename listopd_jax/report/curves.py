@@ -36,7 +36,7 @@ class Group(NamedTuple):
 
 
 OPD_PANELS = (
-    Panel("parse", "Strict parse of the samples", "share of lists", (-0.03, 1.03)),
+    Panel("parse", "Strict parse of the samples", "share of answers", (-0.03, 1.03)),
     Panel("loss", "OPD loss", "loss"),
     Panel("reverse_kl", "Reverse KL to the teacher", "nats a token"),
     Panel("advantage_structural", "Advantage, structural tokens", "nats a token"),

@@ -1,7 +1,7 @@
 """What the evaluated policies say, in numbers and plain words: who parses, which λ is best, where it broke.
 
 Pure functions of the records of results.json (one per policy, seed and budget). A sentence claims no more
-than the 95 % intervals over lists allow, and says when there is nothing to claim.
+than the 95 % intervals over answers allow, and says when there is nothing to claim.
 """
 
 import statistics
@@ -26,8 +26,9 @@ STAGES = {
     "opd": "OPD",
     EVALUATE: "checkpoint",
 }
+OK = "ok"  # the class of an answer that holds its contract
 FAILURES = {
-    "ok": "parses",
+    OK: "parses",
     "no_json": "no JSON",
     "truncated_k_minus_1": "K−1 truncation",
     "wrong_length": "wrong length",
@@ -64,12 +65,12 @@ class Policy:
         return mean(record.metric(metric) for record in self.records)
 
     def interval(self, metric: str) -> tuple[float, float] | None:
-        """95 % bootstrap interval over lists, its ends averaged over the seeds; None if there is none."""
+        """95 % bootstrap interval over answers, its ends averaged over the seeds; None if there is none."""
         ends = [record.intervals[metric] for record in self.records if record.intervals.get(metric)]
         return (mean(low for low, _ in ends), mean(high for _, high in ends)) if ends else None
 
     def failure_shares(self) -> dict[str, float]:
-        """Share of the lists of all seeds in each failure class, 'ok' among them."""
+        """Share of the answers of all seeds in each failure class, 'ok' among them."""
         counts = defaultdict(float)
         for record in self.records:
             for failure, count in record.failures.items():
@@ -166,7 +167,7 @@ def headline(found: Findings) -> str:
     if found.checkpoints:
         best = max(found.checkpoints, key=_usefulness)
         among = f", the most useful of {len(found.checkpoints)}," if len(found.checkpoints) > 1 else ""
-        return f"The {best.name}{among} parses {percent(best.mean('parse'))} of lists"
+        return f"The {best.name}{among} parses {percent(best.mean('parse'))} of answers"
     return "No policy has been evaluated yet"
 
 
@@ -177,7 +178,7 @@ def sentences(found: Findings) -> list[str]:
 
 
 def only_format_breaks(found: Findings) -> bool:
-    """Whether the contract broke while NDCG@1 of the lists that parse stayed within FLAT over λ."""
+    """Whether the contract broke while NDCG@1 of the answers that parse stayed within FLAT over λ."""
     values = _parsed_ndcg(found)
     return found.cliff.first_broken is not None and len(values) > 1 and max(values) - min(values) < FLAT
 
@@ -217,9 +218,9 @@ def _compare(a: Policy, b: Policy) -> int:
 def _lift(student: Policy | None, best: Policy) -> str:
     after, where = percent(best.mean("parse")), at(best.lam)
     if best.mean("parse") == 0:
-        return "No distilled policy parses a single list"
+        return "No distilled policy parses a single answer"
     if student is None or student.mean("parse") is None:
-        return f"Distillation parses {after} of lists at {where}"
+        return f"Distillation parses {after} of answers at {where}"
     before = percent(student.mean("parse"))
     change = _compare(best, student)
     if change > 0:
@@ -236,7 +237,7 @@ def _break(found: Findings) -> str:
     if len(found.opd) == 1 or found.best.mean("parse") == 0:
         return ""
     if last is None:
-        return f"; no λ tested keeps the contract in {percent(CONTRACT_HOLDS)} of lists"
+        return f"; no λ tested keeps the contract in {percent(CONTRACT_HOLDS)} of answers"
     if first is None:
         return f"; no cliff up to {at(last.lam)}"
     return f"; the contract breaks between {at(last.lam)} and {number(first.lam)}"
@@ -246,7 +247,7 @@ def _sft(found: Findings) -> str:
     trained = [("the teacher", found.teacher), ("the student, which is also the base,", found.student)]
     known = [(who, policy.mean("parse")) for who, policy in trained if policy is not None]
     parts = [f"{who} parses {percent(parse)}" for who, parse in known if parse is not None]
-    return f"After SFT, {' and '.join(parts)} of lists." if parts else ""
+    return f"After SFT, {' and '.join(parts)} of answers." if parts else ""
 
 
 def _best(found: Findings) -> str:
@@ -255,12 +256,14 @@ def _best(found: Findings) -> str:
         return ""
     text = (
         f"The most useful distilled policy is {at(best.lam)}: useful {best.mean('useful'):.3f} "
-        f"(a failed list counts 0), parse {percent(best.mean('parse'))}."
+        f"(a failed answer counts 0), parse {percent(best.mean('parse'))}."
     )
     if student is not None and student.mean("useful") is not None:
         text += f" The SFT student’s useful is {student.mean('useful'):.3f}."
     return text + (
-        " It was chosen on the lists that score it, which flatters it a little." if len(found.opd) > 1 else ""
+        " It was chosen on the records that score it, which flatters it a little."
+        if len(found.opd) > 1
+        else ""
     )
 
 
@@ -305,7 +308,7 @@ def _lambdas(some: Sequence[Policy]) -> str:
 
 def _main_failure(policy: Policy) -> str:
     failure, share = main_failure(policy) or ("", 0.0)
-    of_all = f"{percent(share)} of the lists that fail are of one class: {failure}"
+    of_all = f"{percent(share)} of the answers that fail are of one class: {failure}"
     return f" At {at(policy.lam)}, {of_all}." if failure else ""
 
 
@@ -313,7 +316,9 @@ def _ranking(found: Findings) -> str:
     values = _parsed_ndcg(found)
     if len(values) < 2:
         return ""
-    spread = f"NDCG@1 on the lists that parse lies between {min(values):.3f} and {max(values):.3f} over all λ"
+    spread = (
+        f"NDCG@1 on the answers that parse lies between {min(values):.3f} and {max(values):.3f} over all λ"
+    )
     return spread + (": what breaks is the format, not the ranking." if only_format_breaks(found) else ".")
 
 
@@ -341,7 +346,7 @@ def _evidence(found: Findings) -> str:
         return ""
     seeds = len({r.seed for p in found.opd for r in p.records})
     lists = f"{sizes[0]}" if len(sizes) == 1 else f"{sizes[0]} to {sizes[-1]}"
-    text = f"Evidence: greedy decoding of {lists} held-out lists"
+    text = f"Evidence: greedy decoding of {lists} held-out records"
     if seeds == 1:
         return text + ", one seed: how much another seed would differ is not known."
     return text + (f", {seeds} seeds." if seeds else ".")

@@ -34,7 +34,9 @@ METRICS = {
     "mae": "MAE",
     "ended": "ends",
 }
-"""The metrics of a record and their names."""
+"""The metrics that the report has names for."""
+USEFUL = "parse · NDCG@1"
+"""What useful is where the data report does not say: of reviews."""
 
 _Json = Mapping[str, Any]
 
@@ -61,12 +63,33 @@ class Inputs:
         return findings.policies(self.results)
 
     @cached_property
+    def metrics_shown(self) -> dict[str, str]:
+        """The metrics that the records have, and their names."""
+        return metric_columns(self.results)
+
+    @property
+    def useful(self) -> str:
+        """What useful is."""
+        return str(self.data.get("useful", USEFUL))
+
+    @cached_property
     def colours(self) -> dict[float, str]:
         """λ -> colour, the same in every figure."""
         logged = [row.get("lambda") for row in self.metrics if row.get("stage") == "opd"]
         found = {r.lam for r in self.results if r.stage == "opd"} | set(filter(is_number, logged))
         lams = sorted(found - {None})
         return dict(zip(lams, plots.lambda_colours(len(lams)), strict=True))
+
+
+def metric_columns(results: Sequence[Result]) -> dict[str, str]:
+    """The metrics of some records and their names: those of METRICS that they count, then those of their task alone."""
+    counted = dict.fromkeys(name for record in results for name in record.counted)
+    if not counted:
+        return METRICS
+    named = {metric: name for metric, name in METRICS.items() if metric in counted}
+    return (
+        named | {metric: metric for metric in counted if metric not in METRICS} | {"ended": METRICS["ended"]}
+    )
 
 
 def read_inputs(workdir: str | pathlib.Path) -> Inputs:

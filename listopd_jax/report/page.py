@@ -38,7 +38,7 @@ class Plot:
 
 @dataclass(frozen=True)
 class Example:
-    """One decoded list, its texts cut to a length that can be read."""
+    """One decoded answer, its texts cut to a length that can be read."""
 
     policy: str
     failure: str

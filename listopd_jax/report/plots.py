@@ -162,10 +162,10 @@ def versus_lambda(
 def failure_bars(
     rows: Sequence[tuple[str, Mapping[str, float]]], names: Mapping[str, str], *, description: str
 ) -> str:
-    """One bar a policy, from top to bottom, split by the share of its lists in each failure class.
+    """One bar a policy, from top to bottom, split by the share of its answers in each failure class.
 
     Args:
-      rows: (name of the policy, share of its lists by class) each.
+      rows: (name of the policy, share of its answers by class) each.
       names: class -> its name in the legend; bars are stacked in this order.
     """
     with matplotlib.rc_context(_STYLE):
@@ -185,7 +185,7 @@ def failure_bars(
                 label=name,
             )
             starts = [start + share for start, share in zip(starts, shares, strict=True)]
-        axes.set(xlim=(0, 1), ylim=(len(rows) - 0.4, -0.6), xlabel="share of lists")
+        axes.set(xlim=(0, 1), ylim=(len(rows) - 0.4, -0.6), xlabel="share of answers")
         axes.set_yticks(range(len(rows)), [name for name, _ in rows])
         axes.xaxis.set_major_formatter(_PERCENT)
         axes.grid(False, axis="y")

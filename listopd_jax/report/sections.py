@@ -16,6 +16,7 @@ from markupsafe import Markup
 from listopd_jax.records import Example, Result
 from listopd_jax.report import findings, page, plots
 from listopd_jax.report.curves import opd_section, sft_section
+from listopd_jax.report.errors_section import errors_section
 from listopd_jax.report.findings import FAILURES, Findings, Policy
 from listopd_jax.report.inputs import METRICS, Inputs
 from listopd_jax.report.page import Cell, Listing, Plot, Section, Table
@@ -60,7 +61,7 @@ def contract_section(inputs: Inputs) -> Section:
     if not found.opd:
         return Section("contract", title, "No distilled policy has been evaluated yet.")
     lead = (
-        "A dot is one seed, its bar the 95 % interval over lists; the line joins the means. "
+        "A dot is one seed, its bar the 95 % interval over answers; the line joins the means. "
         "Horizontal lines are the policies before distillation; the forecast is greedy decoding from the target "
         "λ log π_T + (1−λ) log π_B without any training, upright lines the thresholds of the calibration."
     )
@@ -83,11 +84,12 @@ def failures_section(inputs: Inputs) -> Section | None:
     if not shown:
         return None
     names = _failure_names(shown)
-    absent = [name for failure, name in FAILURES.items() if failure not in names]
-    lead = "A list with several faults counts once."
-    lead += f" No list shows: {', '.join(absent)}." if absent else ""
+    known = dict.fromkeys(failure for p in shown for record in p.records for failure in record.failures)
+    absent = [FAILURES.get(failure, failure) for failure in known if failure not in names]
+    lead = "An answer with several faults counts once."
+    lead += f" No answer shows: {', '.join(absent)}." if absent else ""
     plot, table = _failure_plot(shown, names), _failure_table(shown, names)
-    return Section("failures", "How lists fail", lead, plots=[plot], tables=[table], layout="beside")
+    return Section("failures", "How answers fail", lead, plots=[plot], tables=[table], layout="beside")
 
 
 def examples_section(inputs: Inputs) -> Section | None:
@@ -141,6 +143,7 @@ SECTIONS: tuple[Callable[[Inputs], Section | None], ...] = (
     contract_section,
     policies_section,
     failures_section,
+    errors_section,
     threshold_section,
     opd_section,
     sft_section,
@@ -170,7 +173,7 @@ def _parse_plot(inputs: Inputs) -> Plot:
     svg = plots.versus_lambda(
         [one for one in series if one.points],
         _levels(found, "parse", percent),
-        ylabel="lists that parse",
+        ylabel="answers that parse",
         in_percent=True,
         description=f"Strict parse rate against λ. {_spoken(found, 'parse')}",
         broken=(last.lam, first.lam) if first is not None else None,
@@ -179,19 +182,22 @@ def _parse_plot(inputs: Inputs) -> Plot:
 
 
 def _quality_plot(found: Findings) -> Plot:
+    ranking, useful = _points(found.opd, "ndcg@1"), _points(found.opd, "useful")
     series = [
-        plots.Series("NDCG@1, parsed lists", _points(found.opd, "ndcg@1"), plots.PURPLE, "s"),
-        plots.Series("useful, all lists", _points(found.opd, "useful"), plots.GREEN),
+        plots.Series("NDCG@1, parsed answers", ranking, plots.PURPLE, "s"),
+        plots.Series("useful, all answers", useful, plots.GREEN),
     ]
+    shown = {"ndcg@1": "NDCG@1", "useful": "useful"} if ranking else {"useful": "useful"}
+    spoken = " ".join(_spoken(found, metric) for metric in shown)
     svg = plots.versus_lambda(
         [one for one in series if one.points],
         _levels(replace(found, teacher=None), "useful", decimal),
-        ylabel="NDCG@1 or useful",
-        description=f"NDCG@1 and useful against λ. {_spoken(found, 'ndcg@1')} {_spoken(found, 'useful')}",
+        ylabel=" or ".join(shown.values()),
+        description=capital(f"{' and '.join(shown.values())} against λ. {spoken}"),
     )
     flat = findings.only_format_breaks(found)
-    title = "Useful falls with parse; ranking does not" if flat else "Useful, and ranking where lists parse"
-    return Plot(title, Markup(svg))
+    title = "Useful falls with parse; ranking does not" if flat else "Useful, and ranking where answers parse"
+    return Plot(title if ranking else "Useful against λ", Markup(svg))
 
 
 def _points(policies: Iterable[Policy], metric: str) -> list[plots.Point]:
@@ -223,39 +229,43 @@ def _spoken(found: Findings, metric: str) -> str:
 def _how_to_read(inputs: Inputs) -> str:
     gains = sorted({record.gain for record in inputs.results if record.gain})
     text = (
-        "Strict parse, greedy decoding. Parse and useful (parse · NDCG@1) count every list; the other "
-        "metrics only lists that parse, “–” where none does. Ends: the share of answers, parsed or not, that close "
+        f"Strict parse, greedy decoding. Parse and useful ({inputs.useful}) count every answer; the other "
+        "metrics only answers that parse, “–” where none does. Ends: the share of answers, parsed or not, that close "
         "with EOS before the token budget does. Small print: 95 % bootstrap intervals over "
-        "lists; one of zero width only means that all lists agree."
+        "answers; one of zero width only means that all answers agree."
     )
     return text + (f" NDCG gain: {', '.join(gains)}." if gains else "")
 
 
 def _runs_table(inputs: Inputs, collapsed: bool) -> Table:
-    """One row a record: metrics with intervals, lists, steps, seed."""
+    """One row a record: metrics with intervals, answers, steps, seed."""
     places = {policy.key: i for i, policy in enumerate(inputs.policies)}
     runs = sorted(inputs.results, key=lambda r: (places[r.policy], r.seed or 0, r.steps or 0))
-    rows = [_run_row(run) for run in runs]
+    rows = [_run_row(run, inputs.metrics_shown) for run in runs]
     marked = inputs.found.best is not None and not collapsed
     best = runs.index(inputs.found.best.records[0]) if marked else None
-    head = ("policy", *METRICS.values(), "lists", "steps", "seed")
+    head = ("policy", *inputs.metrics_shown.values(), "answers", "steps", "seed")
     return Table("Every run" if collapsed else "", head, rows, best=best, collapsed=collapsed)
 
 
-def _run_row(run: Result) -> tuple[Cell, ...]:
+def _run_row(run: Result, shown: Iterable[str]) -> tuple[Cell, ...]:
     name = findings.policy_name(*run.policy)
-    metrics = [Cell(decimal(run.metric(m)), interval(run.intervals.get(m))) for m in METRICS]
+    metrics = [Cell(decimal(run.metric(m)), interval(run.intervals.get(m))) for m in shown]
     return (Cell(name), *metrics, *(Cell(fact(value)) for value in (run.n, run.steps, run.seed)))
 
 
 def _seeds_table(inputs: Inputs) -> Table:
     """One row a policy: means over its seeds."""
     rows = [
-        (Cell(policy.name), *(_spread(policy, metric) for metric in METRICS), Cell(fact(len(policy.records))))
+        (
+            Cell(policy.name),
+            *(_spread(policy, m) for m in inputs.metrics_shown),
+            Cell(fact(len(policy.records))),
+        )
         for policy in inputs.policies
     ]
     best = inputs.policies.index(inputs.found.best) if inputs.found.best is not None else None
-    head = ("policy", *METRICS.values(), "seeds")
+    head = ("policy", *inputs.metrics_shown.values(), "seeds")
     return Table("Mean over seeds ± their standard deviation", head, rows, best=best)
 
 
@@ -281,7 +291,7 @@ def _failure_plot(shown: Sequence[Policy], names: Mapping[str, str]) -> Plot:
     said = [
         f"{name}: {', '.join(f'{names[f]} {percent(s)}' for f, s in row.items() if s)}" for name, row in rows
     ]
-    description = f"Share of lists by failure class. {'; '.join(said)}."
+    description = f"Share of answers by failure class. {'; '.join(said)}."
     return Plot(title, Markup(plots.failure_bars(rows, names, description=description)))
 
 
@@ -290,7 +300,7 @@ def _failure_table(shown: Sequence[Policy], names: Mapping[str, str]) -> Table:
     for policy in shown:
         counts = [sum(record.failures.get(f, 0) for record in policy.records) for f in names]
         rows.append((Cell(policy.name), *(Cell(fact(count)) for count in counts)))
-    return Table("Lists, all seeds together", ("policy", *names.values()), rows)
+    return Table("Answers, all seeds together", ("policy", *names.values()), rows)
 
 
 def _choose(examples: Sequence[Example]) -> list[Example]:
@@ -322,7 +332,7 @@ def _example(example: Example) -> page.Example:
         key=example.key,
         output=cut(example.output, MAX_OUTPUT),
         prompt=cut(example.prompt, MAX_PROMPT),
-        scores=_score_table(example.true_scores or [], example.scores or []),
+        scores=_score_table(example.true_scores or [], example.scores or []) or _right_table(example),
     )
 
 
@@ -335,6 +345,12 @@ def _score_table(labels: Sequence[Any], scores: Sequence[Any]) -> Table | None:
     ]
     head = ("review", *(str(i + 1) for i in range(len(labels))))
     return Table("", head, rows) if labels else None
+
+
+def _right_table(example: Example) -> Table | None:
+    """The right answer, where a record has one."""
+    right = example.extra.get("right")
+    return Table("", ("right answer",), [(Cell(cut(right, MAX_OUTPUT)),)]) if isinstance(right, str) else None
 
 
 def _facts(name: str, values: Mapping[str, Any]) -> Table:

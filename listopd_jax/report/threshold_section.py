@@ -21,13 +21,13 @@ from listopd_jax.report.wording import (
 )
 
 _MEANINGS = {
-    "p_typ": "p_typ: how sure the teacher is of its own token, in a typical list",
-    "p_safe": "p_safe: the same in the list where it is surest",
+    "p_typ": "p_typ: how sure the teacher is of its own token, in a typical answer",
+    "p_safe": "p_safe: the same in the answer where it is surest",
     "b_measured": "b, measured: how likely the base finds the teacher's token",
     "b_implied": "b, implied by the mean log-ratio of the two models",
-    "lambda_typ_measured": "λ*_typ: the clip-safe λ of a typical list, b measured",
+    "lambda_typ_measured": "λ*_typ: the clip-safe λ of a typical answer, b measured",
     "lambda_typ_implied": "λ*_typ, b implied",
-    "lambda_safe_measured": "λ*_safe: the clip-safe λ of the surest list, b measured",
+    "lambda_safe_measured": "λ*_safe: the clip-safe λ of the surest answer, b measured",
     "lambda_safe_implied": "λ*_safe, b implied",
 }
 _TOKEN_WISE = {
@@ -128,15 +128,15 @@ def _flips_table(found: Calibration) -> Table:
         for row in found.flips
     ]
     head = (
-        "the λ at which lists first flip",
-        "first list",
+        "the λ at which answers first flip",
+        "first answer",
         "1 %",
         "5 %",
         "25 %",
-        "half of the lists",
+        "half of the answers",
         "never flip",
     )
-    return Table("Mode flips, list by list", head, rows)
+    return Table("Mode flips, answer by answer", head, rows)
 
 
 def _classes_table(found: Calibration) -> Table:
@@ -150,7 +150,7 @@ def _classes_table(found: Calibration) -> Table:
 
 
 def _curve_plot(found: Calibration) -> Plot:
-    """Share of lists with a flip against λ; the clip-safe λ within the grid as upright lines."""
+    """Share of answers with a flip against λ; the clip-safe λ within the grid as upright lines."""
     curve, last = found.curve, max(point.lam for point in found.curve)
     series = [
         plots.Series(f"flip, {name}", [plots.Point(x.lam, getattr(x, key)) for x in curve], colour, ".")
@@ -164,7 +164,7 @@ def _curve_plot(found: Calibration) -> Plot:
         _mark(known[key], *look) for key, look in _MARKS.items() if key in known and known[key] <= last
     ]
     svg = plots.versus_lambda(
-        series, ylabel="lists with a flip", in_percent=True, description=_spoken(curve, known)
+        series, ylabel="answers with a flip", in_percent=True, description=_spoken(curve, known)
     )
     outside = [f"{_MARKS[key][0]} = {decimal(lam)}" for key, lam in known.items() if lam > last]
     title = capital(_first_flip(curve)) + (f" (off the figure: {', '.join(outside)})" if outside else "")
@@ -172,14 +172,14 @@ def _curve_plot(found: Calibration) -> Plot:
 
 
 def predicted(calibration: Calibration | None, last: float) -> list[plots.Series]:
-    """EC Eq. 4's λ*_typ and the λ at which half of the lists have flipped, those up to `last`, as upright lines."""
+    """EC Eq. 4's λ*_typ and the λ at which half of the answers have flipped, those up to `last`, as upright lines."""
     if calibration is None:
         return []
     typical = ("lambda_typ_measured", "lambda_typ_implied")
     looks = [(getattr(calibration, key), *_MARKS[key]) for key in typical]
     for row in calibration.flips:
         if row.positions == "structural":
-            looks.append((row.percentile_50, "λ_flip of half the lists", plots.ORANGE, "D"))
+            looks.append((row.percentile_50, "λ_flip of half the answers", plots.ORANGE, "D"))
     return [_mark(*look) for look in looks if look[0] is not None and look[0] <= last]
 
 
@@ -194,12 +194,12 @@ def _first_flip(curve: Sequence[CurvePoint]) -> str:
     for lam, share in points:
         if share > 0:
             end = f"{percent(points[-1][1])} below {at(points[-1][0])}"
-            return f"structural tokens flip in {percent(share)} of lists below {at(lam)}, in {end}"
-    return f"no list flips a structural token up to {at(points[-1][0])}"
+            return f"structural tokens flip in {percent(share)} of answers below {at(lam)}, in {end}"
+    return f"no answer flips a structural token up to {at(points[-1][0])}"
 
 
 def _spoken(curve: Sequence[CurvePoint], known: Mapping[str, float]) -> str:
     """The numbers of the figure, for those who cannot see it."""
     points = [f"{at(x.lam)}: any {percent(x.all)}, structural {percent(x.structural)}" for x in curve[::4]]
     marks = [f"{_MARKS[key][0]} at {decimal(lam)}" for key, lam in known.items()]
-    return f"Share of lists with a mode flip against λ. {'; '.join([*points, *marks])}."
+    return f"Share of answers with a mode flip against λ. {'; '.join([*points, *marks])}."

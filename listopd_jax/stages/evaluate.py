@@ -1,6 +1,6 @@
 """Strict evaluation of one policy: greedy answers to every validation prompt, judged by the contract."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -11,12 +11,12 @@ from jaxtyping import Array, Float
 from listopd_jax.lifecycle import reached
 from listopd_jax.metrics_log import progress
 from listopd_jax.parallel.hosts import gather
-from listopd_jax.records import Result, attribute
+from listopd_jax.records import Result
 from listopd_jax.rollout.decode import generate
 from listopd_jax.task.codec import Codec
-from listopd_jax.task.contract import Parsed, strict_parse
+from listopd_jax.task.contract import Parsed
 from listopd_jax.task.metrics import summarize
-from listopd_jax.task.prompt import review_ids
+from listopd_jax.task.protocol import Task
 
 
 class Answer(NamedTuple):
@@ -25,7 +25,6 @@ class Answer(NamedTuple):
     index: int
     text: str
     parsed: Parsed
-    true_scores: tuple[float, ...]
     ended: bool = True
 
 
@@ -36,11 +35,13 @@ def greedy_answers(
     batches: Iterable[dict[str, np.ndarray]],
     codec: Codec,
     decoding: Mapping[str, Any],
+    judge: Callable[[str, int], Parsed],
     description: str = "greedy answers",
 ) -> list[list[Answer]]:
     """For each of the n mixtures Σ_i weights[i, j] log π_i, its greedy answer to each prompt of `batches`, judged.
 
-    One model with weight 1 is a policy; filler rows of weight 0 in a batch are left out. `decoding`: Job.decoding.
+    One model with weight 1 is a policy; filler rows of weight 0 in a batch are left out. `decoding`: Job.decoding;
+    `judge`: Job.judge, of a text and a row.
     """
     answers: list[list[Answer]] = [[] for _ in range(weights.shape[1])]
     for number, batch in enumerate(progress(list(batches), description), 1):
@@ -49,32 +50,34 @@ def greedy_answers(
             **decoding,
         )  # fmt: skip
         tokens, lengths = gather(rollout.tokens), gather(rollout.lengths)
-        ids = review_ids(batch["scores"].shape[1])
         for row in np.flatnonzero(batch["weight"]):
-            index, true = int(batch["index"][row]), tuple(batch["scores"][row].tolist())
+            index = int(batch["index"][row])
             texts, ended = codec.texts(tokens[row], lengths[row]), codec.ended(tokens[row], lengths[row])
             for column, text, end in zip(answers, texts, ended.tolist(), strict=True):
-                column.append(Answer(index, text, strict_parse(text, ids), true, end))
+                column.append(Answer(index, text, judge(text, index), end))
         reached(f"{description} {number}")
     return answers
 
 
-def result_record(answers: Sequence[Answer], head: dict[str, Any], gain: str, bootstrap: int) -> Result:
+def result_record(
+    task: Task, records: Sequence[Any], answers: Sequence[Answer], head: dict[str, Any], bootstrap: int
+) -> Result:
     """One entry of results.json: `head` (run, stage, lam, seed, steps), the metrics with intervals, and `ended`.
 
-    An answer may parse and go on to its budget all the same: the contract judges what it says, `ended` that it stops.
+    `records` are those that `index` counts. An answer may parse and go on to its budget all the same: the contract
+    judges what it says, `ended` that it stops.
     """
-    found = summarize([(a.parsed, a.true_scores) for a in answers], gain=gain, bootstrap=bootstrap)
+    found = summarize(task, [(a.parsed, records[a.index]) for a in answers], bootstrap=bootstrap)
     ended = sum(a.ended for a in answers) / len(answers) if answers else None
-    return Result(**head, **{attribute(name): value for name, value in found.items()}, ended=ended)
+    return Result.of(head | found | {"ended": ended})
 
 
 def pick_examples(answers: Sequence[Answer], count: int) -> list[Answer]:
     """Up to `count` good and `count` bad answers, in order; one of each failure class before a second of any."""
-    good = [a for a in answers if a.parsed.failure == "ok"][:count]
+    good = [a for a in answers if a.parsed.ok][:count]
     by_class: dict[str, list[Answer]] = {}
     for a in answers:
-        if a.parsed.failure != "ok":
+        if not a.parsed.ok:
             by_class.setdefault(a.parsed.failure, []).append(a)
     ranked = sorted(
         ((i, name, a) for name, group in by_class.items() for i, a in enumerate(group)), key=lambda x: x[:2]

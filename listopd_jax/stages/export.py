@@ -19,8 +19,9 @@ from listopd_jax.models.config import ModelConfig
 from listopd_jax.models.decoder import abstract
 from listopd_jax.models.hf import load_hf, read_eos_ids
 from listopd_jax.records import RESULTS, Result
-from listopd_jax.stages.job import ROLES, make_codec, refuse_other_inputs, saving, tokenizer_digest
+from listopd_jax.stages.job import ROLES, completion_ends, refuse_other_inputs, saving, tokenizer_digest
 from listopd_jax.stages.opd import opd_saving
+from listopd_jax.task.codec import Codec
 from listopd_jax.train.checkpoints import Checkpoints
 from listopd_jax.train.loop import Run, checkpoint_folder
 from listopd_jax.train.optimizer import TrainState, adamw
@@ -78,7 +79,7 @@ def _from_checkpoint(config: Any, digest: str, workdir: pathlib.Path, record: Re
     path = tokenizer_source(config.tokenizer.path)
     tokenizer = load_tokenizer(path or workdir / "tokenizer")
     refuse_other_inputs(workdir, tokenizer=tokenizer_digest(path))
-    codec = make_codec(config, tokenizer, {role: config[role] for role in ROLES})
+    codec = Codec(tokenizer, completion_ends(config, tokenizer, {role: config[role] for role in ROLES}))
     shape = model_config(config[TRAINED[record.stage]], codec.vocab)
     run = Run(record.run, record.stage, record.lam, record.seed, record.steps)
     saved = opd_saving(config) if record.stage == "opd" else saving(config)

@@ -31,7 +31,8 @@ def forecast(job: Job, frozen: Frozen) -> None:
     lam = jnp.ones(len(missing)) if config.opd.guard.margin else jnp.array(missing)
     answers = greedy_answers(
         (job.graphs["teacher"], job.graphs["student"]), tuple(frozen), jnp.stack([lam, 1 - lam]),
-        job.evaluation_batches(config.forecast.batch_size), job.codec, job.decoding, "forecast",
+        job.evaluation_batches(config.forecast.batch_size), job.codec, job.decoding,
+        job.judge("validation"), "forecast",
     )  # fmt: skip
     for value, column in zip(missing, answers, strict=True):
         keep(job, forecast_run(value), column, examples=False)

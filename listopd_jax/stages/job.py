@@ -1,10 +1,11 @@
-"""What every stage of a run shares: checked config, workdir, tokenizer, encoded lists, and the shapes of the models."""
+"""What every stage of a run shares: config, workdir, task, tokenizer, encoded records, and the shapes of the models."""
 
 import contextlib
 import dataclasses
 import functools
 import pathlib
-from collections.abc import Iterator, Mapping, Sequence
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -14,11 +15,9 @@ from absl import logging
 from flax import nnx
 
 from listopd_jax import files
-from listopd_jax.config import digest, is_small
+from listopd_jax.config import digest, is_small, noise_shares
 from listopd_jax.data import input as data_input
-from listopd_jax.data.builder import read_split
 from listopd_jax.data.chat import turn_ends
-from listopd_jax.data.prepare import prepare
 from listopd_jax.data.tokenizer import (
     check_tokenizers_agree,
     has_tokenizer,
@@ -42,8 +41,11 @@ from listopd_jax.parallel import hosts, rules
 from listopd_jax.parallel.mesh import configured_mesh, use_mesh
 from listopd_jax.records import RESULTS
 from listopd_jax.rollout.decode import pass_tokens
+from listopd_jax.rounding import round_up
 from listopd_jax.task.codec import Codec, vocab_of
-from listopd_jax.task.prompt import ListExample, render_answer
+from listopd_jax.task.contract import Parsed
+from listopd_jax.task.protocol import Task
+from listopd_jax.tasks.load import load_task
 from listopd_jax.train.loop import Saving
 from listopd_jax.train.preflight import check_mesh
 
@@ -57,7 +59,6 @@ INPUTS = {
 }
 """What STAMP has the digests of."""
 
-
 DRAFT_TOKENS = 8  # by default; an object of an answer has 10 to 28 tokens, most of them always the same
 
 
@@ -65,15 +66,16 @@ DRAFT_TOKENS = 8  # by default; an object of an answer has 10 to 28 tokens, most
 class Job:
     """Everything but parameters.
 
-    `models` are the config sections of its models by role, teacher and student; `examples` the lists by split (train,
-    validation); `attention` is never auto.
+    `models` are the config sections of its models by role, teacher and student; `records` those of the task by split
+    (train, validation); `attention` is never auto.
     """
 
     config: ml_collections.FrozenConfigDict
     workdir: pathlib.Path
     models: Mapping[str, ml_collections.FrozenConfigDict]
+    task: Task
     codec: Codec
-    examples: dict[str, list[ListExample]]
+    records: Mapping[str, Sequence[Any]]
     attention: str
 
     @functools.cached_property
@@ -89,33 +91,49 @@ class Job:
 
     @functools.cached_property
     def train(self) -> data_input.EncodedSplit:
-        """The training lists with their right answers."""
-        return self._encoded(self.examples["train"])
+        """The training records with their right answers."""
+        return self._encoded(self.records["train"])
 
     @functools.cached_property
     def validation(self) -> data_input.EncodedSplit:
-        """The lists that policies are evaluated on: the first `evaluation.max_lists` (0: all)."""
-        return self._encoded(self.examples["validation"][: self.config.evaluation.max_lists or None])
+        """The records that policies are evaluated on: the first `evaluation.max_lists` (0: all)."""
+        return self._encoded(self.records["validation"][: self.config.evaluation.max_lists or None])
 
-    def _encoded(self, examples: Sequence[ListExample]) -> data_input.EncodedSplit:
-        """Lists as ids."""
-        task = self.config.task
+    def _encoded(self, records: Sequence[Any]) -> data_input.EncodedSplit:
+        """Records as ids."""
+        options = self.config.task
         return data_input.encode_split(
-            examples, self.codec.tokenizer, max_prompt=task.max_prompt, max_answer=task.max_response,
-            chat_template=task.chat_template, chat_date=task.chat_date, ends=self.codec.ends,
+            self.task, records, self.codec.tokenizer, max_prompt=options.max_prompt, max_answer=self.max_response,
+            chat_template=options.chat_template, chat_date=options.chat_date, ends=self.codec.ends,
         )  # fmt: skip
+
+    @functools.cached_property
+    def max_response(self) -> int:
+        """Tokens that an answer may take: `task.max_response`; if that is 0, as many as the longest right one."""
+        if self.config.task.max_response:
+            return self.config.task.max_response
+        records = [r for part in self.records.values() for r in part if self.task.answer(r) is not None]
+        if not records:
+            raise UserError("task.max_response=0: no record has an answer to take it from; set it")
+        longest = max(len(data_input.answer_ids(self.task, r, self.codec.tokenizer)) for r in records)
+        return round_up(longest, 16)
+
+    def judge(self, split: str) -> Callable[[str, int], Parsed]:
+        """What judges a text as the answer to the record of `split` at a row."""
+        records = self.records[split]
+        return lambda text, row: self.task.parse(text, records[row])
 
     @functools.cached_property
     def decoding(self) -> dict[str, Any]:
         """How completions are written everywhere in the job: the options of `generate` that no stage chooses.
 
-        The hint, which drafts are copied from, is an answer of the task's form; it knows nothing of any list.
+        The hint, which drafts are copied from, is an answer of the task's form.
         """
-        codec, task = self.codec, self.config.task
-        answer = render_answer([7] * len(next(iter(self.examples["train"])).scores))
-        hint = [*codec.tokenizer.encode(answer, add_special_tokens=False), codec.eos]
+        codec = self.codec
+        text = self.task.hint(self.records["train"])
+        hint = [*codec.tokenizer.encode(text, add_special_tokens=False), codec.eos]
         return {
-            "max_tokens": task.max_response, "vocab": codec.vocab, "eos": codec.ends, "pad": codec.pad,
+            "max_tokens": self.max_response, "vocab": codec.vocab, "eos": codec.ends, "pad": codec.pad,
             "hint": np.array([hint], np.int32), "draft_tokens": draft_tokens(self.config),
             "pass_tokens": pass_tokens(jax.default_backend()),
         }  # fmt: skip
@@ -134,11 +152,20 @@ class Job:
         return data_input.choose_buckets(both, self.config.task.prompt_buckets)
 
     def sft_batches(self, role: str) -> Any:
-        """Endless shuffled batches for the SFT of `role`, with the noise that its section asks for."""
-        sft = self.config.sft[role]
-        noise = data_input.AnswerNoise(sft.truncation_rate, sft.duplicate_rate, seed=sft.seed)
-        split = data_input.with_noise(self.train, self.examples["train"], self.codec.tokenizer, noise)
-        return self._train_batches(split, sft.batch_size, sft.seed)
+        """Endless shuffled batches for the SFT of `role`: records with an answer, and the noise that its section asks.
+
+        UserError if no training record has an answer.
+        """
+        sft, records = self.config.sft[role], self.records["train"]
+        answered = [row for row, record in enumerate(records) if self.task.answer(record) is not None]
+        if not answered:
+            raise UserError(
+                f"no training record has an answer, so there is nothing to train the {role} on; give answers, or set "
+                f"{role}.weights to a model that is fine-tuned and sft.{role}.epochs=0"
+            )
+        noise = data_input.AnswerNoise(known_noise(self.task, sft), seed=sft.seed)
+        split = data_input.with_noise(self.train, self.task, records, self.codec.tokenizer, noise)
+        return self._train_batches(data_input.rows_of(split, answered), sft.batch_size, sft.seed)
 
     def opd_batches(self, seed: int) -> Any:
         """Endless shuffled batches of prompts for OPD."""
@@ -155,6 +182,20 @@ class Job:
         """Every validation list once, `batch_size` (0: `evaluation.batch_size`) or a few more at a time."""
         size = rules.round_up_rows(batch_size or self.config.evaluation.batch_size)
         return data_input.evaluation_batches(self.validation, buckets=self.buckets, batch_size=size)
+
+
+def known_noise(task: Task, sft: Any) -> tuple[tuple[str, float], ...]:
+    """The corruptions that an SFT section asks for and `task` has, and their shares."""
+    return tuple((name, share) for name, share in noise_shares(sft) if name in task.corruptions)
+
+
+def _say_dropped_noise(task: Task, config: Any) -> None:
+    """One line on stderr if an SFT section asks for noise that the task does not define."""
+    asked = [(role, name) for role in ROLES for name, _ in noise_shares(config.sft[role])]
+    dropped = [f"{name} (sft.{role}.noise)" for role, name in asked if name not in task.corruptions]
+    if dropped:
+        known = ", ".join(sorted(task.corruptions)) or "none"
+        print(f"task {task.name}: defines no {', '.join(dropped)}: dropped; it has {known}", file=sys.stderr)
 
 
 def draft_tokens(config: Any) -> int:
@@ -183,17 +224,21 @@ def open_job(config: ml_collections.FrozenConfigDict, workdir: pathlib.Path, **m
     """
     models = models or {role: config[role] for role in ROLES}
     backend = resolve(config.attention, jax.default_backend(), config.dtype.compute)
+    task = load_task(config)
     with hosts.main_first():
-        report = prepare(config.data, config.task, workdir / "data")
-        refuse_other_inputs(workdir, fingerprint=report["fingerprint"])
-        for note in report["notes"]:
+        splits = task.splits(workdir / "data")
+        fingerprint = splits.report["fingerprint"]
+        refuse_other_inputs(workdir, fingerprint=fingerprint)
+        for note in splits.report["notes"]:
             logging.warning("data: %s", note)
-        examples = {split: read_split(workdir / "data", split) for split in ("train", "validation")}
-        tokenizer = _tokenizer(config, workdir, report["fingerprint"], examples["train"])
+        tokenizer = _tokenizer(config, workdir, fingerprint, task, splits.train)
         _check_tokenizers(tokenizer, models)
         if hosts.is_main():
             refuse_other_inputs(workdir, **_digests(config, models))
-    job = Job(config, workdir, models, make_codec(config, tokenizer, models), examples, backend)
+            _say_dropped_noise(task, config)
+    codec = Codec(tokenizer, completion_ends(config, tokenizer, models), task.token_classes)
+    records = {"train": splits.train, "validation": splits.validation}
+    job = Job(config, workdir, models, task, codec, records, backend)
     # A checkpoint or template that does not fit shows now, not when its turn comes.
     _ = job.shapes, job.validation
     return job
@@ -229,14 +274,14 @@ def tokenizer_digest(path: str) -> str | None:
     return files.json_sha256({f.name: files.sha256(f) for f in tokenizer_files(path)}) if path else None
 
 
-def _tokenizer(config, workdir: pathlib.Path, fingerprint: str, examples: list[ListExample]):
-    """The tokenizer of the config, or one trained on `examples`."""
+def _tokenizer(config, workdir: pathlib.Path, fingerprint: str, task: Task, records: Sequence[Any]):
+    """The tokenizer of the config, or one trained on `records`."""
     if config.tokenizer.path:
         return load_tokenizer(tokenizer_source(config.tokenizer.path))
     folder, stamp = workdir / "tokenizer", workdir / "tokenizer.json"
     made_from = {"data": fingerprint, "vocab_size": config.tokenizer.vocab_size}
     if not stamp.exists() or files.read_json(stamp) != made_from:
-        train_tokenizer(data_input.rendered(examples), config.tokenizer.vocab_size, folder)
+        train_tokenizer(data_input.rendered(task, records), config.tokenizer.vocab_size, folder)
         files.write_json(stamp, made_from)
     return load_tokenizer(folder)
 
@@ -249,10 +294,10 @@ def _check_tokenizers(tokenizer: Any, models: Mapping[str, Any]) -> None:
             check_tokenizers_agree(tokenizer, read_tokenizer(own))
 
 
-def make_codec(config: Any, tokenizer: Any, models: Mapping[str, Any]) -> Codec:
-    """The codec of `tokenizer`, in which whatever ends a completion of one of `models` or a turn is an end."""
+def completion_ends(config: Any, tokenizer: Any, models: Mapping[str, Any]) -> list[int]:
+    """The ids besides EOS that end a completion: whatever ends one of `models`, or a turn."""
     ends = [i for model in models.values() for i in model_ends(model, vocab_of(tokenizer))]
-    return Codec(tokenizer, ends + (turn_ends(tokenizer) if config.task.chat_template else []))
+    return ends + (turn_ends(tokenizer) if config.task.chat_template else [])
 
 
 def saving(config: Any, best: int | None = None, **identity: Any) -> Saving:

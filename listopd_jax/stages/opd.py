@@ -17,9 +17,6 @@ from listopd_jax.parallel.rules import decoding_copy
 from listopd_jax.rollout.decode import Rollout, generate
 from listopd_jax.rollout.state import trim
 from listopd_jax.stages.job import Job, saving
-from listopd_jax.task.codec import Codec
-from listopd_jax.task.contract import strict_parse
-from listopd_jax.task.prompt import review_ids
 from listopd_jax.train.loop import Run, Saving, train
 from listopd_jax.train.opd_step import OpdBatch, make_opd_step
 from listopd_jax.train.optimizer import init_state
@@ -110,7 +107,7 @@ def train_opd(job: Job, shared: Distillation, run: Run, best: int | None = None)
     key = jax.random.key(run.seed)
 
     def update(state, batch, step):
-        rows = hosts.global_batch({k: batch[k] for k in ("prompt", "prompt_length")}, opd.batch_size)
+        rows = hosts.global_batch({k: batch[k] for k in ("prompt", "prompt_length", "index")}, opd.batch_size)
         prompts, lengths = rows["prompt"], rows["prompt_length"]
         rollout = sample(job, state.params, prompts, lengths, jax.random.fold_in(key, step))
         sampled = OpdBatch(prompts, lengths, rollout._replace(steps=None))
@@ -119,9 +116,7 @@ def train_opd(job: Job, shared: Distillation, run: Run, best: int | None = None)
             state, metrics, per_token = shared.step(state, shared.frozen, sampled, hyper, jnp.float32(opd.lr))
         tokens = {"tokens": int(rollout.lengths.sum()) + opd.rollouts * int(lengths.sum())}
         tokens["tokens_per_decode_step"] = tokens_per_decode_step(rollout)
-        return state, metrics | tokens | contract_metrics(
-            rollout, per_token["advantage"], job.codec, config.task.k
-        )
+        return state, metrics | tokens | contract_metrics(job, rollout, per_token["advantage"], rows["index"])
 
     def initial():
         return init_state(shared.start(), shared.tx)
@@ -153,11 +148,16 @@ def tokens_per_decode_step(rollout: Rollout) -> float:
     return (int(rollout.lengths.sum()) - int((rollout.lengths > 0).sum())) / steps if steps else 1.0
 
 
-def contract_metrics(rollout: Rollout, advantage, codec: Codec, k: int) -> dict[str, float]:
-    """What the sampled completions say of the contract: how many hold it and end, advantage by kind of token."""
+def contract_metrics(job: Job, rollout: Rollout, advantage, index) -> dict[str, float]:
+    """What the sampled completions say of the contract: how many hold it and end, advantage by kind of token.
+
+    `index` [B] is the training record of each prompt.
+    """
+    codec, judge = job.codec, job.judge("train")
     tokens = hosts.gather(rollout.tokens).reshape(-1, rollout.tokens.shape[-1])
     lengths = hosts.gather(rollout.lengths).reshape(-1)
-    parsed = [strict_parse(text, review_ids(k)).failure == "ok" for text in codec.texts(tokens, lengths)]
+    records = np.repeat(hosts.gather(index), rollout.lengths.shape[1]).tolist()
+    parsed = [judge(*pair).ok for pair in zip(codec.texts(tokens, lengths), records, strict=True)]
     structural, values = codec.structural(tokens, lengths), hosts.gather(advantage).reshape(tokens.shape)
     content = (np.arange(tokens.shape[1]) < lengths[:, None]) & ~structural
     return {

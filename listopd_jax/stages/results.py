@@ -48,6 +48,7 @@ def evaluate(job: Job, role: str, params: Any, run: Run, **besides: Any) -> Resu
         batches,
         job.codec,
         job.decoding,
+        job.judge("validation"),
         f"{run.name} evaluated",
     )
     return keep(job, run, answers, **besides)
@@ -58,8 +59,8 @@ def keep(job: Job, run: Run, answers: Sequence[Answer], examples: bool = True, *
 
     `besides` are more fields of the record, JSON values.
     """
-    evaluation, head = job.config.evaluation, _head(run) | {"extra": besides}
-    record = result_record(answers, head, job.config.task.ndcg_gain, evaluation.bootstrap)
+    evaluation, head = job.config.evaluation, _head(run) | besides
+    record = result_record(job.task, job.records["validation"], answers, head, evaluation.bootstrap)
     if examples:
         shown = pick_examples(answers, evaluation.examples)
         path = job.workdir / EXAMPLES
@@ -90,12 +91,12 @@ def _replace(path: pathlib.Path, kept: Sequence[Record], run: Run, records: Sequ
 
 
 def _example(job: Job, run: Run, answer: Answer) -> Example:
+    record, prompt = job.records["validation"][answer.index], job.validation.prompts[answer.index]
     return Example(
         **_head(run),
-        key=job.examples["validation"][answer.index].key,
-        prompt=job.codec.text(job.validation.prompts[answer.index]),
+        key=record.key,
+        prompt=job.codec.text(prompt),
         output=answer.text,
         failure=answer.parsed.failure,
-        true_scores=list(answer.true_scores),
-        scores=None if answer.parsed.scores is None else list(answer.parsed.scores),
+        **job.task.shown(answer.parsed, record),
     )

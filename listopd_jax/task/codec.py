@@ -1,6 +1,6 @@
 """Between token ids and the text that the contract judges."""
 
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 
 import numpy as np
 from jaxtyping import Bool, Int
@@ -22,11 +22,16 @@ class Codec:
     """A tokenizer with what decoding needs: `vocab`, the text of each token, and the ids `eos`, `ends` and `pad`.
 
     Any of `ends` closes a completion; `eos`, one of them, closes the answers of SFT. `also_end` are those of the
-    models, besides the tokenizer's.
+    models, besides the tokenizer's. `classify` is the task's `token_classes`.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, also_end: Collection[int] = ()):
-        self.tokenizer = tokenizer
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        also_end: Collection[int] = (),
+        classify: Callable[[Sequence[str]], list[int]] = token_classes,
+    ):
+        self.tokenizer, self._classify = tokenizer, classify
         self.vocab = vocab_of(tokenizer)
         self.eos = tokenizer.eos_token_id
         self.ends = tuple(sorted({self.eos, *also_end}))
@@ -61,7 +66,7 @@ class Codec:
         """Index into TOKEN_CLASSES of each completion token; −1 after the end."""
         out = np.full(tokens.shape, -1)
         for row, (ids, n) in enumerate(zip(tokens, lengths, strict=True)):
-            out[row, :n] = token_classes([self._pieces[i] for i in ids[:n].tolist()])
+            out[row, :n] = self._classify([self._pieces[i] for i in ids[:n].tolist()])
         return out
 
     def structural(

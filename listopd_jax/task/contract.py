@@ -27,11 +27,12 @@ import itertools
 import json
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-FAILURES = ("ok", "no_json", "truncated_k_minus_1", "wrong_length", "duplicate_id", "unknown_id", "bad_score")
+OK = "ok"
+FAILURES = (OK, "no_json", "truncated_k_minus_1", "wrong_length", "duplicate_id", "unknown_id", "bad_score")
 
 TOKEN_CLASSES = ("bracket", "brace", "comma", "colon", "quote", "field", "id", "digit", "eos", "other")
 STRUCTURAL = frozenset(TOKEN_CLASSES) - {"digit", "other"}
@@ -40,7 +41,7 @@ _NUMBER = re.compile(r"-?(0|[1-9][0-9]*)(\.[0-9]+)?([eE][+-]?[0-9]+)?")
 
 _BRACKET, _BRACE, _COMMA, _COLON, _QUOTE, _FIELD, _ID, _DIGIT, _EOS, _OTHER = range(len(TOKEN_CLASSES))
 _PUNCTUATION = {"[": _BRACKET, "]": _BRACKET, "{": _BRACE, "}": _BRACE, ",": _COMMA, ":": _COLON}
-_VALUES = {"review_id": _ID, "score": _DIGIT}
+_VALUES = {"review_id": _ID, "passage_id": _ID, "score": _DIGIT}
 # A token that spans several classes takes the first of these: `},{"` is a comma, `}]` a bracket.
 _PRIORITY = (_BRACKET, _COMMA, _BRACE, _COLON, _QUOTE, _FIELD, _ID, _DIGIT, _OTHER)
 # A string (closed, or cut off by the end of the text, even inside an escape), one mark, or a run of the rest.
@@ -51,18 +52,24 @@ _Record = tuple[str | None, float | None]
 
 @dataclass(frozen=True)
 class Parsed:
-    """Verdict on one answer: a member of FAILURES, and the scores in the order of the input ids if 'ok'."""
+    """Verdict on one answer: its failure class, 'ok' for none, and the value of an answer that is 'ok'."""
 
     failure: str
-    scores: tuple[float, ...] | None = None
+    value: Any = None
+
+    @property
+    def ok(self) -> bool:
+        """Whether the answer holds the contract."""
+        return self.failure == OK
 
 
-def strict_parse(text: str, ids: Sequence[str]) -> Parsed:
-    """Judge the answer `text` to a list with the distinct review ids `ids`, as the module's docstring says.
+def strict_parse(text: str, ids: Sequence[str], field: str = "review_id") -> Parsed:
+    """Judge the answer `text` to a list with the distinct ids `ids`, as the module's docstring says.
 
-    Total: every string gets a verdict, none raises.
+    `field` names the ids. The value of a valid answer is a tuple of its scores in the order of `ids`. Total: every
+    string gets a verdict.
     """
-    return _verdict(_records(text), ids)
+    return _verdict(_records(text, field), ids)
 
 
 def repair_permutation(text: str, ids: Sequence[str]) -> Parsed:
@@ -71,7 +78,7 @@ def repair_permutation(text: str, ids: Sequence[str]) -> Parsed:
     If exactly one id is missing and exactly one is named twice, the later of the two gets the missing id.
     Any other answer is judged as it is.
     """
-    records = _records(text)
+    records = _records(text, "review_id")
     names = [name for name, _ in records or ()]
     missing = set(ids) - set(names)
     if len(names) == len(ids) and len(missing) == 1 and set(names) < set(ids):
@@ -80,22 +87,31 @@ def repair_permutation(text: str, ids: Sequence[str]) -> Parsed:
     return _verdict(records, ids)
 
 
-def token_classes(pieces: Sequence[str]) -> list[int]:
+def token_classes(
+    pieces: Sequence[str], opening: str = "[", values: Mapping[str, int] = _VALUES
+) -> list[int]:
     """The role in the contract of each token of one completion, as indices into TOKEN_CLASSES.
 
     Args:
       pieces: decoded text of each token in order; exactly "" stands for the end-of-sequence token.
+      opening: the brackets with which an answer may begin.
+      values: key → the class of its value, where that is not 'other'.
 
     A token is judged by the text up to its end, so later tokens change nothing. Keys are 'field', the value
-    of `review_id` is 'id', that of `score` 'digit'; other values, blanks, text outside the list are 'other'.
+    of an id is 'id', that of `score` 'digit'; other values, blanks, text outside the answer are 'other'.
     """
-    characters = _character_classes("".join(pieces))
+    characters = _character_classes("".join(pieces), opening, values)
     ends = itertools.accumulate(map(len, pieces))
     spans = [characters[end - len(piece) : end] for piece, end in zip(pieces, ends, strict=True)]
     return [min(span, key=_PRIORITY.index) if span else _EOS for span in spans]
 
 
-def _records(text: str) -> list[_Record] | None:
+def plain_classes(pieces: Sequence[str]) -> list[int]:
+    """`token_classes` of an answer about whose form nothing is known: all but the end is 'other'."""
+    return [_OTHER if piece else _EOS for piece in pieces]
+
+
+def _records(text: str, field: str) -> list[_Record] | None:
     """(id, score) of each item of the outermost list, None for an unusable one; None if there is no list."""
     start, end = text.find("["), text.rfind("]") + 1
     non_finite: list[str] = []
@@ -109,7 +125,7 @@ def _records(text: str) -> list[_Record] | None:
     except (ValueError, RecursionError):
         return None
     objects = [item if isinstance(item, dict) else {} for item in items]
-    return [(_name(o.get("review_id")), None if non_finite else _number(o.get("score"))) for o in objects]
+    return [(_name(o.get(field)), None if non_finite else _number(o.get("score"))) for o in objects]
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -145,17 +161,18 @@ def _verdict(records: list[_Record] | None, ids: Sequence[str]) -> Parsed:
     score = dict(records)
     if None in score.values():
         return Parsed("bad_score")
-    return Parsed("ok", tuple(score[name] for name in ids))
+    return Parsed(OK, tuple(score[name] for name in ids))
 
 
-def _character_classes(text: str) -> list[int]:
-    """The class of each character, by one pass over the lexemes from the first `[` on."""
+def _character_classes(text: str, opening: str, values: Mapping[str, int]) -> list[int]:
+    """The class of each character, by one pass over the lexemes from the first of `opening` on."""
     classes = [_OTHER] * len(text)
     open_brackets: list[str] = []
     key, at_key = "", False
-    for lexeme in _LEXEME.finditer(text, max(text.find("["), 0)):
+    first = min((i for i in map(text.find, opening) if i >= 0), default=0)
+    for lexeme in _LEXEME.finditer(text, first):
         word, start, end = lexeme[0], lexeme.start(), lexeme.end()
-        if not open_brackets and word != "[":
+        if not open_brackets and word not in opening:
             continue
         if word in _PUNCTUATION:
             classes[start] = _PUNCTUATION[word]
@@ -164,10 +181,10 @@ def _character_classes(text: str) -> list[int]:
             inside = end - 1 if lexeme["close"] else end
             if at_key:
                 key = text[start + 1 : inside]
-            classes[start:end] = [_FIELD if at_key else _VALUES.get(key, _OTHER)] * len(word)
+            classes[start:end] = [_FIELD if at_key else values.get(key, _OTHER)] * len(word)
             classes[start] = classes[inside if lexeme["close"] else start] = _QUOTE
         elif not at_key:
-            classes[start:end] = [_OTHER if c.isspace() else _VALUES.get(key, _OTHER) for c in word]
+            classes[start:end] = [_OTHER if c.isspace() else values.get(key, _OTHER) for c in word]
     return classes
 
 

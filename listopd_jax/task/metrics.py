@@ -13,12 +13,14 @@ Conventions, because libraries differ:
 
 from collections import Counter
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 from jaxtyping import Float
 
 from listopd_jax.errors import UserError
-from listopd_jax.task.contract import FAILURES, Parsed
+from listopd_jax.task.contract import Parsed
+from listopd_jax.task.protocol import Task
 
 GAINS = ("linear", "exponential")
 CUTOFFS = (1, 3, 5, 10)
@@ -58,11 +60,11 @@ def list_metrics(parsed: Parsed, true_scores: Sequence[float], gain: str = "line
     """
     true = np.asarray(true_scores, np.float64)
     values = dict.fromkeys(METRICS, float("nan"))
-    values["parse"] = float(parsed.scores is not None)
-    if parsed.scores is None:
+    values["parse"] = float(parsed.ok)
+    if not parsed.ok:
         values["useful"] = 0.0 if _gains(true, gain).any() else float("nan")
         return values
-    predicted = np.asarray(parsed.scores, np.float64)
+    predicted = np.asarray(parsed.value, np.float64)
     values |= {f"ndcg@{k}": ndcg(predicted, true, k, gain) for k in CUTOFFS}
     values["useful"] = values["ndcg@1"]
     values["tau"] = kendall_tau(predicted, true)
@@ -71,36 +73,42 @@ def list_metrics(parsed: Parsed, true_scores: Sequence[float], gain: str = "line
 
 
 def summarize(
-    lists: Sequence[tuple[Parsed, Sequence[float]]],
-    gain: str = "linear",
-    bootstrap: int = 2000,
-    seed: int = 0,
-) -> dict:
-    """Macro-averages over lists, in JSON types; None where no list defines the metric.
+    task: Task, answers: Sequence[tuple[Parsed, Any]], bootstrap: int = 2000, seed: int = 0
+) -> dict[str, Any]:
+    """Macro-averages over answers, in JSON types; None where no answer defines the metric.
 
     Args:
-      lists: (verdict, true scores) of each list.
-      bootstrap: resamples for the intervals; 0 for none (all None). Takes bootstrap × len(lists) × 16 bytes.
+      answers: verdict and record of each.
+      bootstrap: resamples for the intervals; 0 for none (all None). Takes bootstrap × len(answers) × 16 bytes.
       seed: of the resampling.
 
     Returns:
-      n lists, gain, the metrics of METRICS (`parse` and `useful` over all lists, the rest over parsed ones),
-      failures {class: count}, counted {metric: lists in its mean}, intervals {metric: [low, high] or None}.
+      n answers, the settings and metrics of `task`, failures {class: count}, counted {metric: answers in its mean},
+      intervals {metric: [low, high] or None}.
     """
-    rows = [list_metrics(parsed, true, gain) for parsed, true in lists]
-    table = np.array([[row[name] for name in METRICS] for row in rows]).reshape(len(rows), len(METRICS))
+    names, found = metric_names(task), Counter(parsed.failure for parsed, _ in answers)
+    rows = [{"parse": float(parsed.ok)} | task.score(parsed, record) for parsed, record in answers]
+    table = np.array([[row.get(name, np.nan) for name in names] for row in rows]).reshape(
+        len(rows), len(names)
+    )
     ones = np.ones((1, len(rows)))
     means = [value if np.isfinite(value) else None for value in _weighted_means(ones, table)[0].tolist()]
-    failures = Counter(parsed.failure for parsed, _ in lists)
     counted = np.isfinite(table).sum(axis=0).tolist()
     return {
         "n": len(rows),
-        "gain": gain,
-        **dict(zip(METRICS, means, strict=True)),
-        "failures": {name: failures[name] for name in FAILURES},
-        "counted": dict(zip(METRICS, counted, strict=True)),
-        "intervals": dict(zip(METRICS, bootstrap_intervals(table, bootstrap, seed), strict=True)),
+        **task.settings,
+        **dict(zip(names, means, strict=True)),
+        "failures": {
+            name: found[name] for name in (*task.failures, *sorted(found.keys() - set(task.failures)))
+        },
+        "counted": dict(zip(names, counted, strict=True)),
+        "intervals": dict(zip(names, bootstrap_intervals(table, bootstrap, seed), strict=True)),
     }
+
+
+def metric_names(task: Task) -> tuple[str, ...]:
+    """The metrics of a task, parse among them: first, unless the task has another place for it."""
+    return tuple(task.metrics) if "parse" in task.metrics else ("parse", *task.metrics)
 
 
 def bootstrap_intervals(

@@ -11,7 +11,7 @@ _UNPRINTABLE = re.compile(r"[\x00-\x1f\x7f-\x9f\ud800-\udfff]")
 
 @dataclass(frozen=True)
 class ListExample:
-    """K reviews of one product with their true helpfulness.
+    """K reviews of one product with their true helpfulness, or any other texts to rank.
 
     Attributes:
       key: unique name of the list.
@@ -34,22 +34,29 @@ def review_ids(k: int) -> tuple[str, ...]:
 
 
 def render_prompt(title: str, reviews: Sequence[str]) -> str:
-    """The user's message: title, one line a review, and the form of the answer. Ends in a newline.
+    """The user's message: title, one line a review, and the form of the answer. Ends in a newline."""
+    head = f"Product: {_one_line(title)}. Below are {len(reviews)} reviews. Score each 0-10 for helpfulness."
+    return render_list(head, "review", reviews)
 
-    Titles and reviews are put on one line each, so that only real reviews start a line with `[Review n]`.
-    Special tokens spelt out in a review (`<|im_end|>`) are the tokenizer's business, not handled here.
+
+def render_list(head: str, noun: str, texts: Sequence[str], example: int = 7) -> str:
+    """A message that asks for scores: `head`, one line a text (a `noun`), the form of the answer with score `example`.
+
+    Each text is put on one line, so that only real ones start a line with `[Review n]`. Special tokens spelt out in a
+    text (`<|im_end|>`) are the tokenizer's business, not handled here.
     """
-    k = len(reviews)
-    head = f"Product: {_one_line(title)}. Below are {k} reviews. Score each 0-10 for helpfulness."
-    named = zip(review_ids(k), reviews, strict=True)
-    lines = [f"[Review {n}] id={name} {_one_line(text)}" for n, (name, text) in enumerate(named, 1)]
-    tail = f'Return JSON list of {k} objects: [{{"review_id":"r1","score":7}},...]'
+    k = len(texts)
+    named = zip(review_ids(k), texts, strict=True)
+    lines = [
+        f"[{noun.capitalize()} {n}] id={name} {_one_line(text)}" for n, (name, text) in enumerate(named, 1)
+    ]
+    tail = f'Return JSON list of {k} objects: [{{"{noun}_id":"r1","score":{example}}},...]'
     return "\n".join([head, *lines, tail, ""])
 
 
-def render_answer(scores: Sequence[int]) -> str:
+def render_answer(scores: Sequence[int], field: str = "review_id") -> str:
     """The right answer for `scores`, in the order of the ids, as compact JSON: what SFT trains on."""
-    items = [{"review_id": name, "score": s} for name, s in zip(review_ids(len(scores)), scores, strict=True)]
+    items = [{field: name, "score": s} for name, s in zip(review_ids(len(scores)), scores, strict=True)]
     return json.dumps(items, separators=(",", ":"))
 
 

@@ -1,0 +1,79 @@
+"""Errors that a teacher may be given: a right JSON answer with one fault, chosen by a seeded generator."""
+
+import random
+import re
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from listopd_jax.task.protocol import Corruption
+from listopd_jax.task.strict_json import dumps, loads
+
+_STRING = re.compile(r'"(?:\\.|[^"\\])*"')
+
+
+def json_corruptions(answer: Callable[[Any], str]) -> dict[str, Corruption]:
+    """The corruptions of any task whose right answers, `answer(record)`, are JSON texts.
+
+    wrong_field renames a key, wrong_digit changes a number by 1 to 9, missing_field drops the last field of an object,
+    unclosed_string leaves out the quote that closes a string. An answer without such a place stays right.
+    """
+    return {
+        "wrong_field": lambda record, rng: wrong_field(answer(record), rng),
+        "wrong_digit": lambda record, rng: wrong_digit(answer(record), rng),
+        "missing_field": lambda record, rng: missing_field(answer(record), rng),
+        "unclosed_string": lambda record, rng: unclosed_string(answer(record), rng),
+    }
+
+
+def wrong_field(text: str, rng: random.Random) -> str:
+    """One key has an s at its end, in its place."""
+    value = loads(text)
+    if objects := [o for o in _containers(value) if isinstance(o, dict) and o]:
+        chosen = rng.choice(objects)
+        name = rng.choice(list(chosen))
+        renamed = {f"{key}s" if key == name else key: inner for key, inner in chosen.items()}
+        chosen.clear()
+        chosen.update(renamed)
+    return dumps(value)
+
+
+def wrong_digit(text: str, rng: random.Random) -> str:
+    """One number is larger by 1 to 9."""
+    box = [loads(text)]  # so that a bare number has a place too
+    if places := [(c, key) for c in _containers(box) for key, inner in _items(c) if _is_number(inner)]:
+        container, key = rng.choice(places)
+        container[key] += rng.randint(1, 9)
+    return dumps(box[0])
+
+
+def missing_field(text: str, rng: random.Random) -> str:
+    """One object lacks its last field."""
+    value = loads(text)
+    if objects := [o for o in _containers(value) if isinstance(o, dict) and o]:
+        rng.choice(objects).popitem()
+    return dumps(value)
+
+
+def unclosed_string(text: str, rng: random.Random) -> str:
+    """One string lacks the quote that closes it."""
+    ends = [found.end() for found in _STRING.finditer(text)]
+    if not ends:
+        return text
+    end = rng.choice(ends)
+    return text[: end - 1] + text[end:]
+
+
+def _containers(value: Any) -> Iterator[dict[str, Any] | list[Any]]:
+    """The objects and lists in a JSON value, itself first."""
+    if isinstance(value, dict | list):
+        yield value
+        for _, inner in _items(value):
+            yield from _containers(inner)
+
+
+def _items(container: dict[str, Any] | list[Any]) -> list[tuple[Any, Any]]:
+    return list(container.items() if isinstance(container, dict) else enumerate(container))
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)

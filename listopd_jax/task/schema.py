@@ -1,0 +1,211 @@
+"""JSON Schema as a contract: a schema that can be trusted, and the class of what breaks it.
+
+Schemas and the values that they judge are hostile: a reference is never fetched, and a pattern gets MATCH_SECONDS.
+"""
+
+import warnings
+from collections.abc import Iterator
+from typing import Any
+
+import jsonschema
+import referencing
+import referencing.exceptions
+import referencing.jsonschema
+import regex
+from jsonschema.exceptions import ValidationError, best_match
+
+from listopd_jax.errors import UserError
+from listopd_jax.task.contract import OK
+
+MATCH_SECONDS = 1.0
+_PROBE_SECONDS = 0.1
+_PROBE_LENGTH = 40
+
+_FIX = "correct the schema"
+
+
+class Contract:
+    """One JSON Schema, checked once: `failure(value)` is 'ok' or the class of what breaks it.
+
+    `where` begins the UserError for a schema that is none, has a reference that leads out of it or nowhere, or a
+    pattern that takes exponential time. With `by_path` a class is the path in the schema that failed, as in
+    `price/minimum`; without, for schemas that differ from record to record, only the keyword.
+    """
+
+    def __init__(self, schema: Any, where: str, by_path: bool = True):
+        if not isinstance(schema, dict):
+            raise UserError(f"{where}: a JSON Schema is an object, this is {type(schema).__name__}; {_FIX}")
+        kind, self._by_path = _dialect(schema, where), by_path
+        resource = referencing.Resource.from_contents(
+            schema, default_specification=referencing.jsonschema.DRAFT202012
+        )
+        _check_schema(kind, schema, where)
+        _check_references(resource, where)
+        # A registry that is given is asked instead of the network.
+        self._validator = _bounded(kind)(schema, registry=referencing.Registry())
+        self._check_recursion(where)
+
+    def failure(self, value: Any) -> str:
+        """'ok', or the class of the error that explains best why `value` breaks the schema."""
+        try:
+            error = best_match(self._validator.iter_errors(value))
+        except RecursionError:
+            return "nesting"
+        return OK if error is None else self._name(error)
+
+    def explain(self, value: Any) -> str | None:
+        """What is wrong with `value`, where in it and why, in one short line; None if nothing is."""
+        error = best_match(self._validator.iter_errors(value))
+        return None if error is None else f"at {error.json_path}: {_short(error)}"
+
+    def _name(self, error: ValidationError) -> str:
+        keyword = str(error.validator)
+        return "/".join([*_steps(error), keyword])[:80] if self._by_path else keyword
+
+    def _check_recursion(self, where: str) -> None:
+        for value in (None, {}, [], "", 0):
+            try:
+                self.failure(value)
+                best_match(self._validator.iter_errors(value))
+            except RecursionError as e:
+                raise UserError(f"{where}: the schema refers to itself without end; {_FIX}") from e
+
+
+def _short(error: Any) -> str:
+    return " ".join(error.message.split())[:160]
+
+
+def _steps(error: ValidationError) -> list[str]:
+    """The names of the properties on the way to what failed, a missing one too; [] stands for any item."""
+    path = [str(part) for part in error.absolute_schema_path][:-1]
+    steps, at = [], 0
+    while at < len(path):
+        named = path[at] in ("properties", "patternProperties") and at + 1 < len(path)
+        at += named
+        steps.append("[]" if path[at] in ("items", "prefixItems") and not named else path[at])
+        at += 1
+    if error.validator == "required" and isinstance(error.validator_value, list):
+        steps += [name for name in error.validator_value if name not in error.instance][:1]
+    return [step for step in steps if step != "$ref"]
+
+
+def _dialect(schema: dict[str, Any], where: str) -> type:
+    named = schema.get("$schema")
+    if named is None:
+        return jsonschema.Draft202012Validator
+    kind = jsonschema.validators.validator_for(schema, default=None) if isinstance(named, str) else None
+    if kind is None:
+        raise UserError(
+            f"{where}: $schema={named!r} is no version of JSON Schema that is known; take "
+            "https://json-schema.org/draft/2020-12/schema"
+        )
+    return kind
+
+
+def _check_schema(kind: type, schema: dict[str, Any], where: str) -> None:
+    try:
+        kind.check_schema(schema, format_checker=jsonschema.FormatChecker(formats=()))
+    except jsonschema.SchemaError as e:
+        raise UserError(f"{where}: at {e.json_path}: {_short(e)}; {_FIX}") from e
+    except RecursionError as e:
+        raise UserError(f"{where}: the schema is nested too deeply; {_FIX}") from e
+
+
+def _check_references(resource: referencing.Resource, where: str) -> None:
+    """UserError for a reference or a pattern in the schema that cannot be used."""
+    root = referencing.Registry().with_resource(resource.id() or "", resource).crawl()
+    for part, resolver in _parts(resource, root.resolver_with_root(resource)):
+        for keyword in ("$ref", "$dynamicRef", "$recursiveRef"):
+            if isinstance(name := part.get(keyword), str):
+                _resolve(resolver, name, where, keyword)
+        for pattern in (part.get("pattern"), *_keys(part.get("patternProperties"))):
+            if isinstance(pattern, str):
+                _check_pattern(pattern, where)
+
+
+def _keys(value: Any) -> list[str]:
+    return list(value) if isinstance(value, dict) else []
+
+
+def _parts(resource: referencing.Resource, resolver: Any) -> Iterator[tuple[dict[str, Any], Any]]:
+    """Every schema in a schema, and what resolves the references in it."""
+    if isinstance(resource.contents, dict):
+        yield resource.contents, resolver
+    for inner in resource.subresources():
+        yield from _parts(inner, resolver.in_subresource(inner))
+
+
+def _resolve(resolver: Any, name: str, where: str, keyword: str) -> None:
+    try:
+        resolver.lookup(name)
+    except (referencing.exceptions.Unresolvable, ValueError) as e:
+        remote = not name.startswith("#")
+        why = "leads out of the file, and nothing is fetched; copy what it names into $defs" if remote else ""
+        raise UserError(
+            f"{where}: {keyword}={name[:80]!r} {why or f'names nothing in the schema; {_FIX}'}"
+        ) from e
+
+
+def _check_pattern(pattern: str, where: str) -> None:
+    """UserError for a pattern that is none, or that takes exponential time on a text of one repeated character."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            compiled = regex.compile(pattern)
+    except (regex.error, RecursionError, OverflowError) as e:
+        raise UserError(f"{where}: pattern {pattern[:60]!r} is no regular expression ({e}); {_FIX}") from e
+    for character in sorted({*pattern, "a", "0", " ", "_", "-"}):
+        for end in ("", "\x00"):
+            try:
+                compiled.search(character * _PROBE_LENGTH + end, timeout=_PROBE_SECONDS)
+            except TimeoutError as e:
+                raise UserError(
+                    f"{where}: pattern {pattern[:60]!r} takes exponential time on {character * 3 + '…'!r}; write it "
+                    "without a repeat inside a repeat"
+                ) from e
+
+
+def _matches(pattern: str, text: str) -> bool:
+    """Whether the pattern is found in time: one that takes longer counts as not found."""
+    try:
+        return regex.search(pattern, text, timeout=MATCH_SECONDS) is not None
+    except TimeoutError:
+        return False
+
+
+def _pattern(validator: Any, pattern: str, instance: Any, schema: Any) -> Iterator[ValidationError]:
+    if isinstance(instance, str) and not _matches(pattern, instance):
+        yield ValidationError(f"{instance[:60]!r} does not match {pattern[:60]!r}")
+
+
+def _pattern_properties(
+    validator: Any, patterns: Any, instance: Any, schema: Any
+) -> Iterator[ValidationError]:
+    if isinstance(instance, dict):
+        for pattern, inner in patterns.items():
+            for name in instance:
+                if _matches(pattern, name):
+                    yield from validator.descend(instance[name], inner, path=name, schema_path=pattern)
+
+
+def _additional_properties(
+    validator: Any, additional: Any, instance: Any, schema: Any
+) -> Iterator[ValidationError]:
+    known, patterns = schema.get("properties", {}), schema.get("patternProperties", {})
+    for name in instance if isinstance(instance, dict) else ():
+        if name in known or any(_matches(pattern, name) for pattern in patterns):
+            continue
+        if isinstance(additional, dict):
+            yield from validator.descend(instance[name], additional, path=name)
+        elif additional is False:
+            yield ValidationError(f"{name[:60]!r} is no property that is allowed")
+
+
+def _bounded(kind: type) -> type:
+    """The validators of a dialect, with patterns that are given a time."""
+    own = {
+        "pattern": _pattern,
+        "patternProperties": _pattern_properties,
+        "additionalProperties": _additional_properties,
+    }
+    return jsonschema.validators.extend(kind, {k: f for k, f in own.items() if k in kind.VALIDATORS})

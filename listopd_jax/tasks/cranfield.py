@@ -1,0 +1,114 @@
+"""Rank K abstracts by relevance to a query: the Cranfield collection as it is published.
+
+`data.path` is cran.all.1400, `data.meta_path` cran.qry, `data.labels` cranqrel. An abstract (`.W`) begins with its
+title. A query in cranqrel is a position in cran.qry, not the number that stands there. Grades are 1 (a complete answer)
+to 4 (of minimum interest) and become labels 4 to 1; what is judged −1 or not at all has label 0.
+"""
+
+import pathlib
+import random
+from collections.abc import Iterator, Mapping, Sequence
+
+from listopd_jax.data.reviews import clean_text, first_words
+from listopd_jax.errors import UserError
+from listopd_jax.task.prompt import ListExample, render_list
+from listopd_jax.tasks.file_task import FileTask
+from listopd_jax.tasks.listwise import Listwise
+
+BEST = 4  # the label of grade 1
+
+Judgements = Mapping[int, Mapping[int, int]]  # query -> document -> label
+
+
+class Cranfield(Listwise, FileTask):
+    """Lists of up to K/2 relevant abstracts and others; all lists of a query stay on one side."""
+
+    name, noun = "cranfield", "passage"
+    inputs = (*FileTask.inputs, "data.meta_path", "data.labels")
+
+    def read(self, path: pathlib.Path) -> Iterator[ListExample]:
+        """The lists of each query, its relevant abstracts dealt out over them."""
+        for name in ("meta_path", "labels"):
+            if not getattr(self.data, name):
+                raise UserError(
+                    f"data.{name} is empty: give cran.qry as data.meta_path, cranqrel as data.labels"
+                )
+        documents, queries = read_sections(path, "W"), read_sections(self.data.meta_path, "W")
+        judged = read_judgements(self.data.labels, len(queries), documents)
+        texts = {i: first_words(text, self.options.max_review_words) for i, text in documents.items()}
+        for number, query in enumerate(queries.values(), 1):
+            yield from _lists(number, query, judged.get(number, {}), texts, self.options.k, self.data.seed)
+
+    def group(self, record: ListExample) -> str:
+        """The query."""
+        return record.product_id
+
+    def prompt(self, record: ListExample) -> str:
+        """The query, one line an abstract, and the form of the answer."""
+        head = f"Query: {record.title} Below are {len(record.reviews)} passages. Score each 0-{BEST} for relevance."
+        return render_list(head, self.noun, record.reviews, example=BEST)
+
+
+def read_sections(path: str | pathlib.Path, wanted: str) -> dict[int, str]:
+    """Number → text of the `wanted` sections (letters) of each `.I` entry, in order; UserError if there are none."""
+    found: dict[int, list[str]] = {}
+    number, section = None, ""
+    for row, line in enumerate(_lines(path), 1):
+        if line.startswith(".I "):
+            number, section = _whole(line[3:], f"{path}:{row}"), ""
+            found[number] = []
+        elif line[:1] == "." and line[1:].strip() in tuple("TABW"):
+            section = line[1:].strip()
+        elif number is not None and section and section in wanted:
+            found[number].append(line)
+    if not found:
+        raise UserError(
+            f"{path}: has no .I entries; give the file of the Cranfield collection as it is published"
+        )
+    return {i: clean_text(" ".join(lines)) for i, lines in found.items()}
+
+
+def read_judgements(path: str | pathlib.Path, queries: int, documents: Mapping[int, str]) -> Judgements:
+    """The labels of the relevant documents by query; UserError for a line that judges what is not there."""
+    judged: dict[int, dict[int, int]] = {}
+    for row, line in enumerate(_lines(path), 1):
+        where, fields = f"{path}:{row}", line.split()
+        if not fields:
+            continue
+        if len(fields) != 3:
+            raise UserError(f"{where}: {len(fields)} fields; write query, document and grade")
+        query, document, grade = (_whole(field, where) for field in fields)
+        if not 1 <= query <= queries or document not in documents or grade not in (-1, 1, 2, 3, 4):
+            raise UserError(
+                f"{where}: no such query, document or grade; are the three files of one collection?"
+            )
+        if grade > 0 and documents[document]:
+            judged.setdefault(query, {})[document] = BEST + 1 - grade
+    return judged
+
+
+def _lists(
+    number: int, query: str, judged: Mapping[int, int], texts: Mapping[int, str], k: int, seed: int
+) -> Iterator[ListExample]:
+    """Lists of `k`, each with up to half of its abstracts relevant."""
+    rng = random.Random(f"{seed} {number}")
+    relevant = rng.sample(sorted(judged), len(judged))
+    others = [i for i, text in texts.items() if text and i not in judged]
+    for start in range(0, len(relevant), k // 2):
+        part = relevant[start : start + k // 2]
+        chosen = part + rng.sample(others, k - len(part))
+        rng.shuffle(chosen)
+        scores = tuple(judged.get(i, 0) for i in chosen)
+        key = f"q{number}.{start // (k // 2) + 1}"
+        yield ListExample(key, str(number), query, tuple(texts[i] for i in chosen), scores)
+
+
+def _lines(path: str | pathlib.Path) -> Sequence[str]:
+    return pathlib.Path(path).read_text("utf-8", errors="replace").splitlines()
+
+
+def _whole(text: str, where: str) -> int:
+    try:
+        return int(text)
+    except ValueError as e:
+        raise UserError(f"{where}: {text.strip()[:20]!r} is no whole number; correct it") from e

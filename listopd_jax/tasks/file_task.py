@@ -1,0 +1,87 @@
+"""A task whose records are read from a file: what a task of your own begins with."""
+
+import abc
+import json
+import pathlib
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from listopd_jax import files
+from listopd_jax.data import manifest
+from listopd_jax.data.builder import REPORT
+from listopd_jax.data.splits import SIDES, check_prompt, notes, split_records
+from listopd_jax.errors import UserError
+from listopd_jax.task.protocol import Splits, Task
+
+FORMAT = 1
+"""Part of the fingerprint: raise it when the same config and files give other splits."""
+_FIELDS = "validation_share max_lists split_field seed".split()
+
+
+class FileTask(Task):
+    """A task that reads `data.path`; which records are held out is decided by `data.seed`, unless `side` says."""
+
+    inputs = ("data.path", "task.file")
+    """The fields of the config that name its files."""
+
+    @abc.abstractmethod
+    def read(self, path: pathlib.Path) -> Iterable[Any]:
+        """The records of the file; each has a `key` of its own, by which messages call it."""
+
+    def side(self, record: Any) -> str | None:
+        """'train' or 'validation', or None for all records."""
+        return None
+
+    def group(self, record: Any) -> str:
+        """Records of one group stay on one side; by default those of one prompt."""
+        return json.dumps(self.prompt(record))
+
+    def splits(self, folder: pathlib.Path) -> Splits:
+        """Read, split, and write folder/report.json."""
+        paths = self._paths()
+        if self.data.verify:
+            for path in paths.values():
+                manifest.verify(path)
+        records = list(self.read(paths["data.path"]))
+        self._check(records)
+        data, sides = self.data, [self.side(record) for record in records]
+        groups = list(map(self.group, records))
+        split = split_records(records, sides, groups, data.validation_share, data.max_lists, data.seed)
+        report = self._report(paths, split)
+        if not (folder / REPORT).exists() or files.read_json(folder / REPORT) != report:
+            folder.mkdir(parents=True, exist_ok=True)
+            files.write_json(folder / REPORT, report)
+        return Splits(split["train"], split["validation"], report)
+
+    def _check(self, records: Sequence[Any]) -> None:
+        """UserError if two records have one key, or a prompt is none."""
+        keys = set()
+        for record in records:
+            if record.key in keys:
+                raise UserError(f"{self.name}: two records have the key {record.key!r}; give each its own")
+            keys.add(record.key)
+            check_prompt(self.prompt(record), record.key)
+
+    def _paths(self) -> dict[str, pathlib.Path]:
+        """The files of `inputs` that the config names; UserError for one that is not there."""
+        sections = {"data": self.data, "task": self.options}
+        named = {name: getattr(sections[name.split(".")[0]], name.split(".")[1]) for name in self.inputs}
+        for name, path in named.items():
+            if path and not pathlib.Path(path).is_file():
+                kind = "is a folder; name the file in it" if pathlib.Path(path).is_dir() else "no such file"
+                raise UserError(f"{name}={path}: {kind}")
+        return {name: pathlib.Path(path) for name, path in named.items() if path}
+
+    def _report(self, paths: dict[str, pathlib.Path], split: dict[str, list[Any]]) -> dict[str, Any]:
+        answered = {side: sum(self.answer(r) is not None for r in split[side]) for side in SIDES}
+        digests = {name: [path.name, files.sha256(path)] for name, path in paths.items()}
+        fields = [getattr(self.data, name) for name in _FIELDS] + [self.options.k]
+        return {
+            "task": self.name,
+            "useful": self.useful,
+            "inputs": {n: {"file": path.name, "bytes": path.stat().st_size} for n, path in paths.items()},
+            "records": {side: len(split[side]) for side in SIDES},
+            "answered": answered,
+            "notes": notes(split, len(split["train"]) - answered["train"]),
+            "fingerprint": files.json_sha256([FORMAT, self.name, fields, digests]),
+        }

@@ -1,0 +1,81 @@
+"""What tasks that score lists of texts have in common: the contract of EC (arXiv:2605.08737) and ranking metrics."""
+
+import dataclasses
+import functools
+import random
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+from listopd_jax.data.reviews import first_words
+from listopd_jax.task.contract import FAILURES, Parsed, strict_parse, token_classes
+from listopd_jax.task.corruptions import json_corruptions
+from listopd_jax.task.metrics import METRICS, list_metrics
+from listopd_jax.task.prompt import ListExample, render_answer, review_ids
+from listopd_jax.task.protocol import Task
+
+
+class Listwise(Task):
+    """Records are `ListExample`s; the value of an answer is the tuple of its scores in the order of the texts."""
+
+    noun = "review"
+    failures = FAILURES
+    metrics = METRICS
+    useful = "parse · NDCG@1"
+
+    def __init__(self, data: Any, options: Any):
+        super().__init__(data, options)
+        self.settings = {"gain": options.ndcg_gain}
+        # The first two are failures of EC's SFT models (EC §5)
+        self.corruptions = {"truncate": self._truncated, "duplicate_id": self._duplicated}
+        self.corruptions |= json_corruptions(self.answer)
+
+    def answer(self, record: ListExample) -> str:
+        """The list with the labels as scores."""
+        return self._render(record.scores)
+
+    def parse(self, text: str, record: ListExample) -> Parsed:
+        """EC's strict parse."""
+        return strict_parse(text, review_ids(len(record.scores)), f"{self.noun}_id")
+
+    def score(self, parsed: Parsed, record: ListExample) -> dict[str, float]:
+        """Ranking metrics of the scores against the labels."""
+        return list_metrics(parsed, record.scores, self.settings["gain"])
+
+    def shown(self, parsed: Parsed, record: ListExample) -> dict[str, Any]:
+        """Labels, and the scores of an answer that parses."""
+        scores = list(parsed.value) if parsed.ok else None
+        return {"true_scores": list(map(float, record.scores)), "scores": scores}
+
+    def token_classes(self, pieces: Sequence[str]) -> list[int]:
+        """Everything but score digits and stray text is structure."""
+        return token_classes(pieces)
+
+    def shortened(self, record: ListExample) -> Iterator[tuple[Callable[[int], ListExample], int]]:
+        """By words of each text; where one word is too long, by characters, the title too."""
+        yield functools.partial(_by_words, record), max(r.count(" ") + 1 for r in record.reviews)
+        yield functools.partial(_by_characters, record), max(map(len, (record.title, *record.reviews)))
+
+    def hint(self, records: Sequence[ListExample]) -> str:
+        """An answer that knows nothing of any list."""
+        return self._render([7] * len(records[0].scores))
+
+    def _render(self, scores: Sequence[int]) -> str:
+        return render_answer(scores, f"{self.noun}_id")
+
+    def _truncated(self, record: ListExample, rng: random.Random) -> str:
+        """A well-formed list of K−1 objects."""
+        return self._render(record.scores[:-1])
+
+    def _duplicated(self, record: ListExample, rng: random.Random) -> str:
+        """The right list, but its last object repeats the id before it."""
+        before, last = review_ids(len(record.scores))[-2:]
+        return self.answer(record).replace(f'"{last}"', f'"{before}"')
+
+
+def _by_words(record: ListExample, count: int) -> ListExample:
+    return dataclasses.replace(record, reviews=tuple(first_words(r, count) for r in record.reviews))
+
+
+def _by_characters(record: ListExample, count: int) -> ListExample:
+    reviews = tuple(r[:count] for r in record.reviews)
+    return dataclasses.replace(record, title=record.title[:count], reviews=reviews)

@@ -1,0 +1,59 @@
+"""The task of a run: one that is shipped, by `task.name`, or that of a user's own file, `task.file`."""
+
+import importlib.util
+import inspect
+import pathlib
+import sys
+import types
+from typing import Any
+
+from listopd_jax.errors import UserError, one_line
+from listopd_jax.task.protocol import Task
+from listopd_jax.tasks.bfcl import Bfcl
+from listopd_jax.tasks.cranfield import Cranfield
+from listopd_jax.tasks.json_records import JsonTask
+from listopd_jax.tasks.reviews import Reviews
+
+TASKS = {task.name: task for task in (Reviews, JsonTask, Bfcl, Cranfield)}
+
+
+def load_task(config: Any) -> Task:
+    """The task of a checked config; UserError for a file that cannot be loaded or holds no task."""
+    options = config.task
+    kind = task_in(pathlib.Path(options.file)) if options.file else TASKS[options.name]
+    return kind(config.data, options)
+
+
+def task_in(path: pathlib.Path) -> type[Task]:
+    """The one subclass of Task that a Python file defines; the file is executed.
+
+    Raises UserError: there is no such file, it fails, defines no task or several, or one that lacks a method.
+    """
+    if not path.is_file():
+        raise UserError(f"task.file={path}: no such file; give the Python file that defines your task")
+    module = _executed(path)
+    own = [c for c in vars(module).values() if inspect.isclass(c) and c.__module__ == module.__name__]
+    found = [c for c in own if issubclass(c, Task)]
+    if len(found) != 1:
+        names = ", ".join(sorted(c.__name__ for c in found)) or "none"
+        raise UserError(
+            f"task.file={path}: one class of it must be a Task, found {names}; keep one in the file"
+        )
+    if missing := sorted(found[0].__abstractmethods__):
+        raise UserError(f"task.file={path}: {found[0].__name__} lacks {', '.join(missing)}; define it")
+    return found[0]
+
+
+def _executed(path: pathlib.Path) -> types.ModuleType:
+    name = f"task_file_{path.stem}"  # no module that is there already
+    spec = importlib.util.spec_from_file_location(name, path)
+    if spec is None or spec.loader is None:
+        raise UserError(f"task.file={path}: is no Python file; its name must end in .py")
+    module = sys.modules[name] = importlib.util.module_from_spec(spec)  # dataclasses look themselves up
+    try:
+        spec.loader.exec_module(module)
+    except Exception as e:  # it is the user's program: it can raise anything
+        lines = [f.lineno for f in inspect.getinnerframes(e.__traceback__) if f.filename == str(path)]
+        where = f":{lines[-1]}" if lines else f":{e.lineno}" if isinstance(e, SyntaxError) else ""
+        raise UserError(f"{path}{where}: {type(e).__name__}: {one_line(e)}; correct the task file") from e
+    return module

@@ -1,0 +1,119 @@
+"""Teacher errors by design: each has the fault that its name says, and the report tells what became of them."""
+
+import json
+import random
+import re
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from listopd_jax import config as config_module
+from listopd_jax.data.input import AnswerNoise, noisy_answer
+from listopd_jax.records import Result
+from listopd_jax.report.errors_section import errors_section
+from listopd_jax.report.inputs import Inputs
+from listopd_jax.stages.job import known_noise
+from listopd_jax.task import corruptions
+from listopd_jax.task.prompt import ListExample
+from listopd_jax.task.strict_json import dumps
+from listopd_jax.tasks.reviews import Reviews
+
+TASK = Reviews(None, config_module.defaults().task)
+LISTS = [ListExample(f"k{i}", "p", "t", ("a", "b", "c"), (i % 11, 3, 10)) for i in range(200)]
+
+
+@pytest.mark.parametrize(
+    ("name", "failures"),
+    [
+        ("truncate", {"truncated_k_minus_1"}),
+        ("duplicate_id", {"duplicate_id"}),
+        ("wrong_field", {"unknown_id", "bad_score"}),
+        ("missing_field", {"bad_score"}),
+        ("wrong_digit", {"ok"}),
+        ("unclosed_string", {"no_json"}),
+    ],
+)
+def test_each_corruption_of_a_list_fails_as_its_name_says(name, failures):
+    noise = AnswerNoise(((name, 1.0),), seed=3)
+    texts = [noisy_answer(TASK, record, noise) for record in LISTS]
+    judged = [TASK.parse(text, record) for text, record in zip(texts, LISTS, strict=True)]
+    assert {parsed.failure for parsed in judged} == failures
+    assert texts == [noisy_answer(TASK, record, noise) for record in LISTS], (
+        "seeded by record, the same in every epoch"
+    )
+    assert all(text != TASK.answer(record) for text, record in zip(texts, LISTS, strict=True))
+
+
+VALUES = st.recursive(
+    st.none() | st.booleans() | st.integers(-9, 9) | st.text(max_size=5),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=4), inner, max_size=3),
+    max_leaves=10,
+)
+
+
+def shape(value):
+    """A JSON value with every number 0: what wrong_digit must not change."""
+    if isinstance(value, dict):
+        return {key: shape(inner) for key, inner in value.items()}
+    if isinstance(value, list):
+        return [shape(inner) for inner in value]
+    return 0 if isinstance(value, int) and not isinstance(value, bool) else value
+
+
+@settings(max_examples=200)
+@given(VALUES, st.integers(0, 99))
+def test_any_answer_can_be_corrupted_in_one_place(value, seed):
+    text = dumps(value)
+    digit = json.loads(corruptions.wrong_digit(text, random.Random(seed)))
+    assert shape(digit) == shape(value) and (digit != value) == bool(
+        re.search(r"\b\d", re.sub(r'"(\\.|[^"\\])*"', "", text))
+    )
+    for change in (corruptions.wrong_field, corruptions.missing_field):
+        changed = json.loads(change(text, random.Random(seed)))
+        assert (changed != value) == bool(re.search(r"\{[^}]", re.sub(r'"(\\.|[^"\\])*"', "s", text)))
+    open_ended = corruptions.unclosed_string(text, random.Random(seed))
+    assert len(open_ended) == len(text) - ('"' in text)
+
+
+def test_shares_are_of_all_answers_and_in_the_order_of_the_config():
+    config = config_module.defaults()
+    config.sft.teacher.noise = "truncate:0.3,wrong_digit:0.2,strange:0.4"
+    noise = AnswerNoise(known_noise(TASK, config_module.validate(config).sft.teacher), seed=0)
+    assert noise.shares == (("truncate", 0.3), ("wrong_digit", 0.2)), (
+        "what the task does not define is dropped"
+    )
+    kinds = [len(json.loads(noisy_answer(TASK, r, noise))) for r in LISTS]
+    right = sum(noisy_answer(TASK, r, noise) == TASK.answer(r) for r in LISTS)
+    assert 0.2 < kinds.count(2) / 200 < 0.4 and 0.4 < right / 200 < 0.6
+
+
+def record(stage, lam=None, **failures):
+    return Result(stage=stage, lam=lam, seed=0, steps=5, parse=0.5, failures={"ok": 50, **failures})
+
+
+def test_the_report_says_which_errors_transfer():
+    results = [
+        record("sft_teacher", no_json=10, duplicate_id=40),
+        record("sft_student", no_json=50),
+        record("opd", 1.0, no_json=5, duplicate_id=45),
+        record("opd", 1.5, no_json=0, duplicate_id=50),
+    ]
+    config = {"config": {"sft": {"teacher": {"noise": "unclosed_string:0.1,duplicate_id:0.4"}}}}
+    section = errors_section(Inputs(config=config, results=results))
+    assert "unclosed_string in 0.1, duplicate_id in 0.4" in section.lead
+    (table,) = section.tables
+    assert table.head == ("failure class", "SFT teacher", "SFT student", "λ = 1", "λ = 1.5")
+    assert [[cell.text.replace("\u00a0", " ") for cell in row] for row in table.rows] == [
+        ["duplicate id", "40 %", "0 %", "45 %", "50 %"],
+        ["no JSON", "10 %", "50 %", "5 %", "0 %"],
+    ]
+    assert "duplicate id: 45" in section.plots[0].svg
+
+
+@pytest.mark.parametrize(
+    "config", [{}, {"sft": 3}, {"sft": {"teacher": {"noise": ""}}}, {"sft": {"teacher": {"noise": [1]}}}]
+)
+def test_without_errors_by_design_there_is_no_such_section(config):
+    results = [record("sft_teacher", no_json=50), record("opd", 1.0, no_json=50)]
+    assert errors_section(Inputs(config={"config": config}, results=results)) is None
