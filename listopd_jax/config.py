@@ -29,6 +29,7 @@ ADVANTAGES = ("base_relative", "no_base")
 FALLBACKS = ("teacher", "base")
 ESTIMATORS = ("sampled", "full_vocab")
 AGGREGATES = ("token", "sequence")
+LR_DECAYS = ("none", "linear")
 SOURCES = ("synthetic", "clothing", "amazon2018", "amazon2023")
 DTYPES = ("float32", "bfloat16")
 REMATS = ("full", "attention", "dots", "none")
@@ -145,6 +146,8 @@ def _opd() -> ml_collections.ConfigDict:
         microbatch=0,  # prompts per gradient pass; 0: the whole batch
         updates_per_batch=1,
         lr=1e-6,
+        lr_decay="none",  # linear: from `lr` at the first step to 0 after the last
+        ema=0.0,  # decay of the average of the weights, which is evaluated and exported; 0: off, the last weights are
         b2=0.999,  # of AdamW
         moments="float32",  # in which AdamW keeps its moments; bfloat16: half the memory, rounded at random
         temperature=1.0,
@@ -273,6 +276,7 @@ _NAMES = {
     "opd.advantage": ADVANTAGES,
     "opd.estimator": ESTIMATORS,
     "opd.aggregate": AGGREGATES,
+    "opd.lr_decay": LR_DECAYS,
     "opd.guard.fallback": FALLBACKS,
     "data.source": SOURCES,
     "task.ndcg_gain": ("linear", "exponential"),
@@ -306,7 +310,7 @@ _SEEDS = "seed data.seed sft.teacher.seed sft.student.seed".split()
 _SHARES = """
 data.validation_share sft.teacher.truncation_rate sft.teacher.duplicate_rate
 sft.student.truncation_rate sft.student.duplicate_rate
-optimizer.b1 sft.teacher.b2 sft.student.b2 opd.b2 opd.ppo_clip
+optimizer.b1 sft.teacher.b2 sft.student.b2 opd.b2 opd.ema opd.ppo_clip
 """.split()
 
 

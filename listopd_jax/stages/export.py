@@ -93,5 +93,5 @@ def _state_like(config: Any, stage: str, shape: ModelConfig) -> TrainState:
     trained = config.opd if stage == "opd" else config.sft[TRAINED[stage]]
     params = abstract(shape, param_dtype=jnp.dtype(PARAM_DTYPE))[1]
     moments = jax.eval_shape(adamw(config.optimizer, trained.b2, trained.moments).init, params)
-    state = TrainState(params, moments)
+    state = TrainState(params, moments, params if stage == "opd" and config.opd.ema else None)
     return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=device), state)

@@ -22,7 +22,7 @@ from listopd_jax.task.contract import strict_parse
 from listopd_jax.task.prompt import review_ids
 from listopd_jax.train.loop import Run, Saving, train
 from listopd_jax.train.opd_step import OpdBatch, make_opd_step
-from listopd_jax.train.optimizer import init_state
+from listopd_jax.train.optimizer import average_rate, init_state, linear_lr, with_average
 from listopd_jax.train.preflight import answer_logprobs, check_models
 
 
@@ -37,10 +37,15 @@ class Distillation(NamedTuple):
 
 def opd_runs(job: Job, lam: float, seed: int) -> list[Run]:
     """The OPD run at λ and seed, once for each budget at which it is evaluated: one training, read on its way."""
-    opd = job.config.opd
-    steps = opd.steps or job.steps(opd.epochs, opd.batch_size)
+    steps = opd_steps(job)
     run = Run(f"opd_lambda{float(lam)}_seed{seed}", "opd", float(lam), seed, steps)
-    return [run._replace(steps=budget) for budget in opd.eval_steps if budget < steps] + [run]
+    return [run._replace(steps=budget) for budget in job.config.opd.eval_steps if budget < steps] + [run]
+
+
+def opd_steps(job: Job) -> int:
+    """The steps of a whole run."""
+    opd = job.config.opd
+    return opd.steps or job.steps(opd.epochs, opd.batch_size)
 
 
 def preflight(job: Job, frozen: Frozen) -> None:
@@ -101,22 +106,29 @@ def hyper_at(opd: Any, lam: float, step: int) -> Hyper:
     return jax.tree.map(jnp.float32, scalars)
 
 
+def learning_rate(opd: Any, step: int, steps: int) -> float:
+    """The learning rate of config section `opd` at 0-based `step` of `steps`."""
+    return linear_lr(step, steps, opd.lr) if opd.lr_decay == "linear" else opd.lr
+
+
 def train_opd(job: Job, shared: Distillation, run: Run, best: int | None = None) -> Any:
-    """Distil from the SFT student, or load the run if it is done; its parameters in float32.
+    """Distil from the SFT student, or load the run if it is done; its parameters, or their average, in float32.
 
     The checkpoint at step `best` is kept.
     """
     config, opd = job.config, job.config.opd
-    key = jax.random.key(run.seed)
+    key, steps = jax.random.key(run.seed), opd_steps(job)
 
     def update(state, batch, step):
         rows = hosts.global_batch({k: batch[k] for k in ("prompt", "prompt_length")}, opd.batch_size)
         prompts, lengths = rows["prompt"], rows["prompt_length"]
         rollout = sample(job, state.params, prompts, lengths, jax.random.fold_in(key, step))
         sampled = OpdBatch(prompts, lengths, rollout._replace(steps=None))
-        hyper = hyper_at(opd, run.lam, step)
+        hyper, lr = hyper_at(opd, run.lam, step), jnp.float32(learning_rate(opd, step, steps))
         for _ in range(opd.updates_per_batch):
-            state, metrics, per_token = shared.step(state, shared.frozen, sampled, hyper, jnp.float32(opd.lr))
+            state, metrics, per_token = shared.step(state, shared.frozen, sampled, hyper, lr)
+        if opd.ema:
+            state = with_average(state, jnp.float32(average_rate(step, opd.ema)))
         tokens = {"tokens": int(rollout.lengths.sum()) + opd.rollouts * int(lengths.sum())}
         tokens["tokens_per_decode_step"] = tokens_per_decode_step(rollout)
         return state, metrics | tokens | contract_metrics(
@@ -124,7 +136,7 @@ def train_opd(job: Job, shared: Distillation, run: Run, best: int | None = None)
         )
 
     def initial():
-        return init_state(shared.start(), shared.tx)
+        return init_state(shared.start(), shared.tx, average=opd.ema > 0)
 
     return train(job.workdir, run, initial, job.opd_batches(run.seed), update, opd_saving(config, best))
 

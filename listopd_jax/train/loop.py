@@ -59,7 +59,7 @@ def train(
     update: Update,
     saving: Saving,
 ) -> Any:
-    """Bring `run` to its last step and return its parameters; a run that is there already is only loaded.
+    """Bring `run` to its last step and return its result (TrainState); a run that is there already is only loaded.
 
     `initial()` makes the state to start from, which belongs to the run. `update(state, batch, step)` does 0-based step
     number `step`; its metrics hold the number of "tokens" it worked on. A checkpoint is written every `saving.every`
@@ -76,7 +76,7 @@ def train(
             )
         if start < run.steps:
             state = _train_on(workdir, run, state, start, batches, update, checkpoints, saving.every)
-    return state.params
+    return getattr(state, state.result)
 
 
 def _resume(
