@@ -1,4 +1,4 @@
-"""The average of the weights and the learning rate's decay: what they are by definition, and that they resume exactly."""
+"""The average of the weights and the decay of the learning rate: by definition, and resumed exactly."""
 
 import jax
 import jax.numpy as jnp
@@ -34,7 +34,7 @@ def test_the_average_is_the_weighted_mean_of_the_weights_after_each_step(steps, 
         state = with_average(state._replace(params=params), jnp.float32(average_rate(step, decay)))
     counts = decay ** np.arange(steps - 1, -1, -1.0)
     expected = counts @ visited / counts.sum()
-    np.testing.assert_allclose(state.average["w"], expected, atol=2e-4)  # of the first weights, 1e3 in float32
+    np.testing.assert_allclose(state.average["w"], expected, atol=2e-4)  # it began at 1e3, in float32
 
 
 def test_the_average_takes_no_part_in_training():

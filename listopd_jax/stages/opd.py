@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from flax import nnx
+from jaxtyping import Array, Bool, Float
 
 from listopd_jax.models.build import cast
 from listopd_jax.ops.objective import Hyper, Variant, warmed_up_lambda
@@ -90,6 +91,8 @@ def variant_of(opd: Any) -> Variant:
         ppo=opd.ppo_clip > 0,
         guard=opd.guard.fallback if opd.guard.margin else "",
         normalize=opd.normalize,
+        control_variate="" if opd.control_variate == "none" else opd.control_variate,
+        flips=opd.on_collapse != "none",
     )
 
 
@@ -123,7 +126,8 @@ def train_opd(job: Job, shared: Distillation, run: Run, best: int | None = None)
         rows = hosts.global_batch({k: batch[k] for k in ("prompt", "prompt_length")}, opd.batch_size)
         prompts, lengths = rows["prompt"], rows["prompt_length"]
         rollout = sample(job, state.params, prompts, lengths, jax.random.fold_in(key, step))
-        sampled = OpdBatch(prompts, lengths, rollout._replace(steps=None))
+        reward = contract_reward(job, rollout) if opd.contract_reward else None
+        sampled = OpdBatch(prompts, lengths, rollout._replace(steps=None), reward)
         hyper, lr = hyper_at(opd, run.lam, step), jnp.float32(learning_rate(opd, step, steps))
         for _ in range(opd.updates_per_batch):
             state, metrics, per_token = shared.step(state, shared.frozen, sampled, hyper, lr)
@@ -131,9 +135,7 @@ def train_opd(job: Job, shared: Distillation, run: Run, best: int | None = None)
             state = with_average(state, jnp.float32(average_rate(step, opd.ema)))
         tokens = {"tokens": int(rollout.lengths.sum()) + opd.rollouts * int(lengths.sum())}
         tokens["tokens_per_decode_step"] = tokens_per_decode_step(rollout)
-        return state, metrics | tokens | contract_metrics(
-            rollout, per_token["advantage"], job.codec, config.task.k
-        )
+        return state, metrics | tokens | contract_metrics(rollout, per_token, job.codec, config.task.k)
 
     def initial():
         return init_state(shared.start(), shared.tx, average=opd.ema > 0)
@@ -165,19 +167,42 @@ def tokens_per_decode_step(rollout: Rollout) -> float:
     return (int(rollout.lengths.sum()) - int((rollout.lengths > 0).sum())) / steps if steps else 1.0
 
 
-def contract_metrics(rollout: Rollout, advantage, codec: Codec, k: int) -> dict[str, float]:
-    """What the sampled completions say of the contract: how many hold it and end, advantage by kind of token."""
+def contract_reward(job: Job, rollout: Rollout) -> Float[Array, "B n"]:
+    """`opd.contract_reward` times: 1 if a completion holds the contract, else 0, less the mean over its prompt's."""
+    tokens, lengths = hosts.gather(rollout.tokens), hosts.gather(rollout.lengths)
+    held = holds_contract(tokens, lengths, job.codec, job.config.task.k).reshape(lengths.shape)
+    reward = job.config.opd.contract_reward * (held - held.mean(-1, keepdims=True))
+    rows = hosts.local_rows(len(reward))
+    own = reward if rows is None else reward[rows]
+    return hosts.global_batch({"reward": own.astype(np.float32)}, len(reward))["reward"]
+
+
+def holds_contract(tokens, lengths, codec: Codec, k: int) -> Bool[np.ndarray, " N"]:
+    """Whether each of a batch of completions, flattened, parses."""
+    texts = codec.texts(tokens, lengths)
+    return np.array([strict_parse(text, review_ids(k)).failure == "ok" for text in texts])
+
+
+def contract_metrics(
+    rollout: Rollout, per_token: Mapping[str, Any], codec: Codec, k: int
+) -> dict[str, float]:
+    """What the sampled completions say of the contract: how many hold it and end, advantage by kind of token.
+
+    With `flip` in `per_token`, the share of positions at which the target flips, by kind of token, too.
+    """
     tokens = hosts.gather(rollout.tokens).reshape(-1, rollout.tokens.shape[-1])
     lengths = hosts.gather(rollout.lengths).reshape(-1)
-    parsed = [strict_parse(text, review_ids(k)).failure == "ok" for text in codec.texts(tokens, lengths)]
-    structural, values = codec.structural(tokens, lengths), hosts.gather(advantage).reshape(tokens.shape)
+    structural = codec.structural(tokens, lengths)
     content = (np.arange(tokens.shape[1]) < lengths[:, None]) & ~structural
-    return {
-        "parse": np.mean(parsed),
-        "ended": np.mean(codec.ended(tokens, lengths)),
-        "advantage_structural": _mean(values[structural]),
-        "advantage_content": _mean(values[content]),
-    }
+    by_kind = {}
+    for name in (name for name in ("advantage", "flip") if name in per_token):
+        values = hosts.gather(per_token[name]).reshape(tokens.shape)
+        by_kind |= {
+            f"{name}_structural": _mean(values[structural]),
+            f"{name}_content": _mean(values[content]),
+        }
+    parse = np.mean(holds_contract(tokens, lengths, codec, k))
+    return {"parse": parse, "ended": np.mean(codec.ended(tokens, lengths)), **by_kind}
 
 
 def _mean(values: np.ndarray) -> float:

@@ -1,9 +1,9 @@
 """Checkpoints of one training run that survive: written while training continues, proven when they are read.
 
 A run's folder is `workdir/checkpoints/<run>`. A checkpoint has the items `params`, `opt_state`, `average` where one of
-the weights is kept (each an item of its own, so that a finished run loads what it is for alone) and `record`, JSON: the step, the identity of the run (seed, λ and
-its warm-up, digest of the config), its progress (data iterator) and checksums of the arrays. Random numbers need no
-more: the key of every step is folded from seed and step.
+the weights is kept (each an item of its own, so that a finished run loads what it is for alone) and `record`, JSON: the
+step, the identity of the run (seed, λ and its warm-up, digest of the config), its progress (data iterator) and
+checksums of the arrays. Random numbers need no more: the key of every step is folded from seed and step.
 
 Orbax writes to a temporary folder and renames it: a killed save leaves no checkpoint at all. What a disk damages later
 the checksums tell, on whatever mesh; such a checkpoint is skipped for the one before it.
