@@ -83,7 +83,9 @@ def _from_checkpoint(config: Any, digest: str, workdir: pathlib.Path, record: Re
     saved = opd_saving(config) if record.stage == "opd" else saving(config)
     folder = checkpoint_folder(workdir, record.run)
     with Checkpoints(folder, saved.keep, run.labels | saved.identity | {"config": digest}) as checkpoints:
-        params = checkpoints.params_at(record.steps, _state_like(config, record.stage, shape))
+        # of a run that collapsed, the record is of its best checkpoint (stages/collapse.py)
+        step = record.extra.get("checkpoint", record.steps)
+        params = checkpoints.params_at(step, _state_like(config, record.stage, shape))
     return Model(shape, params, codec.tokenizer, codec.ends)
 
 

@@ -1,5 +1,6 @@
 """The OPD stage: sample from the student, score with teacher and base, update; one run for each λ and seed."""
 
+import functools
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -21,9 +22,10 @@ from listopd_jax.stages.job import Job, saving
 from listopd_jax.task.codec import Codec
 from listopd_jax.task.contract import strict_parse
 from listopd_jax.task.prompt import review_ids
+from listopd_jax.train.collapse import Watch
 from listopd_jax.train.loop import Run, Saving, train
 from listopd_jax.train.opd_step import OpdBatch, make_opd_step
-from listopd_jax.train.optimizer import average_rate, init_state, linear_lr, with_average
+from listopd_jax.train.optimizer import TrainState, average_rate, init_state, linear_lr, with_average
 from listopd_jax.train.preflight import answer_logprobs, check_models
 
 
@@ -114,10 +116,17 @@ def learning_rate(opd: Any, step: int, steps: int) -> float:
     return linear_lr(step, steps, opd.lr) if opd.lr_decay == "linear" else opd.lr
 
 
-def train_opd(job: Job, shared: Distillation, run: Run, best: int | None = None) -> Any:
+def initial_state(job: Job, shared: Distillation) -> TrainState:
+    """The state that every run starts from."""
+    return init_state(shared.start(), shared.tx, average=job.config.opd.ema > 0)
+
+
+def train_opd(
+    job: Job, shared: Distillation, run: Run, best: int | None = None, watch: Watch | None = None
+) -> Any:
     """Distil from the SFT student, or load the run if it is done; its parameters, or their average, in float32.
 
-    The checkpoint at step `best` is kept.
+    The checkpoint at step `best` is kept. `watch` may change λ on the way, and end the run.
     """
     config, opd = job.config, job.config.opd
     key, steps = jax.random.key(run.seed), opd_steps(job)
@@ -128,7 +137,8 @@ def train_opd(job: Job, shared: Distillation, run: Run, best: int | None = None)
         rollout = sample(job, state.params, prompts, lengths, jax.random.fold_in(key, step))
         reward = contract_reward(job, rollout) if opd.contract_reward else None
         sampled = OpdBatch(prompts, lengths, rollout._replace(steps=None), reward)
-        hyper, lr = hyper_at(opd, run.lam, step), jnp.float32(learning_rate(opd, step, steps))
+        hyper = hyper_at(opd, watch.lam(run.lam) if watch else run.lam, step)
+        lr = jnp.float32(learning_rate(opd, step, steps))
         for _ in range(opd.updates_per_batch):
             state, metrics, per_token = shared.step(state, shared.frozen, sampled, hyper, lr)
         if opd.ema:
@@ -137,10 +147,8 @@ def train_opd(job: Job, shared: Distillation, run: Run, best: int | None = None)
         tokens["tokens_per_decode_step"] = tokens_per_decode_step(rollout)
         return state, metrics | tokens | contract_metrics(rollout, per_token, job.codec, config.task.k)
 
-    def initial():
-        return init_state(shared.start(), shared.tx, average=opd.ema > 0)
-
-    return train(job.workdir, run, initial, job.opd_batches(run.seed), update, opd_saving(config, best))
+    initial, batches = functools.partial(initial_state, job, shared), job.opd_batches(run.seed)
+    return train(job.workdir, run, initial, batches, update, opd_saving(config, best), watch)
 
 
 def opd_saving(config: Any, best: int | None = None) -> Saving:

@@ -14,6 +14,7 @@ from listopd_jax.models.hf import save_hf
 from listopd_jax.ops.opd_loss import Frozen
 from listopd_jax.parallel.hosts import is_main
 from listopd_jax.stages.calibrate import calibrate_stage
+from listopd_jax.stages.collapse import best_checkpoint, collapse_fields, watch_of
 from listopd_jax.stages.forecast import forecast
 from listopd_jax.stages.job import Job, job_on_mesh
 from listopd_jax.stages.opd import Distillation, make_step, opd_runs, preflight, train_opd
@@ -62,12 +63,16 @@ def student_again(job: Job, base: Any) -> Callable[[], Any]:
 
 
 def distil(job: Job, shared: Distillation, lam: float, seed: int) -> None:
-    """Train at λ and seed, evaluate at every budget, export at the last."""
+    """Train at λ and seed, evaluate at every budget, export at the last; of a run that collapses, see `on_collapse`."""
     runs = opd_runs(job, lam, seed)
     for run in runs:
         if evaluated(job.workdir, run) is None:
-            params = train_opd(job, shared, run, most_useful(job.workdir, runs))
-            finish(job, "student", params, run, export=run is runs[-1])
+            watch = watch_of(job.config.opd, run)
+            params = train_opd(job, shared, run, most_useful(job.workdir, runs), watch)
+            besides = collapse_fields(watch, run)
+            if watch and watch.stopped:
+                besides["checkpoint"], params = best_checkpoint(job, shared, run)
+            finish(job, "student", params, run, run is runs[-1], **besides)
 
 
 def most_useful(workdir: pathlib.Path, runs: Sequence[Run]) -> int | None:
@@ -76,11 +81,14 @@ def most_useful(workdir: pathlib.Path, runs: Sequence[Run]) -> int | None:
     return max(((r.useful, r.steps) for r in records), default=(None, None))[1]
 
 
-def finish(job: Job, role: str, params: Any, run: Run, export: bool = True) -> None:
-    """Export and evaluate the policy that `run` ended in; its record in results.json says that both are done."""
+def finish(job: Job, role: str, params: Any, run: Run, export: bool = True, **besides: Any) -> None:
+    """Export and evaluate the policy that `run` ended in; its record in results.json says that both are done.
+
+    `besides` are more fields of the record.
+    """
     if export and job.config.train.export:
         folder, codec = job.workdir / "export" / run.name, job.codec
         save_hf(folder, job.shapes[role], params, codec.tokenizer, ends=codec.ends)
-    record = evaluate(job, role, params, run)
+    record = evaluate(job, role, params, run, **besides)
     if is_main():
         print(f"{run.name}, {run.steps} steps: {summary(record)}", file=sys.stderr)
