@@ -56,6 +56,9 @@ def defaults() -> ml_collections.ConfigDict:
         data=_data(),
         teacher=_model(),
         student=_model(),
+        reference=_section(
+            weights=""
+        ),  # folder or hub id of the objective's base, as it is; empty: the student's SFT
         dtype=_section(compute="float32", frozen="float32"),
         remat="none",
         attention="auto",  # splash (and the Pallas kernel for frozen scores) on TPUs, cudnn on GPUs in 16 bit, else xla
@@ -450,8 +453,12 @@ def _validate_combinations(config: ml_collections.ConfigDict) -> None:
         opd.steps > 0 or opd.epochs > 0, "opd.steps=0 and opd.epochs=0: nothing to train; set one of them"
     )
     _require(
-        config.tokenizer.path or not (config.teacher.weights or config.student.weights),
+        config.tokenizer.path or not any(config[r].weights for r in ("teacher", "student", "reference")),
         "tokenizer.path is empty: models with weights need their tokenizer, e.g. the same folder or hub id",
+    )
+    _require(
+        not config.reference.weights or opd.advantage == "base_relative" or opd.kl_to_base > 0,
+        "reference.weights is the base, which opd.advantage='no_base' does not look at; leave one of them out",
     )
     _validate_parallel(config.parallel)
     size = config.tokenizer.vocab_size
@@ -520,9 +527,12 @@ def validate(config: ml_collections.ConfigDict) -> ml_collections.FrozenConfigDi
 
 
 def is_small(config: ml_collections.FrozenConfigDict) -> bool:
-    """Whether both models are of a size at which compiling takes longer than running: made here, at most 128 wide."""
+    """Whether all models are of a size at which compiling takes longer than running: made here, at most 128 wide."""
     models = (config.student, config.teacher)
-    return all(not m.weights and m.architecture == "custom" and m.hidden_size <= SMALL_WIDTH for m in models)
+    made_here = (
+        all(not m.weights and m.architecture == "custom" for m in models) and not config.reference.weights
+    )
+    return made_here and all(m.hidden_size <= SMALL_WIDTH for m in models)
 
 
 def to_json(config: ml_collections.ConfigDict | ml_collections.FrozenConfigDict) -> dict[str, Any]:

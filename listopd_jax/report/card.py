@@ -19,7 +19,7 @@ tags:
 
 FIELDS = (
     "data.source data.path data.labels task.k task.max_review_words task.chat_template "
-    "student.weights student.architecture teacher.weights teacher.architecture"
+    "student.weights student.architecture teacher.weights teacher.architecture reference.weights"
 ).split()
 SFT_FIELDS = "lr batch_size truncation_rate duplicate_rate".split()
 OPD_FIELDS = (

@@ -41,12 +41,14 @@ from listopd_jax.train.loop import Saving
 from listopd_jax.train.preflight import check_mesh
 
 ROLES = ("teacher", "student")
+REFERENCE = "reference"  # the role of a base that is not the student's SFT
 STAMP = "data.json"
 INPUTS = {
     "fingerprint": "the data files",
     "tokenizer": "the files of tokenizer.path",
     "teacher": "the files of teacher.weights",
     "student": "the files of student.weights",
+    REFERENCE: "the files of reference.weights",
 }
 """What STAMP has the digests of."""
 
@@ -58,8 +60,8 @@ DRAFT_TOKENS = 8  # by default; an object of an answer has 10 to 28 tokens, most
 class Job:
     """Everything but parameters.
 
-    `models` are the config sections of its models by role, teacher and student; `examples` the lists by split (train,
-    validation); `attention` is never auto.
+    `models` are the config sections of its models by role, teacher, student and maybe reference; `examples` the lists
+    by split (train, validation); `attention` is never auto.
     """
 
     config: ml_collections.FrozenConfigDict
@@ -76,7 +78,7 @@ class Job:
 
     @functools.cached_property
     def graphs(self) -> dict[str, nnx.GraphDef]:
-        """Static halves of the models by role; the base has the student's."""
+        """Static halves of the models by role; `base_of` them is the base's."""
         compute, remat = self.config.dtype.compute, self.config.remat
         return {role: graph_of(shape, compute, remat, self.attention) for role, shape in self.shapes.items()}
 
@@ -172,9 +174,9 @@ def job_on_mesh(
 def open_job(config: ml_collections.FrozenConfigDict, workdir: pathlib.Path, **models: Any) -> Job:
     """The prepare stage: build or find data set and tokenizer; UserError for whatever cannot be used.
 
-    `models` are config sections by role; if none is given, those of teacher and student.
+    `models` are config sections by role; if none is given, those of teacher, student and, if it is another, base.
     """
-    models = models or {role: config[role] for role in ROLES}
+    models = models or models_of(config)
     backend = resolve(config.attention, jax.default_backend(), config.dtype.compute)
     with hosts.main_first():
         report = prepare(config.data, config.task, workdir / "data")
@@ -186,10 +188,22 @@ def open_job(config: ml_collections.FrozenConfigDict, workdir: pathlib.Path, **m
         _check_tokenizers(tokenizer, models)
         if hosts.is_main():
             refuse_other_inputs(workdir, **_digests(config, models))
-    job = Job(config, workdir, models, make_codec(config, tokenizer, models), examples, backend)
+    writers = {role: model for role, model in models.items() if role != REFERENCE}
+    job = Job(config, workdir, models, make_codec(config, tokenizer, writers), examples, backend)
     # A checkpoint or template that does not fit shows now, not when its turn comes.
     _ = job.shapes, job.validation
     return job
+
+
+def models_of(config: Any) -> dict[str, Any]:
+    """The config sections of a job's models by role; a reference only where it has weights."""
+    roles = (*ROLES, REFERENCE) if config.reference.weights else ROLES
+    return {role: config[role] for role in roles}
+
+
+def base_of(by_role: Mapping[str, Any]) -> Any:
+    """What `by_role` has of the base: of the reference where there is one, else of the student."""
+    return by_role[REFERENCE if REFERENCE in by_role else "student"]
 
 
 def refuse_other_inputs(workdir: pathlib.Path, **digests: str | None) -> None:
@@ -213,7 +227,7 @@ def refuse_other_inputs(workdir: pathlib.Path, **digests: str | None) -> None:
 
 def _digests(config: ml_collections.FrozenConfigDict, models: Mapping[str, Any]) -> dict[str, str | None]:
     """What decides a run besides config and data: the bytes of the folders that the config names."""
-    weights = {role: weights_digest(models[role]) for role in ROLES if role in models}
+    weights = {role: weights_digest(models[role]) for role in (*ROLES, REFERENCE) if role in models}
     return {"tokenizer": tokenizer_digest(config.tokenizer.path), **weights}
 
 

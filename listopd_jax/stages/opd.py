@@ -18,7 +18,7 @@ from listopd_jax.parallel import hosts
 from listopd_jax.parallel.rules import decoding_copy
 from listopd_jax.rollout.decode import Rollout, generate
 from listopd_jax.rollout.state import trim
-from listopd_jax.stages.job import Job, saving
+from listopd_jax.stages.job import Job, base_of, saving
 from listopd_jax.task.codec import Codec
 from listopd_jax.task.contract import strict_parse
 from listopd_jax.task.prompt import review_ids
@@ -51,13 +51,13 @@ def opd_steps(job: Job) -> int:
     return opd.steps or job.steps(opd.epochs, opd.batch_size)
 
 
-def preflight(job: Job, frozen: Frozen) -> None:
-    """Look at teacher and student on the first batch of answers; UserError if they cannot be distilled."""
-    batch, chunk = next(iter(job.evaluation_batches())), job.config.opd.head_chunk
-    pairs = (("teacher", frozen.teacher), ("student", frozen.base))
-    check_models(
-        *(answer_logprobs(job.graphs[r], p, batch, job.codec.vocab, chunk) for r, p in pairs), job.codec.vocab
-    )
+def preflight(job: Job, models: Mapping[str, Any]) -> None:
+    """Look at the models, parameters by role, on the first batch of answers; UserError if they cannot be distilled."""
+    batch, chunk, vocab = next(iter(job.evaluation_batches())), job.config.opd.head_chunk, job.codec.vocab
+    seen = {r: answer_logprobs(job.graphs[r], params, batch, vocab, chunk) for r, params in models.items()}
+    teacher = seen.pop("teacher")
+    for role, logprobs in seen.items():
+        check_models(teacher, logprobs, vocab, role)
 
 
 def make_step(
@@ -70,10 +70,10 @@ def make_step(
 ) -> Callable:
     """The update program of config section `opd`, to be shared by every λ and seed: they are data to it.
 
-    `graphs` are the static halves of teacher and student, `attention` is their backend (never auto).
+    `graphs` are the static halves of the models by role, `attention` is their backend (never auto).
     """
     return make_opd_step(
-        Models(student=graphs["student"], teacher=graphs["teacher"], base=graphs["student"]),
+        Models(student=graphs["student"], teacher=graphs["teacher"], base=base_of(graphs)),
         tx,
         variant_of(opd),
         vocab=vocab,
