@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 from configs.fashion import tiny
 from listopd_jax.config import digest, validate
 from listopd_jax.metrics_log import read_metrics
-from listopd_jax.records import RESULTS, read_results
+from listopd_jax.records import RESULTS, Result, read_results
+from listopd_jax.report.findings import find, sentences
 from listopd_jax.stages.export import policy_model
 from listopd_jax.stages.pipeline import run_stages
 from listopd_jax.train.collapse import Seen, Thresholds, Watch, collapse
@@ -85,6 +86,23 @@ def test_a_fall_is_warned_of_once_and_lambda_is_lowered_by_it(capsys):
     assert watch().lam(1.3) == 1.3
     said = capsys.readouterr().err.splitlines()
     assert len(said) == 1 and said[0].startswith("warning: opd_lambda2.0_seed0, step 5: parse fell")
+
+
+@pytest.mark.parametrize(
+    ("extra", "says"),
+    [
+        ({"collapsed_at": [7]}, ""),
+        ({"collapsed_at": [7], "checkpoint": 5}, "A run at λ = 2 was stopped when it collapsed"),
+        ({"collapsed_at": [7], "lambda_end": 1.5}, "A run at λ = 2 went on with a lower λ"),
+    ],
+)
+def test_the_report_says_what_was_done(extra, says):
+    records = [
+        Result(stage="opd", lam=lam, seed=0, steps=9, parse=0.5, useful=0.4, extra=of)
+        for lam, of in ((1.0, {}), (2.0, extra))
+    ]
+    said = [s.replace("\xa0", " ") for s in sentences(find(records))]
+    assert any(says in s for s in said) and any("collapsed" in s for s in said) == bool(says)
 
 
 # ---- in the loop
