@@ -84,6 +84,7 @@ def config_of(models: pathlib.Path | None = None, **opd: Any) -> Any:
     config.data.synthetic.products, config.data.validation_share = 600, 0.3
     config.evaluation.update(max_lists=200, batch_size=100)
     config.opd.update(lambdas=(), **opd)
+    config.rollout.draft_tokens = 0  # as for models that are made here
     config.train.export = models is None
     if models is not None:
         config.tokenizer.path = str(models / "export" / "sft_teacher")

@@ -435,6 +435,24 @@ def _validate_combinations(config: ml_collections.ConfigDict) -> None:
         "opd.normalize=False",
     )
     _require(
+        opd.steps > 0 or opd.epochs > 0, "opd.steps=0 and opd.epochs=0: nothing to train; set one of them"
+    )
+    _require(
+        config.tokenizer.path or not any(config[r].weights for r in ("teacher", "student", "reference")),
+        "tokenizer.path is empty: models with weights need their tokenizer, e.g. the same folder or hub id",
+    )
+    _validate_options(config)
+    _validate_parallel(config.parallel)
+    size = config.tokenizer.vocab_size
+    _require(size >= 258, f"tokenizer.vocab_size={size}: at least 258 are needed (256 bytes, EOS, PAD)")
+    for role in ("teacher", "student"):
+        _validate_model(role, config[role], size)
+
+
+def _validate_options(config: ml_collections.ConfigDict) -> None:
+    """What the options of docs/training_options.md ask of the rest."""
+    opd = config.opd
+    _require(
         opd.estimator == "sampled" or (opd.control_variate == "none" and opd.contract_reward == 0),
         "opd.control_variate and opd.contract_reward are about sampled tokens, which opd.estimator='full_vocab' does "
         "without: leave both off",
@@ -450,21 +468,9 @@ def _validate_combinations(config: ml_collections.ConfigDict) -> None:
         "opd.contract_reward compares the completions of a prompt with each other: set opd.rollouts to at least 2",
     )
     _require(
-        opd.steps > 0 or opd.epochs > 0, "opd.steps=0 and opd.epochs=0: nothing to train; set one of them"
-    )
-    _require(
-        config.tokenizer.path or not any(config[r].weights for r in ("teacher", "student", "reference")),
-        "tokenizer.path is empty: models with weights need their tokenizer, e.g. the same folder or hub id",
-    )
-    _require(
         not config.reference.weights or opd.advantage == "base_relative" or opd.kl_to_base > 0,
         "reference.weights is the base, which opd.advantage='no_base' does not look at; leave one of them out",
     )
-    _validate_parallel(config.parallel)
-    size = config.tokenizer.vocab_size
-    _require(size >= 258, f"tokenizer.vocab_size={size}: at least 258 are needed (256 bytes, EOS, PAD)")
-    for role in ("teacher", "student"):
-        _validate_model(role, config[role], size)
 
 
 def _validate_parallel(parallel: ml_collections.ConfigDict) -> None:
