@@ -1,9 +1,10 @@
 """How much noise the options against it take away, on the embedded task: of a gradient, and between seeds.
 
     python -m benchmarks.noise gradient --workdir=runs/noise [--lam=1.2] [--batches=24]
-    python -m benchmarks.noise seeds --workdir=runs/noise [--lam=1.2] [--seeds=4] [--ema=0.9]
+    python -m benchmarks.noise seeds --small --workdir=runs/noise_small [--lam=1.2] [--seeds=4] [--ema=0.9]
 
-The pair is that of configs/fashion.py:tiny with 200 held-out lists, trained in the workdir the first time. `gradient`:
+The pair is that of configs/fashion.py:tiny with 200 held-out lists, trained in the workdir the first time; with --small
+it is of one layer, 32 wide, and ranks two reviews. `gradient`:
 total variance of a batch's gradient over fresh batches of prompts and completions, of each objective with each control
 variate, as a share of the one without; all see the same batches. `seeds`: mean and standard deviation over seeds of
 what greedy answers are worth, with and without the average of the weights and the decay of the learning rate. The
@@ -71,6 +72,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     )  # fmt: skip
     parser.add_argument("what", choices=("gradient", "seeds"))
     parser.add_argument("--workdir", type=pathlib.Path, required=True)
+    parser.add_argument("--small", action="store_true")
     parser.add_argument("--lam", type=float, default=1.2)
     parser.add_argument("--batches", type=positive, default=24)
     parser.add_argument("--seeds", type=positive, default=4)
@@ -78,9 +80,11 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def config_of(models: pathlib.Path | None = None, **opd: Any) -> Any:
-    """The tiny preset with 200 held-out lists; with the SFT models of a workdir, if one is given."""
+def config_of(small: bool, models: pathlib.Path | None = None, **opd: Any) -> Any:
+    """The task with 200 held-out lists; with the SFT models of a workdir, if one is given."""
     config = tiny()
+    if small:
+        shrink(config)
     config.data.synthetic.products, config.data.validation_share = 600, 0.3
     config.evaluation.update(max_lists=200, batch_size=100)
     config.opd.update(lambdas=(), **opd)
@@ -92,6 +96,17 @@ def config_of(models: pathlib.Path | None = None, **opd: Any) -> Any:
             config[role].weights = str(models / "export" / f"sft_{role}")
             config.sft[role].update(steps=0, epochs=0.0)
     return validate(config)
+
+
+def shrink(config: ml_collections.ConfigDict) -> None:
+    """A task of seconds: two reviews a list, a teacher that truncates 30 % of its lists, a base that repeats no id."""
+    config.task.update(k=2, max_prompt=96, max_review_words=8)
+    config.tokenizer.vocab_size = 400
+    for role, steps, truncated in (("teacher", 90, 0.3), ("student", 60, 0.0)):
+        config[role].update(hidden_size=32, intermediate_size=64, num_layers=1, num_heads=2, num_kv_heads=1)
+        config.sft[role].update(steps=steps, batch_size=16, lr=1e-2, warmup_steps=5, duplicate_rate=0.0)
+        config.sft[role].truncation_rate = truncated
+    config.opd.update(steps=30, batch_size=8, rollouts=2, lr=3e-3)
 
 
 def shared_of(job: Job, frozen: Frozen) -> Distillation:
@@ -122,9 +137,9 @@ def gradients(job: Job, frozen: Frozen, params: Any, opd: Any, lam: float, batch
     return np.stack(found)
 
 
-def noise_of_gradient(workdir: pathlib.Path, lam: float, batches: int) -> None:
+def noise_of_gradient(workdir: pathlib.Path, small: bool, lam: float, batches: int) -> None:
     """Say total variances of the gradient, at the SFT student and at one that was trained at λ with the defaults."""
-    config = config_of(workdir / "pair")
+    config = config_of(small, workdir / "pair")
     with job_on_mesh(config, workdir / "gradient") as job:
         frozen = frozen_models(job)
         (run,) = opd_runs(job, lam, seed=0)
@@ -148,10 +163,10 @@ def objective(opd: Any, ratio: str, control: str) -> ml_collections.ConfigDict:
 # --- the seeds ---
 
 
-def noise_of_seeds(workdir: pathlib.Path, lam: float, seeds: int, ema: float) -> None:
+def noise_of_seeds(workdir: pathlib.Path, small: bool, lam: float, seeds: int, ema: float) -> None:
     """Train each seed with a constant and a decaying learning rate; say what weights and their average are worth."""
     for decay in ("none", "linear"):
-        config = config_of(workdir / "pair", ema=ema, lr_decay=decay)
+        config = config_of(small, workdir / "pair", ema=ema, lr_decay=decay)
         worth: dict[str, list[dict[str, float]]] = {"params": [], "average": []}
         with job_on_mesh(config, workdir / f"seeds_{decay}") as job:
             shared = shared_of(job, frozen_models(job))
@@ -179,14 +194,15 @@ def _sd(values: Sequence[float]) -> float:
 
 def main(argv: Sequence[str]) -> None:
     """Train the pair, measure, print JSON lines."""
-    args, config = parse(argv), config_of()
+    args = parse(argv)
+    config = config_of(args.small)
     set_up(config, args.workdir)
     with job_on_mesh(config, args.workdir / "pair") as job:
         frozen_models(job)
     if args.what == "gradient":
-        noise_of_gradient(args.workdir, args.lam, args.batches)
+        noise_of_gradient(args.workdir, args.small, args.lam, args.batches)
     else:
-        noise_of_seeds(args.workdir, args.lam, args.seeds, args.ema)
+        noise_of_seeds(args.workdir, args.small, args.lam, args.seeds, args.ema)
 
 
 if __name__ == "__main__":

@@ -86,9 +86,8 @@ def opd_loss(
         rows["log_z"] = jnp.zeros_like(weights)
         if reward is not None:
             rows["reward"] = reward
-        looks_at_all_tokens = (
-            variant.guard or variant.normalize or variant.flips
-        )  # the kernel gives no distributions
+        # the kernel gives no distributions
+        looks_at_all_tokens = variant.guard or variant.normalize or variant.flips
         if variant.control_variate:  # which needs those of all three models at one time
             rows["hiddens"] = frozen
         elif pallas and not looks_at_all_tokens:
