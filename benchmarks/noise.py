@@ -85,7 +85,7 @@ def config_of(small: bool, models: pathlib.Path | None = None, **opd: Any) -> An
     config = tiny()
     if small:
         shrink(config)
-    config.data.synthetic.products, config.data.validation_share = 600, 0.3
+    config.data.synthetic.products, config.data.validation_share = 120 if small else 600, 0.3
     config.evaluation.update(max_lists=200, batch_size=100)
     config.opd.update(lambdas=(), **opd)
     config.rollout.draft_tokens = 0  # as for models that are made here
@@ -101,7 +101,7 @@ def config_of(small: bool, models: pathlib.Path | None = None, **opd: Any) -> An
 def shrink(config: ml_collections.ConfigDict) -> None:
     """A task of seconds: two reviews a list, a teacher that truncates 30 % of its lists, a base that repeats no id."""
     config.task.update(k=2, max_prompt=96, max_review_words=8)
-    config.tokenizer.vocab_size, config.data.synthetic.products = 400, 120
+    config.tokenizer.vocab_size = 400
     for role, steps, truncated in (("teacher", 90, 0.3), ("student", 60, 0.0)):
         config[role].update(hidden_size=32, intermediate_size=64, num_layers=1, num_heads=2, num_kv_heads=1)
         config.sft[role].update(steps=steps, batch_size=16, lr=1e-2, warmup_steps=5, duplicate_rate=0.0)
