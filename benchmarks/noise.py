@@ -180,7 +180,7 @@ def noise_of_seeds(workdir: pathlib.Path, small: bool, lam: float, seeds: int, e
                     judged = summarize([(a.parsed, a.true_scores) for a in answers], bootstrap=0)
                     of.append({metric: judged[metric] for metric in METRICS})
         for name, of in worth.items():
-            spread = {m: [float(f([x[m] for x in of])) for f in (np.mean, _sd)] for m in METRICS}
+            spread = {m: _mean_and_sd([x[m] for x in of]) for m in METRICS}
             say(
                 json.dumps(
                     {"lr_decay": decay, "weights": name, "lambda": lam, "seeds": seeds, **spread, "each": of}
@@ -188,8 +188,10 @@ def noise_of_seeds(workdir: pathlib.Path, small: bool, lam: float, seeds: int, e
             )
 
 
-def _sd(values: Sequence[float]) -> float:
-    return np.std(values, ddof=1)
+def _mean_and_sd(values: Sequence[float | None]) -> list[float]:
+    """Over the seeds that have a value; NaN where that are too few."""
+    there = [value for value in values if value is not None]
+    return [float(np.mean(there)), float(np.std(there, ddof=1))] if len(there) > 1 else [np.nan, np.nan]
 
 
 def main(argv: Sequence[str]) -> None:
