@@ -30,6 +30,9 @@ FALLBACKS = ("teacher", "base")
 ESTIMATORS = ("sampled", "full_vocab")
 AGGREGATES = ("token", "sequence")
 TASKS = ("reviews", "json", "bfcl", "cranfield")
+LR_DECAYS = ("none", "linear")
+CONTROL_VARIATES = ("none", "kl", "optimal")
+ON_COLLAPSE = ("none", "warn", "lower_lambda", "stop")
 SOURCES = ("synthetic", "clothing", "amazon2018", "amazon2023")
 DTYPES = ("float32", "bfloat16")
 REMATS = ("full", "attention", "dots", "none")
@@ -61,6 +64,9 @@ def defaults() -> ml_collections.ConfigDict:
         data=_data(),
         teacher=_model(),
         student=_model(),
+        reference=_section(
+            weights=""
+        ),  # folder or hub id of the objective's base, as it is; empty: the student's SFT
         dtype=_section(compute="float32", frozen="float32"),
         remat="none",
         attention="auto",  # splash (and the Pallas kernel for frozen scores) on TPUs, cudnn on GPUs in 16 bit, else xla
@@ -158,6 +164,8 @@ def _opd() -> ml_collections.ConfigDict:
         microbatch=0,  # prompts per gradient pass; 0: the whole batch
         updates_per_batch=1,
         lr=1e-6,
+        lr_decay="none",  # linear: from `lr` at the first step to 0 after the last
+        ema=0.0,  # decay of the average of the weights, which is evaluated and exported; 0: off, the last weights are
         b2=0.999,  # of AdamW
         moments="float32",  # in which AdamW keeps its moments; bfloat16: half the memory, rounded at random
         temperature=1.0,
@@ -166,6 +174,8 @@ def _opd() -> ml_collections.ConfigDict:
         advantage="base_relative",
         normalize=False,  # subtract log Z of the target from the advantage: every ratio then ends at the target
         estimator="sampled",
+        control_variate="none",  # kl or optimal: of sampled tokens; the same gradient on average, less noise
+        contract_reward=0.0,  # weight of "the list parses", less the prompt's mean, in the advantage; 0: off
         aggregate="token",
         kl_to_base=0.0,
         entropy_bonus=0.0,
@@ -174,6 +184,14 @@ def _opd() -> ml_collections.ConfigDict:
         guard=_section(  # keep the teacher's mode: λ_t = λ where λ·margin ≤ λ_flip, else that of `fallback`
             margin=0.0,  # 0: off
             fallback="teacher",  # teacher: 1; base: 0 where base and teacher have one mode, else 1
+        ),
+        on_collapse="none",  # warn, lower_lambda or stop, when the samples stop holding the contract
+        collapse=_section(  # what that is, of means over `window` steps, against the window with the best parse
+            window=5,
+            parse_drop=0.2,  # the sampled parse rate is lower by more than this,
+            length_change=0.5,  # or completions are longer or shorter by more than this share,
+            flips=1.0,  # or more than this share of structural tokens has a target that flips; 1: never
+            lower=0.5,  # lower_lambda: λ becomes 1 + lower·(λ − 1)
         ),
         eval_steps=(),  # steps before the last at which each run is evaluated too
         head_chunk=1024,  # completion positions whose logits exist at one time
@@ -286,6 +304,9 @@ _NAMES = {
     "opd.advantage": ADVANTAGES,
     "opd.estimator": ESTIMATORS,
     "opd.aggregate": AGGREGATES,
+    "opd.control_variate": CONTROL_VARIATES,
+    "opd.lr_decay": LR_DECAYS,
+    "opd.on_collapse": ON_COLLAPSE,
     "opd.guard.fallback": FALLBACKS,
     "task.name": TASKS,
     "data.source": SOURCES,
@@ -303,6 +324,7 @@ _POSITIVE = """
 task.max_prompt task.prompt_buckets data.vote_cap
 data.synthetic.reviews_per_product sft.teacher.batch_size sft.teacher.lr sft.student.batch_size sft.student.lr
 opd.batch_size opd.rollouts opd.updates_per_batch opd.lr opd.temperature opd.head_chunk
+opd.collapse.window opd.collapse.parse_drop opd.collapse.length_change
 forecast.batch_size evaluation.batch_size evaluation.bootstrap train.checkpoint_every train.keep_checkpoints
 parallel.timeout_s
 """.split()
@@ -312,6 +334,7 @@ task.max_review_words data.max_broken data.max_reviews_per_product data.max_list
 sft.teacher.steps sft.teacher.epochs sft.teacher.warmup_steps sft.teacher.microbatch
 sft.student.steps sft.student.epochs sft.student.warmup_steps sft.student.microbatch
 opd.steps opd.epochs opd.microbatch opd.kl_to_base opd.entropy_bonus opd.lambda_warmup_steps opd.guard.margin
+opd.contract_reward opd.collapse.flips
 evaluation.max_lists evaluation.examples optimizer.weight_decay optimizer.max_grad_norm
 """.split()
 
@@ -319,7 +342,8 @@ _SEEDS = "seed data.seed sft.teacher.seed sft.student.seed".split()
 
 _SHARES = """
 data.validation_share
-optimizer.b1 sft.teacher.b2 sft.student.b2 opd.b2 opd.ppo_clip
+optimizer.b1 sft.teacher.b2 sft.student.b2 opd.b2 opd.ema opd.ppo_clip
+opd.collapse.lower
 """.split()
 
 
@@ -447,14 +471,39 @@ def _validate_combinations(config: ml_collections.ConfigDict) -> None:
         opd.steps > 0 or opd.epochs > 0, "opd.steps=0 and opd.epochs=0: nothing to train; set one of them"
     )
     _require(
-        config.tokenizer.path or not (config.teacher.weights or config.student.weights),
+        config.tokenizer.path or not any(config[r].weights for r in ("teacher", "student", "reference")),
         "tokenizer.path is empty: models with weights need their tokenizer, e.g. the same folder or hub id",
     )
+    _validate_options(config)
     _validate_parallel(config.parallel)
     size = config.tokenizer.vocab_size
     _require(size >= 258, f"tokenizer.vocab_size={size}: at least 258 are needed (256 bytes, EOS, PAD)")
     for role in ("teacher", "student"):
         _validate_model(role, config[role], size)
+
+
+def _validate_options(config: ml_collections.ConfigDict) -> None:
+    """What the options of docs/training_options.md ask of the rest."""
+    opd = config.opd
+    _require(
+        opd.estimator == "sampled" or (opd.control_variate == "none" and opd.contract_reward == 0),
+        "opd.control_variate and opd.contract_reward are about sampled tokens, which opd.estimator='full_vocab' does "
+        "without: leave both off",
+    )
+    on_policy = opd.updates_per_batch == 1 and opd.temperature == 1 and opd.ppo_clip == 0
+    _require(
+        on_policy or opd.control_variate == "none",
+        "opd.control_variate keeps the expected gradient only where the student itself samples: set "
+        "opd.updates_per_batch=1, opd.temperature=1.0 and opd.ppo_clip=0.0",
+    )
+    _require(
+        opd.rollouts > 1 or opd.contract_reward == 0,
+        "opd.contract_reward compares the completions of a prompt with each other: set opd.rollouts to at least 2",
+    )
+    _require(
+        not config.reference.weights or opd.advantage == "base_relative" or opd.kl_to_base > 0,
+        "reference.weights is the base, which opd.advantage='no_base' does not look at; leave one of them out",
+    )
 
 
 def _validate_parallel(parallel: ml_collections.ConfigDict) -> None:
@@ -534,9 +583,12 @@ def is_embedded(config: ml_collections.ConfigDict | ml_collections.FrozenConfigD
 
 
 def is_small(config: ml_collections.FrozenConfigDict) -> bool:
-    """Whether both models are of a size at which compiling takes longer than running: made here, at most 128 wide."""
+    """Whether all models are of a size at which compiling takes longer than running: made here, at most 128 wide."""
     models = (config.student, config.teacher)
-    return all(not m.weights and m.architecture == "custom" and m.hidden_size <= SMALL_WIDTH for m in models)
+    made_here = (
+        all(not m.weights and m.architecture == "custom" for m in models) and not config.reference.weights
+    )
+    return made_here and all(m.hidden_size <= SMALL_WIDTH for m in models)
 
 
 def to_json(config: ml_collections.ConfigDict | ml_collections.FrozenConfigDict) -> dict[str, Any]:

@@ -53,6 +53,18 @@ def test_k_follows_the_source():
         ({"opd.ppo_clip": 1.0}, "opd.ppo_clip=1.0: must be in [0, 1)"),
         ({"opd.estimator": "full_vocab"}, "opd.ratio='none'"),
         ({"opd.estimator": "full_vocab", "opd.ratio": "none", "opd.normalize": True}, "opd.normalize=False"),
+        ({"opd.ema": 1.0}, "opd.ema=1.0: must be in [0, 1)"),
+        ({"opd.lr_decay": "cosine"}, "opd.lr_decay='cosine' is unknown"),
+        ({"opd.control_variate": "kl", "opd.updates_per_batch": 2}, "set opd.updates_per_batch=1"),
+        ({"opd.control_variate": "kl", "opd.temperature": 0.7}, "opd.temperature=1.0"),
+        (
+            {"opd.control_variate": "optimal", "opd.estimator": "full_vocab", "opd.ratio": "none"},
+            "about sampled tokens",
+        ),
+        ({"opd.contract_reward": 0.5, "opd.rollouts": 1}, "set opd.rollouts to at least 2"),
+        ({"opd.contract_reward": -0.5}, "opd.contract_reward=-0.5: must be >= 0"),
+        ({"opd.on_collapse": "halt"}, "opd.on_collapse='halt' is unknown"),
+        ({"opd.collapse.window": 0}, "opd.collapse.window=0: must be > 0"),
         ({"opd.advantage": "no_bass"}, "did you mean 'no_base'?"),
         ({"opd.microbatch": 5}, "must divide"),
         ({"rollout.draft_tokens": -2}, "must be from 0 to 64, or -1"),
@@ -101,6 +113,26 @@ def test_the_digest_changes_with_any_field():
     assert config_module.digest(a) == config_module.digest(b)
     b.opd.lr *= 2
     assert config_module.digest(a) != config_module.digest(b)
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("lr_decay", "linear"),
+        ("ema", 0.97),
+        ("control_variate", "kl"),
+        ("contract_reward", 0.5),
+        ("on_collapse", "warn"),
+    ],
+)
+def test_an_option_changed_is_another_run(field, value):
+    """Of checkpoints by the digest, of a workdir by name."""
+    saved = config_module.to_json(fashion.get_config("tiny"))
+    config = fashion.get_config("tiny")
+    before, config.opd[field] = config.opd[field], value
+    now = config_module.to_json(config_module.validate(config))
+    assert config_module.saved_digest(now) != config_module.saved_digest(saved)
+    assert config_module.changed_field(saved, now) == ("opd." + field, before, value)
 
 
 def test_the_digest_is_of_what_may_not_change_in_a_workdir():

@@ -226,10 +226,10 @@ def test_the_initial_state_is_freed_before_another_is_read(undisturbed, tmp_path
         made.append(start())
         return made[-1]
 
-    def reading(self, step, like, optimizer):
+    def reading(self, step, like, whole):
         assert all(leaf.is_deleted() for leaf in jax.tree.leaves(made))
-        reads.append((step, optimizer))
-        return read(self, step, like, optimizer)
+        reads.append((step, whole))
+        return read(self, step, like, whole)
 
     monkeypatch.setattr(Checkpoints, "_read", reading)
     train(tmp_path, run_of(10), initial, batches(), update, Saving(3, 2))

@@ -15,6 +15,8 @@ N, VOCAB = 23, 17
 WIDTHS, ROWS = (6, 10, 6), (20, 24, 20)  # student, teacher, base: the teacher is wider and padded differently
 EXACT = Variant("none", estimator="full_vocab")
 NORMALIZED = Variant(normalize=True)
+CONTROLLED = Variant(control_variate="kl", flips=True)
+OPTIMAL = CONTROLLED._replace(control_variate="optimal")
 
 
 def make(dtype=np.float32, scale=1.0, n=N, seed=0):
@@ -69,12 +71,19 @@ def dense(case, lam, clip, variant, beta=0.2, gamma=0.1):
         d_logits = p * (log_s - target - kl[:, None] + beta * (log_s - log_b - to_base[:, None]))
     else:
         weight = np.exp(np.minimum(t - s, np.log(clip))) * advantage - beta * (s - b)
+        if variant.control_variate:
+            of_tokens = np.exp(np.minimum(log_t - log_s, np.log(clip)))
+            of_tokens = of_tokens * (lam * (log_t - log_b) - (log_s - log_b)) - beta * (log_s - log_b)
+            counts = p * (((np.eye(VOCAB) - p[:, None]) ** 2).sum(-1) if variant == OPTIMAL else 1)
+            weight = weight - (counts * of_tokens).sum(-1) / counts.sum(-1)
         loss = -weight * s - gamma * entropy
         d_logits = -weight[:, None] * (np.eye(VOCAB)[tokens] - p)
     d_logits = w[:, None] * (d_logits + gamma * p * (log_s + entropy[:, None]))
     d_head = np.zeros(heads.student.shape)
     d_head[:VOCAB] = d_logits.T @ hiddens.student
     quantities = {"student": s, "teacher": t, "base": b, "entropy": entropy, "advantage": advantage}
+    if variant.flips:
+        quantities["flip"] = target.argmax(-1) != log_t.argmax(-1)
     return (w * loss).sum(), quantities, (d_logits @ heads.student[:VOCAB], d_head)
 
 
@@ -92,7 +101,9 @@ def check(case, lam, clip, variant, chunk, tolerance, gradient_scale=0.0):
 
 
 @pytest.mark.parametrize(
-    "variant", [Variant(), NORMALIZED, EXACT], ids=["sampled", "normalized", "full_vocab"]
+    "variant",
+    [Variant(), NORMALIZED, CONTROLLED, OPTIMAL, EXACT],
+    ids=["sampled", "normalized", "kl", "optimal", "full_vocab"],
 )
 @pytest.mark.parametrize("clip", [1.1, 5.0, np.inf])
 @pytest.mark.parametrize("lam", [0.5, 1.0, 1.3, 3.0])
@@ -101,7 +112,9 @@ def test_it_is_the_dense_loss(lam, clip, variant):
 
 
 @pytest.mark.parametrize(
-    "variant", [Variant(), NORMALIZED, EXACT], ids=["sampled", "normalized", "full_vocab"]
+    "variant",
+    [Variant(), NORMALIZED, CONTROLLED, EXACT],
+    ids=["sampled", "normalized", "controlled", "full_vocab"],
 )
 def test_bfloat16_loses_only_the_rounding_of_its_factors(variant):
     """Quantities are float32 of bfloat16 inputs; a gradient is rounded twice, to 8 bits each time."""
@@ -118,7 +131,9 @@ def test_bfloat16_loses_only_the_rounding_of_its_factors(variant):
 
 
 @pytest.mark.parametrize(
-    "variant", [Variant(), NORMALIZED, EXACT], ids=["sampled", "normalized", "full_vocab"]
+    "variant",
+    [Variant(), NORMALIZED, CONTROLLED, EXACT],
+    ids=["sampled", "normalized", "controlled", "full_vocab"],
 )
 def test_extreme_logits_are_the_dense_loss_too(variant):
     """Log-probabilities of −1000 are spaced by 6e-5 in float32, and meet hidden states of 100 in the gradient."""
@@ -126,7 +141,9 @@ def test_extreme_logits_are_the_dense_loss_too(variant):
 
 
 @pytest.mark.parametrize(
-    "variant", [Variant(), NORMALIZED, EXACT], ids=["sampled", "normalized", "full_vocab"]
+    "variant",
+    [Variant(), NORMALIZED, CONTROLLED, EXACT],
+    ids=["sampled", "normalized", "controlled", "full_vocab"],
 )
 def test_memory_does_not_grow_with_tokens_times_vocabulary(variant):
     """128 times the logits of one chunk would be 67 MB a model; the whole program grows by less than a fiftieth."""
@@ -156,7 +173,9 @@ def test_normalized_and_guarded_log_z_is_that_of_the_positions_own_lambda():
         np.testing.assert_allclose(np.asarray(per_token["advantage"])[at], expected[at], rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("variant", [Variant(), NORMALIZED], ids=["sampled", "normalized"])
+@pytest.mark.parametrize(
+    "variant", [Variant(), NORMALIZED, CONTROLLED], ids=["sampled", "normalized", "controlled"]
+)
 def test_the_kernel_scores_frozen_models_alike(monkeypatch, variant):
     """Or leaves it to others where the loss asks for more than the kernel gives."""
     case, at = make(), hyper(1.3, 5.0)
@@ -165,3 +184,17 @@ def test_the_kernel_scores_frozen_models_alike(monkeypatch, variant):
     got = opd_loss(*case, at, variant, vocab=VOCAB, chunk=5, pallas=True)
     for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(wanted), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("variant", [Variant(), CONTROLLED], ids=["sampled", "controlled"])
+def test_a_reward_adds_to_the_advantage_of_its_token(variant):
+    case, at = make(), hyper(1.3, 5.0)
+    reward = np.random.default_rng(1).normal(size=N).astype(np.float32)
+    plain, rewarded = (
+        opd_loss(*case, at, variant, vocab=VOCAB, chunk=5, reward=r) for r in (None, jnp.asarray(reward))
+    )
+    kept, added = np.asarray(case[-1]) > 0, rewarded[1]["advantage"] - plain[1]["advantage"]
+    np.testing.assert_allclose(np.asarray(added)[kept], reward[kept], atol=1e-5)
+    scores = {k: np.asarray(v, np.float64) for k, v in plain[1].items()}
+    change = -(np.asarray(case[-1]) * scores["ratio"] * reward * scores["student"])[kept].sum()
+    assert float(rewarded[0] - plain[0]) == pytest.approx(change, rel=1e-3)

@@ -221,6 +221,15 @@ def test_metrics_are_what_their_names_say(batch, frozen_logps, whole):
         assert metrics[name] == pytest.approx(value, rel=1e-4, abs=1e-5), name
 
 
+def test_a_reward_is_that_of_its_completion(batch, whole):
+    """Also in microbatches."""
+    reward = np.random.default_rng(5).normal(size=(B, N)).astype(np.float32)
+    _, per_token, _ = run(batch._replace(reward=reward), hyper(1.2, gamma=0.1), Variant(), microbatch=2)
+    np.testing.assert_allclose(
+        per_token["advantage"], whole[1]["advantage"] + reward[..., None] * MASK, atol=1e-5
+    )
+
+
 # ---- the step as an update
 
 

@@ -8,8 +8,9 @@ import pytest
 from listopd_jax.stages import pipeline
 
 
-def job(frozen: str):
-    return SimpleNamespace(config=SimpleNamespace(dtype=SimpleNamespace(frozen=frozen)))
+def job(frozen: str, weights: str = ""):
+    dtype, reference = SimpleNamespace(frozen=frozen), SimpleNamespace(weights=weights)
+    return SimpleNamespace(config=SimpleNamespace(dtype=dtype, reference=reference))
 
 
 def test_a_float32_base_is_copied():
@@ -22,10 +23,12 @@ def test_a_float32_base_is_copied():
 
 
 @pytest.mark.parametrize("runs", [1, 3])
-def test_else_the_student_is_read_again_for_every_run(monkeypatch, runs):
+@pytest.mark.parametrize("base", [("bfloat16", ""), ("float32", "folder")])
+def test_else_the_student_is_read_again_for_every_run(monkeypatch, runs, base):
+    """Where the base is not the student in float32."""
     read = []
     monkeypatch.setattr(pipeline, "train_sft", lambda job, role: read.append(role))
-    start = pipeline.student_again(job("bfloat16"), base=None)
+    start = pipeline.student_again(job(*base), base=None)
     for _ in range(runs):
         start()
     assert read == ["student"] * runs

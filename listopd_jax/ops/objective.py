@@ -13,6 +13,11 @@ not the tilt of whole sequences by (π_T/π_B)^λ. With a ratio other than 1 the
 `no_base` can lose the teacher's mode (docs/theory.md §2). `normalize` (ours) subtracts the position's log Z from A_t: A
 is then log target − log π_S, which vanishes at the target, and the limit is the target for every ratio.
 
+`control_variate` subtracts from ρA a number of the position that does not depend on the sampled token, so that the
+expected gradient is the same. `kl`: the mean of ρA under the student; where the ratio is 1, −KL(π_S‖target), up to
+log Z (vOPD, arXiv:2605.07865). `optimal` (ours): the mean in which token v counts π_S(v)·‖e_v − π_S‖², its share of the
+squared gradient in the logits; no other number leaves less variance there, and none is left between two tokens.
+
 Everything a sweep varies is a traced number in `Hyper`; what changes the program is static in `Variant`. Where a run is
 guarded, λ is a number for each position, so the losses take it by name beside `Hyper`, as they take log Z
 (listopd_jax.ops.opd_loss decides both).
@@ -48,6 +53,8 @@ class Variant(NamedTuple):
     ppo: bool = False
     guard: str = ""  # fallback of listopd_jax.ops.guard, a λ for each position; empty: off
     normalize: bool = False  # whether log Z is subtracted from the advantage of sampled tokens
+    control_variate: str = ""  # kl or optimal: what is subtracted from their weight; empty: nothing
+    flips: bool = False  # whether `flipped` is known of each position
 
 
 def warmed_up_lambda(lam: float, step: int, warmup_steps: int) -> float:
@@ -78,18 +85,57 @@ def importance_ratio(student, teacher, rollout, adv, clip, kind: str) -> Float[A
     return jnp.exp(jnp.minimum(log_ratio, jnp.log(clip)))
 
 
-def sampled_loss(student, entropy, teacher, base, rollout, hyper: Hyper, variant: Variant, *, lam, log_z=0.0):
+def _token_weight(student, teacher, base, rollout, hyper: Hyper, variant: Variant, *, lam, shift):
+    """What multiplies −log π_S of a token in the loss, its advantage, to which `shift` is added, and its ratio."""
+    adv = advantage(student, teacher, base, lam, variant.advantage) + shift
+    ratio = importance_ratio(student, teacher, rollout, adv, hyper.clip, variant.ratio)
+    return ratio * adv - hyper.kl_to_base * (student - base), adv, ratio
+
+
+def expected_weight(
+    student, teacher, base, hyper: Hyper, variant: Variant, *, lam, log_z
+) -> Float[Array, "*s"]:
+    """The control variate, a mean over v of the weight of v, from log-distributions [*s, V]; no gradient.
+
+    On the policy: the student samples, so that the ratio `trainer_rollout` is 1. `lam` and `log_z` are one for all or
+    one for each position.
+    """
+    student = jax.lax.stop_gradient(student)
+    lam, shift = jnp.asarray(lam)[..., None], -jnp.asarray(log_z)[..., None]
+    weight, *_ = _token_weight(student, teacher, base, student, hyper, variant, lam=lam, shift=shift)
+    p = jnp.exp(student)
+    counts = p * _squared_scores(p) if variant.control_variate == "optimal" else p
+    return (counts * weight).sum(-1) / counts.sum(-1)
+
+
+def _squared_scores(p: Float[Array, "*s V"]) -> Float[Array, "*s V"]:
+    """‖e_v − p‖², the squared gradient of log π(v) in the logits; above 0 even where p is 1 to rounding.
+
+    Of the mode it is summed from the other tokens: 1 − p would keep no digit of it.
+    """
+    is_mode = jnp.arange(p.shape[-1]) == p.argmax(-1, keepdims=True)
+    rest = jnp.where(is_mode, 0.0, p)
+    total, squares = rest.sum(-1, keepdims=True), (rest**2).sum(-1, keepdims=True)
+    of_mode, of_rest = total**2 + squares, (1 - p) ** 2 + (1 - total) ** 2 + squares - rest**2
+    return jnp.where(is_mode, of_mode, of_rest) + jnp.finfo(p.dtype).tiny
+
+
+def sampled_loss(
+    student, entropy, teacher, base, rollout, hyper: Hyper, variant: Variant, *, lam, log_z=0.0, reward=0.0,
+    baseline=0.0,
+):  # fmt: skip
     """Per-token loss and metrics from log-probabilities of the sampled tokens, all of one shape.
 
-    `student` and `entropy` carry the gradient; teacher, base, rollout, `lam` and `log_z`, one for all or one for each
-    token, are constants. `log_z` is that of `log_normalizer` where Variant.normalize, else 0. β enters as the sampled
+    `student` and `entropy` carry the gradient; teacher, base, rollout and what is given by name, one for all or one for
+    each token, are constants. `log_z` is that of `log_normalizer` where Variant.normalize, `baseline` that of
+    `expected_weight` where Variant.control_variate, else 0; `reward` is added to the advantage. β enters as the sampled
     (score-function) gradient of KL(π_S‖π_B), without the ratio, γ as the exact entropy.
     Returns (loss, {"advantage", "ratio"}).
     """
-    detached = jax.lax.stop_gradient(student)
-    adv = advantage(detached, teacher, base, lam, variant.advantage) - log_z
-    ratio = importance_ratio(detached, teacher, rollout, adv, hyper.clip, variant.ratio)
-    weight = ratio * adv - hyper.kl_to_base * (detached - base)
+    weight, adv, ratio = _token_weight(
+        jax.lax.stop_gradient(student), teacher, base, rollout, hyper, variant, lam=lam, shift=reward - log_z
+    )
+    weight = weight - baseline
     if variant.ppo:
         change = jnp.exp(student - rollout)
         bounded = jnp.clip(change, 1 - hyper.ppo_clip, 1 + hyper.ppo_clip)
@@ -107,6 +153,12 @@ def target_log_distribution(teacher, base, lam, kind: str) -> Float[Array, "*s V
 def log_normalizer(teacher, base, lam, kind: str) -> Float[Array, "*s"]:
     """log Z of the target, from log-distributions [*s, V]: the same constant in the advantage of every token."""
     return jax.nn.logsumexp(_extrapolated(teacher, base, jnp.asarray(lam)[..., None], kind), -1)
+
+
+def flipped(teacher, base, lam, kind: str) -> Float[Array, "*s"]:
+    """1 where the target has another mode than the teacher, else 0, from log-distributions [*s, V]."""
+    target = _extrapolated(teacher, base, jnp.asarray(lam)[..., None], kind)
+    return (target.argmax(-1) != teacher.argmax(-1)).astype(jnp.float32)
 
 
 def _extrapolated(teacher, base, lam, kind: str) -> Float[Array, "*s V"]:

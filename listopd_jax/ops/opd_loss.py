@@ -3,7 +3,7 @@
 The objective itself, per token, is listopd_jax.ops.objective; how the student's head gets its gradient without stored
 logits is listopd_jax.ops.fused. The way of λ: every position starts with the λ of `Hyper`, the guard lowers it where
 the distributions of teacher and base are at hand (`_frozen_distributions`, for every estimator), and the loss takes it
-by name. So does log Z, which those distributions and that λ give (`_frozen_scores`).
+by name. So does log Z, which those distributions and that λ give (`_token_scores`).
 """
 
 import functools
@@ -17,7 +17,15 @@ from listopd_jax.ops.fused import fused_loss
 from listopd_jax.ops.gather_kernel import gather_logprobs
 from listopd_jax.ops.guard import guarded_lambda
 from listopd_jax.ops.head import entropy_of, log_distribution, map_positions, take_token
-from listopd_jax.ops.objective import Hyper, Variant, full_vocab_loss, log_normalizer, sampled_loss
+from listopd_jax.ops.objective import (
+    Hyper,
+    Variant,
+    expected_weight,
+    flipped,
+    full_vocab_loss,
+    log_normalizer,
+    sampled_loss,
+)
 
 
 class Frozen(NamedTuple):
@@ -52,6 +60,7 @@ def opd_loss(
     vocab: int,
     chunk: int,
     pallas: bool = False,
+    reward: Float[Array, " N"] | None = None,
 ) -> tuple[Float[Array, ""], dict[str, Float[Array, " N"]]]:
     """Σ weight·loss over N completion positions (EC §2) and what is known of each; differentiable in the student's.
 
@@ -61,8 +70,9 @@ def opd_loss(
       weights: of each position's loss, 0 where there is no token.
       vocab, chunk: see `fused_loss`.
       pallas: score teacher and base by ops/gather_kernel.py, on a TPU, where no more than that is asked of them.
+      reward: of each sampled token, added to its advantage.
     Returns the loss and, float32 [N]: advantage, ratio, lambda, entropy; student, teacher and base log-probabilities of
-    the tokens; rollout. They mean nothing where the weight is 0.
+    the tokens; rollout; with Variant.flips, flip (`flipped`). They mean nothing where the weight is 0.
     """
     frozen = hiddens.frozen
     frozen_heads = jax.tree.map(
@@ -74,8 +84,13 @@ def opd_loss(
     else:
         f = _sampled
         rows["log_z"] = jnp.zeros_like(weights)
-        looks_at_all_tokens = variant.guard or variant.normalize  # the kernel gives no distributions
-        if pallas and not looks_at_all_tokens:
+        if reward is not None:
+            rows["reward"] = reward
+        # the kernel gives no distributions
+        looks_at_all_tokens = variant.guard or variant.normalize or variant.flips
+        if variant.control_variate:  # which needs those of all three models at one time
+            rows["hiddens"] = frozen
+        elif pallas and not looks_at_all_tokens:
             scores = (gather_logprobs(h, w, tokens, vocab) for h, w in zip(frozen, frozen_heads, strict=True))
             rows["teacher"], rows["base"] = scores
         else:
@@ -96,30 +111,47 @@ def _frozen_distributions(rows: dict[str, Any], heads: Frozen, hyper: Hyper, var
 def _frozen_scores(
     rows: dict[str, Any], heads: Frozen, hyper: Hyper, variant: Variant, vocab: int, chunk: int
 ):
-    """Of every sampled token, float32 [N]: log π_T, log π_B, λ and log Z of its position, in one pass of both heads."""
+    """`_token_scores` of every sampled token, float32 [N], in one pass of both heads."""
 
     def score(part):
-        teacher, base, lam = _frozen_distributions(part, heads, hyper, variant, vocab)
-        at = (take_token(logp, part["token"]) for logp in (teacher, base))
-        log_z = log_normalizer(teacher, base, lam, variant.advantage) if variant.normalize else part["log_z"]
-        return dict(zip(("teacher", "base"), at, strict=True)) | {"lam": lam, "log_z": log_z}
+        return _token_scores(part, *_frozen_distributions(part, heads, hyper, variant, vocab), variant)
 
     needed = {name: rows[name] for name in ("hiddens", "token", "lam", "log_z")}
     return map_positions(score, needed, chunk)
 
 
+def _token_scores(rows: dict[str, Any], teacher, base, lam, variant: Variant) -> dict[str, Any]:
+    """Of every sampled token, float32 [c]: log π_T, log π_B, λ and log Z of its position, and whether that flips."""
+    at = (take_token(logp, rows["token"]) for logp in (teacher, base))
+    log_z = log_normalizer(teacher, base, lam, variant.advantage) if variant.normalize else rows["log_z"]
+    flip = {"flip": flipped(teacher, base, lam, variant.advantage)} if variant.flips else {}
+    return dict(zip(("teacher", "base"), at, strict=True)) | {"lam": lam, "log_z": log_z} | flip
+
+
 def _sampled(variant: Variant, vocab: int, logits, rows, shared):
-    """A chunk's weighted loss and quantities from the student's logits [c, vocab] and the others' scores [c]."""
-    logp, hyper, kept = jax.nn.log_softmax(logits), shared[1], rows["weight"] > 0
+    """A chunk's weighted loss and quantities from the student's logits [c, vocab] and the others' scores [c].
+
+    With the control variate the others' distributions are made here, beside the student's.
+    """
+    logp, (heads, hyper), kept = jax.nn.log_softmax(logits), shared, rows["weight"] > 0
+    constants = {"reward": rows["reward"]} if "reward" in rows else {}
+    if variant.control_variate:
+        teacher, base, lam = _frozen_distributions(rows, heads, hyper, variant, vocab)
+        rows = rows | _token_scores(rows, teacher, base, lam, variant)
+        constants["baseline"] = expected_weight(
+            logp, teacher, base, hyper, variant, lam=lam, log_z=rows["log_z"]
+        )
+    constants |= {"lam": rows["lam"], "log_z": rows["log_z"]}
     student = take_token(logp, rows["token"])
     # Zeros after the end: an infinite ratio there would turn the gradient of a masked loss into 0 · inf = NaN.
     student, teacher, base, rollout = (
         jnp.where(kept, x, 0.0) for x in (student, rows["teacher"], rows["base"], rows["rollout"])
     )
-    entropy, lam, log_z = entropy_of(logp), rows["lam"], rows["log_z"]
-    loss, extra = sampled_loss(student, entropy, teacher, base, rollout, hyper, variant, lam=lam, log_z=log_z)
+    entropy = entropy_of(logp)
+    loss, extra = sampled_loss(student, entropy, teacher, base, rollout, hyper, variant, **constants)
     scores = {"student": student, "teacher": teacher, "base": base, "entropy": entropy, "rollout": rollout}
-    return jnp.where(kept, loss * rows["weight"], 0.0).sum(), extra | scores | {"lambda": lam}
+    scores |= {"lambda": rows["lam"]} | ({"flip": rows["flip"]} if variant.flips else {})
+    return jnp.where(kept, loss * rows["weight"], 0.0).sum(), extra | scores
 
 
 def _full_vocab(variant: Variant, vocab: int, logits, rows, shared):
@@ -128,5 +160,6 @@ def _full_vocab(variant: Variant, vocab: int, logits, rows, shared):
     teacher, base, lam = _frozen_distributions(rows, heads, hyper, variant, vocab)
     loss, extra = full_vocab_loss(student, teacher, base, token, hyper, variant, lam=lam)
     at = Models(*(take_token(x, token) for x in (student, teacher, base)))
-    scores = at._asdict() | {"entropy": entropy_of(student), "rollout": rows["rollout"]}
-    return jnp.where(rows["weight"] > 0, loss * rows["weight"], 0.0).sum(), extra | scores | {"lambda": lam}
+    scores = at._asdict() | {"entropy": entropy_of(student), "rollout": rows["rollout"], "lambda": lam}
+    scores |= {"flip": flipped(teacher, base, lam, variant.advantage)} if variant.flips else {}
+    return jnp.where(rows["weight"] > 0, loss * rows["weight"], 0.0).sum(), extra | scores

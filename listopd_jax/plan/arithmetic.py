@@ -16,6 +16,7 @@ from listopd_jax.plan.chips import Topology
 WIDTHS = {"float32": 4, "bfloat16": 2}
 AXES = ("grid", "data", "fsdp", "tensor")
 F32 = 4
+RESTING = ("parameters", "optimizer", "average", "teacher", "base")
 
 
 class Load(NamedTuple):
@@ -52,6 +53,7 @@ class Layout(NamedTuple):
     chunk: int = 1024
     attention: str = "xla"
     drafts: int = 0  # tokens per completion that the rollout's cache has room for besides the budget
+    average: bool = False  # whether an average of the student's weights is kept
 
     @property
     def keeps_scores(self) -> bool:
@@ -138,13 +140,15 @@ def recomputed_flops(c: ModelConfig, load: Load, remat: str) -> float:
     return layers - scores if remat == "attention" else scores
 
 
-def step_flops(student: ModelConfig, teacher: ModelConfig, load: Load, remat: str) -> dict[str, float]:
-    """FLOPs of one OPD step by part, over all devices."""
+def step_flops(
+    student: ModelConfig, teacher: ModelConfig, load: Load, remat: str, base: ModelConfig | None = None
+) -> dict[str, float]:
+    """FLOPs of one OPD step by part, over all devices; `base` has the student's shape unless another is given."""
     return {
         "prefill": prompt_flops(student, load),
         "decode": completion_flops(student, load) + head_flops(student, load),
         "teacher": forward_flops(teacher, load),
-        "base": forward_flops(student, load),
+        "base": forward_flops(base or student, load),
         "student": 3 * forward_flops(student, load),
         "recomputed": recomputed_flops(student, load, remat),
     }
@@ -167,10 +171,12 @@ def decode_bytes(c: ModelConfig, load: Load, tensor: int = 1, width: int = 2) ->
     return load.response * (weights + cached)
 
 
-def costs(student: ModelConfig, teacher: ModelConfig, load: Load, layout: Layout) -> dict[str, Cost]:
-    """The phases of one step on one device, in their order."""
+def costs(
+    student: ModelConfig, teacher: ModelConfig, load: Load, layout: Layout, base: ModelConfig | None = None
+) -> dict[str, Cost]:
+    """The phases of one step on one device, in their order; for `base` see `step_flops`."""
     tensor, width = layout.sizes["tensor"], WIDTHS[layout.compute]
-    flops = step_flops(student, teacher, load, layout.remat)
+    flops = step_flops(student, teacher, load, layout.remat, base)
     share = {part: f / (layout.rows * tensor) for part, f in flops.items()}
     copy = width * num_params(student) / tensor
     prompts = load.prompts / layout.rows
@@ -189,26 +195,26 @@ def costs(student: ModelConfig, teacher: ModelConfig, load: Load, layout: Layout
             decode_bytes(student, load._replace(prompts=prompts), tensor, width),
             {"fsdp": _gathered(copy, layout) * (gathers - 1), "tensor": sent * completion_share},
         ),
-        "score": _score_cost(student, teacher, load, layout, share),
+        "score": _score_cost(base or student, teacher, load, layout, share),
         "update": _update_cost(student, load, layout, share),
     }
 
 
-def _score_cost(student, teacher, load: Load, layout: Layout, share: Mapping[str, float]) -> Cost:
+def _score_cost(base, teacher, load: Load, layout: Layout, share: Mapping[str, float]) -> Cost:
     """Teacher and base: both read their weights for the prompts and again for the completions of each microbatch."""
     width, tensor = WIDTHS[layout.compute], layout.sizes["tensor"]
-    weights = 2 * _passes(load, layout) * width * (num_params(teacher) + num_params(student)) / tensor
-    sent = _activations(student, load, layout) + _activations(teacher, load, layout)
+    weights = 2 * _passes(load, layout) * width * (num_params(teacher) + num_params(base)) / tensor
+    sent = _activations(base, load, layout) + _activations(teacher, load, layout)
     return Cost(
         share["teacher"] + share["base"], weights, {"fsdp": _gathered(weights, layout), "tensor": sent}
     )
 
 
 def _update_cost(student, load: Load, layout: Layout, share: Mapping[str, float]) -> Cost:
-    """The student forward and backward, and AdamW: 28 bytes a parameter read and written."""
+    """The student forward and backward, and AdamW: 28 bytes a parameter read and written, 12 more for an average."""
     width, sizes = WIDTHS[layout.compute], layout.sizes
     weights = 2 * _passes(load, layout) * width * num_params(student) / sizes["tensor"]
-    state = 28 * num_params(student) / layout.shards
+    state = (40 if layout.average else 28) * num_params(student) / layout.shards
     gradients = _passes(load, layout) * F32 * num_params(student) / layout.shards
     forwards = 3 if layout.remat in ("full", "attention") else 2
     arriving = {
@@ -265,7 +271,7 @@ def roofline(phases: Mapping[str, Cost], topology: Topology, sizes: Mapping[str,
 
 
 def memory_estimate(
-    student: ModelConfig, teacher: ModelConfig, load: Load, layout: Layout
+    student: ModelConfig, teacher: ModelConfig, load: Load, layout: Layout, base: ModelConfig | None = None
 ) -> dict[str, float]:
     """Bytes on one device by kind, without a compiler: weights and cache exact, temporaries rough.
 
@@ -284,8 +290,9 @@ def memory_estimate(
     return {
         "parameters": F32 * own / layout.shards,
         "optimizer": 2 * F32 * own / layout.shards,
+        **({"average": F32 * own / layout.shards} if layout.average else {}),
         "teacher": frozen * num_params(teacher) / layout.shards,
-        "base": frozen * own / layout.shards,
+        "base": frozen * num_params(base or student) / layout.shards,
         "rollout copy": width * own / copies,
         "kv cache": prompts
         * (load.prompt + load.rollouts * (load.response + layout.drafts))
@@ -322,5 +329,9 @@ def _pass_bytes(student: ModelConfig, teacher: ModelConfig, load: Load, layout: 
 def peak(memory: Mapping[str, float]) -> float:
     """The larger of the two phases: what rests, and the rollout's or the update's own."""
     rollout = ("rollout copy", "kv cache", "rollout temporaries")
-    resident = sum(memory[kind] for kind in ("parameters", "optimizer", "teacher", "base"))
-    return resident + max(sum(memory[kind] for kind in rollout), memory["update temporaries"])
+    return resting(memory) + max(sum(memory[kind] for kind in rollout), memory["update temporaries"])
+
+
+def resting(memory: Mapping[str, float]) -> float:
+    """What rests on a device through a run, of memory by kind."""
+    return sum(memory[kind] for kind in RESTING if kind in memory)

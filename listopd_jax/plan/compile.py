@@ -30,6 +30,7 @@ from listopd_jax.parallel import rules
 from listopd_jax.parallel.compiler import ROLLOUT, UPDATE, Options, backend_options, product_precision
 from listopd_jax.parallel.mesh import use_mesh
 from listopd_jax.plan import gpu
+from listopd_jax.plan.arithmetic import RESTING
 from listopd_jax.plan.chips import GIB, Topology
 from listopd_jax.plan.traffic import traffic
 from listopd_jax.rollout.decode import (
@@ -41,14 +42,13 @@ from listopd_jax.rollout.decode import (
     pass_tokens,
     segment,
 )
-from listopd_jax.stages.job import draft_tokens
+from listopd_jax.stages.job import base_of, draft_tokens
 from listopd_jax.stages.opd import hyper_at, make_step
 from listopd_jax.train.opd_step import OpdBatch
 from listopd_jax.train.optimizer import TrainState, adamw
 from listopd_jax.train.sft_step import make_sft_step
 
 HINT = 256  # tokens of the answer that drafts are copied from: about what a list of eight takes
-ARGUMENTS = ("parameters", "optimizer", "teacher", "base")
 _TOO_LARGE = (
     re.compile(r"Used ([\d.]+)([KMGT]) of [\d.]+[KMGT] hbm"),
     re.compile(r"total memory required[^(]*\(([\d.]+)([KMGT])\)"),
@@ -100,8 +100,9 @@ def devices_of(topology: Topology) -> list[Any] | None:
 def state_memory(config: Any, shapes: Mapping[str, ModelConfig], mesh: Mesh) -> dict[str, int]:
     """Bytes on one device of what rests there, by kind, and of the rollout's copy and cache."""
     state, frozen = _state(config, shapes, mesh)
-    trees = (state.params, state.opt_state, frozen.teacher, frozen.base)
-    memory = dict(zip(ARGUMENTS, map(_shard_bytes, trees), strict=True))
+    trees = (state.params, state.opt_state, state.average, frozen.teacher, frozen.base)
+    named = zip(RESTING, trees, strict=True)
+    memory = {kind: _shard_bytes(tree) for kind, tree in named if tree is not None}
     memory["rollout copy"] = _shard_bytes(_rollout_params(config, state.params, mesh))
     memory["kv cache"] = _shard_bytes(_caches(config, shapes["student"], mesh))
     return memory
@@ -246,8 +247,9 @@ def _state(config: Any, shapes: Mapping[str, ModelConfig], mesh: Mesh) -> tuple[
     """Abstract student, optimizer, teacher and base, split as they rest."""
     student = abstract(shapes["student"], param_dtype=jnp.dtype(PARAM_DTYPE))[1]
     teacher = abstract(shapes["teacher"], param_dtype=jnp.dtype(config.dtype.frozen))[1]
-    base = abstract(shapes["student"], param_dtype=jnp.dtype(config.dtype.frozen))[1]
-    state = TrainState(student, jax.eval_shape(_optimizer(config).init, student))
+    base = abstract(base_of(shapes), param_dtype=jnp.dtype(config.dtype.frozen))[1]
+    average = student if config.opd.ema else None
+    state = TrainState(student, jax.eval_shape(_optimizer(config).init, student), average)
     trees = (state, Frozen(teacher, base))
     return tuple(rules.abstract(tree, rules.state_shardings(tree, mesh)) for tree in trees)
 

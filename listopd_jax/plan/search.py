@@ -68,8 +68,10 @@ def vocabulary(config: Any) -> int:
 
 
 def shapes_of(config: Any) -> dict[str, ModelConfig]:
-    """Dimensions of teacher and student."""
-    return {role: shape_of(config[role], vocabulary(config)) for role in ("teacher", "student")}
+    """Dimensions of the models by role."""
+    from listopd_jax.stages.job import models_of
+
+    return {role: shape_of(model, vocabulary(config)) for role, model in models_of(config).items()}
 
 
 def layout_of(config: Any, topology: Topology) -> Layout:
@@ -85,7 +87,7 @@ def layout_of(config: Any, topology: Topology) -> Layout:
     remat = "full" if config.remat == "attention" and backend != "xla" else config.remat
     return Layout(
         sizes, config.opd.microbatch, remat, config.dtype.compute, config.dtype.frozen,
-        config.parallel.gather_rollout, config.opd.head_chunk, backend, draft_tokens(config),
+        config.parallel.gather_rollout, config.opd.head_chunk, backend, draft_tokens(config), config.opd.ema > 0,
     )  # fmt: skip
 
 
@@ -101,11 +103,13 @@ def make_plan(config: Any, topology: Topology, load: Load, compile_it: bool) -> 
     load: mean tokens, for FLOPs and times; memory is of the widest prompts and completions. Memory is the compiler's if
     `compile_it` and there is a compiler for the topology, else an estimate, which says how to get the compiler.
     """
+    from listopd_jax.stages.job import base_of
+
     shapes, layout = shapes_of(config), layout_of(config, topology)
-    pair = shapes["student"], shapes["teacher"]
-    phases = arithmetic.costs(*pair, load, layout)
+    models = {"student": shapes["student"], "teacher": shapes["teacher"], "base": base_of(shapes)}
+    phases = arithmetic.costs(**models, load=load, layout=layout)
     floor = arithmetic.roofline(phases, topology, layout.sizes)
-    flops = arithmetic.step_flops(*pair, load, layout.remat)
+    flops = arithmetic.step_flops(**models, load=load, remat=layout.remat)
     plan = {
         "topology": topology.name,
         "devices": topology.devices,
@@ -126,7 +130,7 @@ def make_plan(config: Any, topology: Topology, load: Load, compile_it: bool) -> 
     memory = _compiled_memory(config, shapes, topology, layout) if compile_it else None
     if memory is None:
         memory = _estimated_memory(
-            pair, worst_load(config), layout, f"; {EXTRA} compiles" if compile_it else ""
+            models, worst_load(config), layout, f"; {EXTRA} compiles" if compile_it else ""
         )
     refused = memory["refused"] is not None
     return plan | memory | {"fits": not refused and memory["peak_gib"] <= topology.chip.hbm_gib}
@@ -158,9 +162,9 @@ def _arriving(phases: Mapping[str, arithmetic.Cost]) -> dict[str, float]:
 
 
 def _estimated_memory(
-    pair: tuple[ModelConfig, ModelConfig], load: Load, layout: Layout, hint: str
+    models: Mapping[str, ModelConfig], load: Load, layout: Layout, hint: str
 ) -> dict[str, Any]:
-    memory = arithmetic.memory_estimate(*pair, load, layout)
+    memory = arithmetic.memory_estimate(**models, load=load, layout=layout)
     return {
         "memory_source": f"estimate by arithmetic, not compiled{hint}",
         "refused": None,
@@ -186,7 +190,7 @@ def _compiled_memory(config, shapes, topology: Topology, layout: Layout) -> dict
     waiting = {
         "sft student": memory["teacher"],
         "evaluation": memory["teacher"] * arithmetic.F32 / arithmetic.WIDTHS[layout.frozen],
-        "rollout": sum(memory[kind] for kind in aot.ARGUMENTS),
+        "rollout": arithmetic.resting(memory),
     }
     peaks, moved = {}, {}
     for phase, build in _builds(config).items():
@@ -286,8 +290,7 @@ def search(config: Any, topology: Topology, load: Load, compiles: int) -> dict[s
 
 def _working_gib(plan: Mapping[str, Any], estimate: Mapping[str, Any]) -> float:
     """What is needed at the peak beside what rests (known exactly, from the estimate)."""
-    resting = sum(estimate["memory_gib"][kind] for kind in ("parameters", "optimizer", "teacher", "base"))
-    return max(plan["peak_gib"] - resting, 1e-3)
+    return max(plan["peak_gib"] - arithmetic.resting(estimate["memory_gib"]), 1e-3)
 
 
 def _enlarged(estimate: Mapping[str, Any], factor: float) -> dict[str, Any]:

@@ -19,12 +19,13 @@ tags:
 
 FIELDS = (
     "task.name task.file task.schema data.source data.path data.labels task.k task.max_review_words task.chat_template "
-    "student.weights student.architecture teacher.weights teacher.architecture"
+    "student.weights student.architecture teacher.weights teacher.architecture reference.weights"
 ).split()
 SFT_FIELDS = "lr batch_size noise".split()
 OPD_FIELDS = (
-    "ratio advantage normalize estimator aggregate clip ppo_clip guard.margin guard.fallback lr batch_size rollouts "
-    "temperature updates_per_batch kl_to_base entropy_bonus lambda_warmup_steps"
+    "ratio advantage normalize estimator control_variate contract_reward aggregate clip ppo_clip guard.margin "
+    "guard.fallback on_collapse lr lr_decay ema batch_size rollouts temperature updates_per_batch kl_to_base "
+    "entropy_bonus lambda_warmup_steps"
 ).split()
 
 

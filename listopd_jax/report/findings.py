@@ -173,8 +173,8 @@ def headline(found: Findings) -> str:
 
 def sentences(found: Findings) -> list[str]:
     """The findings behind the headline, one plain sentence or two each; [] if nothing was evaluated."""
-    said = [_sft(found), _best(found), _contract(found), _ranking(found), _forecast(found), _evidence(found)]
-    return [sentence for sentence in said if sentence]
+    said = [_sft, _best, _contract, _collapsed, _ranking, _forecast, _evidence]
+    return [sentence for sentence in (of(found) for of in said) if sentence]
 
 
 def only_format_breaks(found: Findings) -> bool:
@@ -244,7 +244,7 @@ def _break(found: Findings) -> str:
 
 
 def _sft(found: Findings) -> str:
-    trained = [("the teacher", found.teacher), ("the student, which is also the base,", found.student)]
+    trained = [("the teacher", found.teacher), ("the student", found.student)]
     known = [(who, policy.mean("parse")) for who, policy in trained if policy is not None]
     parts = [f"{who} parses {percent(parse)}" for who, parse in known if parse is not None]
     return f"After SFT, {' and '.join(parts)} of answers." if parts else ""
@@ -310,6 +310,18 @@ def _main_failure(policy: Policy) -> str:
     failure, share = main_failure(policy) or ("", 0.0)
     of_all = f"{percent(share)} of the answers that fail are of one class: {failure}"
     return f" At {at(policy.lam)}, {of_all}." if failure else ""
+
+
+def _collapsed(found: Findings) -> str:
+    """What `opd.on_collapse` did to the policies: their points are not those of the λ that they are drawn at."""
+    parts = []
+    for field, what in (
+        ("checkpoint", "was stopped when it collapsed, and its most useful checkpoint stands for it"),
+        ("lambda_end", "went on with a lower λ after it collapsed"),
+    ):
+        lams = [at(p.lam) for p in found.opd if any(field in record.extra for record in p.records)]
+        parts += [f"A run at {', '.join(lams)} {what}."] if lams else []
+    return " ".join(parts)
 
 
 def _ranking(found: Findings) -> str:

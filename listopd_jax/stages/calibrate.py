@@ -32,7 +32,7 @@ from listopd_jax.records import CALIBRATION, Calibration, ClassRow, CurvePoint, 
 from listopd_jax.rollout.decode import generate
 from listopd_jax.rollout.scoring import completion_hidden
 from listopd_jax.rounding import ceil_div, round_up
-from listopd_jax.stages.job import Job
+from listopd_jax.stages.job import Job, base_of
 from listopd_jax.task.codec import IS_STRUCTURAL, Codec
 from listopd_jax.task.contract import TOKEN_CLASSES
 from listopd_jax.theory.checks import Undefined
@@ -96,12 +96,12 @@ def measure(
     """Teacher and base at every position of the teacher's greedy answers to the prompts of `batches`.
 
     Args:
-      graphs: static halves by role, teacher and student (the base has the student's).
+      graphs: static halves by role; the base's is `base_of` them.
       batches: evaluation batches; filler rows (weight 0) are left out.
       decoding: how answers are written, Job.decoding.
       chunk: positions whose distributions over the vocabulary exist at one time.
     """
-    graphdefs, params = (graphs["teacher"], graphs["student"]), (params_teacher, params_base)
+    graphdefs, params = (graphs["teacher"], base_of(graphs)), (params_teacher, params_base)
     parts = []
     for batch in progress(list(batches), "calibrate"):
         prompts = jnp.asarray(batch["prompt"]), jnp.asarray(batch["prompt_length"])

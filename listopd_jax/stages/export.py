@@ -85,7 +85,9 @@ def _from_checkpoint(config: Any, digest: str, workdir: pathlib.Path, record: Re
     saved = opd_saving(config) if record.stage == "opd" else saving(config)
     folder = checkpoint_folder(workdir, record.run)
     with Checkpoints(folder, saved.keep, run.labels | saved.identity | {"config": digest}) as checkpoints:
-        params = checkpoints.params_at(record.steps, _state_like(config, record.stage, shape))
+        # of a run that collapsed, the record is of its best checkpoint (stages/collapse.py)
+        step = record.extra.get("checkpoint", record.steps)
+        params = checkpoints.params_at(step, _state_like(config, record.stage, shape))
     return Model(shape, params, codec.tokenizer, codec.ends)
 
 
@@ -95,5 +97,5 @@ def _state_like(config: Any, stage: str, shape: ModelConfig) -> TrainState:
     trained = config.opd if stage == "opd" else config.sft[TRAINED[stage]]
     params = abstract(shape, param_dtype=jnp.dtype(PARAM_DTYPE))[1]
     moments = jax.eval_shape(adamw(config.optimizer, trained.b2, trained.moments).init, params)
-    state = TrainState(params, moments)
+    state = TrainState(params, moments, params if stage == "opd" and config.opd.ema else None)
     return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=device), state)

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 
 from listopd_jax.ops.opd_loss import Frozen
 from listopd_jax.stages.evaluate import greedy_answers
-from listopd_jax.stages.job import Job
+from listopd_jax.stages.job import Job, base_of
 from listopd_jax.stages.results import evaluated, keep
 from listopd_jax.train.loop import Run
 
@@ -30,7 +30,7 @@ def forecast(job: Job, frozen: Frozen) -> None:
         return
     lam = jnp.ones(len(missing)) if config.opd.guard.margin else jnp.array(missing)
     answers = greedy_answers(
-        (job.graphs["teacher"], job.graphs["student"]), tuple(frozen), jnp.stack([lam, 1 - lam]),
+        (job.graphs["teacher"], base_of(job.graphs)), tuple(frozen), jnp.stack([lam, 1 - lam]),
         job.evaluation_batches(config.forecast.batch_size), job.codec, job.decoding,
         job.judge("validation"), "forecast",
     )  # fmt: skip

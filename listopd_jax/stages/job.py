@@ -50,12 +50,14 @@ from listopd_jax.train.loop import Saving
 from listopd_jax.train.preflight import check_mesh
 
 ROLES = ("teacher", "student")
+REFERENCE = "reference"  # the role of a base that is not the student's SFT
 STAMP = "data.json"
 INPUTS = {
     "fingerprint": "the data files",
     "tokenizer": "the files of tokenizer.path",
     "teacher": "the files of teacher.weights",
     "student": "the files of student.weights",
+    REFERENCE: "the files of reference.weights",
 }
 """What STAMP has the digests of."""
 
@@ -66,8 +68,8 @@ DRAFT_TOKENS = 8  # by default; an object of an answer has 10 to 28 tokens, most
 class Job:
     """Everything but parameters.
 
-    `models` are the config sections of its models by role, teacher and student; `records` those of the task by split
-    (train, validation); `attention` is never auto.
+    `models` are the config sections of its models by role, teacher, student and maybe reference; `records` those of the
+    task by split (train, validation); `attention` is never auto.
     """
 
     config: ml_collections.FrozenConfigDict
@@ -85,7 +87,7 @@ class Job:
 
     @functools.cached_property
     def graphs(self) -> dict[str, nnx.GraphDef]:
-        """Static halves of the models by role; the base has the student's."""
+        """Static halves of the models by role; `base_of` them is the base's."""
         compute, remat = self.config.dtype.compute, self.config.remat
         return {role: graph_of(shape, compute, remat, self.attention) for role, shape in self.shapes.items()}
 
@@ -220,9 +222,9 @@ def job_on_mesh(
 def open_job(config: ml_collections.FrozenConfigDict, workdir: pathlib.Path, **models: Any) -> Job:
     """The prepare stage: build or find data set and tokenizer; UserError for whatever cannot be used.
 
-    `models` are config sections by role; if none is given, those of teacher and student.
+    `models` are config sections by role; if none is given, those of teacher, student and, if it is another, base.
     """
-    models = models or {role: config[role] for role in ROLES}
+    models = models or models_of(config)
     backend = resolve(config.attention, jax.default_backend(), config.dtype.compute)
     task = load_task(config)
     with hosts.main_first():
@@ -236,12 +238,24 @@ def open_job(config: ml_collections.FrozenConfigDict, workdir: pathlib.Path, **m
         if hosts.is_main():
             refuse_other_inputs(workdir, **_digests(config, models))
             _say_dropped_noise(task, config)
-    codec = Codec(tokenizer, completion_ends(config, tokenizer, models), task.token_classes)
+    writers = {role: model for role, model in models.items() if role != REFERENCE}
+    codec = Codec(tokenizer, completion_ends(config, tokenizer, writers), task.token_classes)
     records = {"train": splits.train, "validation": splits.validation}
     job = Job(config, workdir, models, task, codec, records, backend)
     # A checkpoint or template that does not fit shows now, not when its turn comes.
     _ = job.shapes, job.validation
     return job
+
+
+def models_of(config: Any) -> dict[str, Any]:
+    """The config sections of a job's models by role; a reference only where it has weights."""
+    roles = (*ROLES, REFERENCE) if config.reference.weights else ROLES
+    return {role: config[role] for role in roles}
+
+
+def base_of(by_role: Mapping[str, Any]) -> Any:
+    """What `by_role` has of the base: of the reference where there is one, else of the student."""
+    return by_role[REFERENCE if REFERENCE in by_role else "student"]
 
 
 def refuse_other_inputs(workdir: pathlib.Path, **digests: str | None) -> None:
@@ -265,7 +279,7 @@ def refuse_other_inputs(workdir: pathlib.Path, **digests: str | None) -> None:
 
 def _digests(config: ml_collections.FrozenConfigDict, models: Mapping[str, Any]) -> dict[str, str | None]:
     """What decides a run besides config and data: the bytes of the folders that the config names."""
-    weights = {role: weights_digest(models[role]) for role in ROLES if role in models}
+    weights = {role: weights_digest(models[role]) for role in (*ROLES, REFERENCE) if role in models}
     return {"tokenizer": tokenizer_digest(tokenizer_source(config.tokenizer.path)), **weights}
 
 

@@ -1,5 +1,6 @@
 """The OPD stage: sample from the student, score with teacher and base, update; one run for each λ and seed."""
 
+import functools
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -8,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from flax import nnx
+from jaxtyping import Array, Bool, Float, Int
 
 from listopd_jax.models.build import cast
 from listopd_jax.ops.objective import Hyper, Variant, warmed_up_lambda
@@ -16,10 +18,11 @@ from listopd_jax.parallel import hosts
 from listopd_jax.parallel.rules import decoding_copy
 from listopd_jax.rollout.decode import Rollout, generate
 from listopd_jax.rollout.state import trim
-from listopd_jax.stages.job import Job, saving
+from listopd_jax.stages.job import Job, base_of, saving
+from listopd_jax.train.collapse import Watch
 from listopd_jax.train.loop import Run, Saving, train
 from listopd_jax.train.opd_step import OpdBatch, make_opd_step
-from listopd_jax.train.optimizer import init_state
+from listopd_jax.train.optimizer import TrainState, average_rate, init_state, linear_lr, with_average
 from listopd_jax.train.preflight import answer_logprobs, check_models
 
 
@@ -34,19 +37,24 @@ class Distillation(NamedTuple):
 
 def opd_runs(job: Job, lam: float, seed: int) -> list[Run]:
     """The OPD run at λ and seed, once for each budget at which it is evaluated: one training, read on its way."""
-    opd = job.config.opd
-    steps = opd.steps or job.steps(opd.epochs, opd.batch_size)
+    steps = opd_steps(job)
     run = Run(f"opd_lambda{float(lam)}_seed{seed}", "opd", float(lam), seed, steps)
-    return [run._replace(steps=budget) for budget in opd.eval_steps if budget < steps] + [run]
+    return [run._replace(steps=budget) for budget in job.config.opd.eval_steps if budget < steps] + [run]
 
 
-def preflight(job: Job, frozen: Frozen) -> None:
-    """Look at teacher and student on the first batch of answers; UserError if they cannot be distilled."""
-    batch, chunk = next(iter(job.evaluation_batches())), job.config.opd.head_chunk
-    pairs = (("teacher", frozen.teacher), ("student", frozen.base))
-    check_models(
-        *(answer_logprobs(job.graphs[r], p, batch, job.codec.vocab, chunk) for r, p in pairs), job.codec.vocab
-    )
+def opd_steps(job: Job) -> int:
+    """The steps of a whole run."""
+    opd = job.config.opd
+    return opd.steps or job.steps(opd.epochs, opd.batch_size)
+
+
+def preflight(job: Job, models: Mapping[str, Any]) -> None:
+    """Look at the models, parameters by role, on the first batch of answers; UserError if they cannot be distilled."""
+    batch, chunk, vocab = next(iter(job.evaluation_batches())), job.config.opd.head_chunk, job.codec.vocab
+    seen = {r: answer_logprobs(job.graphs[r], params, batch, vocab, chunk) for r, params in models.items()}
+    teacher = seen.pop("teacher")
+    for role, logprobs in seen.items():
+        check_models(teacher, logprobs, vocab, role)
 
 
 def make_step(
@@ -59,10 +67,10 @@ def make_step(
 ) -> Callable:
     """The update program of config section `opd`, to be shared by every λ and seed: they are data to it.
 
-    `graphs` are the static halves of teacher and student, `attention` is their backend (never auto).
+    `graphs` are the static halves of the models by role, `attention` is their backend (never auto).
     """
     return make_opd_step(
-        Models(student=graphs["student"], teacher=graphs["teacher"], base=graphs["student"]),
+        Models(student=graphs["student"], teacher=graphs["teacher"], base=base_of(graphs)),
         tx,
         variant_of(opd),
         vocab=vocab,
@@ -82,6 +90,8 @@ def variant_of(opd: Any) -> Variant:
         ppo=opd.ppo_clip > 0,
         guard=opd.guard.fallback if opd.guard.margin else "",
         normalize=opd.normalize,
+        control_variate="" if opd.control_variate == "none" else opd.control_variate,
+        flips=opd.on_collapse != "none",
     )
 
 
@@ -98,30 +108,44 @@ def hyper_at(opd: Any, lam: float, step: int) -> Hyper:
     return jax.tree.map(jnp.float32, scalars)
 
 
-def train_opd(job: Job, shared: Distillation, run: Run, best: int | None = None) -> Any:
-    """Distil from the SFT student, or load the run if it is done; its parameters in float32.
+def learning_rate(opd: Any, step: int, steps: int) -> float:
+    """The learning rate of config section `opd` at 0-based `step` of `steps`."""
+    return linear_lr(step, steps, opd.lr) if opd.lr_decay == "linear" else opd.lr
 
-    The checkpoint at step `best` is kept.
+
+def initial_state(job: Job, shared: Distillation) -> TrainState:
+    """The state that every run starts from."""
+    return init_state(shared.start(), shared.tx, average=job.config.opd.ema > 0)
+
+
+def train_opd(
+    job: Job, shared: Distillation, run: Run, best: int | None = None, watch: Watch | None = None
+) -> Any:
+    """Distil from the SFT student, or load the run if it is done; its parameters, or their average, in float32.
+
+    The checkpoint at step `best` is kept. `watch` may change λ on the way, and end the run.
     """
     config, opd = job.config, job.config.opd
-    key = jax.random.key(run.seed)
+    key, steps = jax.random.key(run.seed), opd_steps(job)
 
     def update(state, batch, step):
         rows = hosts.global_batch({k: batch[k] for k in ("prompt", "prompt_length", "index")}, opd.batch_size)
         prompts, lengths = rows["prompt"], rows["prompt_length"]
         rollout = sample(job, state.params, prompts, lengths, jax.random.fold_in(key, step))
-        sampled = OpdBatch(prompts, lengths, rollout._replace(steps=None))
-        hyper = hyper_at(opd, run.lam, step)
+        reward = contract_reward(job, rollout, rows["index"]) if opd.contract_reward else None
+        sampled = OpdBatch(prompts, lengths, rollout._replace(steps=None), reward)
+        hyper = hyper_at(opd, watch.lam(run.lam) if watch else run.lam, step)
+        lr = jnp.float32(learning_rate(opd, step, steps))
         for _ in range(opd.updates_per_batch):
-            state, metrics, per_token = shared.step(state, shared.frozen, sampled, hyper, jnp.float32(opd.lr))
+            state, metrics, per_token = shared.step(state, shared.frozen, sampled, hyper, lr)
+        if opd.ema:
+            state = with_average(state, jnp.float32(average_rate(step, opd.ema)))
         tokens = {"tokens": int(rollout.lengths.sum()) + opd.rollouts * int(lengths.sum())}
         tokens["tokens_per_decode_step"] = tokens_per_decode_step(rollout)
-        return state, metrics | tokens | contract_metrics(job, rollout, per_token["advantage"], rows["index"])
+        return state, metrics | tokens | contract_metrics(job, rollout, per_token, rows["index"])
 
-    def initial():
-        return init_state(shared.start(), shared.tx)
-
-    return train(job.workdir, run, initial, job.opd_batches(run.seed), update, opd_saving(config, best))
+    initial, batches = functools.partial(initial_state, job, shared), job.opd_batches(run.seed)
+    return train(job.workdir, run, initial, batches, update, opd_saving(config, best), watch)
 
 
 def opd_saving(config: Any, best: int | None = None) -> Saving:
@@ -148,24 +172,49 @@ def tokens_per_decode_step(rollout: Rollout) -> float:
     return (int(rollout.lengths.sum()) - int((rollout.lengths > 0).sum())) / steps if steps else 1.0
 
 
-def contract_metrics(job: Job, rollout: Rollout, advantage, index) -> dict[str, float]:
+def contract_reward(job: Job, rollout: Rollout, index) -> Float[Array, "B n"]:
+    """`opd.contract_reward` times: 1 if a completion holds the contract, else 0, less the mean over its prompt's."""
+    held = holds_contract(job, rollout, index).reshape(rollout.lengths.shape)
+    reward = job.config.opd.contract_reward * (held - held.mean(-1, keepdims=True))
+    rows = hosts.local_rows(len(reward))
+    own = reward if rows is None else reward[rows]
+    return hosts.global_batch({"reward": own.astype(np.float32)}, len(reward))["reward"]
+
+
+def holds_contract(job: Job, rollout: Rollout, index) -> Bool[np.ndarray, " N"]:
+    """Whether each of the sampled completions, flattened, parses; `index` [B] is the training record of each prompt."""
+    tokens, lengths = flat(rollout)
+    records = np.repeat(hosts.gather(index), rollout.lengths.shape[1]).tolist()
+    judge = job.judge("train")
+    pairs = zip(job.codec.texts(tokens, lengths), records, strict=True)
+    return np.array([judge(*pair).ok for pair in pairs])
+
+
+def flat(rollout: Rollout) -> tuple[Int[np.ndarray, "N T"], Int[np.ndarray, " N"]]:
+    """Tokens and lengths of all completions, on every host."""
+    return hosts.gather(rollout.tokens).reshape(-1, rollout.tokens.shape[-1]), hosts.gather(
+        rollout.lengths
+    ).reshape(-1)
+
+
+def contract_metrics(job: Job, rollout: Rollout, per_token: Mapping[str, Any], index) -> dict[str, float]:
     """What the sampled completions say of the contract: how many hold it and end, advantage by kind of token.
 
-    `index` [B] is the training record of each prompt.
+    With `flip` in `per_token`, the share of positions at which the target flips, by kind of token, too. `index` [B] is
+    the training record of each prompt.
     """
-    codec, judge = job.codec, job.judge("train")
-    tokens = hosts.gather(rollout.tokens).reshape(-1, rollout.tokens.shape[-1])
-    lengths = hosts.gather(rollout.lengths).reshape(-1)
-    records = np.repeat(hosts.gather(index), rollout.lengths.shape[1]).tolist()
-    parsed = [judge(*pair).ok for pair in zip(codec.texts(tokens, lengths), records, strict=True)]
-    structural, values = codec.structural(tokens, lengths), hosts.gather(advantage).reshape(tokens.shape)
+    (tokens, lengths), codec = flat(rollout), job.codec
+    structural = codec.structural(tokens, lengths)
     content = (np.arange(tokens.shape[1]) < lengths[:, None]) & ~structural
-    return {
-        "parse": np.mean(parsed),
-        "ended": np.mean(codec.ended(tokens, lengths)),
-        "advantage_structural": _mean(values[structural]),
-        "advantage_content": _mean(values[content]),
-    }
+    by_kind = {}
+    for name in (name for name in ("advantage", "flip") if name in per_token):
+        values = hosts.gather(per_token[name]).reshape(tokens.shape)
+        by_kind |= {
+            f"{name}_structural": _mean(values[structural]),
+            f"{name}_content": _mean(values[content]),
+        }
+    parse = np.mean(holds_contract(job, rollout, index))
+    return {"parse": parse, "ended": np.mean(codec.ended(tokens, lengths)), **by_kind}
 
 
 def _mean(values: np.ndarray) -> float:

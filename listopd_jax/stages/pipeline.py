@@ -9,13 +9,14 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from listopd_jax.models.build import PARAM_DTYPE, cast
+from listopd_jax.models.build import PARAM_DTYPE, cast, initial_params
 from listopd_jax.models.hf import save_hf
 from listopd_jax.ops.opd_loss import Frozen
 from listopd_jax.parallel.hosts import is_main
 from listopd_jax.stages.calibrate import calibrate_stage
+from listopd_jax.stages.collapse import best_checkpoint, collapse_fields, watch_of
 from listopd_jax.stages.forecast import forecast
-from listopd_jax.stages.job import Job, job_on_mesh
+from listopd_jax.stages.job import REFERENCE, ROLES, Job, base_of, job_on_mesh
 from listopd_jax.stages.opd import Distillation, make_step, opd_runs, preflight, train_opd
 from listopd_jax.stages.results import evaluate, evaluated, summary
 from listopd_jax.stages.sft import sft_run, train_sft
@@ -24,15 +25,14 @@ from listopd_jax.train.optimizer import adamw
 
 
 def run_stages(config: Any, workdir: pathlib.Path) -> None:
-    """prepare → SFT teacher and student (= base) → calibrate, forecast → OPD for each λ and seed, each evaluated."""
+    """prepare → SFT teacher and student → calibrate, forecast → OPD for each λ and seed, each evaluated."""
     with job_on_mesh(config, workdir) as job:
         _models_to_policies(job)
 
 
 def _models_to_policies(job: Job) -> None:
     config = job.config
-    frozen = Frozen(*(cast(sft_stage(job, role), config.dtype.frozen) for role in ("teacher", "student")))
-    preflight(job, frozen)
+    frozen = frozen_models(job)
     calibrate_stage(job, frozen)
     forecast(job, frozen)
     tx = adamw(config.optimizer, config.opd.b2, config.opd.moments)
@@ -41,6 +41,16 @@ def _models_to_policies(job: Job) -> None:
     for seed in config.opd.seeds:
         for lam in config.opd.lambdas:
             distil(job, shared, lam, seed)
+
+
+def frozen_models(job: Job) -> Frozen:
+    """Teacher and base, trained or read, after a look at each; the base is the SFT student unless another is named."""
+    dtype = job.config.dtype.frozen
+    models = {role: cast(sft_stage(job, role), dtype) for role in ROLES}
+    if REFERENCE in job.models:
+        models[REFERENCE] = initial_params(job.models[REFERENCE], job.shapes[REFERENCE], seed=0, dtype=dtype)
+    preflight(job, models)
+    return Frozen(models["teacher"], base_of(models))
 
 
 def sft_stage(job: Job, role: str) -> Any:
@@ -52,22 +62,26 @@ def sft_stage(job: Job, role: str) -> Any:
 
 
 def student_again(job: Job, base: Any) -> Callable[[], Any]:
-    """What gives every OPD run the SFT student in float32: a copy of the base if it is that, else read again.
+    """What gives every OPD run the SFT student in float32: a copy of `base` if it is that, else read again.
 
     Through OPD there is no room on a device for a float32 copy that only the next run needs.
     """
-    if job.config.dtype.frozen == PARAM_DTYPE:
+    if job.config.dtype.frozen == PARAM_DTYPE and not job.config.reference.weights:
         return lambda: jax.tree.map(jnp.copy, base)
     return functools.partial(train_sft, job, "student")
 
 
 def distil(job: Job, shared: Distillation, lam: float, seed: int) -> None:
-    """Train at λ and seed, evaluate at every budget, export at the last."""
+    """Train at λ and seed, evaluate at every budget, export at the last; of a run that collapses, see `on_collapse`."""
     runs = opd_runs(job, lam, seed)
     for run in runs:
         if evaluated(job.workdir, run) is None:
-            params = train_opd(job, shared, run, most_useful(job.workdir, runs))
-            finish(job, "student", params, run, export=run is runs[-1])
+            watch = watch_of(job.config.opd, run)
+            params = train_opd(job, shared, run, most_useful(job.workdir, runs), watch)
+            besides = collapse_fields(watch, run)
+            if watch and watch.stopped:
+                besides["checkpoint"], params = best_checkpoint(job, shared, run)
+            finish(job, "student", params, run, run is runs[-1], **besides)
 
 
 def most_useful(workdir: pathlib.Path, runs: Sequence[Run]) -> int | None:
@@ -76,11 +90,14 @@ def most_useful(workdir: pathlib.Path, runs: Sequence[Run]) -> int | None:
     return max(((r.useful, r.steps) for r in records), default=(None, None))[1]
 
 
-def finish(job: Job, role: str, params: Any, run: Run, export: bool = True) -> None:
-    """Export and evaluate the policy that `run` ended in; its record in results.json says that both are done."""
+def finish(job: Job, role: str, params: Any, run: Run, export: bool = True, **besides: Any) -> None:
+    """Export and evaluate the policy that `run` ended in; its record in results.json says that both are done.
+
+    `besides` are more fields of the record.
+    """
     if export and job.config.train.export:
         folder, codec = job.workdir / "export" / run.name, job.codec
         save_hf(folder, job.shapes[role], params, codec.tokenizer, ends=codec.ends)
-    record = evaluate(job, role, params, run)
+    record = evaluate(job, role, params, run, **besides)
     if is_main():
         print(f"{run.name}, {run.steps} steps: {summary(record)}", file=sys.stderr)

@@ -22,6 +22,7 @@ from listopd_jax.records import (
 )
 from listopd_jax.stages.evaluate import Answer, greedy_answers, pick_examples, result_record
 from listopd_jax.stages.job import Job
+from listopd_jax.task.metrics import summarize
 from listopd_jax.train.loop import Run
 
 
@@ -37,7 +38,12 @@ def evaluated(workdir: pathlib.Path, run: Run) -> Result | None:
 
 
 def evaluate(job: Job, role: str, params: Any, run: Run, **besides: Any) -> Result:
-    """Evaluate the policy that `run` ended in, in the dtype that samples; keep record and examples."""
+    """Evaluate the policy that `run` ended in; keep record and examples."""
+    return keep(job, run, greedy(job, role, params, f"{run.name} evaluated"), **besides)
+
+
+def greedy(job: Job, role: str, params: Any, description: str) -> list[Answer]:
+    """The judged answers of a policy to all validation prompts, in the dtype that samples."""
     batches, params = job.evaluation_batches(), cast(params, job.config.dtype.compute)
     if job.config.parallel.gather_rollout:
         params = decoding_copy(params)
@@ -49,9 +55,15 @@ def evaluate(job: Job, role: str, params: Any, run: Run, **besides: Any) -> Resu
         job.codec,
         job.decoding,
         job.judge("validation"),
-        f"{run.name} evaluated",
+        description,
     )
-    return keep(job, run, answers, **besides)
+    return answers
+
+
+def metrics_of(job: Job, answers: Sequence[Answer]) -> dict[str, Any]:
+    """The metrics of `answers` to validation prompts, without intervals."""
+    records = job.records["validation"]
+    return summarize(job.task, [(a.parsed, records[a.index]) for a in answers], bootstrap=0)
 
 
 def keep(job: Job, run: Run, answers: Sequence[Answer], examples: bool = True, **besides: Any) -> Result:

@@ -1,9 +1,9 @@
 """Checkpoints of one training run that survive: written while training continues, proven when they are read.
 
-A run's folder is `workdir/checkpoints/<run>`. A checkpoint has three items: `params`, `opt_state` (an item of its own,
-so that a finished run's parameters load without it) and `record`, JSON: the step, the identity of the run (seed, λ and
-its warm-up, digest of the config), its progress (data iterator) and checksums of the arrays. Random numbers need no
-more: the key of every step is folded from seed and step.
+A run's folder is `workdir/checkpoints/<run>`. A checkpoint has the items `params`, `opt_state`, `average` where one of
+the weights is kept (each an item of its own, so that a finished run loads what it is for alone) and `record`, JSON: the
+step, the identity of the run (seed, λ and its warm-up, digest of the config), its progress (data iterator) and
+checksums of the arrays. Random numbers need no more: the key of every step is folded from seed and step.
 
 Orbax writes to a temporary folder and renames it: a killed save leaves no checkpoint at all. What a disk damages later
 the checksums tell, on whatever mesh; such a checkpoint is skipped for the one before it.
@@ -32,7 +32,7 @@ from listopd_jax.train.optimizer import TrainState
 
 
 class Saved(NamedTuple):
-    """What a checkpoint gives back; `state.opt_state` is None where it was not asked for."""
+    """What a checkpoint gives back; what was not asked for of `state` is None."""
 
     step: int
     state: TrainState
@@ -78,7 +78,7 @@ class Checkpoints:
             self._manager.close()
 
     def _open(self) -> None:
-        names = ("params", "opt_state", "record")
+        names = (*TrainState._fields, "record")
         with self._reported():
             self._manager = ocp.CheckpointManager(self._folder, item_names=names, options=self._options)
 
@@ -89,10 +89,10 @@ class Checkpoints:
 
     def save(self, step: int, state: TrainState, progress: dict[str, Any]) -> None:
         """Save after `step` updates; `progress` is JSON (data iterator state and the like)."""
-        sums = {name: checksum(tree) for name, tree in state._asdict().items()}
+        sums = {name: checksum(tree) for name, tree in state.trees.items()}
         record = {"step": step, "identity": self._identity, "progress": progress}
         record |= {"shapes": _shapes(state), "checksums": sums}
-        arrays = {name: ocp.args.StandardSave(tree) for name, tree in state._asdict().items()}
+        arrays = {name: ocp.args.StandardSave(tree) for name, tree in state.trees.items()}
         items = ocp.args.Composite(**arrays, record=ocp.args.JsonSave(_sealed(record)))
         with self._reported():
             self._manager.save(step, args=items, force=True)
@@ -116,13 +116,13 @@ class Checkpoints:
         """The newest undamaged checkpoint, with the shapes, dtypes and shardings of `like` (see `abstract`).
 
         Damaged ones are skipped with a warning and deleted once an older one is good. If none is, their folder is
-        put aside and the result is None. Of a checkpoint at step `final` the optimizer is not read. Raises UserError
-        for a checkpoint of another run or model.
+        put aside and the result is None. Of a checkpoint at step `final` only the result is read. Raises UserError for
+        a checkpoint of another run or model.
         """
         steps = self.steps[::-1]
         for i, step in enumerate(steps):
             try:
-                saved = self._read(step, like, optimizer=step != final)
+                saved = self._read(step, like, whole=step != final)
             except _Damaged as e:
                 _warn(f"{self._folder / str(step)}: damaged checkpoint skipped ({e})")
                 continue
@@ -135,26 +135,26 @@ class Checkpoints:
         return None
 
     def params_at(self, step: int, like: TrainState) -> Any:
-        """The parameters of the checkpoint at `step`, with the shapes, dtypes and shardings of `like`.
+        """The result of the checkpoint at `step`, with the shapes, dtypes and shardings of `like`.
 
         Nothing is changed on disk. UserError if it is not there, is damaged, or is of another run or model.
         """
         try:
-            return self._read(step, like, optimizer=False).state.params
+            return getattr(self._read(step, like, whole=False).state, like.result)
         except _Damaged as e:
             raise UserError(
                 f"{self._folder / str(step)}: no whole checkpoint ({e}); run the job again"
             ) from e
 
-    def _read(self, step: int, like: TrainState, optimizer: bool) -> Saved:
+    def _read(self, step: int, like: TrainState, whole: bool) -> Saved:
         record = _unsealed(self._load(step, record=ocp.args.JsonRestore())["record"])
         self._check(step, record, like)
-        wanted = like._asdict() if optimizer else {"params": like.params}
+        wanted = like.trees if whole else {like.result: getattr(like, like.result)}
         arrays = self._load(step, **{name: ocp.args.StandardRestore(tree) for name, tree in wanted.items()})
         for name, tree in arrays.items():
             if checksum(tree) != record["checksums"][name]:
                 raise _Damaged(f"{name} is not what was saved")
-        return Saved(step, TrainState(**{"opt_state": None, **arrays}), record["progress"])
+        return Saved(step, TrainState(**dict.fromkeys(TrainState._fields) | arrays), record["progress"])
 
     def _check(self, step: int, record: dict[str, Any], like: TrainState) -> None:
         """UserError if the checkpoint is of another run or model than this one."""

@@ -3,7 +3,7 @@
 import math
 import pathlib
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple, Protocol
 
 import jax
@@ -13,6 +13,7 @@ from listopd_jax.lifecycle import reached, sigterm_flag
 from listopd_jax.metrics_log import MetricsLog, progress
 from listopd_jax.parallel.hosts import anywhere
 from listopd_jax.train.checkpoints import Checkpoints, abstract
+from listopd_jax.train.collapse import Watch
 from listopd_jax.train.optimizer import TrainState
 
 
@@ -58,31 +59,33 @@ def train(
     batches: BatchIterator,
     update: Update,
     saving: Saving,
+    watch: Watch | None = None,
 ) -> Any:
-    """Bring `run` to its last step and return its parameters; a run that is there already is only loaded.
+    """Bring `run` to its last step and return its result (TrainState); a run that is there already is only loaded.
 
     `initial()` makes the state to start from, which belongs to the run. `update(state, batch, step)` does 0-based step
     number `step`; its metrics hold the number of "tokens" it worked on. A checkpoint is written every `saving.every`
     steps and at the end; a killed run resumes from the newest one, with the same batches, as if nothing had happened:
-    all else that a step may depend on is its number. SIGTERM finishes the step, saves and raises Interrupted.
+    all else that a step may depend on is its number and `watch`, which looks at the metrics of each and may end the run
+    before its last. SIGTERM finishes the step, saves and raises Interrupted.
     """
-    folder = checkpoint_folder(workdir, run.name)
-    with Checkpoints(folder, saving.keep, run.labels | saving.identity, saving.best) as checkpoints:
-        state, start = _resume(checkpoints, initial, batches, run.steps)
+    parts = {"batches": batches} | ({} if watch is None else {"watch": watch})
+    with open_checkpoints(workdir, run, saving) as checkpoints:
+        state, start = _resume(checkpoints, initial, parts, run.steps)
         if start > run.steps:
             raise UserError(
-                f"{folder}: its newest checkpoint is of step {start}, past the budget {run.steps} that is to be "
-                "evaluated; delete the folder to train the run again"
+                f"{checkpoint_folder(workdir, run.name)}: its newest checkpoint is of step {start}, past the budget "
+                f"{run.steps} that is to be evaluated; delete the folder to train the run again"
             )
-        if start < run.steps:
-            state = _train_on(workdir, run, state, start, batches, update, checkpoints, saving.every)
-    return state.params
+        if start < run.steps and not (watch and watch.stopped):
+            state = _train_on(workdir, run, state, start, parts, update, checkpoints, saving.every)
+    return getattr(state, state.result)
 
 
 def _resume(
-    checkpoints: Checkpoints, initial: Callable[[], TrainState], batches: BatchIterator, final: int
+    checkpoints: Checkpoints, initial: Callable[[], TrainState], parts: Mapping[str, Any], final: int
 ) -> tuple[TrainState, int]:
-    """The newest saved state and its step, with `batches` set back to it; `initial()` and 0 if there is none."""
+    """The newest saved state and its step, with `parts` set back to it; `initial()` and 0 if there is none."""
     state = initial()
     if not checkpoints.steps:
         return state, 0
@@ -92,7 +95,8 @@ def _resume(
     saved = checkpoints.restore(like, final)
     if saved is None:
         return initial(), 0
-    batches.set_state(saved.progress["batches"])
+    for name, part in parts.items():
+        part.set_state(saved.progress[name])
     return saved.state, saved.step
 
 
@@ -101,12 +105,13 @@ def _train_on(
     run: Run,
     state: TrainState,
     start: int,
-    batches: BatchIterator,
+    parts: Mapping[str, Any],
     update: Update,
     checkpoints: Checkpoints,
     every: int,
 ) -> TrainState:
     """The steps after `start`, logged and saved; the last save is on disk when this returns or raises Interrupted."""
+    batches, watch = parts["batches"], parts.get("watch")
     with (
         sigterm_flag() as stop,
         MetricsLog(workdir, run.name, run.stage, run.labels, resume_step=start) as log,
@@ -118,17 +123,20 @@ def _train_on(
                 raise UserError(
                     f"{run.name}: the loss is not finite at step {step}; lower the lr or set opd.clip"
                 )
-            log.log(step, metrics)
+            log.log(step, metrics | (watch.observe(step, metrics) if watch else {}))
             bar.set_postfix(loss=f"{metrics['loss']:.3f}", refresh=False)
             bar.update()
             reached(f"{run.name} step {step}")
             stopping = anywhere(stop.is_set())
-            if stopping or step % every == 0 or step == run.steps:
-                checkpoints.save(step, state, {"batches": batches.get_state()})
+            over = step == run.steps or bool(watch and watch.stopped)
+            if stopping or over or step % every == 0:
+                checkpoints.save(step, state, {name: part.get_state() for name, part in parts.items()})
                 reached(f"{run.name} saving {step}")
             if stopping:
                 checkpoints.wait()
                 raise Interrupted(f"{run.name}: saved at step {step}; the same command resumes from there")
+            if over:
+                break
         checkpoints.wait()
     return state
 
@@ -142,6 +150,12 @@ def _timed(
     metrics = {name: float(value) for name, value in metrics.items()}
     metrics["tokens_per_second"] = metrics.pop("tokens") / (time.perf_counter() - began)
     return state, metrics
+
+
+def open_checkpoints(workdir: pathlib.Path, run: Run, saving: Saving) -> Checkpoints:
+    """The checkpoints of a run, which must have been saved by one that `saving` and the labels of `run` name."""
+    folder = checkpoint_folder(workdir, run.name)
+    return Checkpoints(folder, saving.keep, run.labels | saving.identity, saving.best)
 
 
 def checkpoint_folder(workdir: pathlib.Path, run: str) -> pathlib.Path:

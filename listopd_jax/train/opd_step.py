@@ -25,11 +25,12 @@ from listopd_jax.train.optimizer import TrainState, apply_gradients
 
 
 class OpdBatch(NamedTuple):
-    """Prompts and their n sampled completions."""
+    """Prompts, their n sampled completions, and a reward of each, to be added to the advantage of its tokens."""
 
     prompts: Int[Array, "B P"]
     prompt_lengths: Int[Array, " B"]
     rollout: Rollout
+    reward: Float[Array, "B n"] | None = None
 
 
 def make_opd_step(
@@ -51,7 +52,7 @@ def make_opd_step(
 
     metrics: scalars over completion tokens (loss, advantage_mean, guarded_fraction, ratio_max, clip_fraction,
     reverse_kl, entropy, sampler_trainer_gap, grad_norm). per_token: float32 arrays [B, n, T] of advantage, λ, student,
-    teacher and base log-probs, 0 after the end.
+    teacher and base log-probs, and flip with Variant.flips, 0 after the end.
     """
 
     loss_function = functools.partial(opd_loss, variant=variant, vocab=vocab, chunk=chunk, pallas=pallas)
@@ -83,7 +84,10 @@ def _loss(graphs: Models, params, frozen: Frozen, batch: OpdBatch, weights, loss
     hiddens, *rows = jax.tree.map(
         lambda x: x.reshape(-1, *x.shape[3:]), (hiddens, tokens, batch.rollout.logprobs, weights)
     )
-    loss, per_token = loss_function(hiddens, heads, *rows, hyper)
+    of_tokens = {}
+    if batch.reward is not None:
+        of_tokens["reward"] = jnp.broadcast_to(batch.reward[..., None], tokens.shape).reshape(-1)
+    loss, per_token = loss_function(hiddens, heads, *rows, hyper, **of_tokens)
     return loss, {k: v.reshape(tokens.shape) for k, v in per_token.items()}
 
 

@@ -1,5 +1,6 @@
-"""AdamW with a traced learning rate, and the schedules that produce it."""
+"""AdamW with a traced learning rate, the schedules that produce it, and the average of the weights."""
 
+import functools
 import math
 from typing import Any, NamedTuple
 
@@ -9,14 +10,26 @@ import ml_collections
 import optax
 from jaxtyping import Array, BFloat16, Float
 
+from listopd_jax.parallel.compiler import OTHER, BackendJit
 from listopd_jax.parallel.rules import constrain_state, place_state
 
 
 class TrainState(NamedTuple):
-    """What one optimisation step changes: parameters of the student and Adam's moments."""
+    """What one optimisation step changes: parameters of the student, Adam's moments, and the average if one is kept."""
 
     params: Any
     opt_state: Any
+    average: Any = None  # of the parameters so far (`with_average`)
+
+    @property
+    def trees(self) -> dict[str, Any]:
+        """Its parts by name, without an average that is not kept."""
+        return {name: tree for name, tree in self._asdict().items() if tree is not None}
+
+    @property
+    def result(self) -> str:
+        """The name of the part that training is for: what is evaluated and exported."""
+        return "params" if self.average is None else "average"
 
 
 def adamw(
@@ -71,9 +84,10 @@ def rounded_at_random(key: Array, x: Float[Array, "*s"]) -> BFloat16[Array, "*s"
     return jax.lax.bitcast_convert_type(upper, jnp.bfloat16)
 
 
-def init_state(params: Any, tx: optax.GradientTransformation) -> TrainState:
-    """A fresh state that takes `params` over: steps donate their state."""
-    return place_state(TrainState(params, tx.init(params)))
+def init_state(params: Any, tx: optax.GradientTransformation, average: bool = False) -> TrainState:
+    """A fresh state that takes `params` over: steps donate their state. `average`: of the weights is kept too."""
+    kept = jax.tree.map(jnp.copy, params) if average else None
+    return place_state(TrainState(params, tx.init(params), kept))
 
 
 def apply_gradients(
@@ -82,7 +96,7 @@ def apply_gradients(
     """One AdamW step; `lr` is traced, so that a schedule or a sweep over it never recompiles."""
     updates, opt_state = tx.update(grads, state.opt_state, state.params)
     params = jax.tree.map(lambda p, u: (p - lr * u).astype(p.dtype), state.params, updates)
-    return constrain_state(TrainState(params, opt_state))
+    return constrain_state(state._replace(params=params, opt_state=opt_state))
 
 
 def cosine_lr(step: int, steps: int, peak: float, warmup_steps: int) -> float:
@@ -91,6 +105,27 @@ def cosine_lr(step: int, steps: int, peak: float, warmup_steps: int) -> float:
         return peak * (step + 1) / warmup_steps
     done = (step - warmup_steps) / max(1, steps - warmup_steps)
     return peak * 0.5 * (1 + math.cos(math.pi * min(1.0, done)))
+
+
+def linear_lr(step: int, steps: int, peak: float) -> float:
+    """Learning rate at 0-based `step`: linear from `peak` to 0 after `steps`."""
+    return peak * max(0.0, 1 - step / steps)
+
+
+def average_rate(step: int, decay: float) -> float:
+    """What the weights after 0-based `step` count in their exponential moving average: 1 at the first.
+
+    The average has the weights decay^(t−i) of the steps i ≤ t, divided by their sum (Kingma & Ba 2015, §3): where a run
+    starts from does not count.
+    """
+    return (1 - decay) / (1 - decay ** (step + 1))
+
+
+@functools.partial(BackendJit, options=OTHER, donate_argnums=0)
+def with_average(state: TrainState, rate: Float[Array, ""]) -> TrainState:
+    """`state` with its average moved to the parameters by `rate` of the way (`average_rate`)."""
+    average = jax.tree.map(lambda a, p: (a + rate * (p - a)).astype(a.dtype), state.average, state.params)
+    return constrain_state(state._replace(average=average))
 
 
 def tree_add(a: Any, b: Any) -> Any:

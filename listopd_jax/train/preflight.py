@@ -36,24 +36,24 @@ def answer_logprobs(
     return gather(logprobs)[gather(mask)]
 
 
-def check_models(teacher: np.ndarray, student: np.ndarray, vocab: int) -> None:
-    """Refuse to start from the log-probabilities that teacher and student give the same right answers.
+def check_models(teacher: np.ndarray, other: np.ndarray, vocab: int, role: str = "student") -> None:
+    """Refuse to start from the log-probabilities that teacher and student, or reference, give the same right answers.
 
-    Raises UserError if either is not finite or uniform over the vocabulary (blank weights), or if student and
-    teacher are the same model (nothing to distil).
+    Raises UserError if either is not finite or uniform over the vocabulary (blank weights), or if the two are the same
+    model (nothing to distil, or to extrapolate from).
     """
-    for role, logprobs in (("teacher", teacher), ("student", student)):
+    for name, logprobs in (("teacher", teacher), (role, other)):
         if not np.isfinite(logprobs).all():
             raise UserError(
-                f"{role}: log-probabilities are not finite on the first batch; its weights are broken"
+                f"{name}: log-probabilities are not finite on the first batch; its weights are broken"
             )
         if np.abs(logprobs + np.log(vocab)).max() < UNIFORM:
             raise UserError(
-                f"{role}: every log-probability is -log {vocab}; its weights are blank, load real ones"
+                f"{name}: every log-probability is -log {vocab}; its weights are blank, load real ones"
             )
-    if np.abs(teacher - student).max() < SAME:
+    if np.abs(teacher - other).max() < SAME:
         raise UserError(
-            "student and teacher give the same log-probabilities everywhere: they are the same model"
+            f"{role} and teacher give the same log-probabilities everywhere: they are the same model"
         )
 
 
