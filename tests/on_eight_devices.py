@@ -120,10 +120,14 @@ def three_steps(mesh, step, arguments):
     return jax.tree.map(np.asarray, (state, metrics)), program.as_text()
 
 
+@functools.cache
+def opd_step(microbatch):
+    return make_opd_step(MODELS, TX, Variant(guard="teacher"), vocab=VOCAB, chunk=7, microbatch=microbatch)
+
+
 def opd(mesh, seed=3, hyper=HYPER, microbatch=8):
-    step = make_opd_step(MODELS, TX, Variant(guard="teacher"), vocab=VOCAB, chunk=7, microbatch=microbatch)
     batch = put(opd_batch(seed), batch_shardings, mesh)
-    return three_steps(mesh, step, (put(FROZEN, state_shardings, mesh), batch, hyper))
+    return three_steps(mesh, opd_step(microbatch), (put(FROZEN, state_shardings, mesh), batch, hyper))
 
 
 def sft(mesh):
@@ -189,9 +193,10 @@ def check_traffic(program, fsdp, tensor, updates):
 
 @pytest.mark.parametrize("sizes", ROWS_BY_TENSOR, ids=str)
 def test_opd_step_is_that_of_one_device(alone, sizes):
+    """On one of the meshes in microbatches, which take rows of every device."""
     mesh = mesh_of(*sizes)
     with use_mesh(mesh):
-        (state, metrics), program = opd(mesh)
+        (state, metrics), program = opd(mesh, microbatch=2 if sizes == (1, 2, 4) else 8)
     assert_close((state, metrics), alone[0])
     assert np.abs(state.params["embed"][...] - STUDENT["embed"][...]).max() > 1e-3
     check_traffic(program, *sizes[1:], updates=True)
@@ -206,7 +211,7 @@ def test_sft_step_is_that_of_one_device(alone, sizes):
     check_traffic(program, *sizes[1:], updates=True)
 
 
-@pytest.mark.parametrize("sizes", ROWS_BY_TENSOR, ids=str)
+@pytest.mark.parametrize("sizes", [s for s in ROWS_BY_TENSOR if s != (1, 2, 4)], ids=str)
 def test_rollout_writes_the_same_tokens(alone, sizes):
     mesh = mesh_of(*sizes)
     with use_mesh(mesh):
@@ -248,7 +253,7 @@ def test_prompts_are_read_in_blocks_where_rows_are_not_split(sizes, monkeypatch)
 def test_a_cache_that_grows_writes_the_same_tokens(alone, monkeypatch):
     """Over devices too; rows stay where they are, though half of them end at once."""
     monkeypatch.setattr(decode, "LEAST_CAPACITY", 3)
-    mesh, shapes, segment = mesh_of(2, 2, 2), [], decode.segment
+    mesh, shapes, segment = mesh_of(1, 2, 4), [], decode.segment
 
     def watch(sampler, prompts, state, least):
         shapes.append((*state.caches[0].k.shape[1:3], state.caches[0].capacity))
@@ -270,13 +275,6 @@ def test_a_cache_that_grows_writes_the_same_tokens(alone, monkeypatch):
     assert shapes == [(B, N, 3), (B, N, 6)]
     np.testing.assert_array_equal(rollout.lengths, np.minimum(budgets, alone[2].lengths))
     np.testing.assert_array_equal(rollout.tokens[1::2], alone[2].tokens[1::2])
-
-
-def test_microbatches_take_rows_of_every_device(alone):
-    mesh = mesh_of(1, 2, 4)
-    with use_mesh(mesh):
-        ours, _ = opd(mesh, microbatch=2)
-    assert_close(ours, alone[0])
 
 
 def head_traffic(mesh, chunk):

@@ -70,15 +70,30 @@ def run_command(arguments, **environment):
     return subprocess.run(arguments, cwd=REPO, capture_output=True, text=True, check=False, env=environment)
 
 
+class Fork(NamedTuple):
+    """A process that runs the main job, and the files of what it says."""
+
+    process: multiprocessing.Process
+    said: list[pathlib.Path]
+
+    def end(self, timeout=None) -> Ended:
+        """Wait for it."""
+        self.process.join(timeout)
+        return Ended(self.process.exitcode, *(path.read_text() for path in self.said))
+
+
+def start_main(folder, arguments, **environment) -> Fork:
+    """`arguments` (from `command`) in a fork of a process that has imported it all; what it says goes to `folder`."""
+    said = [pathlib.Path(folder, name) for name in ("stdout", "stderr")]
+    process = FORKS.Process(target=_main, args=(arguments[2:], said, environment))
+    process.start()
+    return Fork(process, said)
+
+
 def run_main(workdir, *more, config="configs/fashion.py:tiny", module="main", **environment):
     """`command` by a fork of a process that has imported it all: seconds faster, and otherwise the same."""
     with tempfile.TemporaryDirectory() as folder:
-        said = [os.path.join(folder, name) for name in ("stdout", "stderr")]
-        arguments = command(workdir, *more, config=config, module=module)[2:]
-        process = FORKS.Process(target=_main, args=(arguments, said, environment))
-        process.start()
-        process.join()
-        return Ended(process.exitcode, *(pathlib.Path(path).read_text() for path in said))
+        return start_main(folder, command(workdir, *more, config=config, module=module), **environment).end()
 
 
 def _main(arguments, said, environment):

@@ -9,7 +9,7 @@ import sys
 import time
 
 import pytest
-from processes import NO_LAMBDA, REPO, SHARE, command
+from processes import NO_LAMBDA, REPO, command, start_main
 
 from listopd_jax.config import defaults
 from listopd_jax.errors import UserError
@@ -17,34 +17,47 @@ from listopd_jax.lifecycle import SIGNAL_VARIABLE
 from listopd_jax.parallel import hosts
 
 
-def start_two(command, devices=1, ids=(0, 1), environment=None, of_second=None):
-    """The command as processes `ids` of a job of two, each with `devices` CPU devices."""
+def addresses():
+    """What each of two processes is told of the other, and where they meet."""
     with socket.create_server(("127.0.0.1", 0)) as free:
         address = f"127.0.0.1:{free.getsockname()[1]}"
+    shared = {"JAX_COORDINATOR_ADDRESS": address, "JAX_NUM_PROCESSES": "2"}
+    return [shared | {"JAX_PROCESS_ID": str(i)} for i in (0, 1)]
+
+
+def start_two(command, devices=1, ids=(0, 1)):
+    """The command as processes `ids` of a job of two, each with `devices` CPU devices."""
     flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={devices}"
-    shared = {
-        "JAX_COORDINATOR_ADDRESS": address,
-        "JAX_NUM_PROCESSES": "2",
-        "XLA_FLAGS": flags,
-        **(environment or {}),
-    }
+    shared, told = {"XLA_FLAGS": flags, "PYTHONPATH": str(REPO)}, addresses()
     return [
         subprocess.Popen(
             [sys.executable, *command], cwd=REPO, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-            env=os.environ | shared | {"JAX_PROCESS_ID": str(i), "PYTHONPATH": str(REPO)} | (i and of_second or {}),
+            env=os.environ | shared | told[i],
         )
         for i in ids
     ]  # fmt: skip
 
 
 def finish(processes, limit=300):
-    """(exit code, lines of stdout, lines of stderr) of each, without gloo's greetings, which may break into lines."""
+    """How each ended, see `without_greetings`."""
     ends = [p.communicate(timeout=limit) for p in processes]
-    said = [
-        [[x for x in text.splitlines() if x and "[Gloo]" not in x and "peer ranks" not in x] for text in end]
-        for end in ends
-    ]
-    return [(p.returncode, *lines) for p, lines in zip(processes, said, strict=True)]
+    return [without_greetings(p.returncode, *end) for p, end in zip(processes, ends, strict=True)]
+
+
+def without_greetings(code, *texts):
+    """(exit code, lines of stdout, lines of stderr) without gloo's greetings, which may break into lines."""
+    lines = (text.splitlines() for text in texts)
+    return code, *([x for x in said if x and "[Gloo]" not in x and "peer ranks" not in x] for said in lines)
+
+
+def run_two_mains(arguments, folder, of_second):
+    """How a job of two processes ended; the second has more in its environment."""
+    forks = []
+    for i, (told, more) in enumerate(zip(addresses(), ({}, of_second), strict=True)):
+        said = folder / str(i)
+        said.mkdir(parents=True)
+        forks.append(start_main(said, arguments, **told, **more))
+    return [without_greetings(*fork.end(1200)) for fork in forks]
 
 
 def test_rows_values_and_writing_are_shared_out():
@@ -122,13 +135,13 @@ def test_a_process_without_its_number_is_told(monkeypatch):
 @pytest.mark.slow
 def test_two_processes_resume_and_reproduce_the_job_of_one(finished_job, tmp_path):
     """Process 1 is killed; the other ends by itself. The same command then finds what one process finds."""
-    arguments = command(tmp_path, *NO_LAMBDA, "--config.opd.lambdas=2.0,", "--config.parallel.fsdp=2")[1:]
+    arguments = command(tmp_path, *NO_LAMBDA, "--config.opd.lambdas=2.0,", "--config.parallel.fsdp=2")
     where = {SIGNAL_VARIABLE: "SIGKILL sft_teacher step 3"}
-    (code, _, errors), second = finish(start_two(arguments, environment=SHARE, of_second=where))
+    (code, _, errors), second = run_two_mains(arguments, tmp_path / "killed", where)
     assert second[0] == -9
     assert code == 1 and errors[-1].startswith("error: process 1 of 2 is gone")
 
-    first, second = finish(start_two(arguments, environment=SHARE), limit=1200)
+    first, second = run_two_mains(arguments, tmp_path / "resumed", {})
     assert first[0] == second[0] == 0, first[2] + second[2]
     assert first[1] == [f"report: {tmp_path}/report.html"] and second[1] == []
     one, two = (
