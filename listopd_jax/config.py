@@ -23,6 +23,7 @@ from absl import flags
 from listopd_jax.errors import UserError, did_you_mean, one_line, unknown_name
 from listopd_jax.files import json_sha256
 from listopd_jax.models.config import custom_config, named_config
+from listopd_jax.trackers import TRACKERS
 
 RATIOS = ("teacher_student", "trainer_rollout", "aspo", "none")
 ADVANTAGES = ("base_relative", "no_base")
@@ -64,6 +65,7 @@ def defaults() -> ml_collections.ConfigDict:
         evaluation=_section(batch_size=64, max_lists=0, bootstrap=2000, examples=3),
         parallel=_parallel(),
         train=_section(checkpoint_every=50, keep_checkpoints=2, export=True),
+        track=_track(),
     )
     return config.lock()
 
@@ -181,6 +183,15 @@ def _parallel() -> ml_collections.ConfigDict:
     )
 
 
+def _track() -> ml_collections.ConfigDict:
+    return _section(
+        to=(),  # of TRACKERS, beside metrics.jsonl and TensorBoard
+        project="listopd_jax",
+        log_completions_every=10,  # steps of OPD between samples kept in completions.jsonl; 0: none
+        completions=8,  # of each sample, the first of the batch
+    )
+
+
 def auto_preset() -> str:
     """`tiny` on a CPU, `paper` on a GPU or TPU."""
     import jax
@@ -290,7 +301,7 @@ task.max_prompt task.prompt_buckets data.vote_cap
 data.synthetic.reviews_per_product sft.teacher.batch_size sft.teacher.lr sft.student.batch_size sft.student.lr
 opd.batch_size opd.rollouts opd.updates_per_batch opd.lr opd.temperature opd.head_chunk
 forecast.batch_size evaluation.batch_size evaluation.bootstrap train.checkpoint_every train.keep_checkpoints
-parallel.timeout_s
+parallel.timeout_s track.completions
 """.split()
 
 _NOT_NEGATIVE = """
@@ -298,7 +309,7 @@ task.max_review_words data.max_broken data.max_reviews_per_product data.max_list
 sft.teacher.steps sft.teacher.epochs sft.teacher.warmup_steps sft.teacher.microbatch
 sft.student.steps sft.student.epochs sft.student.warmup_steps sft.student.microbatch
 opd.steps opd.epochs opd.microbatch opd.kl_to_base opd.entropy_bonus opd.lambda_warmup_steps opd.guard.margin
-evaluation.max_lists evaluation.examples optimizer.weight_decay optimizer.max_grad_norm
+evaluation.max_lists evaluation.examples track.log_completions_every optimizer.weight_decay optimizer.max_grad_norm
 """.split()
 
 _SEEDS = "seed data.seed sft.teacher.seed sft.student.seed".split()
@@ -417,6 +428,13 @@ def _validate_combinations(config: ml_collections.ConfigDict) -> None:
         config.tokenizer.path or not (config.teacher.weights or config.student.weights),
         "tokenizer.path is empty: models with weights need their tokenizer, e.g. the same folder or hub id",
     )
+    for name in config.track.to:
+        if name not in TRACKERS:
+            raise unknown_name("track.to", str(name), TRACKERS)
+    _require(
+        config.track.project != "" or not config.track.to,
+        "track.project is empty: trackers need the name of a project",
+    )
     _validate_parallel(config.parallel)
     size = config.tokenizer.vocab_size
     _require(size >= 258, f"tokenizer.vocab_size={size}: at least 258 are needed (256 bytes, EOS, PAD)")
@@ -520,8 +538,8 @@ def _plain(value: Any) -> Any:
     return str(value) if isinstance(value, float) and math.isinf(value) else value
 
 
-MAY_CHANGE = ("opd.lambdas", "opd.seeds", "forecast.lambdas", "parallel.", "attention")
-"""Fields and sections that may differ between calls on one workdir: the grid may grow, the devices may be others."""
+MAY_CHANGE = ("opd.lambdas", "opd.seeds", "forecast.lambdas", "parallel.", "attention", "track.")
+"""Fields and sections that may differ between calls on one workdir: the grid may grow, devices and trackers change."""
 
 
 def fixed_fields(saved: dict[str, Any]) -> dict[str, Any]:

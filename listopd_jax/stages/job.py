@@ -14,7 +14,7 @@ from absl import logging
 from flax import nnx
 
 from listopd_jax import files
-from listopd_jax.config import digest, is_small
+from listopd_jax.config import digest, is_small, to_json
 from listopd_jax.data import input as data_input
 from listopd_jax.data.builder import read_split
 from listopd_jax.data.chat import turn_ends
@@ -37,6 +37,7 @@ from listopd_jax.records import RESULTS
 from listopd_jax.rollout.decode import pass_tokens
 from listopd_jax.task.codec import Codec, vocab_of
 from listopd_jax.task.prompt import ListExample, render_answer
+from listopd_jax.trackers import Tracking
 from listopd_jax.train.loop import Saving
 from listopd_jax.train.preflight import check_mesh
 
@@ -68,6 +69,11 @@ class Job:
     codec: Codec
     examples: dict[str, list[ListExample]]
     attention: str
+
+    @property
+    def tracking(self) -> Tracking:
+        """Whom the job tells of its runs."""
+        return tracking(self.config)
 
     @functools.cached_property
     def shapes(self) -> dict[str, ModelConfig]:
@@ -246,6 +252,11 @@ def make_codec(config: Any, tokenizer: Any, models: Mapping[str, Any]) -> Codec:
     """The codec of `tokenizer`, in which whatever ends a completion of one of `models` or a turn is an end."""
     ends = [i for model in models.values() for i in model_ends(model, vocab_of(tokenizer))]
     return Codec(tokenizer, ends + (turn_ends(tokenizer) if config.task.chat_template else []))
+
+
+def tracking(config: Any) -> Tracking:
+    """Whom section `track` of `config` says to tell."""
+    return Tracking(config.track.to, config.track.project, to_json(config) if config.track.to else {})
 
 
 def saving(config: Any, best: int | None = None, **identity: Any) -> Saving:

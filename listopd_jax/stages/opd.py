@@ -119,14 +119,14 @@ def train_opd(job: Job, shared: Distillation, run: Run, best: int | None = None)
             state, metrics, per_token = shared.step(state, shared.frozen, sampled, hyper, jnp.float32(opd.lr))
         tokens = {"tokens": int(rollout.lengths.sum()) + opd.rollouts * int(lengths.sum())}
         tokens["tokens_per_decode_step"] = tokens_per_decode_step(rollout)
-        return state, metrics | tokens | contract_metrics(
-            rollout, per_token["advantage"], job.codec, config.task.k
-        )
+        contract = contract_metrics(rollout, per_token["advantage"], job.codec, config.task.k)
+        return state, metrics | tokens | contract | logged_completions(job, sampled, step + 1)
 
     def initial():
         return init_state(shared.start(), shared.tx)
 
-    return train(job.workdir, run, initial, job.opd_batches(run.seed), update, opd_saving(config, best))
+    saving = opd_saving(config, best)
+    return train(job.workdir, run, initial, job.opd_batches(run.seed), update, saving, job.tracking)
 
 
 def opd_saving(config: Any, best: int | None = None) -> Saving:
@@ -165,6 +165,24 @@ def contract_metrics(rollout: Rollout, advantage, codec: Codec, k: int) -> dict[
         "ended": np.mean(codec.ended(tokens, lengths)),
         "advantage_structural": _mean(values[structural]),
         "advantage_content": _mean(values[content]),
+    }
+
+
+def logged_completions(job: Job, sampled: OpdBatch, step: int) -> dict[str, list[dict[str, str]]]:
+    """The first completions of the batch as text, judged, under "completions" where 1-based `step` is to be logged."""
+    track = job.config.track
+    if not track.log_completions_every or step % track.log_completions_every:
+        return {}
+    prompts, prompt_lengths = hosts.gather(sampled.prompts), hosts.gather(sampled.prompt_lengths)
+    tokens, lengths = hosts.gather(sampled.rollout.tokens), hosts.gather(sampled.rollout.lengths)
+    each, ids = lengths.shape[1], review_ids(job.config.task.k)
+    texts = job.codec.texts(tokens[: track.completions], lengths[: track.completions])[: track.completions]
+    asked = job.codec.texts(prompts[: len(texts)], prompt_lengths[: len(texts)])
+    return {
+        "completions": [
+            {"failure": strict_parse(text, ids).failure, "output": text, "prompt": asked[i // each]}
+            for i, text in enumerate(texts)
+        ]
     }
 
 
