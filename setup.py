@@ -53,7 +53,10 @@ setup(
     ],
     python_requires=">=3.11",
     packages=find_packages(include=["listopd_jax", "listopd_jax.*", "configs", "launch"]),
-    package_data={"listopd_jax.report": ["*.jinja"]},
+    package_data={
+        "listopd_jax.report": ["*.jinja", "*.js"],
+        "listopd_jax.watch": ["*.html", "*.css", "*.js"],
+    },
     install_requires=[
         "jax>=0.10,<0.13",
         "flax>=0.12",

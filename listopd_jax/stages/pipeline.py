@@ -15,9 +15,9 @@ from listopd_jax.ops.opd_loss import Frozen
 from listopd_jax.parallel.hosts import is_main
 from listopd_jax.stages.calibrate import calibrate_stage
 from listopd_jax.stages.forecast import forecast
-from listopd_jax.stages.job import Job, job_on_mesh
+from listopd_jax.stages.job import ROLES, Job, job_on_mesh
 from listopd_jax.stages.opd import Distillation, make_step, opd_runs, preflight, train_opd
-from listopd_jax.stages.results import evaluate, evaluated, summary
+from listopd_jax.stages.results import evaluate, evaluated, summary, write_plan
 from listopd_jax.stages.sft import sft_run, train_sft
 from listopd_jax.train.loop import Run
 from listopd_jax.train.optimizer import adamw
@@ -31,6 +31,7 @@ def run_stages(config: Any, workdir: pathlib.Path) -> None:
 
 def _models_to_policies(job: Job) -> None:
     config = job.config
+    write_plan(job.workdir, planned(job))
     frozen = Frozen(*(cast(sft_stage(job, role), config.dtype.frozen) for role in ("teacher", "student")))
     preflight(job, frozen)
     calibrate_stage(job, frozen)
@@ -41,6 +42,13 @@ def _models_to_policies(job: Job) -> None:
     for seed in config.opd.seeds:
         for lam in config.opd.lambdas:
             distil(job, shared, lam, seed)
+
+
+def planned(job: Job) -> list[Run]:
+    """Every policy that the job trains and evaluates, in order."""
+    opd = job.config.opd
+    grid = [(lam, seed) for seed in opd.seeds for lam in opd.lambdas]
+    return [sft_run(job, role) for role in ROLES] + [run for point in grid for run in opd_runs(job, *point)]
 
 
 def sft_stage(job: Job, role: str) -> Any:
