@@ -165,6 +165,7 @@ def _opd() -> ml_collections.ConfigDict:
             fallback="teacher",  # teacher: 1; base: 0 where base and teacher have one mode, else 1
         ),
         eval_steps=(),  # steps before the last at which each run is evaluated too
+        eval_every=0,  # the same at its multiples; 0: none. The most useful checkpoint is kept
         head_chunk=1024,  # completion positions whose logits exist at one time
     )
 
@@ -309,7 +310,8 @@ task.max_review_words data.max_broken data.max_reviews_per_product data.max_list
 sft.teacher.steps sft.teacher.epochs sft.teacher.warmup_steps sft.teacher.microbatch
 sft.student.steps sft.student.epochs sft.student.warmup_steps sft.student.microbatch
 opd.steps opd.epochs opd.microbatch opd.kl_to_base opd.entropy_bonus opd.lambda_warmup_steps opd.guard.margin
-evaluation.max_lists evaluation.examples track.log_completions_every optimizer.weight_decay optimizer.max_grad_norm
+opd.eval_every evaluation.max_lists evaluation.examples optimizer.weight_decay optimizer.max_grad_norm
+track.log_completions_every
 """.split()
 
 _SEEDS = "seed data.seed sft.teacher.seed sft.student.seed".split()
@@ -499,6 +501,12 @@ def validate(config: ml_collections.ConfigDict) -> ml_collections.FrozenConfigDi
     checked.task.k = config.task.k or (4 if config.data.source == "synthetic" else 8)
     checked.task.max_response = config.task.max_response or TOKENS_PER_OBJECT * checked.task.k
     return ml_collections.FrozenConfigDict(checked)
+
+
+def eval_budgets(opd: Any, steps: int) -> list[int]:
+    """The steps at which section `opd` evaluates a run of `steps` steps, ascending; the last is its end."""
+    every = range(opd.eval_every, steps, opd.eval_every) if opd.eval_every else ()
+    return [*sorted({*every, *(n for n in opd.eval_steps if n < steps)}), steps]
 
 
 def is_small(config: ml_collections.FrozenConfigDict) -> bool:

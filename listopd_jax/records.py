@@ -175,6 +175,18 @@ class CurvePoint(Record):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class StripToken(Record):
+    """One token of one answer of the teacher: its probability under teacher (p) and base (b), and its λ_flip."""
+
+    text: str
+    token_class: str = ""
+    p: float
+    b: float
+    flip: float | None = None  # None: no λ flips it
+    extra: dict[str, Any] = _extra()
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Calibration(Record):
     """The thresholds that teacher and base give before any update, calibration.json (stages/calibrate.py).
 
@@ -206,6 +218,7 @@ class Calibration(Record):
     classes: tuple[ClassRow, ...] = ()
     flips: tuple[FlipRow, ...] = ()
     curve: tuple[CurvePoint, ...] = ()
+    strip: tuple[StripToken, ...] = ()  # the answer in which a structural token flips first
     notes: list[str] = dataclasses.field(default_factory=list)
     extra: dict[str, Any] = _extra()
 

@@ -154,7 +154,7 @@ def logit(p):
 
 
 def positions(p, b, flip=np.inf, token_class=COMMA, prompt=0):
-    columns = np.broadcast_arrays(logit(p), logit(b), flip, token_class, prompt)
+    columns = np.broadcast_arrays(logit(p), logit(b), flip, token_class, prompt, 0)
     return Positions(*(np.atleast_1d(x) for x in columns))
 
 
@@ -197,7 +197,7 @@ def test_the_aggregators_of_p_and_b():
 def test_thresholds_next_to_one_keep_their_digits():
     P, Bl = np.array([30.0, 45.0]), np.array([20.0, 20.0])
     flat = np.zeros(2, int)
-    found = calibrate(Positions(P, Bl, np.full(2, np.inf), flat, np.arange(2)), 5.0)
+    found = calibrate(Positions(P, Bl, np.full(2, np.inf), flat, np.arange(2), flat), 5.0)
     tail = thresholds.probability(-P).mean()  # p_typ itself is 1 but for its last digits
     expected = thresholds.clip_safe_lambda_log_odds(-np.log(tail), 20.0, 5.0)
     assert found.lambda_typ_measured == pytest.approx(expected, rel=1e-9)

@@ -435,6 +435,7 @@ def calibration(**changes):
     """A calibration.json from positions made by hand."""
     flips = np.array([1.15, np.inf, 1.4, np.inf, np.inf, 2.0])
     at = (np.full(6, 6.5), np.full(6, 1.5), flips, np.array([2, 7, 2, 2, 2, 0]), np.array([0, 0, 1, 1, 2, 2]))
+    at = (*at, np.zeros(6, int))
     return calibrate(Positions(*at), 5.0, bootstrap=20).to_json() | changes
 
 

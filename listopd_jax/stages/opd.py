@@ -9,6 +9,7 @@ import numpy as np
 import optax
 from flax import nnx
 
+from listopd_jax.config import eval_budgets
 from listopd_jax.models.build import cast
 from listopd_jax.ops.objective import Hyper, Variant, warmed_up_lambda
 from listopd_jax.ops.opd_loss import Frozen, Models
@@ -40,7 +41,7 @@ def opd_runs(job: Job, lam: float, seed: int) -> list[Run]:
     opd = job.config.opd
     steps = opd.steps or job.steps(opd.epochs, opd.batch_size)
     run = Run(f"opd_lambda{float(lam)}_seed{seed}", "opd", float(lam), seed, steps)
-    return [run._replace(steps=budget) for budget in opd.eval_steps if budget < steps] + [run]
+    return [run._replace(steps=budget) for budget in eval_budgets(opd, steps)]
 
 
 def preflight(job: Job, frozen: Frozen) -> None:
