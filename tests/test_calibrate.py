@@ -41,7 +41,9 @@ def classes(tokens, lengths):
 
 
 DECODING = dict(max_tokens=T, vocab=VOCAB, eos=(EOS,), pad=PAD)
-CODEC = types.SimpleNamespace(vocab=VOCAB, ends=(EOS,), pad=PAD, classes=classes)
+CODEC = types.SimpleNamespace(
+    vocab=VOCAB, ends=(EOS,), pad=PAD, classes=classes, text=lambda ids: str(ids[0])
+)
 
 
 @pytest.fixture(scope="module")
@@ -316,5 +318,8 @@ def test_the_stage_writes_once_and_then_reads(models, batch, tmp_path):
     text = (tmp_path / "calibration.json").read_text("utf-8")
     assert json.loads(text) == found.to_json() and found.prompts == 3
     assert any("this run has aspo" in note for note in found.notes)
+    assert {token.token_class for token in found.strip} <= {"comma", "digit"} and found.strip
+    flips = [token.flip for token in found.strip if token.token_class == "comma" and token.flip is not None]
+    assert min(flips, default=None) == found.flips[0].min  # the answer that flips first, of all
     assert calibrate_stage(job, frozen) == found and len(job.calls) == 1
     assert [path.name for path in tmp_path.iterdir()] == ["calibration.json"]

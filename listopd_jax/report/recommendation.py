@@ -1,28 +1,33 @@
 """What to do next, first on the page: which policy to use, and what to try; no more than the records carry."""
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 from listopd_jax.report.findings import CONTRACT_HOLDS, Findings, Policy
 from listopd_jax.report.inputs import Inputs
 from listopd_jax.report.wording import at, decimal, number, percent
 
-GUARD = (
-    "--config.opd.guard.margin=1.25 --config.opd.guard.fallback=base"  # docs/results.md: the guard that held
-)
+GUARD = "--config.opd.guard.margin=1.25 --config.opd.guard.fallback=base"  # what held in docs/results.md
 
 
-def recommendation(inputs: Inputs) -> list[str]:
-    """A sentence that says which policy to use, then what else to do; [] before distillation was evaluated."""
+class Advice(NamedTuple):
+    """A sentence, and the flags that do what it says."""
+
+    text: str
+    flags: str = ""
+
+
+def recommendation(inputs: Inputs) -> list[Advice]:
+    """First which policy to use, then what else to do; [] before distillation was evaluated."""
     found = inputs.found
     if not found.opd:
         return []
     chosen = choose(found)
     if chosen is None:
         rate = percent(CONTRACT_HOLDS)
-        return [
-            f"Use none of these policies: no λ parses {rate} of answers. Train SFT or distillation for longer."
-        ]
-    return [_use(chosen, found), *_next(inputs, chosen)]
+        none = f"Use none of these policies: no λ parses {rate} of answers. Train SFT or distillation for longer."
+        return [Advice(none)]
+    return [Advice(_use(chosen, found)), *_next(inputs, chosen)]
 
 
 def choose(found: Findings) -> Policy | None:
@@ -48,21 +53,23 @@ def _use(chosen: Policy, found: Findings) -> str:
     return text + (f" No larger λ is clearly more useful ({_lambdas(larger)} tried)." if larger else "")
 
 
-def _next(inputs: Inputs, chosen: Policy) -> list[str]:
+def _next(inputs: Inputs, chosen: Policy) -> list[Advice]:
     """What the grid leaves open."""
     cliff, said = inputs.found.cliff, []
     if cliff.first_broken is not None and not _guarded(inputs):
-        said.append(f"To go past {at(cliff.last_held.lam)}, hold the teacher’s mode with the guard: {GUARD}.")
+        past = at(cliff.last_held.lam)
+        said.append(Advice(f"To go past {past}, hold the teacher’s mode with the guard:", GUARD))
     if cliff.first_broken is None and len(inputs.found.opd) > 1:
-        said.append(f"No cliff was met: larger λ than {number(inputs.found.opd[-1].lam)} may be worth a run.")
+        said.append(Advice(f"No cliff up to {at(inputs.found.opd[-1].lam)}: a larger λ may be worth a run."))
     if len({r.seed for p in inputs.found.opd for r in p.records}) == 1:
-        said.append("One seed says little about the next one: run more, --config.opd.seeds=0,1,2.")
+        said.append(Advice("One seed says little about another; run more:", "--config.opd.seeds=0,1,2"))
     earlier = best_earlier(inputs, chosen)
     if earlier is not None:
         steps, useful = earlier
-        said.append(
-            f"It was more useful at step {steps} ({decimal(useful)}) than at its last: export that with --steps=best."
+        text = (
+            f"It was more useful at step {steps} ({decimal(useful)}) than at its last; export that step with"
         )
+        said.append(Advice(text, "--steps=best"))
     return said
 
 
