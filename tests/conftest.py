@@ -44,8 +44,8 @@ def shared() -> pathlib.Path:
 SLOW_FILES = (
     "attention benchmarks benchmarks_gpu benchmarks_smoke calibrate chat checkpoints data_input data_prepare evaluate "
     "export forecast gather_kernel guard hf_folders job launch loop main models_check models_decoder models_hf "
-    "opd_step parallel parallel_hosts plan_compile plan_gpu report report_parts rollout rollout_drafts rollout_segments "
-    "sft_step simulate survival theory_estimators"
+    "opd_step parallel parallel_hosts plan_compile plan_gpu report report_parts rollout rollout_drafts "
+    "rollout_segments sft_step simulate survival theory_estimators"
 ).split()
 """tests/test_NAME.py that take more than a few seconds each: not in `make quick`."""
 
