@@ -101,9 +101,9 @@ class MetricsLog:
 
     def __exit__(self, *_: object) -> None:
         if files.on_process_0():
-            self._trackers.__exit__()
             self._file.close()
             self._events.close()
+            self._trackers.__exit__()
 
 
 def forget_after(workdir: str | pathlib.Path, run: str, step: int, name: str = FILE) -> None:

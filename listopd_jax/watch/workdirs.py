@@ -1,6 +1,5 @@
 """The workdirs under a folder, read for the page: what exists, what is at work, and what no link may lead out of."""
 
-import functools
 import os
 import pathlib
 import time
@@ -62,8 +61,8 @@ def read_workdir(root: pathlib.Path, path: pathlib.Path) -> Workdir:
     return Workdir(
         read_runs(path / RUNS) or _planned(results),
         results,
-        _rows(path, FILE, *_version(path / FILE)),
-        _rows(path, COMPLETIONS, *_version(path / COMPLETIONS)),
+        _rows(path / FILE),
+        _rows(path / COMPLETIONS),
         (path / CALIBRATION).exists(),
         (path / REPORT).exists(),
     )
@@ -115,17 +114,16 @@ def logged_until(path: pathlib.Path) -> float:
     return (path / FILE).stat().st_mtime if (path / FILE).exists() else 0.0
 
 
-@functools.lru_cache(maxsize=64)
-def _rows(path: pathlib.Path, name: str, _modified: int, _size: int) -> list[dict[str, Any]]:
-    return read_metrics(path, name)
+def _rows(path: pathlib.Path) -> list[dict[str, Any]]:
+    """The rows of a log, read again only where it has changed."""
+    stat = path.stat() if path.exists() else None
+    version = (stat.st_mtime_ns, stat.st_size) if stat else None
+    if _read_before.get(path, (None, []))[0] != version:
+        _read_before[path] = version, read_metrics(path.parent, path.name)
+    return _read_before[path][1] if version else []
 
 
-def _version(path: pathlib.Path) -> tuple[int, int]:
-    """What changes when a log does."""
-    if not path.exists():
-        return 0, 0
-    stat = path.stat()
-    return stat.st_mtime_ns, stat.st_size
+_read_before: dict[pathlib.Path, tuple[Any, list[dict[str, Any]]]] = {}  # log -> its version and its rows
 
 
 class PointState(NamedTuple):
