@@ -172,9 +172,9 @@ def _named(name: str) -> dict[str, str]:
 
 
 def _liveliest(overview: Sequence[Mapping[str, Any]]) -> str:
-    """The workdir to show when none was chosen: one at work, else the first."""
-    running = [entry["name"] for entry in overview if entry["state"] == "running"]
-    return next(iter([*running, *(entry["name"] for entry in overview)]), "")
+    """The workdir to show when none was chosen: one at work, else the first that has something to show."""
+    order = {"running": 0, "broken": 2}
+    return min(overview, key=lambda entry: order.get(entry["state"], 1), default={"name": ""})["name"]
 
 
 def _of(name: str, read: Mapping[str, Any]) -> list[str]:
