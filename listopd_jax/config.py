@@ -23,6 +23,7 @@ from absl import flags
 from listopd_jax.errors import UserError, did_you_mean, one_line, unknown_name
 from listopd_jax.files import json_sha256
 from listopd_jax.models.config import custom_config, named_config
+from listopd_jax.trackers import TRACKERS
 
 RATIOS = ("teacher_student", "trainer_rollout", "aspo", "none")
 ADVANTAGES = ("base_relative", "no_base")
@@ -78,6 +79,7 @@ def defaults() -> ml_collections.ConfigDict:
         evaluation=_section(batch_size=64, max_lists=0, bootstrap=2000, examples=3),
         parallel=_parallel(),
         train=_section(checkpoint_every=50, keep_checkpoints=2, export=True),
+        track=_track(),
     )
     return config.lock()
 
@@ -194,6 +196,7 @@ def _opd() -> ml_collections.ConfigDict:
             lower=0.5,  # lower_lambda: λ becomes 1 + lower·(λ − 1)
         ),
         eval_steps=(),  # steps before the last at which each run is evaluated too
+        eval_every=0,  # the same at its multiples; 0: none. The most useful checkpoint is kept
         head_chunk=1024,  # completion positions whose logits exist at one time
     )
 
@@ -209,6 +212,15 @@ def _parallel() -> ml_collections.ConfigDict:
         num_processes=0,  # or JAX_NUM_PROCESSES
         process_id=-1,  # or JAX_PROCESS_ID
         timeout_s=60,  # that processes wait for each other at start and end, and for a lost heartbeat
+    )
+
+
+def _track() -> ml_collections.ConfigDict:
+    return _section(
+        to=(),  # of TRACKERS, beside metrics.jsonl and TensorBoard
+        project="listopd_jax",
+        log_completions_every=10,  # steps of OPD between samples kept in completions.jsonl; 0: none
+        completions=8,  # of each sample, the first of the batch
     )
 
 
@@ -326,7 +338,7 @@ data.synthetic.reviews_per_product sft.teacher.batch_size sft.teacher.lr sft.stu
 opd.batch_size opd.rollouts opd.updates_per_batch opd.lr opd.temperature opd.head_chunk
 opd.collapse.window opd.collapse.parse_drop opd.collapse.length_change
 forecast.batch_size evaluation.batch_size evaluation.bootstrap train.checkpoint_every train.keep_checkpoints
-parallel.timeout_s
+parallel.timeout_s track.completions
 """.split()
 
 _NOT_NEGATIVE = """
@@ -334,8 +346,9 @@ task.max_review_words data.max_broken data.max_reviews_per_product data.max_list
 sft.teacher.steps sft.teacher.epochs sft.teacher.warmup_steps sft.teacher.microbatch
 sft.student.steps sft.student.epochs sft.student.warmup_steps sft.student.microbatch
 opd.steps opd.epochs opd.microbatch opd.kl_to_base opd.entropy_bonus opd.lambda_warmup_steps opd.guard.margin
-opd.contract_reward opd.collapse.flips
+opd.contract_reward opd.collapse.flips opd.eval_every
 evaluation.max_lists evaluation.examples optimizer.weight_decay optimizer.max_grad_norm
+track.log_completions_every
 """.split()
 
 _SEEDS = "seed data.seed sft.teacher.seed sft.student.seed".split()
@@ -475,6 +488,7 @@ def _validate_combinations(config: ml_collections.ConfigDict) -> None:
         "tokenizer.path is empty: models with weights need their tokenizer, e.g. the same folder or hub id",
     )
     _validate_options(config)
+    _validate_trackers(config.track)
     _validate_parallel(config.parallel)
     size = config.tokenizer.vocab_size
     _require(size >= 258, f"tokenizer.vocab_size={size}: at least 258 are needed (256 bytes, EOS, PAD)")
@@ -503,6 +517,16 @@ def _validate_options(config: ml_collections.ConfigDict) -> None:
     _require(
         not config.reference.weights or opd.advantage == "base_relative" or opd.kl_to_base > 0,
         "reference.weights is the base, which opd.advantage='no_base' does not look at; leave one of them out",
+    )
+
+
+def _validate_trackers(track: ml_collections.ConfigDict) -> None:
+    for name in track.to:
+        if name not in TRACKERS:
+            raise unknown_name("track.to", str(name), TRACKERS)
+    _require(
+        track.project != "" or not track.to,
+        "track.project is empty: trackers need the name of a project",
     )
 
 
@@ -582,6 +606,12 @@ def is_embedded(config: ml_collections.ConfigDict | ml_collections.FrozenConfigD
     return ranks_reviews(config) and config.data.source == "synthetic"
 
 
+def eval_budgets(opd: Any, steps: int) -> list[int]:
+    """The steps at which section `opd` evaluates a run of `steps` steps, ascending; the last is its end."""
+    every = range(opd.eval_every, steps, opd.eval_every) if opd.eval_every else ()
+    return [*sorted({*every, *(n for n in opd.eval_steps if n < steps)}), steps]
+
+
 def is_small(config: ml_collections.FrozenConfigDict) -> bool:
     """Whether all models are of a size at which compiling takes longer than running: made here, at most 128 wide."""
     models = (config.student, config.teacher)
@@ -622,8 +652,8 @@ def _plain(value: Any) -> Any:
     return str(value) if isinstance(value, float) and math.isinf(value) else value
 
 
-MAY_CHANGE = ("opd.lambdas", "opd.seeds", "forecast.lambdas", "parallel.", "attention")
-"""Fields and sections that may differ between calls on one workdir: the grid may grow, the devices may be others."""
+MAY_CHANGE = ("opd.lambdas", "opd.seeds", "forecast.lambdas", "parallel.", "attention", "track.")
+"""Fields and sections that may differ between calls on one workdir: the grid may grow, devices and trackers change."""
 
 
 def fixed_fields(saved: dict[str, Any]) -> dict[str, Any]:

@@ -1,6 +1,6 @@
 """Write a policy of a run as a Hugging Face folder with a model card.
 
-    python -m listopd_jax.export --workdir=runs/demo --policy=opd_lambda1.0_seed0 --out=FOLDER
+    python -m listopd_jax.export --workdir=runs/demo --policy=opd_lambda1.0_seed0 --out=FOLDER [--steps=best]
 
 FOLDER must be new: it appears whole, with weights, config, generation config, tokenizer and README.md. The policies of
 a run are those that its results.json calls by name.
@@ -17,8 +17,11 @@ from listopd_jax.errors import Parser, UserError, exit_code
 from listopd_jax.lifecycle import quiet_libraries
 
 
-def export(workdir: pathlib.Path, policy: str, out: pathlib.Path) -> None:
-    """Write `policy` of the run in `workdir` to the new folder `out`; UserError for whatever prevents it."""
+def export(workdir: pathlib.Path, policy: str, out: pathlib.Path, steps: str = "last") -> None:
+    """Write `policy` of the run in `workdir` to the new folder `out`; UserError for whatever prevents it.
+
+    `steps`: last, best (by useful) or a number, of the steps at which it was evaluated.
+    """
     from listopd_jax.models.hf import save_hf
     from listopd_jax.report.card import model_card
     from listopd_jax.report.inputs import read_inputs
@@ -27,7 +30,7 @@ def export(workdir: pathlib.Path, policy: str, out: pathlib.Path) -> None:
     inputs = read_inputs(workdir)
     if not (saved := inputs.config.get("config")):
         raise UserError(f"{workdir}: holds no config.json of a run; give the --workdir of one")
-    record, config = find_policy(inputs.results, policy), config_module.from_json(saved)
+    record, config = find_policy(inputs.results, policy, steps), config_module.from_json(saved)
     model = policy_model(config, config_module.saved_digest(saved), workdir, record)
     card = model_card(config, inputs, record)
     save_hf(out, model.shape, model.params, model.tokenizer, ends=model.ends, card=card, replace=False)
@@ -42,10 +45,15 @@ def main(argv: Sequence[str]) -> None:
     parser.add_argument("--workdir", required=True, type=pathlib.Path, help="folder of the run")
     parser.add_argument("--policy", required=True, help="its name in results.json")
     parser.add_argument("--out", required=True, type=pathlib.Path, help="folder to write, which must be new")
+    parser.add_argument(
+        "--steps",
+        default="last",
+        help="last, best (by useful), or a number: of those at which it was evaluated",
+    )
     args = parser.parse_args(argv)
     quiet_libraries()
     os.environ.setdefault("JAX_PLATFORMS", "cpu")  # a run may hold the accelerator, and copying needs none
-    export(args.workdir, args.policy, args.out)
+    export(args.workdir, args.policy, args.out, args.steps)
     print(f"{args.policy}: {args.out}")
 
 

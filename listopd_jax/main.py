@@ -18,11 +18,11 @@ from absl import flags
 from ml_collections import config_flags
 
 from listopd_jax import config as config_module
-from listopd_jax import files
+from listopd_jax import files, trackers
 from listopd_jax.errors import Interrupted, UserError, mistake
 from listopd_jax.lifecycle import interruptible, locked, quiet_libraries
 from listopd_jax.parallel import compiler, hosts
-from listopd_jax.records import EVALUATE, RESULTS, read_results
+from listopd_jax.records import EVALUATE, RESULTS, json_name, read_results
 
 _CONFIG = config_flags.DEFINE_config_file(
     "config", None, "configs/NAME.py[:PRESET]; override with --config.field=value"
@@ -178,11 +178,29 @@ def description(config: Any, argv: list[str], module: str) -> dict[str, Any]:
 def run(config: Any, workdir: pathlib.Path) -> pathlib.Path:
     """Every stage in order; returns the path of the report."""
     from listopd_jax.report.write import write_report
+    from listopd_jax.stages.job import tracking
     from listopd_jax.stages.pipeline import run_stages
 
+    trackers.require(config.track.to)
     set_up(config, workdir)
     run_stages(config, workdir)
-    return write_report(workdir) if hosts.is_main() else workdir
+    if not hosts.is_main():
+        return workdir
+    report = write_report(workdir)
+    tell_results(tracking(config), workdir, report)
+    return report
+
+
+def tell_results(tracking: trackers.Tracking, workdir: pathlib.Path, report: pathlib.Path) -> None:
+    """Tell the trackers what every policy was found to do, and give them the report."""
+    names = ("run", "lam", "seed", "steps", "parse", "useful", "ndcg_1", "tau", "mae")
+    rows = [
+        {json_name(name): getattr(record, name) for name in names}
+        for record in read_results(workdir / RESULTS)
+    ]
+    with trackers.Trackers(tracking, workdir, "report", resumed=True) as told:
+        told.table(None, "results", rows)
+        told.page("report", report)
 
 
 def set_up(config: Any, workdir: pathlib.Path) -> None:

@@ -1,7 +1,7 @@
 """Numbers of a run as it goes: rows in metrics.jsonl, TensorBoard events, and a progress bar with ETA.
 
 A run that was killed and resumes from step s first loses its rows after s, so that the log of an interrupted
-run reads like that of an uninterrupted one.
+run reads like that of an uninterrupted one. Sampled completions are logged the same way, in completions.jsonl.
 """
 
 import json
@@ -9,19 +9,20 @@ import math
 import pathlib
 import sys
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from tqdm import tqdm
 
 from listopd_jax import files
 from listopd_jax.errors import UserError
+from listopd_jax.trackers import UNTRACKED, Trackers, Tracking
 
-FILE = "metrics.jsonl"
+FILE, COMPLETIONS = "metrics.jsonl", "completions.jsonl"
 
 
 class MetricsLog:
-    """Context manager that appends the metrics of one run to metrics.jsonl and its TensorBoard events.
+    """Context manager that appends the metrics of one run to metrics.jsonl, its TensorBoard events and its trackers.
 
     Only process 0 writes.
 
@@ -31,6 +32,7 @@ class MetricsLog:
       stage: e.g. "opd".
       fixed: what identifies the run in every row, e.g. {"lambda": 1.2, "seed": 0}.
       resume_step: updates completed before this start; 0 starts the run anew. Rows count steps from 1.
+      tracking: the trackers that are told too.
 
     Raises UserError if the log is broken before its last line, or cannot be written.
     """
@@ -42,10 +44,12 @@ class MetricsLog:
         stage: str,
         fixed: Mapping[str, Any] = {},
         resume_step: int = 0,
+        tracking: Tracking = UNTRACKED,
     ):
         self._workdir = pathlib.Path(workdir)
         self._head = {"run": run, "stage": stage, **fixed}
         self._resume_step = resume_step
+        self._trackers = Trackers(tracking, self._workdir, run, resumed=resume_step > 0)
 
     def __enter__(self) -> "MetricsLog":
         if not files.on_process_0():
@@ -53,7 +57,8 @@ class MetricsLog:
         import tensorboardX  # here, because it imports torch where that is installed
 
         path = self._workdir / FILE
-        forget_after(self._workdir, self._head["run"], self._resume_step)
+        for name in (FILE, COMPLETIONS):
+            forget_after(self._workdir, self._head["run"], self._resume_step, name)
         try:
             self._file = path.open("a", encoding="utf-8")
             self._events = tensorboardX.SummaryWriter(
@@ -63,6 +68,7 @@ class MetricsLog:
             )
         except OSError as e:
             raise files.not_written(path, e) from e
+        self._trackers.__enter__()
         return self
 
     def log(self, step: int, metrics: Mapping[str, Any]) -> None:
@@ -79,28 +85,42 @@ class MetricsLog:
                 self._events.add_scalar(name, value, int(step))
         except OSError as e:
             raise files.not_written(self._workdir / FILE, e) from e
+        self._trackers.log(int(step), values)
+
+    def completions(self, step: int, completions: Sequence[Mapping[str, Any]]) -> None:
+        """Append completions that were sampled at `step`, JSON objects of equal fields, to completions.jsonl."""
+        if not (completions and files.on_process_0()):
+            return
+        path, head = self._workdir / COMPLETIONS, {**self._head, "step": int(step)}
+        try:
+            with path.open("a", encoding="utf-8") as file:
+                file.writelines(_line({**head, **completion}) for completion in completions)
+        except OSError as e:
+            raise files.not_written(path, e) from e
+        self._trackers.table(int(step), "completions", [{"step": int(step), **c} for c in completions])
 
     def __exit__(self, *_: object) -> None:
         if files.on_process_0():
             self._file.close()
             self._events.close()
+            self._trackers.__exit__()
 
 
-def forget_after(workdir: str | pathlib.Path, run: str, step: int) -> None:
-    """Drop the rows of `run` after `step` (all of them if 0) and a half-written last line, atomically."""
-    path = pathlib.Path(workdir) / FILE
-    kept = [row for row in read_metrics(workdir) if row["run"] != run or 0 < step >= row["step"]]
+def forget_after(workdir: str | pathlib.Path, run: str, step: int, name: str = FILE) -> None:
+    """Drop the rows of `run` after `step` (all of them if 0) and a half-written last line of a log, atomically."""
+    path = pathlib.Path(workdir) / name
+    kept = [row for row in read_metrics(workdir, name) if row["run"] != run or 0 < step >= row["step"]]
     text = "".join(map(_line, kept))
     if not path.exists() or path.read_bytes() != text.encode():
         files.write_text(path, text)
 
 
-def read_metrics(workdir: str | pathlib.Path) -> list[dict[str, Any]]:
-    """The rows of `workdir`/metrics.jsonl in order, [] if there is none.
+def read_metrics(workdir: str | pathlib.Path, name: str = FILE) -> list[dict[str, Any]]:
+    """The rows of `workdir`/metrics.jsonl, or of the log `name`, in order; [] if there is none.
 
     A broken last line, left by a run killed while it wrote, is passed over; one before it is a UserError.
     """
-    path = pathlib.Path(workdir) / FILE
+    path = pathlib.Path(workdir) / name
     if not path.exists():
         return []
     try:
@@ -109,7 +129,7 @@ def read_metrics(workdir: str | pathlib.Path) -> list[dict[str, Any]]:
         raise UserError(f"{path}: cannot be read ({e.strerror or e})") from e
     rows = [_row(line) for line in lines]
     if None in rows[:-1]:
-        raise UserError(f"{path}:{rows.index(None) + 1}: not a row of metrics; delete that line")
+        raise UserError(f"{path}:{rows.index(None) + 1}: not a row of {name}; delete that line")
     return [row for row in rows if row is not None]
 
 

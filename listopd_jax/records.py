@@ -1,4 +1,4 @@
-"""What a run leaves for others to read, field by field: results.json, examples.json and calibration.json.
+"""What a run leaves for others to read, field by field: runs.json, results.json, examples.json and calibration.json.
 
 Whoever writes these files makes these records, and whoever reads them gets them back. A field that a file lacks (an
 older one) has its default; fields that are not known here (a newer one's) are kept in `extra` and written again. A
@@ -16,7 +16,7 @@ from typing import Any, NamedTuple, Self
 from listopd_jax import files
 from listopd_jax.errors import UserError
 
-RESULTS, EXAMPLES, CALIBRATION = "results.json", "examples.json", "calibration.json"
+RUNS, RESULTS, EXAMPLES, CALIBRATION = "runs.json", "results.json", "examples.json", "calibration.json"
 
 EVALUATE = "evaluate"
 """The stage of a checkpoint that no run here made: of such policies, `run` is the name of the checkpoint."""
@@ -81,6 +81,13 @@ class _OfPolicy(Record):
     def policy(self) -> tuple[str, float | None, str | None]:
         """Stage, λ and checkpoint: the records of one policy differ in seed and steps alone."""
         return (self.stage, self.lam, self.identity.checkpoint)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Planned(_OfPolicy):
+    """A policy that a job is to train and evaluate, an entry of runs.json."""
+
+    extra: dict[str, Any] = _extra()
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -182,6 +189,18 @@ class CurvePoint(Record):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class StripToken(Record):
+    """One token of one answer of the teacher: its probability under teacher (p) and base (b), and its λ_flip."""
+
+    text: str
+    token_class: str = ""
+    p: float
+    b: float
+    flip: float | None = None  # None: no λ flips it
+    extra: dict[str, Any] = _extra()
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Calibration(Record):
     """The thresholds that teacher and base give before any update, calibration.json (stages/calibrate.py).
 
@@ -213,11 +232,17 @@ class Calibration(Record):
     classes: tuple[ClassRow, ...] = ()
     flips: tuple[FlipRow, ...] = ()
     curve: tuple[CurvePoint, ...] = ()
+    strip: tuple[StripToken, ...] = ()  # the answer in which a structural token flips first
     notes: list[str] = dataclasses.field(default_factory=list)
     extra: dict[str, Any] = _extra()
 
 
 # --- files ---
+
+
+def read_runs(path: str | os.PathLike) -> list[Planned]:
+    """The records of a runs.json; [] if there is no such file."""
+    return _entries(Planned, _read(path, []), str(path), "run")
 
 
 def results(value: Any, where: str) -> list[Result]:

@@ -44,8 +44,8 @@ def shared() -> pathlib.Path:
 SLOW_FILES = (
     "attention benchmarks benchmarks_gpu benchmarks_smoke bring_your_own calibrate chat checkpoints collapse "
     "data_input data_prepare evaluate export forecast gather_kernel guard hf_folders job launch loop main models_check "
-    "models_decoder models_hf opd_step parallel parallel_hosts plan_compile plan_gpu reference report rollout "
-    "rollout_drafts rollout_segments sft_step simulate survival theory_estimators"
+    "models_decoder models_hf opd_step parallel parallel_hosts plan_compile plan_gpu reference report report_parts "
+    "rollout rollout_drafts rollout_segments sft_step simulate survival theory_estimators"
 ).split()
 """tests/test_NAME.py that take more than a few seconds each: not in `make quick`."""
 

@@ -41,7 +41,9 @@ def classes(tokens, lengths):
 
 
 DECODING = dict(max_tokens=T, vocab=VOCAB, eos=(EOS,), pad=PAD)
-CODEC = types.SimpleNamespace(vocab=VOCAB, ends=(EOS,), pad=PAD, classes=classes)
+CODEC = types.SimpleNamespace(
+    vocab=VOCAB, ends=(EOS,), pad=PAD, classes=classes, text=lambda ids: str(ids[0])
+)
 
 
 @pytest.fixture(scope="module")
@@ -154,7 +156,7 @@ def logit(p):
 
 
 def positions(p, b, flip=np.inf, token_class=COMMA, prompt=0):
-    columns = np.broadcast_arrays(logit(p), logit(b), flip, token_class, prompt)
+    columns = np.broadcast_arrays(logit(p), logit(b), flip, token_class, prompt, 0)
     return Positions(*(np.atleast_1d(x) for x in columns))
 
 
@@ -197,7 +199,7 @@ def test_the_aggregators_of_p_and_b():
 def test_thresholds_next_to_one_keep_their_digits():
     P, Bl = np.array([30.0, 45.0]), np.array([20.0, 20.0])
     flat = np.zeros(2, int)
-    found = calibrate(Positions(P, Bl, np.full(2, np.inf), flat, np.arange(2)), 5.0)
+    found = calibrate(Positions(P, Bl, np.full(2, np.inf), flat, np.arange(2), flat), 5.0)
     tail = thresholds.probability(-P).mean()  # p_typ itself is 1 but for its last digits
     expected = thresholds.clip_safe_lambda_log_odds(-np.log(tail), 20.0, 5.0)
     assert found.lambda_typ_measured == pytest.approx(expected, rel=1e-9)
@@ -316,5 +318,8 @@ def test_the_stage_writes_once_and_then_reads(models, batch, tmp_path):
     text = (tmp_path / "calibration.json").read_text("utf-8")
     assert json.loads(text) == found.to_json() and found.prompts == 3
     assert any("this run has aspo" in note for note in found.notes)
+    assert {token.token_class for token in found.strip} <= {"comma", "digit"} and found.strip
+    flips = [token.flip for token in found.strip if token.token_class == "comma" and token.flip is not None]
+    assert min(flips, default=None) == found.flips[0].min  # the answer that flips first, of all
     assert calibrate_stage(job, frozen) == found and len(job.calls) == 1
     assert [path.name for path in tmp_path.iterdir()] == ["calibration.json"]

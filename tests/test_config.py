@@ -213,3 +213,20 @@ def test_what_is_no_config_is_one_line(saved, says):
     with pytest.raises(UserError) as error:
         config_module.from_json(saved)
     assert says in str(error.value) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("eval_steps", "eval_every", "steps", "budgets"),
+    [
+        ((), 0, 50, [50]),
+        ((20, 40), 0, 50, [20, 40, 50]),
+        ((), 20, 50, [20, 40, 50]),
+        ((), 25, 50, [25, 50]),
+        ((10, 20, 60), 20, 50, [10, 20, 40, 50]),
+        ((), 60, 50, [50]),
+    ],
+)
+def test_budgets_are_those_asked_for_before_the_last_and_the_last(eval_steps, eval_every, steps, budgets):
+    opd = config_module.defaults().opd
+    opd.update(eval_steps=eval_steps, eval_every=eval_every)
+    assert config_module.eval_budgets(opd, steps) == budgets

@@ -180,11 +180,12 @@ def test_another_tokenizer_than_the_runs_is_not_exported_with_its_weights(job):
         (dict(stage="opd", steps=3), False),  # the last step is evaluated anyway, and exported
         (dict(stage="sft_teacher", steps=2), False),  # opd.eval_steps says nothing of its steps
         (dict(stage="opd", steps=4), False),
+        (dict(stage="opd", steps=5), True),  # of opd.eval_every
     ],
 )
 def test_only_an_earlier_step_of_distillation_is_not_what_was_exported(record, expected):
     opd = config_module.defaults().opd
-    opd.update(steps=3, eval_steps=(2, 3))
+    opd.update(steps=3, eval_steps=(2, 3), eval_every=5)
     assert _on_the_way(opd, Result(run="a", lam=1.0, seed=0, **record)) is expected
 
 
@@ -206,15 +207,33 @@ def test_the_longest_training_of_a_policy_is_found():
         Result(run="b", stage="evaluate", steps=0),
         Result(run="c", stage="forecast", lam=1.0, steps=0),
     ]
-    assert find_policy(records, "a").steps == 9
+    assert find_policy(records, "a").steps == find_policy(records, "a", "last").steps == 9
     with pytest.raises(UserError, match="known: a$"):
         find_policy(records, "b")
+
+
+def test_the_most_useful_step_of_a_policy_is_found_and_any_other_by_its_number():
+    useful = {3: 0.5, 6: 0.7, 9: None}
+    records = [Result(run="a", stage="opd", lam=1.0, seed=0, steps=n, useful=x) for n, x in useful.items()]
+    assert find_policy(records, "a", "best").steps == 6
+    assert find_policy(records, "a", "3").steps == 3
+    with pytest.raises(UserError, match="--steps='4' is unknown; .*known: best, last, 3, 6, 9$"):
+        find_policy(records, "a", "4")
+
+
+@pytest.mark.slow
+def test_a_step_on_the_way_is_exported_from_its_checkpoint(job, tmp_path):
+    export(job, POLICY, tmp_path / "out", "2")
+    (record,) = (r for r in read_results(job / "results.json") if r.run == POLICY and r.steps == 2)
+    assert f"| parse | {decimal(record.parse)} |" in (tmp_path / "out" / "README.md").read_text()
+    own = (job / "export" / POLICY / "model.safetensors").read_bytes()
+    assert (tmp_path / "out" / "model.safetensors").read_bytes() != own
 
 
 def test_a_card_has_every_field_that_decides_what_distillation_ends_in():
     """Those left out say how it is computed, or stand in the card's head."""
     fields = {name for name, _ in config_module.flatten(config_module.defaults().opd.to_dict())}
-    left_out = "lambdas seeds steps epochs eval_steps b2 moments microbatch head_chunk".split()
+    left_out = "lambdas seeds steps epochs eval_steps eval_every b2 moments microbatch head_chunk".split()
     assert fields - set(OPD_FIELDS) == set(left_out)
 
 

@@ -246,8 +246,9 @@ def test_lock_run_verdict_as_a_user_does(tmp_path):
 
 def test_a_budget_read_on_the_way_can_be_locked():
     plan = config(BUDGET, [42], 196)
-    plan["opd"]["eval_steps"] = [42]
-    assert locks.make_lock("budget", 1.2216, [42], 42, plan, grid=list(BUDGET))["steps"] == 42
+    for field, value in (("eval_steps", [42]), ("eval_every", 21)):
+        on_the_way = plan | {"opd": plan["opd"] | {field: value}}
+        assert locks.make_lock("budget", 1.2216, [42], 42, on_the_way, grid=list(BUDGET))["steps"] == 42
     with pytest.raises(UserError, match="none of the budgets"):
         locks.make_lock("budget", 1.2216, [42], 43, plan, grid=list(BUDGET))
 

@@ -1,5 +1,7 @@
 """The report: what it says, what it survives, and that it is one deterministic page that loads nothing."""
 
+import base64
+import hashlib
 import html.parser
 import json
 import re
@@ -10,7 +12,7 @@ import pytest
 
 from listopd_jax.errors import UserError
 from listopd_jax.records import Calibration, results
-from listopd_jax.report import findings, plots, wording
+from listopd_jax.report import findings, plots, script, wording
 from listopd_jax.report.findings import FAILURES, headline, sentences
 from listopd_jax.report.threshold_section import predicted
 from listopd_jax.report.write import write_report
@@ -127,6 +129,7 @@ class Page(html.parser.HTMLParser):
     def __init__(self, text):
         super().__init__()
         self.tags, self.attributes, self.ids, self.open, self.texts, self.balanced = [], [], [], [], [], True
+        self.scripts = []
         self.feed(text)
         self.close()
         self.balanced = self.balanced and not self.open
@@ -146,7 +149,9 @@ class Page(html.parser.HTMLParser):
         self.balanced = self.balanced and bool(self.open) and self.open.pop() == tag
 
     def handle_data(self, data):
-        if not self.open or self.open[-1] != "style":
+        if self.open and self.open[-1] == "script":
+            self.scripts.append(data)
+        elif not self.open or self.open[-1] != "style":
             self.texts.append(data)
 
 
@@ -193,10 +198,14 @@ def test_the_same_workdir_gives_the_same_bytes(typical):
     assert write_report(path).read_text("utf-8") == text
 
 
-def test_the_page_is_well_formed_loads_nothing_and_runs_nothing(typical):
+def test_the_page_is_well_formed_loads_nothing_and_runs_its_own_script_alone(typical):
     parsed = Page(typical[1])
     assert parsed.balanced
-    assert not {"script", "link", "iframe", "object", "embed", "img", "base", "form"} & set(parsed.tags)
+    assert parsed.scripts == [script.TEXT] and parsed.tags.count("script") == 1
+    digest = base64.b64encode(hashlib.sha256(script.TEXT.encode()).digest()).decode()
+    assert f"script-src 'sha256-{digest}';" in script.POLICY
+    assert ("content", script.POLICY) in parsed.attributes
+    assert not {"link", "iframe", "object", "embed", "img", "base", "form"} & set(parsed.tags)
     assert len(parsed.ids) == len(set(parsed.ids))
     for name, value in parsed.attributes:
         assert not name.startswith("on")
@@ -205,7 +214,7 @@ def test_the_page_is_well_formed_loads_nothing_and_runs_nothing(typical):
             assert value[1:] in parsed.ids
     without_namespaces = re.sub(r'xmlns(:xlink)?="[^"]*"', "", typical[1])
     assert not re.search(r"https?:|//\w|@import|url\((?!#)|<!ENTITY|javascript:", without_namespaces)
-    assert "default-src 'none'" in typical[1] and 'name="viewport"' in typical[1]
+    assert script.POLICY.startswith("default-src 'none'") and 'name="viewport"' in typical[1]
 
 
 def test_figures_are_described_and_scale(typical):
@@ -242,7 +251,7 @@ def test_hostile_text_is_inert_and_visible(tmp_path):
     )
     parsed = page(path)
     text = parsed.text
-    assert parsed.balanced and not {"script", "img"} & set(parsed.tags)
+    assert parsed.balanced and "img" not in parsed.tags and parsed.scripts == [script.TEXT]
     assert text.count("<script>alert(1)</script>") >= 10 and "{{7*7}}" in text
     assert "⟨U+001B⟩⟨U+0000⟩⟨U+202E⟩⟨U+D800⟩" in text
     assert not re.search("[\x00-\x09\x0b-\x1f\u202e]", write_report(path).read_text("utf-8"))
@@ -435,6 +444,7 @@ def calibration(**changes):
     """A calibration.json from positions made by hand."""
     flips = np.array([1.15, np.inf, 1.4, np.inf, np.inf, 2.0])
     at = (np.full(6, 6.5), np.full(6, 1.5), flips, np.array([2, 7, 2, 2, 2, 0]), np.array([0, 0, 1, 1, 2, 2]))
+    at = (*at, np.zeros(6, int))
     return calibrate(Positions(*at), 5.0, bootstrap=20).to_json() | changes
 
 
@@ -482,7 +492,7 @@ def test_thresholds_that_do_not_exist_say_why(tmp_path):
     )
     parsed = page(path)
     assert "lambda typ measured, lambda safe measured: " in parsed.text and "no clip" in parsed.text
-    assert parsed.balanced and not {"script", "img"} & set(parsed.tags)
+    assert parsed.balanced and "img" not in parsed.tags and parsed.scripts == [script.TEXT]
     (path / "calibration.json").write_text('{"prompts": 3}')
     assert "Thresholds before training" in page(path).text
 

@@ -183,8 +183,13 @@ def _check_plan(lock: Json, config: Json) -> None:
             raise UserError(
                 f"opd.{name}={planned} would not run the locked {values}: set --config.opd.{name}=({values},)"
             )
-    budgets = [*opd.get("eval_steps", ()), opd.get("steps")]
-    if opd.get("steps") and lock["steps"] not in budgets:
+    if not opd.get("steps"):
+        return
+    every = opd.get("eval_every", 0)
+    multiples = range(every, opd["steps"], every) if every else ()
+    budgets = sorted({*opd.get("eval_steps", ()), *multiples, opd["steps"]})
+    if lock["steps"] not in budgets:
         raise UserError(
-            f"{lock['steps']} steps is none of the budgets that opd.eval_steps and opd.steps give: {budgets}"
+            f"{lock['steps']} steps is none of the budgets that opd.eval_steps, opd.eval_every and opd.steps give: "
+            f"{budgets}"
         )

@@ -51,6 +51,7 @@ class Inputs:
     metrics: Sequence[_Json] = ()
     examples: Sequence[Example] = ()
     calibration: Calibration | None = None
+    beside: Mapping[str, "Inputs"] = field(default_factory=dict)  # other runs to compare with, by name
 
     @cached_property
     def found(self) -> findings.Findings:

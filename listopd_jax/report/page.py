@@ -57,6 +57,24 @@ class Listing(NamedTuple):
     is_open: bool = False
 
 
+class StripCell(NamedTuple):
+    """A token of a strip: its λ_flip's band, two shares of 1 drawn as bars, and all of it in words."""
+
+    text: str
+    band: int
+    p: float
+    b: float
+    said: str
+
+
+class Strip(NamedTuple):
+    """Tokens in a row, the names of their bands in order, and name -> CSS colour of their two bars."""
+
+    cells: Sequence[StripCell]
+    bands: Sequence[str]
+    bars: dict[str, str]
+
+
 @dataclass(frozen=True)
 class Section:
     """One section of the page, its parts in the order in which they appear."""
@@ -67,6 +85,7 @@ class Section:
     points: Sequence[str] = ()
     legend: Sequence[tuple[str, str]] = ()  # (name, CSS colour)
     plots: Sequence[Plot] = ()
+    strip: Strip | None = None
     layout: str = "pair"  # "pair" of plots, "many" small multiples, or plot "beside" table
     tables: Sequence[Table] = ()
     examples: Sequence[Example] = ()

@@ -122,6 +122,9 @@ class Curve:
     colour: str
     steps: Sequence[float]
     values: Sequence[float]
+    best: int | None = None  # index of a point to mark
+    crosses: Sequence[float] = ()  # steps to mark
+    stairs: bool = False  # the value holds until the next step
 
 
 def lambda_colours(count: int) -> list[str]:
@@ -204,14 +207,26 @@ def training_curves(
         for curve in curves:
             marker = "o" if len(curve.steps) == 1 else None
             axes.plot(
-                curve.steps, curve.values, color=curve.colour, linewidth=width, marker=marker, markersize=4
-            )
+                curve.steps, curve.values, color=curve.colour, linewidth=width, marker=marker, markersize=4,
+                drawstyle="steps-post" if curve.stairs else "default",
+            )  # fmt: skip
+            _mark_steps(axes, curve)
         axes.set(xlabel="step", ylabel=ylabel)
         if limits is not None:
             axes.set_ylim(*limits)
         axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
         axes.yaxis.set_major_locator(MaxNLocator(4, steps=[1, 2, 2.5, 5, 10]))
         return _svg(figure, description)
+
+
+def _mark_steps(axes: Axes, curve: Curve) -> None:
+    """A dot at the best point, a cross at each marked step."""
+    if curve.best is not None:
+        at = curve.steps[curve.best], curve.values[curve.best]
+        axes.plot(*at, "o", color=curve.colour, markersize=6, markeredgecolor=PAPER, markeredgewidth=0.8)
+    for step in curve.crosses:
+        nearest = min(range(len(curve.steps)), key=lambda i: abs(curve.steps[i] - step))
+        axes.plot(step, curve.values[nearest], "x", color=curve.colour, markersize=7, markeredgewidth=1.6)
 
 
 def _figure(width: float, height: float) -> tuple[Figure, Axes]:

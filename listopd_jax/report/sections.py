@@ -15,11 +15,14 @@ from markupsafe import Markup
 
 from listopd_jax.records import Example, Result
 from listopd_jax.report import findings, page, plots
+from listopd_jax.report.beside import beside_section
 from listopd_jax.report.curves import opd_section, sft_section
 from listopd_jax.report.errors_section import errors_section
 from listopd_jax.report.findings import FAILURES, Findings, Policy
 from listopd_jax.report.inputs import METRICS, Inputs
 from listopd_jax.report.page import Cell, Listing, Plot, Section, Table
+from listopd_jax.report.passage import passage_section
+from listopd_jax.report.strip import strip_section
 from listopd_jax.report.threshold_section import predicted, threshold_section
 from listopd_jax.report.wording import (
     at,
@@ -35,6 +38,7 @@ from listopd_jax.report.wording import (
 )
 
 MAX_OUTPUT, MAX_PROMPT = 1500, 4000  # characters of an example shown
+FEW_BUDGETS = 2  # drawn in the figure of parse against λ
 GOOD_EXAMPLES, BAD_EXAMPLES = 1, 2  # shown a policy
 _ORIGIN = ("fingerprint", "inputs", "files")  # of the data report: for machines, folded away
 
@@ -73,8 +77,10 @@ def policies_section(inputs: Inputs) -> Section:
     if not inputs.results:
         return Section("policies", "Policies compared", "No policy has been evaluated yet.")
     many = any(len(policy.records) > 1 for policy in inputs.policies)
-    runs = _runs_table(inputs, collapsed=many)
-    tables = [_seeds_table(inputs), runs] if many else [runs]
+    ends = replace(inputs, results=[record for policy in inputs.policies for record in policy.records])
+    tables = [_seeds_table(inputs) if many else _runs_table(ends, collapsed=False)]
+    if many or len(ends.results) < len(inputs.results):
+        tables.append(_runs_table(inputs, collapsed=True))
     return Section("policies", "Policies compared", _how_to_read(inputs), tables=tables)
 
 
@@ -144,7 +150,10 @@ SECTIONS: tuple[Callable[[Inputs], Section | None], ...] = (
     policies_section,
     failures_section,
     errors_section,
+    beside_section,
     threshold_section,
+    strip_section,
+    passage_section,
     opd_section,
     sft_section,
     examples_section,
@@ -167,7 +176,10 @@ def _parse_plot(inputs: Inputs) -> Plot:
         plots.Series("OPD", _points(found.opd, "parse"), plots.BLUE),
         plots.Series("forecast, untrained", _points(found.forecast, "parse"), plots.GREEN, "D"),
     ]
-    for steps, policies in findings.shorter_budgets(inputs.results).items():
+    shorter = findings.shorter_budgets(
+        inputs.results
+    )  # more than a few have figures of their own (passage.py)
+    for steps, policies in shorter.items() if len(shorter) <= FEW_BUDGETS else ():
         series.append(plots.Series(f"OPD, {steps} steps", _points(policies, "parse"), plots.CALM))
     series += predicted(inputs.calibration, max(p.lam for p in (*found.opd, *found.forecast)))
     svg = plots.versus_lambda(

@@ -92,7 +92,7 @@ def _reasons(found: Calibration) -> list[str]:
     return [f"{', '.join(which)}: {reason}." for reason, which in names.items()]
 
 
-def _probability(value: float | None) -> str:
+def probability(value: float | None) -> str:
     """A probability with the digits that matter next to 1."""
     if value is not None and 0.9999 < value < 1:
         return f"1{NBSP}−{NBSP}{1 - value:.2g}"
@@ -109,7 +109,7 @@ def main_numbers(
 ) -> Iterator[tuple[str, str, str]]:
     """(what it is, value, 95 % interval) of the fields of a calibration that `meanings` explains."""
     for name, meaning in meanings.items():
-        form = decimal if name.startswith("lambda") else _probability
+        form = decimal if name.startswith("lambda") else probability
         yield meaning, form(getattr(found, name)), interval(found.intervals.get(name), form, " to ")
 
 
@@ -143,7 +143,7 @@ def _classes_table(found: Calibration) -> Table:
     rows = []
     for row in found.classes:
         counts = (Cell(fact(count)) for count in (row.positions, row.kept))
-        means = (Cell(_probability(mean)) for mean in (row.p, row.b))
+        means = (Cell(probability(mean)) for mean in (row.p, row.b))
         flips = (Cell(flip_text(getattr(row, name))) for name in _CLASS_FLIPS)
         rows.append((Cell(words(row.token_class)), *counts, *means, Cell(decimal(row.lam)), *flips))
     return Table("By class of token: p, b and λ* over kept tokens, λ_flip over all", _CLASS_HEAD, rows)

@@ -1,6 +1,7 @@
 """report.html: what a workdir holds, as one self-contained page for people.
 
-The page loads nothing, runs no script, and treats every text it shows (outputs, titles, names) as hostile.
+The page loads nothing, runs no script but the one that sorts its tables, and treats every text it shows (outputs,
+titles, names) as hostile.
 The same workdir gives the same bytes.
 """
 
@@ -12,11 +13,13 @@ import jinja2
 from markupsafe import Markup
 
 from listopd_jax import files
-from listopd_jax.report import findings, plots
+from listopd_jax.report import findings, plots, script
 from listopd_jax.report.inputs import Inputs, read_inputs
+from listopd_jax.report.recommendation import recommendation
 from listopd_jax.report.sections import SECTIONS, key_figures
 from listopd_jax.report.wording import visible
 
+REPORT = "report.html"
 _TEMPLATE = importlib.resources.files("listopd_jax.report") / "report.html.jinja"
 
 
@@ -25,7 +28,7 @@ def write_report(workdir: str | pathlib.Path) -> pathlib.Path:
 
     Raises UserError if the workdir does not exist or one of its files is broken.
     """
-    path = pathlib.Path(workdir) / "report.html"
+    path = pathlib.Path(workdir) / REPORT
     files.write_text(path, render(read_inputs(workdir)))
     return path
 
@@ -43,11 +46,14 @@ def render(inputs: Inputs) -> str:
     made = [section(inputs) for section in SECTIONS]
     return environment.from_string(_TEMPLATE.read_text("utf-8")).render(
         headline=findings.headline(inputs.found),
+        recommended=recommendation(inputs),
         sentences=findings.sentences(inputs.found),
         figures=key_figures(inputs.found),
         sections=[section for section in made if section is not None],
         run=[str(inputs.config[name]) for name in ("preset", "device") if inputs.config.get(name)],
         dark=Markup(dark),
+        policy=script.POLICY,
+        script=Markup(script.TEXT),
     )
 
 

@@ -28,7 +28,7 @@ from listopd_jax.ops.head import log_distribution, map_positions, take_token
 from listopd_jax.ops.opd_loss import Frozen
 from listopd_jax.parallel.compiler import OTHER, BackendJit
 from listopd_jax.parallel.hosts import from_main, gather
-from listopd_jax.records import CALIBRATION, Calibration, ClassRow, CurvePoint, FlipRow
+from listopd_jax.records import CALIBRATION, Calibration, ClassRow, CurvePoint, FlipRow, StripToken
 from listopd_jax.rollout.decode import generate
 from listopd_jax.rollout.scoring import completion_hidden
 from listopd_jax.rounding import ceil_div, round_up
@@ -55,6 +55,7 @@ class Positions(NamedTuple):
     flip: Float[np.ndarray, " N"]  # λ_flip of m, ∞ if none
     token_class: Int[np.ndarray, " N"]  # index into TOKEN_CLASSES
     prompt: Int[np.ndarray, " N"]  # row of the split
+    token: Int[np.ndarray, " N"]  # id of m
 
     @property
     def p(self) -> Float[np.ndarray, " N"]:
@@ -113,10 +114,14 @@ def measure(
         tokens = rollout.tokens[..., :size]
         seen = _look(graphdefs, params, *prompts, tokens, vocab=codec.vocab, chunk=chunk)
         written = (np.arange(size) < lengths[:, None]) & (batch["weight"] > 0)[:, None]
-        classes = codec.classes(gather(tokens)[:, 0], lengths)
+        ids = gather(tokens)[:, 0]
+        classes = codec.classes(ids, lengths)
         index = np.broadcast_to(np.asarray(batch["index"])[:, None], written.shape)
         parts.append(
-            [*(gather(x).astype(np.float64)[written] for x in seen), classes[written], index[written]]
+            [
+                *(gather(x).astype(np.float64)[written] for x in seen),
+                *(x[written] for x in (classes, index, ids)),
+            ]
         )
     return Positions(*(np.concatenate(columns) for columns in zip(*parts, strict=True)))
 
@@ -205,9 +210,22 @@ def calibrate_stage(job: Job, frozen: Frozen) -> Calibration:
         job.decoding, config.opd.head_chunk,
     )  # fmt: skip
     found = calibrate(positions, config.opd.clip, bootstrap=config.evaluation.bootstrap, seed=config.seed)
-    found = dataclasses.replace(found, notes=found.notes + _objective_notes(config.opd))
+    notes, strip = found.notes + _objective_notes(config.opd), strip_of(positions, job.codec)
+    found = dataclasses.replace(found, notes=notes, strip=strip)
     files.write_json(path, found.to_json())
     return found
+
+
+def strip_of(positions: Positions, codec: Codec) -> tuple[StripToken, ...]:
+    """The answer whose structural tokens flip first, token by token; the first one where none flips."""
+    flips = np.where(positions.structural, positions.flip, np.inf)
+    answer = positions.where(positions.prompt == positions.prompt[flips.argmin()])
+    texts = [codec.text([token]) or "end" for token in answer.token.tolist()]
+    classes = [TOKEN_CLASSES[i] for i in answer.token_class]
+    columns = zip(
+        texts, classes, answer.p.tolist(), answer.b.tolist(), map(_finite, answer.flip), strict=True
+    )
+    return tuple(StripToken(text=t, token_class=c, p=p, b=b, flip=f) for t, c, p, b, f in columns)
 
 
 def _prompt_means(kept: Positions) -> Float[np.ndarray, "n 5"]:

@@ -39,13 +39,24 @@ class Model(NamedTuple):
     ends: tuple[int, ...]
 
 
-def find_policy(results: Iterable[Result], name: str) -> Result:
-    """The record, of its longest training, of the trained policy `name`; UserError, which lists those there are."""
-    trained = [r for r in results if r.stage in TRAINED]
-    longest = {r.run: r for r in sorted(trained, key=lambda r: r.steps or 0)}
-    if name not in longest:
-        raise unknown_name("--policy", name, sorted(longest) or ["none yet, let the run evaluate one"])
-    return longest[name]
+def find_policy(results: Iterable[Result], name: str, steps: str = "last") -> Result:
+    """The record of the trained policy `name` at the last, the best (by useful) or a given one of its evaluated steps.
+
+    UserError, which lists those there are.
+    """
+    trained = sorted((r for r in results if r.stage in TRAINED), key=lambda r: r.steps or 0)
+    named = {str(r.steps): r for r in trained if r.run == name}
+    if not named:
+        names = sorted({r.run for r in trained})
+        raise unknown_name("--policy", name, names or ["none yet, let the run evaluate one"])
+    choices = {
+        "best": max(named.values(), key=lambda r: r.useful or 0.0),
+        "last": [*named.values()][-1],
+        **named,
+    }
+    if steps not in choices:
+        raise unknown_name("--steps", steps, choices)
+    return choices[steps]
 
 
 def policy_model(
@@ -72,7 +83,8 @@ def policy_model(
 
 def _on_the_way(opd: Any, record: Result) -> bool:
     """Whether `record` may be of a step before the last, whose weights an export does not have."""
-    return record.stage == "opd" and record.steps in opd.eval_steps and record.steps != opd.steps
+    evaluated = record.steps in opd.eval_steps or bool(opd.eval_every and record.steps % opd.eval_every == 0)
+    return record.stage == "opd" and evaluated and record.steps != opd.steps
 
 
 def _from_checkpoint(config: Any, digest: str, workdir: pathlib.Path, record: Result) -> Model:

@@ -15,7 +15,7 @@ from absl import logging
 from flax import nnx
 
 from listopd_jax import files
-from listopd_jax.config import digest, is_small, noise_shares
+from listopd_jax.config import digest, is_small, noise_shares, to_json
 from listopd_jax.data import input as data_input
 from listopd_jax.data.chat import turn_ends
 from listopd_jax.data.tokenizer import (
@@ -46,6 +46,7 @@ from listopd_jax.task.codec import Codec, vocab_of
 from listopd_jax.task.contract import Parsed
 from listopd_jax.task.protocol import Task
 from listopd_jax.tasks.load import load_task
+from listopd_jax.trackers import Tracking
 from listopd_jax.train.loop import Saving
 from listopd_jax.train.preflight import check_mesh
 
@@ -79,6 +80,11 @@ class Job:
     codec: Codec
     records: Mapping[str, Sequence[Any]]
     attention: str
+
+    @property
+    def tracking(self) -> Tracking:
+        """Whom the job tells of its runs."""
+        return tracking(self.config)
 
     @functools.cached_property
     def shapes(self) -> dict[str, ModelConfig]:
@@ -312,6 +318,11 @@ def completion_ends(config: Any, tokenizer: Any, models: Mapping[str, Any]) -> l
     """The ids besides EOS that end a completion: whatever ends one of `models`, or a turn."""
     ends = [i for model in models.values() for i in model_ends(model, vocab_of(tokenizer))]
     return ends + (turn_ends(tokenizer) if config.task.chat_template else [])
+
+
+def tracking(config: Any) -> Tracking:
+    """Whom section `track` of `config` says to tell."""
+    return Tracking(config.track.to, config.track.project, to_json(config) if config.track.to else {})
 
 
 def saving(config: Any, best: int | None = None, **identity: Any) -> Saving:

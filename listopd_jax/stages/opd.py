@@ -11,6 +11,7 @@ import optax
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
+from listopd_jax.config import eval_budgets
 from listopd_jax.models.build import cast
 from listopd_jax.ops.objective import Hyper, Variant, warmed_up_lambda
 from listopd_jax.ops.opd_loss import Frozen, Models
@@ -39,7 +40,7 @@ def opd_runs(job: Job, lam: float, seed: int) -> list[Run]:
     """The OPD run at λ and seed, once for each budget at which it is evaluated: one training, read on its way."""
     steps = opd_steps(job)
     run = Run(f"opd_lambda{float(lam)}_seed{seed}", "opd", float(lam), seed, steps)
-    return [run._replace(steps=budget) for budget in job.config.opd.eval_steps if budget < steps] + [run]
+    return [run._replace(steps=budget) for budget in eval_budgets(job.config.opd, steps)]
 
 
 def opd_steps(job: Job) -> int:
@@ -142,10 +143,12 @@ def train_opd(
             state = with_average(state, jnp.float32(average_rate(step, opd.ema)))
         tokens = {"tokens": int(rollout.lengths.sum()) + opd.rollouts * int(lengths.sum())}
         tokens["tokens_per_decode_step"] = tokens_per_decode_step(rollout)
-        return state, metrics | tokens | contract_metrics(job, rollout, per_token, rows["index"])
+        contract = contract_metrics(job, rollout, per_token, rows["index"])
+        return state, metrics | tokens | contract | logged_completions(job, sampled, rows["index"], step + 1)
 
     initial, batches = functools.partial(initial_state, job, shared), job.opd_batches(run.seed)
-    return train(job.workdir, run, initial, batches, update, opd_saving(config, best), watch)
+    saving = opd_saving(config, best)
+    return train(job.workdir, run, initial, batches, update, saving, watch, job.tracking)
 
 
 def opd_saving(config: Any, best: int | None = None) -> Saving:
@@ -215,6 +218,27 @@ def contract_metrics(job: Job, rollout: Rollout, per_token: Mapping[str, Any], i
         }
     parse = np.mean(holds_contract(job, rollout, index))
     return {"parse": parse, "ended": np.mean(codec.ended(tokens, lengths)), **by_kind}
+
+
+def logged_completions(job: Job, sampled: OpdBatch, index, step: int) -> dict[str, list[dict[str, str]]]:
+    """The first completions of the batch as text, judged, under "completions" where 1-based `step` is to be logged.
+
+    `index` [B] is the training record of each prompt.
+    """
+    track = job.config.track
+    if not track.log_completions_every or step % track.log_completions_every:
+        return {}
+    prompts, prompt_lengths = hosts.gather(sampled.prompts), hosts.gather(sampled.prompt_lengths)
+    tokens, lengths = hosts.gather(sampled.rollout.tokens), hosts.gather(sampled.rollout.lengths)
+    each, records, judge = lengths.shape[1], hosts.gather(index).tolist(), job.judge("train")
+    texts = job.codec.texts(tokens[: track.completions], lengths[: track.completions])[: track.completions]
+    asked = job.codec.texts(prompts[: len(texts)], prompt_lengths[: len(texts)])
+    return {
+        "completions": [
+            {"failure": judge(text, records[i // each]).failure, "output": text, "prompt": asked[i // each]}
+            for i, text in enumerate(texts)
+        ]
+    }
 
 
 def _mean(values: np.ndarray) -> float:

@@ -18,7 +18,7 @@ from listopd_jax.stages.collapse import best_checkpoint, collapse_fields, watch_
 from listopd_jax.stages.forecast import forecast
 from listopd_jax.stages.job import REFERENCE, ROLES, Job, base_of, job_on_mesh
 from listopd_jax.stages.opd import Distillation, make_step, opd_runs, preflight, train_opd
-from listopd_jax.stages.results import evaluate, evaluated, summary
+from listopd_jax.stages.results import evaluate, evaluated, summary, write_plan
 from listopd_jax.stages.sft import sft_run, train_sft
 from listopd_jax.train.loop import Run
 from listopd_jax.train.optimizer import adamw
@@ -32,6 +32,7 @@ def run_stages(config: Any, workdir: pathlib.Path) -> None:
 
 def _models_to_policies(job: Job) -> None:
     config = job.config
+    write_plan(job.workdir, planned(job))
     frozen = frozen_models(job)
     calibrate_stage(job, frozen)
     forecast(job, frozen)
@@ -41,6 +42,13 @@ def _models_to_policies(job: Job) -> None:
     for seed in config.opd.seeds:
         for lam in config.opd.lambdas:
             distil(job, shared, lam, seed)
+
+
+def planned(job: Job) -> list[Run]:
+    """Every policy that the job trains and evaluates, in order."""
+    opd = job.config.opd
+    grid = [(lam, seed) for seed in opd.seeds for lam in opd.lambdas]
+    return [sft_run(job, role) for role in ROLES] + [run for point in grid for run in opd_runs(job, *point)]
 
 
 def frozen_models(job: Job) -> Frozen:

@@ -1,4 +1,4 @@
-"""results.json and examples.json: one record per evaluated policy, written as soon as it is known."""
+"""runs.json, results.json and examples.json: what is to be evaluated, and each policy as soon as it is."""
 
 import pathlib
 from collections.abc import Sequence
@@ -12,8 +12,10 @@ from listopd_jax.parallel.rules import decoding_copy
 from listopd_jax.records import (
     EXAMPLES,
     RESULTS,
+    RUNS,
     Example,
     Identity,
+    Planned,
     Record,
     Result,
     read_examples,
@@ -24,6 +26,11 @@ from listopd_jax.stages.evaluate import Answer, greedy_answers, pick_examples, r
 from listopd_jax.stages.job import Job
 from listopd_jax.task.metrics import summarize
 from listopd_jax.train.loop import Run
+
+
+def write_plan(workdir: pathlib.Path, runs: Sequence[Run]) -> None:
+    """Write runs.json: what there is to come, in its order."""
+    write_records(workdir / RUNS, [Planned(**_head(run)) for run in runs])
 
 
 def evaluated(workdir: pathlib.Path, run: Run) -> Result | None:

@@ -12,6 +12,7 @@ from listopd_jax.errors import Interrupted, UserError
 from listopd_jax.lifecycle import reached, sigterm_flag
 from listopd_jax.metrics_log import MetricsLog, progress
 from listopd_jax.parallel.hosts import anywhere
+from listopd_jax.trackers import UNTRACKED, Tracking
 from listopd_jax.train.checkpoints import Checkpoints, abstract
 from listopd_jax.train.collapse import Watch
 from listopd_jax.train.optimizer import TrainState
@@ -60,14 +61,15 @@ def train(
     update: Update,
     saving: Saving,
     watch: Watch | None = None,
+    tracking: Tracking = UNTRACKED,
 ) -> Any:
     """Bring `run` to its last step and return its result (TrainState); a run that is there already is only loaded.
 
     `initial()` makes the state to start from, which belongs to the run. `update(state, batch, step)` does 0-based step
-    number `step`; its metrics hold the number of "tokens" it worked on. A checkpoint is written every `saving.every`
-    steps and at the end; a killed run resumes from the newest one, with the same batches, as if nothing had happened:
-    all else that a step may depend on is its number and `watch`, which looks at the metrics of each and may end the run
-    before its last. SIGTERM finishes the step, saves and raises Interrupted.
+    number `step`; its metrics hold the number of "tokens" it worked on, and "completions" where there are any to log. A
+    checkpoint is written every `saving.every` steps and at the end; a killed run resumes from the newest one, with the
+    same batches, as if nothing had happened: all else that a step may depend on is its number and `watch`, which looks
+    at the metrics of each and may end the run before its last. SIGTERM finishes the step, saves and raises Interrupted.
     """
     parts = {"batches": batches} | ({} if watch is None else {"watch": watch})
     with open_checkpoints(workdir, run, saving) as checkpoints:
@@ -78,7 +80,8 @@ def train(
                 f"{run.steps} that is to be evaluated; delete the folder to train the run again"
             )
         if start < run.steps and not (watch and watch.stopped):
-            state = _train_on(workdir, run, state, start, parts, update, checkpoints, saving.every)
+            log = MetricsLog(workdir, run.name, run.stage, run.labels, start, tracking)
+            state = _train_on(log, run, state, start, parts, update, checkpoints, saving.every)
     return getattr(state, state.result)
 
 
@@ -101,7 +104,7 @@ def _resume(
 
 
 def _train_on(
-    workdir: pathlib.Path,
+    log: MetricsLog,
     run: Run,
     state: TrainState,
     start: int,
@@ -114,16 +117,17 @@ def _train_on(
     batches, watch = parts["batches"], parts.get("watch")
     with (
         sigterm_flag() as stop,
-        MetricsLog(workdir, run.name, run.stage, run.labels, resume_step=start) as log,
+        log,
         progress(run.steps, run.name, initial=start) as bar,
     ):
         for step in range(start + 1, run.steps + 1):
-            state, metrics = _timed(update, state, next(batches), step - 1)
+            state, metrics, completions = _timed(update, state, next(batches), step - 1)
             if not math.isfinite(metrics["loss"]):  # before a checkpoint keeps it
                 raise UserError(
                     f"{run.name}: the loss is not finite at step {step}; lower the lr or set opd.clip"
                 )
             log.log(step, metrics | (watch.observe(step, metrics) if watch else {}))
+            log.completions(step, completions)
             bar.set_postfix(loss=f"{metrics['loss']:.3f}", refresh=False)
             bar.update()
             reached(f"{run.name} step {step}")
@@ -143,13 +147,14 @@ def _train_on(
 
 def _timed(
     update: Update, state: TrainState, batch: dict[str, Any], step: int
-) -> tuple[TrainState, dict[str, float]]:
-    """One update, its metrics as floats, tokens turned into tokens per second of wall time."""
+) -> tuple[TrainState, dict[str, float], list[dict[str, Any]]]:
+    """One update, its metrics as floats, tokens turned into tokens per second of wall time; and any completions."""
     began = time.perf_counter()
     state, metrics = update(state, batch, step)
+    completions = metrics.pop("completions", [])
     metrics = {name: float(value) for name, value in metrics.items()}
     metrics["tokens_per_second"] = metrics.pop("tokens") / (time.perf_counter() - began)
-    return state, metrics
+    return state, metrics, completions
 
 
 def open_checkpoints(workdir: pathlib.Path, run: Run, saving: Saving) -> Checkpoints:
