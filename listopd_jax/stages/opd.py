@@ -148,7 +148,7 @@ def train_opd(
 
     initial, batches = functools.partial(initial_state, job, shared), job.opd_batches(run.seed)
     saving = opd_saving(config, best)
-    return train(job.workdir, run, initial, batches, update, saving, watch, job.tracking)
+    return train(job.workdir, run, initial, batches, update, saving, watch=watch, tracking=job.tracking)
 
 
 def opd_saving(config: Any, best: int | None = None) -> Saving:
