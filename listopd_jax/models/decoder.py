@@ -1,4 +1,4 @@
-"""One decoder (Qwen3 and, by switches, Llama): a single layer body serves scoring, prefill and decoding."""
+"""One decoder (Qwen3 and, by switches, Llama, Mistral, Qwen2, SmolLM3): one layer body for scoring and decoding."""
 
 import functools
 from collections.abc import Callable
@@ -16,6 +16,7 @@ from listopd_jax.ops.attention import SAVED, Part, Prompt, attention, stored
 from listopd_jax.ops.attention_backends import BACKENDS, causal_attention
 from listopd_jax.parallel.rules import (
     CACHE,
+    PARAMS,
     constrain,
     gathered,
     kv_copies,
@@ -102,6 +103,9 @@ class Layer(nnx.Module):
         self.o = weight(c.num_heads, c.head_dim, D, fan_in=c.num_heads * c.head_dim, residual=True)
         self.q_norm = ones(c.head_dim) if c.qk_norm else None
         self.k_norm = ones(c.head_dim) if c.qk_norm else None
+        for name, heads in (("q", c.num_heads), ("k", c.num_kv_heads), ("v", c.num_kv_heads)):
+            bias = nnx.Param(jnp.zeros((heads, c.head_dim), param_dtype)) if c.qkv_bias else None
+            setattr(self, f"{name}_bias", bias)
         self.mlp_norm = ones(D)
         self.gate = weight(D, F, fan_in=D)
         self.up = weight(D, F, fan_in=D)
@@ -146,6 +150,8 @@ class Layer(nnx.Module):
         Keys and values have as many heads as `kv_copies` gives.
         """
         heads = self._dense(x, name).reshape(*shape[:3], -1, self.config.head_dim)
+        if self.config.qkv_bias:
+            heads = heads + self._weight(f"{name}_bias", x.dtype)
         heads = constrain(heads, *ROWS, "heads" if name == "q" else "kv_heads", "head_dim")
         if name == "v":
             return heads
@@ -153,10 +159,12 @@ class Layer(nnx.Module):
         return rotate(heads if norm is None else rms_norm(heads, norm[...], self.config.norm_eps), *rope)
 
     def _weight(self, name: str, dtype) -> Array:
-        """Parameter `name` cast and, over devices, gathered."""
+        """Parameter `name` cast and, over devices, gathered; KV heads in `kv_copies` copies."""
         weight = gathered(name, getattr(self, name)[...].astype(dtype))
-        copies = kv_copies(self.config.num_kv_heads) if name in ("k", "v") else 1
-        return weight if copies == 1 else gathered(name, jnp.repeat(weight, copies, axis=1))
+        copies = kv_copies(self.config.num_kv_heads) if "kv_heads" in PARAMS[name] else 1
+        if copies == 1:
+            return weight
+        return gathered(name, jnp.repeat(weight, copies, axis=PARAMS[name].index("kv_heads")))
 
 
 class Decoder(nnx.Module):
@@ -221,11 +229,11 @@ class Decoder(nnx.Module):
             return nnx.merge(graphdef, jax.tree.map(lambda w: w[i], weights))
 
         def step(x, i):
-            x, kv = layer(i)(x, rope, self._attend)
+            x, kv = layer(i)(x, self._rope_of(rope, i), self._attend)
             return x, _of_prompt(kv)
 
         x, kv = jax.lax.scan(self._checkpointed(step), x, jnp.arange(last))
-        kv_of_last = _of_prompt(layer(last).keys_values(x, rope))
+        kv_of_last = _of_prompt(layer(last).keys_values(x, self._rope_of(rope, last)))
         return jax.tree.map(lambda a, b: jnp.concatenate([a, b[None]]), kv, kv_of_last)
 
     def extend(
@@ -311,10 +319,11 @@ class Decoder(nnx.Module):
         graphdef, weights = nnx.split(self.layers)
 
         def step(x, scanned):
-            layer_weights, of_layer = scanned
-            return body(nnx.merge(graphdef, layer_weights), x, rope, of_layer)
+            layer_weights, number, of_layer = scanned
+            return body(nnx.merge(graphdef, layer_weights), x, self._rope_of(rope, number), of_layer)
 
-        return jax.lax.scan(self._checkpointed(step), x, (weights, per_layer))
+        numbers = jnp.arange(self.config.num_layers) if self.config.nope_layers else None
+        return jax.lax.scan(self._checkpointed(step), x, (weights, numbers, per_layer))
 
     def _embed(self, tokens: Int[Array, "B n T"]) -> Float[Array, "B n T D"]:
         return constrain(gathered("embed", self.embed[...])[tokens].astype(self.dtype), *ROWS, "hidden")
@@ -323,6 +332,13 @@ class Decoder(nnx.Module):
         """cos and sin of the rotary angles at each position, float32 [b,m,T,1,H/2]."""
         angles = positions[..., None, None].astype(jnp.float32) * rope_frequencies(self.config)
         return jnp.cos(angles), jnp.sin(angles)
+
+    def _rope_of(self, rope: tuple[Array, Array], layer: Int[Array, ""] | int | None) -> tuple[Array, Array]:
+        """`rope` as the layer of this number turns by it: by no angle in `nope_layers`."""
+        if not self.config.nope_layers:
+            return rope
+        turns = (layer != np.array(self.config.nope_layers)).all()
+        return jnp.where(turns, rope[0], 1), jnp.where(turns, rope[1], 0)
 
     def _checkpointed(self, step: Callable) -> Callable:
         """The scanned `step` with what `remat` says of its backward pass."""
