@@ -1,6 +1,7 @@
 """One decoder (Qwen3 and, by switches, Llama, Mistral, Qwen2, SmolLM3): one layer body for scoring and decoding."""
 
 import functools
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -11,7 +12,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Int, Shaped
 
 from listopd_jax.errors import UserError
-from listopd_jax.models.config import ModelConfig
+from listopd_jax.models.config import Lora, ModelConfig
 from listopd_jax.ops.attention import SAVED, Part, Prompt, attention, stored
 from listopd_jax.ops.attention_backends import BACKENDS, causal_attention
 from listopd_jax.parallel.rules import (
@@ -86,7 +87,9 @@ def rotate(
 class Layer(nnx.Module):
     """Pre-norm attention and SwiGLU, with weights of `param_dtype` cast to the activations' dtype at use."""
 
-    def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs, param_dtype=jnp.float32):
+    def __init__(
+        self, config: ModelConfig, *, rngs: nnx.Rngs, param_dtype=jnp.float32, lora: Lora | None = None
+    ):
         c, D, F = config, config.hidden_size, config.intermediate_size
 
         def weight(*shape, fan_in, residual=False):
@@ -110,6 +113,14 @@ class Layer(nnx.Module):
         self.gate = weight(D, F, fan_in=D)
         self.up = weight(D, F, fan_in=D)
         self.down = weight(F, D, fan_in=F, residual=True)
+        self.lora = lora
+        for name in lora.targets if lora else ():
+            shape, inputs = getattr(self, name).shape, 2 if name == "o" else 1
+            a = _normal(rngs, (*shape[:inputs], lora.rank), math.prod(shape[:inputs]), param_dtype)
+            setattr(self, f"{name}_lora_a", nnx.LoRAParam(a[...]))
+            setattr(
+                self, f"{name}_lora_b", nnx.LoRAParam(jnp.zeros((lora.rank, *shape[inputs:]), param_dtype))
+            )
 
     def __call__(
         self,
@@ -141,8 +152,13 @@ class Layer(nnx.Module):
         return rms_norm(x, getattr(self, name)[...], self.config.norm_eps)
 
     def _dense(self, x: Float[Array, "M inputs"], name: str) -> Float[Array, "M outputs"]:
-        """x @ weight in x's dtype, the weight seen as [inputs, outputs]."""
-        return x @ self._weight(name, x.dtype).reshape(x.shape[1], -1)
+        """x @ weight in x's dtype, the weight seen as [inputs, outputs], and its adapter's part."""
+        y = x @ self._weight(name, x.dtype).reshape(x.shape[1], -1)
+        if self.lora is None or name not in self.lora.targets:
+            return y
+        a, b = (self._weight(f"{name}_lora_{factor}", x.dtype) for factor in "ab")
+        rank = self.lora.rank
+        return y + self.lora.scale * (x @ a.reshape(-1, rank) @ b.reshape(rank, -1))
 
     def _heads(self, x: Float[Array, "M D"], name: str, shape: tuple[int, ...], rope=None) -> Array:
         """Queries, keys (both normalised if the model does it, and rotated) or values [B,n,T,N,H] of rows of `shape`.
@@ -179,6 +195,7 @@ class Decoder(nnx.Module):
     remat: what of a layer the backward pass finds stored: 'full' (nothing but its input), 'attention' (besides it what
         attention mixed), 'dots' (besides these the results of the matrix products with weights) or 'none' (no remat:
         all but attention's scores). Only the backend xla of attention has a result that can be stored.
+    lora: the adapter that is used beside the weights; its parameters, of type nnx.LoRAParam, are zero to begin with.
     attention: the backend of passes over many tokens, of listopd_jax.ops.attention_backends.BACKENDS; a decode step,
         which is bound by the bytes that it reads, always has the reference's.
     """
@@ -192,6 +209,7 @@ class Decoder(nnx.Module):
         param_dtype=jnp.float32,
         remat: str = "none",
         attention: str = "xla",
+        lora: Lora | None = None,
     ):
         if remat not in REMAT:
             raise UserError(f"remat: '{remat}' is not a policy (known: {', '.join(REMAT)})")
@@ -201,7 +219,7 @@ class Decoder(nnx.Module):
         table = (config.vocab_size, config.hidden_size)
 
         self.embed = _normal(rngs, table, config.hidden_size, param_dtype)
-        self.layers = _stacked(config, rngs, param_dtype)
+        self.layers = _stacked(config, rngs, param_dtype, lora)
         self.final_norm = nnx.Param(jnp.ones(config.hidden_size, param_dtype))
         self.head = None if config.tied else _normal(rngs, table, config.hidden_size, param_dtype)
 
@@ -402,12 +420,12 @@ def _normal(rngs: nnx.Rngs, shape: tuple[int, ...], fan_in: int, dtype) -> nnx.P
     return nnx.Param(jax.random.normal(rngs.params(), shape, dtype) * jnp.asarray(fan_in**-0.5, dtype))
 
 
-def _stacked(config: ModelConfig, rngs: nnx.Rngs, param_dtype) -> Layer:
+def _stacked(config: ModelConfig, rngs: nnx.Rngs, param_dtype, lora: Lora | None) -> Layer:
     """All layers as one Layer whose parameters have a leading layer axis."""
 
     @nnx.split_rngs(splits=config.num_layers)
     @nnx.vmap
     def create(rngs):
-        return Layer(config, rngs=rngs, param_dtype=param_dtype)
+        return Layer(config, rngs=rngs, param_dtype=param_dtype, lora=lora)
 
     return create(rngs)

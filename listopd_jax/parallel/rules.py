@@ -36,6 +36,7 @@ RULES: dict[str, tuple[str, ...]] = {
     "length": (),
     "head_dim": (),
     "layers": (),
+    "rank": (),  # of low-rank adapters
 }
 
 PARAMS: dict[str, tuple[str, ...]] = {
@@ -57,6 +58,18 @@ PARAMS: dict[str, tuple[str, ...]] = {
     "up": ("embed", "mlp"),
     "down": ("mlp", "embed"),
 }
+for _name in (
+    "q",
+    "k",
+    "v",
+    "o",
+    "gate",
+    "up",
+    "down",
+):  # the two factors of an adapter are split as what they adapt
+    _inputs = 2 if _name == "o" else 1
+    PARAMS[f"{_name}_lora_a"] = (*PARAMS[_name][:_inputs], "rank")
+    PARAMS[f"{_name}_lora_b"] = ("rank", *PARAMS[_name][_inputs:])
 
 CACHE = {
     5: ("layers", "batch", "kv_heads", None, None),  # the last two are length and head_dim, in either order

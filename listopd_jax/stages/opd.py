@@ -9,7 +9,8 @@ import numpy as np
 import optax
 from flax import nnx
 
-from listopd_jax.models.build import cast
+from listopd_jax.models.build import cast, lora_of
+from listopd_jax.models.lora import joined, merged
 from listopd_jax.ops.objective import Hyper, Variant, warmed_up_lambda
 from listopd_jax.ops.opd_loss import Frozen, Models
 from listopd_jax.parallel import hosts
@@ -29,7 +30,7 @@ from listopd_jax.train.preflight import answer_logprobs, check_models
 class Distillation(NamedTuple):
     """What the runs of every λ and seed share: where they start, what stays as it is, and how they are updated."""
 
-    start: Callable[[], Any]  # gives each run its own copy of the SFT parameters in float32
+    start: Callable[[int], Any]  # gives the run of a seed its own copy of what trains, in float32
     frozen: Frozen
     tx: optax.GradientTransformation
     step: Callable  # of `make_step`
@@ -62,10 +63,12 @@ def make_step(
 ) -> Callable:
     """The update program of config section `opd`, to be shared by every λ and seed: they are data to it.
 
-    `graphs` are the static halves of teacher and student, `attention` is their backend (never auto).
+    `graphs` are the static halves of teacher, student and, where it is another, base; `attention` is their backend
+    (never auto).
     """
+    base = graphs.get("base", graphs["student"])
     return make_opd_step(
-        Models(student=graphs["student"], teacher=graphs["teacher"], base=graphs["student"]),
+        Models(student=graphs["student"], teacher=graphs["teacher"], base=base),
         tx,
         variant_of(opd),
         vocab=vocab,
@@ -112,7 +115,8 @@ def train_opd(job: Job, shared: Distillation, run: Run, best: int | None = None)
     def update(state, batch, step):
         rows = hosts.global_batch({k: batch[k] for k in ("prompt", "prompt_length")}, opd.batch_size)
         prompts, lengths = rows["prompt"], rows["prompt_length"]
-        rollout = sample(job, state.params, prompts, lengths, jax.random.fold_in(key, step))
+        student = joined(shared.frozen.base, state.params)
+        rollout = sample(job, student, prompts, lengths, jax.random.fold_in(key, step))
         sampled = OpdBatch(prompts, lengths, rollout._replace(steps=None))
         hyper = hyper_at(opd, run.lam, step)
         for _ in range(opd.updates_per_batch):
@@ -124,9 +128,10 @@ def train_opd(job: Job, shared: Distillation, run: Run, best: int | None = None)
         )
 
     def initial():
-        return init_state(shared.start(), shared.tx)
+        return init_state(shared.start(run.seed), shared.tx)
 
-    return train(job.workdir, run, initial, job.opd_batches(run.seed), update, opd_saving(config, best))
+    params = train(job.workdir, run, initial, job.opd_batches(run.seed), update, opd_saving(config, best))
+    return merged(shared.frozen.base, params, lora_of(config.student))
 
 
 def opd_saving(config: Any, best: int | None = None) -> Saving:
@@ -141,7 +146,7 @@ def sample(job: Job, params: Any, prompts, lengths, key) -> Rollout:
     if job.config.parallel.gather_rollout:
         params = decoding_copy(params)
     rollout = generate(
-        (job.graphs["student"],), (params,), jnp.ones((1, opd.rollouts)), prompts, lengths, key,
+        (job.trained["student"],), (params,), jnp.ones((1, opd.rollouts)), prompts, lengths, key,
         temperature=opd.temperature, **decoding,
     )  # fmt: skip
     return trim(rollout, decoding["max_tokens"])

@@ -9,8 +9,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from listopd_jax.models.build import PARAM_DTYPE, cast
+from listopd_jax.models.build import PARAM_DTYPE, cast, lora_of
 from listopd_jax.models.hf import save_hf
+from listopd_jax.models.lora import initial_adapter
 from listopd_jax.ops.opd_loss import Frozen
 from listopd_jax.parallel.hosts import is_main
 from listopd_jax.stages.calibrate import calibrate_stage
@@ -36,7 +37,8 @@ def _models_to_policies(job: Job) -> None:
     calibrate_stage(job, frozen)
     forecast(job, frozen)
     tx = adamw(config.optimizer, config.opd.b2, config.opd.moments)
-    step = make_step(config.opd, tx, job.graphs, vocab=job.codec.vocab, attention=job.attention)
+    graphs = job.graphs | {"student": job.trained["student"], "base": job.graphs["student"]}
+    step = make_step(config.opd, tx, graphs, vocab=job.codec.vocab, attention=job.attention)
     shared = Distillation(student_again(job, frozen.base), frozen, tx, step)
     for seed in config.opd.seeds:
         for lam in config.opd.lambdas:
@@ -51,14 +53,17 @@ def sft_stage(job: Job, role: str) -> Any:
     return params
 
 
-def student_again(job: Job, base: Any) -> Callable[[], Any]:
-    """What gives every OPD run the SFT student in float32: a copy of the base if it is that, else read again.
+def student_again(job: Job, base: Any) -> Callable[[int], Any]:
+    """What gives every OPD run what it trains, in float32: a new adapter of its seed, or the SFT student.
 
-    Through OPD there is no room on a device for a float32 copy that only the next run needs.
+    That is a copy of the base if the base is float32, else it is read again: through OPD there is no room on a device
+    for a float32 copy that only the next run needs.
     """
+    if lora := lora_of(job.config.student):
+        return functools.partial(initial_adapter, job.shapes["student"], lora)
     if job.config.dtype.frozen == PARAM_DTYPE:
-        return lambda: jax.tree.map(jnp.copy, base)
-    return functools.partial(train_sft, job, "student")
+        return lambda seed: jax.tree.map(jnp.copy, base)
+    return lambda seed: train_sft(job, "student")
 
 
 def distil(job: Job, shared: Distillation, lam: float, seed: int) -> None:

@@ -15,6 +15,9 @@ CLASSES = {"qwen3": "Qwen3", "qwen2": "Qwen2", "llama": "Llama", "mistral": "Mis
 """What transformers calls the models of each model_type that Decoder computes."""
 
 
+MOST_LAYERS = 1000  # that a file may make us list
+
+
 def resolve(source: str | os.PathLike, revision: str | None = None) -> pathlib.Path:
     """The local folder of a checkpoint: `source` itself, or the snapshot of a hub id."""
     folder = pathlib.Path(source)
@@ -83,7 +86,8 @@ def _refuse_adapter(folder: pathlib.Path) -> None:
     """UserError for the folder of an adapter, even beside whole weights: without it they are another model."""
     if found := min(folder.glob("adapter_*"), default=None):
         raise UserError(
-            f"{folder}: holds {found.name}, a LoRA or other adapter and not a whole model; merge it first: "
+            f"{folder}: holds {found.name}, a LoRA or other adapter and not a whole model; give it as student.adapter "
+            "beside its base model as student.weights, or merge it: "
             "peft.AutoPeftModelForCausalLM.from_pretrained(FOLDER).merge_and_unload().save_pretrained(NEW_FOLDER)"
         )
 
@@ -179,9 +183,11 @@ def _nope_layers(raw: dict[str, Any]) -> tuple[int, ...]:
     turns = raw.get("no_rope_layers")
     if turns is None:
         interval = raw.get("no_rope_layer_interval", 4)
-        if interval < 1:
-            raise UserError(f"no_rope_layer_interval {interval} must be at least 1")
-        return tuple(i for i in layers if (i + 1) % interval == 0)
+        if interval < 1 or len(layers) > MOST_LAYERS:
+            raise UserError(
+                f"no_rope_layer_interval {interval} of {len(layers)} layers: no published model has that"
+            )
+        return tuple(layers[interval - 1 :: interval])
     if not isinstance(turns, list) or len(turns) < len(layers) or not set(turns) <= {0, 1}:
         raise UserError(f"no_rope_layers must be {len(layers)} zeros and ones, one for each layer")
     return tuple(i for i in layers if not turns[i])

@@ -12,11 +12,11 @@ from absl import logging
 from flax import nnx
 
 from listopd_jax.errors import UserError
-from listopd_jax.models.config import ModelConfig
+from listopd_jax.models.config import PROJECTIONS, ModelConfig
 from listopd_jax.models.decoder import abstract
 from listopd_jax.models.hf.config import read_config, resolve
 from listopd_jax.models.hf.stored import Stored, Tensors, open_tensors
-from listopd_jax.models.hf.tensors import BIASES, PROJECTIONS, hf_names
+from listopd_jax.models.hf.tensors import BIASES, hf_names
 from listopd_jax.parallel.rules import context_mesh, param_sharding
 
 LAST_IN_BLOCK = ("o", "down")

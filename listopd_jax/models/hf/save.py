@@ -1,10 +1,8 @@
 """Writing a checkpoint that transformers, vLLM and `load_hf` read; the folder appears whole or not at all."""
 
-import json
 import os
 import pathlib
 from collections.abc import Iterator, Sequence
-from typing import Any
 
 import jax
 import numpy as np
@@ -17,7 +15,7 @@ from listopd_jax.data.tokenizer import save_tokenizer
 from listopd_jax.errors import UserError
 from listopd_jax.models.config import ModelConfig
 from listopd_jax.models.hf.config import config_json
-from listopd_jax.models.hf.tensors import INDEX, SINGLE, hf_names, to_hf
+from listopd_jax.models.hf.tensors import INDEX, SINGLE, hf_names, to_hf, write_json
 from listopd_jax.parallel.hosts import gather, is_main
 
 
@@ -51,9 +49,9 @@ def save_hf(
             _write_shards(new, config, params, dtype, max_shard_bytes)
             if tokenizer is not None:
                 save_tokenizer(tokenizer, new)
-            _write_json(new / "config.json", config_json(config, weights, tokenizer))
+            write_json(new / "config.json", config_json(config, weights, tokenizer))
             if ends:
-                _write_json(new / "generation_config.json", {"eos_token_id": list(ends)})
+                write_json(new / "generation_config.json", {"eos_token_id": list(ends)})
             if card:
                 (new / "README.md").write_text(card, encoding="utf-8")
     except (OSError, SafetensorError) as e:
@@ -99,13 +97,9 @@ def _write_shards(
         final = f"model-{i + 1:05d}-of-{len(parts):05d}.safetensors"
         os.replace(folder / f"part-{i}", folder / final)
         weight_map |= dict.fromkeys(names, final)
-    _write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
+    write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
 
 
 def _write_part(folder: pathlib.Path, index: int, shard: dict[str, np.ndarray]) -> list[str]:
     save_file(shard, folder / f"part-{index}", metadata={"format": "pt"})
     return list(shard)
-
-
-def _write_json(path: pathlib.Path, value: dict[str, Any]) -> None:
-    path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")

@@ -1,9 +1,14 @@
 """How Hugging Face names, shapes and stores the tensors behind our parameters."""
 
+import json
 import math
+import pathlib
+from typing import Any
 
 import jax
 import numpy as np
+
+from listopd_jax.models.config import PROJECTIONS
 
 NAMES = {"embed": "model.embed_tokens", "final_norm": "model.norm", "head": "lm_head"}
 LAYER_NAMES = {
@@ -22,7 +27,6 @@ LAYER_NAMES = {
     "up": "mlp.up_proj",
     "down": "mlp.down_proj",
 }
-PROJECTIONS = ("q", "k", "v", "o", "gate", "up", "down")
 BIASES = ("q_bias", "k_bias", "v_bias")
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 
@@ -43,3 +47,8 @@ def to_hf(name: str, array: jax.Array | np.ndarray) -> jax.Array | np.ndarray:
         return array
     inputs = math.prod(array.shape[:-1]) if name == "o" else array.shape[0]
     return array.reshape(inputs, -1).T
+
+
+def write_json(path: pathlib.Path, value: dict[str, Any]) -> None:
+    """Write a JSON file of a checkpoint's folder, as transformers lays them out."""
+    path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
