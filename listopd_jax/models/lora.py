@@ -34,7 +34,8 @@ def initial_adapter(config: ModelConfig, lora: Lora, seed: int) -> nnx.State:
 
 def joined(base: nnx.State, trained: nnx.State) -> nnx.State:
     """All parameters of the model of which `trained` is what trains: the whole, or an adapter beside `base`."""
-    return nnx.merge_state(base, trained)
+    is_adapter = all(isinstance(param, nnx.LoRAParam) for _, param in nnx.to_flat_state(trained))
+    return nnx.merge_state(base, trained) if is_adapter else trained
 
 
 def merged(base: nnx.State, trained: nnx.State, lora: Lora | None, dtype="float32") -> nnx.State:

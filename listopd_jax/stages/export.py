@@ -74,9 +74,7 @@ def policy_model(
 
     UserError if neither its export nor its checkpoint is there and whole.
     """
-    # results.json is a file like any other: the name may be made up.
-    if pathlib.PurePath(record.run).name != record.run or record.run in ("", ".."):
-        raise UserError(f"{workdir / RESULTS}: run {record.run!r} is no name of a policy; restore the file")
+    _check_name(workdir, record)
     folder = workdir / "export" / record.run
     if folder.is_dir() and not _on_the_way(config.opd, record):
         return Model(*load_hf(folder), load_tokenizer(folder), read_eos_ids(folder))
@@ -87,6 +85,12 @@ def policy_model(
         )
     with locked(workdir):
         return _from_checkpoint(config, digest, workdir, record)
+
+
+def _check_name(workdir: pathlib.Path, record: Result) -> None:
+    """UserError if what a record says of a run is no name: results.json is a file like any other."""
+    if pathlib.PurePath(record.run).name != record.run or record.run in ("", ".."):
+        raise UserError(f"{workdir / RESULTS}: run {record.run!r} is no name of a policy; restore the file")
 
 
 def _on_the_way(opd: Any, record: Result) -> bool:
@@ -140,8 +144,13 @@ def _adapters(
     refuse_other_inputs(workdir, **{role: weights_digest(config[role])})
     if record.stage == "opd":
         records.insert(0, find_policy(read_results(workdir / RESULTS), "sft_student"))
+    records = [r for r in records if r.steps]
+    for r in records:
+        _check_name(workdir, r)
+        if not checkpoint_folder(workdir, r.run).is_dir():
+            raise UserError(f"{workdir}: has no checkpoints/{r.run}, which holds an adapter; restore it")
     lora = lora_of(config[role])
-    return [(lora, _trained(config, digest, workdir, r, shape)) for r in records if r.steps]
+    return [(lora, _trained(config, digest, workdir, r, shape)) for r in records]
 
 
 def _trained(
