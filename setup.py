@@ -23,6 +23,7 @@ ORACLES = [
     "jsonschema>=4.20",
     "kubernetes>=37",
     "mpmath>=1.3",
+    "peft>=0.18",
     "ranx>=0.3.20",
     "scikit-learn>=1.5",
     "submitit>=1.5",

@@ -77,7 +77,7 @@ def policy_model(
     _check_name(workdir, record)
     folder = workdir / "export" / record.run
     if folder.is_dir() and not _on_the_way(config.opd, record):
-        return Model(*load_hf(folder), load_tokenizer(folder), read_eos_ids(folder))
+        return _from_export(folder)
     if not checkpoint_folder(workdir, record.run).is_dir():
         raise UserError(
             f"{workdir}: has neither an export of {record.run} at step {record.steps} nor checkpoints/{record.run}; "
@@ -96,6 +96,17 @@ def _check_name(workdir: pathlib.Path, record: Result) -> None:
 def _on_the_way(opd: Any, record: Result) -> bool:
     """Whether `record` may be of a step before the last, whose weights an export does not have."""
     return record.stage == "opd" and record.steps in opd.eval_steps and record.steps != opd.steps
+
+
+def _from_export(folder: pathlib.Path) -> Model:
+    try:
+        return Model(*load_hf(folder), load_tokenizer(folder), read_eos_ids(folder))
+    except UserError as e:
+        reason = str(e).rsplit("; ", 1)[0]  # the rest is what to do with a download
+        raise UserError(
+            f"{folder}: the run's own export is incomplete ({reason}); delete the folder and export again: it is then "
+            "made from the checkpoint"
+        ) from e
 
 
 def _from_checkpoint(config: Any, digest: str, workdir: pathlib.Path, record: Result) -> Model:
