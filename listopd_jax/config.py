@@ -62,7 +62,13 @@ def defaults() -> ml_collections.ConfigDict:
         opd=_opd(),
         rollout=_section(draft_tokens=-1),  # most per decode step; 0: none, -1: 8, none if is_small
         forecast=_section(lambdas=(), batch_size=8),  # lambdas besides opd.lambdas, decoded without training
-        evaluation=_section(batch_size=64, max_lists=0, bootstrap=2000, examples=3),
+        evaluation=_section(
+            batch_size=64,
+            max_lists=0,
+            bootstrap=2000,
+            examples=3,
+            forgetting=False,  # also how each policy reads unrelated English: perplexity, and KL to the base
+        ),
         parallel=_parallel(),
         train=_section(checkpoint_every=50, keep_checkpoints=2, export=True),
     )

@@ -22,7 +22,10 @@ from listopd_jax.models.decoder import abstract
 from listopd_jax.models.lora import abstract_adapter, initial_adapter, joined, merged, stacked
 from listopd_jax.ops.objective import Hyper, Variant
 from listopd_jax.ops.opd_loss import Frozen, Models
+from listopd_jax.records import read_results
+from listopd_jax.report.write import write_report
 from listopd_jax.rollout.decode import Rollout, generate
+from listopd_jax.stages.forgetting import TEXTS
 from listopd_jax.stages.pipeline import run_stages
 from listopd_jax.task.prompt import render_answer
 from listopd_jax.train.opd_step import OpdBatch, make_opd_step
@@ -346,6 +349,7 @@ def job(tmp_path_factory):
     config.sft.student.update(steps=2, batch_size=2, lr=1e-2)
     config.opd.update(lambdas=(1.0,), steps=2, batch_size=2, lr=1e-2)
     config.evaluation.update(batch_size=8, bootstrap=20)
+    config.evaluation.forgetting = True
     config.train.checkpoint_every = 1
     config = config_module.validate(config)
     run_stages(config, folder / "workdir")
@@ -382,6 +386,31 @@ def test_a_run_resumes_from_its_adapter(job, tmp_path):
     (again / "results.json").write_text(json.dumps(kept))
     run_stages(config, again)
     bits(whole(again / "export" / POLICY), whole(workdir / "export" / POLICY))
+
+
+def test_what_is_forgotten_is_measured_and_reported(job):
+    """Against transformers' loss of the exported policy; KL to the base is above zero once a policy has moved."""
+    torch = pytest.importorskip("torch")
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    _, workdir = job
+    found = {
+        r.run: r.extra["forgetting"] for r in read_results(workdir / "results.json") if r.stage != "forecast"
+    }
+    assert found.keys() == {"sft_teacher", "sft_student", POLICY}
+    for name, measured in found.items():
+        folder = workdir / "export" / name
+        model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+        nats = count = 0
+        for text in TEXTS:
+            ids = torch.tensor([tokenizer.encode(text, add_special_tokens=False)])
+            with torch.no_grad():
+                nats += float(model(ids, labels=ids).loss) * (ids.shape[1] - 1)
+            count += ids.shape[1] - 1
+        assert measured["perplexity"] == pytest.approx(np.exp(nats / count), rel=1e-4)
+    assert found[POLICY]["kl_to_base"] > 0 and "kl_to_base" not in found["sft_student"]
+    page = write_report(workdir).read_text()
+    assert "What is forgotten" in page and "KL to the base" in page
 
 
 @pytest.mark.parametrize("policy", ["sft_student", POLICY])

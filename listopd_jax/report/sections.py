@@ -34,6 +34,8 @@ from listopd_jax.report.wording import (
 )
 
 MAX_OUTPUT, MAX_PROMPT = 1500, 4000  # characters of an example shown
+FORGETTING = ("perplexity", "kl_to_base")
+FORGETTING_HEAD = ("policy", "seed", "perplexity", "KL to the base")
 GOOD_EXAMPLES, BAD_EXAMPLES = 1, 2  # shown a policy
 _ORIGIN = ("fingerprint", "inputs", "files")  # of the data report: for machines, folded away
 
@@ -90,6 +92,26 @@ def failures_section(inputs: Inputs) -> Section | None:
     return Section("failures", "How lists fail", lead, plots=[plot], tables=[table], layout="beside")
 
 
+def forgetting_section(inputs: Inputs) -> Section | None:
+    """How policies read unrelated English, before distillation and after; None where that was not asked for."""
+    rows = [
+        (
+            Cell(findings.policy_name(*r.policy)),
+            Cell(fact(r.seed)),
+            *(Cell(fact(measured.get(n))) for n in FORGETTING),
+        )
+        for r in inputs.results
+        if isinstance(measured := r.extra.get("forgetting"), Mapping)
+    ]
+    if not rows:
+        return None
+    lead = (
+        "Twelve English sentences that have nothing to do with the task: perplexity a token, and the mean KL divergence "
+        "to the base in nats. The SFT student is the base: what distilled policies start from."
+    )
+    return Section("forgetting", "What is forgotten", lead, tables=[Table("", FORGETTING_HEAD, rows)])
+
+
 def examples_section(inputs: Inputs) -> Section | None:
     """Outputs good and bad of every policy; None before there are any."""
     if not inputs.examples:
@@ -144,6 +166,7 @@ SECTIONS: tuple[Callable[[Inputs], Section | None], ...] = (
     threshold_section,
     opd_section,
     sft_section,
+    forgetting_section,
     examples_section,
     data_section,
     choices_section,

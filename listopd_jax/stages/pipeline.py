@@ -16,6 +16,7 @@ from listopd_jax.ops.opd_loss import Frozen
 from listopd_jax.parallel.hosts import is_main
 from listopd_jax.stages.calibrate import calibrate_stage
 from listopd_jax.stages.forecast import forecast
+from listopd_jax.stages.forgetting import forgetting
 from listopd_jax.stages.job import Job, job_on_mesh
 from listopd_jax.stages.opd import Distillation, make_step, opd_runs, preflight, train_opd
 from listopd_jax.stages.results import evaluate, evaluated, summary
@@ -72,7 +73,7 @@ def distil(job: Job, shared: Distillation, lam: float, seed: int) -> None:
     for run in runs:
         if evaluated(job.workdir, run) is None:
             params = train_opd(job, shared, run, most_useful(job.workdir, runs))
-            finish(job, "student", params, run, export=run is runs[-1])
+            finish(job, "student", params, run, export=run is runs[-1], base=shared.frozen.base)
 
 
 def most_useful(workdir: pathlib.Path, runs: Sequence[Run]) -> int | None:
@@ -81,11 +82,17 @@ def most_useful(workdir: pathlib.Path, runs: Sequence[Run]) -> int | None:
     return max(((r.useful, r.steps) for r in records), default=(None, None))[1]
 
 
-def finish(job: Job, role: str, params: Any, run: Run, export: bool = True) -> None:
-    """Export and evaluate the policy that `run` ended in; its record in results.json says that both are done."""
+def finish(job: Job, role: str, params: Any, run: Run, export: bool = True, base: Any = None) -> None:
+    """Export and evaluate the policy that `run` ended in; its record in results.json says that both are done.
+
+    `base` is what it was distilled from.
+    """
     if export and job.config.train.export:
         folder, codec = job.workdir / "export" / run.name, job.codec
         save_hf(folder, job.shapes[role], params, codec.tokenizer, ends=codec.ends)
-    record = evaluate(job, role, params, run)
+    asked = job.config.evaluation.forgetting
+    record = evaluate(
+        job, role, params, run, **({"forgetting": forgetting(job, role, params, base)} if asked else {})
+    )
     if is_main():
         print(f"{run.name}, {run.steps} steps: {summary(record)}", file=sys.stderr)
