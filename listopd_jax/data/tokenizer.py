@@ -112,8 +112,8 @@ def _load(kind: type, path: str | os.PathLike) -> transformers.PreTrainedTokeniz
 
 
 def _broken_json(path: str | os.PathLike) -> pathlib.Path | None:
-    """The first file of a tokenizer that should be JSON and is not."""
-    for file in tokenizer_files(path):
+    """The first file of a tokenizer in a local folder that should be JSON and is not."""
+    for file in tokenizer_files(path) if pathlib.Path(path).is_dir() else ():
         try:
             if file.suffix == ".json":
                 json.loads(file.read_bytes())

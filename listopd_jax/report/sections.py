@@ -106,8 +106,8 @@ def forgetting_section(inputs: Inputs) -> Section | None:
     if not rows:
         return None
     lead = (
-        "Twelve English sentences that have nothing to do with the task: perplexity a token, and the mean KL divergence "
-        "to the base in nats. The SFT student is the base: what distilled policies start from."
+        "Twelve English sentences that have nothing to do with the task: perplexity a token, and the mean KL "
+        "divergence to the base in nats. The SFT student is the base: what distilled policies start from."
     )
     return Section("forgetting", "What is forgotten", lead, tables=[Table("", FORGETTING_HEAD, rows)])
 
