@@ -98,8 +98,8 @@ def _load(kind: type, path: str | os.PathLike) -> transformers.PreTrainedTokeniz
     try:
         return kind.from_pretrained(os.fspath(path), revision=_revision(path))
     except (OSError, ValueError, KeyError, TypeError, ImportError) as e:
-        if broken := _broken_json(path):
-            raise UserError(f"{broken}: is damaged, it is no JSON; fetch it again") from e
+        if broken := _broken_file(path):
+            raise UserError(f"{broken}: is damaged; fetch it again") from e
         raise UserError(
             f"{path}: no tokenizer can be loaded from this folder or hub id ({one_line(e)[:200]}); download its "
             "tokenizer files again"
@@ -111,13 +111,15 @@ def _load(kind: type, path: str | os.PathLike) -> transformers.PreTrainedTokeniz
         raise UserError(f"{_file(path) or path}: tokenizer.json is damaged ({e}); fetch it again") from e
 
 
-def _broken_json(path: str | os.PathLike) -> pathlib.Path | None:
-    """The first file of a tokenizer in a local folder that should be JSON and is not."""
+def _broken_file(path: str | os.PathLike) -> pathlib.Path | None:
+    """The first file of a tokenizer in a local folder that cannot be read as what its name says."""
     for file in tokenizer_files(path) if pathlib.Path(path).is_dir() else ():
         try:
             if file.suffix == ".json":
                 json.loads(file.read_bytes())
-        except (ValueError, RecursionError):
+            if file.name == "tokenizer.json":
+                tokenizers.Tokenizer.from_file(str(file))
+        except Exception:  # the Rust parser raises nothing narrower
             return file
     return None
 
