@@ -1,5 +1,6 @@
 """The programs on 8 fake CPU devices against those of one; run by test_parallel.py in a process of its own."""
 
+import dataclasses
 import functools
 import math
 import re
@@ -414,6 +415,24 @@ def test_weights_load_into_their_shards(checkpoint, reads):
         assert ours[...].sharding.is_equivalent_to(param_sharding(path, theirs, mesh), theirs.ndim)
     assert sum(reads) == sum(x.nbytes for x in jax.tree.leaves(params))  # copies on `data` are not read twice
     assert max(reads) <= 96 * 16 * 4 / 4  # the largest tensor in quarters
+
+
+@pytest.mark.parametrize("sizes", [(2, 2, 2), (1, 2, 4)], ids=str)
+def test_biases_load_into_their_shards_and_are_added_there(tmp_path, sizes):
+    config = dataclasses.replace(TINY, qk_norm=False, qkv_bias=True)
+    graph, shapes = abstract(config)
+    params = jax.tree.map(
+        lambda x: jnp.asarray(np.random.default_rng(1).normal(0, 0.3, x.shape), x.dtype), shapes
+    )
+    hf.save_hf(tmp_path / "model", config, params)
+    tokens, lengths = np.arange(24, dtype=np.int32).reshape(8, 3), np.full(8, 3)
+    mesh = mesh_of(*sizes)
+    with use_mesh(mesh):
+        _, loaded = hf.load_hf(tmp_path / "model")
+        split = jax.jit(lambda p: nnx.merge(graph, p)(tokens, lengths))(loaded)
+    for ours, theirs in zip(*map(jax.tree.leaves, (loaded, params)), strict=True):
+        np.testing.assert_array_equal(ours, theirs)
+    np.testing.assert_allclose(split, nnx.merge(graph, params)(tokens, lengths), atol=2e-5)
 
 
 def test_a_host_reads_its_part_only(checkpoint, reads, monkeypatch):
