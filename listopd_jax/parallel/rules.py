@@ -58,15 +58,7 @@ PARAMS: dict[str, tuple[str, ...]] = {
     "up": ("embed", "mlp"),
     "down": ("mlp", "embed"),
 }
-for _name in (
-    "q",
-    "k",
-    "v",
-    "o",
-    "gate",
-    "up",
-    "down",
-):  # the two factors of an adapter are split as what they adapt
+for _name in "q k v o gate up down".split():  # the two factors of an adapter are split as what they adapt
     _inputs = 2 if _name == "o" else 1
     PARAMS[f"{_name}_lora_a"] = (*PARAMS[_name][:_inputs], "rank")
     PARAMS[f"{_name}_lora_b"] = ("rank", *PARAMS[_name][_inputs:])

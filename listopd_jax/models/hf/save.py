@@ -30,7 +30,7 @@ def save_hf(
     card: str = "",
     replace: bool = True,
 ) -> None:
-    """Write a checkpoint that `AutoModelForCausalLM.from_pretrained` loads: Qwen3 if `qk_norm`, else Llama.
+    """Write a checkpoint that `AutoModelForCausalLM.from_pretrained` loads, of the class that `config` asks for.
 
     `dtype` casts the weights (None keeps their own: a round trip is then exact bit for bit). `ends` are the ids that
     end a completion, for generation_config.json; `card` is the text of README.md. The folder appears whole or not at
