@@ -24,6 +24,7 @@ ORACLES = [
     "ruff>=0.9",
     "kubernetes>=37",
     "mpmath>=1.3",
+    "peft>=0.18",
     "playwright>=1.49",  # drives the machine's Chromium; tests of pages skip where there is none
     "ranx>=0.3.20",
     "scikit-learn>=1.5",

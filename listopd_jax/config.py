@@ -22,7 +22,7 @@ from absl import flags
 
 from listopd_jax.errors import UserError, did_you_mean, one_line, unknown_name
 from listopd_jax.files import json_sha256
-from listopd_jax.models.config import custom_config, named_config
+from listopd_jax.models.config import PROJECTIONS, custom_config, named_config
 from listopd_jax.trackers import TRACKERS
 
 RATIOS = ("teacher_student", "trainer_rollout", "aspo", "none")
@@ -38,6 +38,7 @@ SOURCES = ("synthetic", "clothing", "amazon2018", "amazon2023")
 DTYPES = ("float32", "bfloat16")
 REMATS = ("full", "attention", "dots", "none")
 ATTENTIONS = ("auto", "xla", "cudnn", "splash")
+LORA_TARGETS = tuple(f"{name}_proj" for name in PROJECTIONS)
 SMALL_WIDTH = 128
 MOST_DRAFT_TOKENS = 64  # more cost more than they can save
 TOKENS_PER_OBJECT = 12  # of an answer, by the tokenizer that the embedded task trains (9 to 11)
@@ -76,7 +77,13 @@ def defaults() -> ml_collections.ConfigDict:
         opd=_opd(),
         rollout=_section(draft_tokens=-1),  # most per decode step; 0: none, -1: 8, none if is_small
         forecast=_section(lambdas=(), batch_size=8),  # lambdas besides opd.lambdas, decoded without training
-        evaluation=_section(batch_size=64, max_lists=0, bootstrap=2000, examples=3),
+        evaluation=_section(
+            batch_size=64,
+            max_lists=0,
+            bootstrap=2000,
+            examples=3,
+            forgetting=False,  # also how each policy reads unrelated English: perplexity, and KL to the base
+        ),
         parallel=_parallel(),
         train=_section(checkpoint_every=50, keep_checkpoints=2, export=True),
         track=_track(),
@@ -125,6 +132,12 @@ def _data() -> ml_collections.ConfigDict:
 def _model() -> ml_collections.ConfigDict:
     return _section(
         weights="",  # folder with safetensors or hub id; empty: random weights of `architecture`
+        adapter="",  # folder of a LoRA adapter by peft, which is merged into `weights`
+        lora=_section(  # train an adapter beside the frozen weights, W + alpha/rank · A B, not the weights themselves
+            rank=0,  # 0: off
+            alpha=32.0,
+            targets=",".join(LORA_TARGETS),
+        ),
         architecture="custom",  # a name of listopd_jax.models.config, or custom = the dimensions below
         hidden_size=64,
         intermediate_size=192,
@@ -518,6 +531,10 @@ def _validate_options(config: ml_collections.ConfigDict) -> None:
         not config.reference.weights or opd.advantage == "base_relative" or opd.kl_to_base > 0,
         "reference.weights is the base, which opd.advantage='no_base' does not look at; leave one of them out",
     )
+    _require(
+        not config.reference.weights or config.student.lora.rank == 0,
+        "student.lora.rank: an adapter is trained on the base's own arrays; leave out reference.weights, or set it to 0",
+    )
 
 
 def _validate_trackers(track: ml_collections.ConfigDict) -> None:
@@ -570,12 +587,25 @@ def _validate_data(config: ml_collections.ConfigDict) -> None:
 
 def _validate_model(role: str, model: ml_collections.ConfigDict, vocab: int) -> None:
     """UserError if the dimensions of a model without weights are none; `vocab` stands for the tokenizer's size."""
+    _validate_lora(role, model.lora)
+    _require(
+        bool(model.weights) or not model.adapter,
+        f"{role}.adapter={model.adapter}: an adapter of what? Set {role}.weights to the model that it was trained on",
+    )
     if model.weights:
         return
     try:
         custom_config(model, vocab) if model.architecture == "custom" else named_config(model.architecture)
     except UserError as e:
         raise UserError(f"{role}: {e}") from e
+
+
+def _validate_lora(role: str, lora: ml_collections.ConfigDict) -> None:
+    _require(lora.rank >= 0, f"{role}.lora.rank={lora.rank}: must be >= 0")
+    _require(lora.alpha > 0, f"{role}.lora.alpha={lora.alpha}: must be > 0")
+    for target in lora.targets.split(","):
+        if target not in LORA_TARGETS:
+            raise unknown_name(f"{role}.lora.targets", target, LORA_TARGETS)
 
 
 def validate(config: ml_collections.ConfigDict) -> ml_collections.FrozenConfigDict:

@@ -48,8 +48,18 @@ def first_line(e: BaseException) -> str:
 class Parser(argparse.ArgumentParser):
     """argparse that raises UserError for a mistake instead of printing its usage and leaving."""
 
+    def parse_known_args(self, args=None, namespace=None):
+        """argparse's, which reports a missing flag before the misspelt one that was meant."""
+        self._given = sys.argv[1:] if args is None else list(args)
+        return super().parse_known_args(args, namespace)
+
     def error(self, message: str):
         """argparse's hook for every mistake in the arguments."""
+        known = [name for name in self._option_string_actions if name.startswith("--")]
+        names = (arg.split("=")[0] for arg in self._given if arg.startswith("--"))
+        unknown = next((n for n in names if not any(k.startswith(n) for k in known)), None)
+        if unknown and "are required" in message:
+            message = f"{unknown} is unknown; {did_you_mean(unknown, known)}{message}"
         raise UserError(f"{message}; see {self.prog} --help")
 
 

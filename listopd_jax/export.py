@@ -1,9 +1,11 @@
 """Write a policy of a run as a Hugging Face folder with a model card.
 
-    python -m listopd_jax.export --workdir=runs/demo --policy=opd_lambda1.0_seed0 --out=FOLDER [--steps=best]
+    python -m listopd_jax.export --workdir=runs/demo --policy=opd_lambda1.0_seed0 --out=FOLDER
+        [--steps=best] [--adapter]
 
 FOLDER must be new: it appears whole, with weights, config, generation config, tokenizer and README.md. The policies of
-a run are those that its results.json calls by name.
+a run are those that its results.json calls by name. With --adapter it is what a student with lora.rank learnt, as a
+folder that peft loads beside student.weights: of SFT and distillation as one adapter, of twice the rank.
 """
 
 import argparse
@@ -17,22 +19,29 @@ from listopd_jax.errors import Parser, UserError, exit_code
 from listopd_jax.lifecycle import quiet_libraries
 
 
-def export(workdir: pathlib.Path, policy: str, out: pathlib.Path, steps: str = "last") -> None:
-    """Write `policy` of the run in `workdir` to the new folder `out`; UserError for whatever prevents it.
+def export(
+    workdir: pathlib.Path, policy: str, out: pathlib.Path, steps: str = "last", adapter: bool = False
+) -> None:
+    """Write `policy` of the run in `workdir`, or only its adapter, to the new folder `out`.
 
-    `steps`: last, best (by useful) or a number, of the steps at which it was evaluated.
+    `steps`: last, best (by useful) or a number, of the steps at which it was evaluated. UserError for whatever
+    prevents it.
     """
-    from listopd_jax.models.hf import save_hf
+    from listopd_jax.models.hf import save_adapter, save_hf
     from listopd_jax.report.card import model_card
     from listopd_jax.report.inputs import read_inputs
-    from listopd_jax.stages.export import find_policy, policy_model
+    from listopd_jax.stages.export import find_policy, policy_adapter, policy_model
 
     inputs = read_inputs(workdir)
     if not (saved := inputs.config.get("config")):
         raise UserError(f"{workdir}: holds no config.json of a run; give the --workdir of one")
     record, config = find_policy(inputs.results, policy, steps), config_module.from_json(saved)
-    model = policy_model(config, config_module.saved_digest(saved), workdir, record)
+    source = config, config_module.saved_digest(saved), workdir, record
     card = model_card(config, inputs, record)
+    if adapter:
+        save_adapter(out, *policy_adapter(*source), card=card)
+        return
+    model = policy_model(*source)
     save_hf(out, model.shape, model.params, model.tokenizer, ends=model.ends, card=card, replace=False)
 
 
@@ -50,10 +59,13 @@ def main(argv: Sequence[str]) -> None:
         default="last",
         help="last, best (by useful), or a number: of those at which it was evaluated",
     )
+    parser.add_argument(
+        "--adapter", action="store_true", help="only what was learnt, as a LoRA adapter for peft"
+    )
     args = parser.parse_args(argv)
     quiet_libraries()
     os.environ.setdefault("JAX_PLATFORMS", "cpu")  # a run may hold the accelerator, and copying needs none
-    export(args.workdir, args.policy, args.out, args.steps)
+    export(args.workdir, args.policy, args.out, args.steps, args.adapter)
     print(f"{args.policy}: {args.out}")
 
 

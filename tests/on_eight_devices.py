@@ -1,5 +1,6 @@
 """The programs on 8 fake CPU devices against those of one; run by test_parallel.py in a process of its own."""
 
+import dataclasses
 import functools
 import math
 import re
@@ -17,9 +18,10 @@ from listopd_jax.errors import UserError
 from listopd_jax.models import decoder as models_decoder
 from listopd_jax.models import hf
 from listopd_jax.models.build import initial_params
-from listopd_jax.models.config import ModelConfig
+from listopd_jax.models.config import PROJECTIONS, Lora, ModelConfig
 from listopd_jax.models.decoder import Decoder, abstract
 from listopd_jax.models.hf import load
+from listopd_jax.models.lora import abstract_adapter
 from listopd_jax.ops import attention_splash
 from listopd_jax.ops.attention import Prompt, causal
 from listopd_jax.ops.attention_backends import BACKENDS, causal_attention
@@ -65,6 +67,7 @@ def decoder(rows, hidden, num_kv_heads, seed):
 
 STUDENT_DEF, STUDENT = decoder(96, 16, 2, seed=0)  # 2 KV heads: fewer than a tensor axis of 4 or 8
 _, BASE = decoder(96, 16, 2, seed=2)
+STUDENT_CONFIG, LORA = ModelConfig(96, 16, 32, LAYERS, 8, 2, 4, tied=True), Lora(2, 4.0, PROJECTIONS)
 TEACHER_DEF, TEACHER = decoder(104, 32, 4, seed=1)  # another width, another padded vocabulary, an untied head
 FROZEN, MODELS = Frozen(TEACHER, BASE), Models(STUDENT_DEF, TEACHER_DEF, STUDENT_DEF)
 HYPER = jax.tree.map(
@@ -111,9 +114,10 @@ def put(tree, shardings, mesh):
     return jax.device_put(tree, None if mesh is None else shardings(tree, mesh))
 
 
-def three_steps(mesh, step, arguments):
-    """State and metrics after three steps from the student, and the compiled program."""
-    state = put(init_state(jax.tree.map(jnp.copy, STUDENT), TX), state_shardings, mesh)
+def three_steps(mesh, step, arguments, start=None):
+    """State and metrics after three steps from `start` or the student, and the compiled program."""
+    start = STUDENT if start is None else start
+    state = put(init_state(jax.tree.map(jnp.copy, start), TX), state_shardings, mesh)
     program = step.lower(state, *arguments, LR).compile()
     for _ in range(3):
         state, metrics, *_ = program(state, *arguments, LR)
@@ -307,6 +311,37 @@ def test_each_device_streams_its_part_of_a_frozen_head(sizes, monkeypatch):
     np.testing.assert_allclose(got, token_logprobs(*arrays, VOCAB, 16)[0], atol=1e-5)
 
 
+# --- adapters ---
+
+
+def adapted(mesh):
+    """Three steps of distillation and of SFT of an adapter beside the frozen base, and the compiled programs."""
+    graph = abstract(STUDENT_CONFIG, lora=LORA)[0]
+    trained = jax.tree.map(lambda x: np.full(x.shape, 0.1, x.dtype), abstract_adapter(STUDENT_CONFIG, LORA))
+    frozen, batch = put(FROZEN, state_shardings, mesh), put(opd_batch(3), batch_shardings, mesh)
+    options = {"vocab": VOCAB, "chunk": 7, "microbatch": 8}
+    step = make_opd_step(MODELS._replace(student=graph), TX, Variant(), **options)
+    opd_result = three_steps(mesh, step, (frozen, batch, HYPER), trained)
+    sft_step = make_sft_step(graph, TX, **options)
+    answers = put(sft_batch(opd_batch(3)), batch_shardings, mesh)
+    by_position = lambda state, batch, frozen, lr: sft_step(state, batch, lr, frozen)  # noqa: E731
+    return opd_result, three_steps(mesh, jax.jit(by_position), (answers, frozen.base), trained)
+
+
+@pytest.fixture(scope="module")
+def adapted_alone():
+    return [result for result, _ in adapted(None)]
+
+
+@pytest.mark.parametrize("sizes", [(2, 4, 1), (2, 2, 2), (1, 2, 4)], ids=str)
+def test_steps_of_an_adapter_are_those_of_one_device(sizes, adapted_alone):
+    mesh = mesh_of(*sizes)
+    with use_mesh(mesh):
+        results = adapted(mesh)
+    for (ours, _), theirs in zip(results, adapted_alone, strict=True):
+        assert_close(ours, theirs)
+
+
 # --- the grid axis ---
 
 
@@ -378,6 +413,24 @@ def test_weights_load_into_their_shards(checkpoint, reads):
         assert ours[...].sharding.is_equivalent_to(param_sharding(path, theirs, mesh), theirs.ndim)
     assert sum(reads) == sum(x.nbytes for x in jax.tree.leaves(params))  # copies on `data` are not read twice
     assert max(reads) <= 96 * 16 * 4 / 4  # the largest tensor in quarters
+
+
+@pytest.mark.parametrize("sizes", [(2, 2, 2), (1, 2, 4)], ids=str)
+def test_biases_load_into_their_shards_and_are_added_there(tmp_path, sizes):
+    config = dataclasses.replace(TINY, qk_norm=False, qkv_bias=True)
+    graph, shapes = abstract(config)
+    params = jax.tree.map(
+        lambda x: jnp.asarray(np.random.default_rng(1).normal(0, 0.3, x.shape), x.dtype), shapes
+    )
+    hf.save_hf(tmp_path / "model", config, params)
+    tokens, lengths = np.arange(24, dtype=np.int32).reshape(8, 3), np.full(8, 3)
+    mesh = mesh_of(*sizes)
+    with use_mesh(mesh):
+        _, loaded = hf.load_hf(tmp_path / "model")
+        split = jax.jit(lambda p: nnx.merge(graph, p)(tokens, lengths))(loaded)
+    for ours, theirs in zip(*map(jax.tree.leaves, (loaded, params)), strict=True):
+        np.testing.assert_array_equal(ours, theirs)
+    np.testing.assert_allclose(split, nnx.merge(graph, params)(tokens, lengths), atol=2e-5)
 
 
 def test_a_host_reads_its_part_only(checkpoint, reads, monkeypatch):

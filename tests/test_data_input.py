@@ -146,6 +146,8 @@ def test_what_is_no_tokenizer_is_one_line(tmp_path, tokenizer):
         with pytest.raises(UserError) as error:
             load_tokenizer(tmp_path / name)
         assert name in str(error.value) and "\n" not in str(error.value)
+        in_file = str(error.value).startswith(f"{tmp_path / name / 'tokenizer.json'}: ")
+        assert in_file == (name in ("damaged", "odd")), error.value
     with pytest.raises(UserError, match="no-one/no-model"):
         load_tokenizer("no-one/no-model")
 

@@ -121,12 +121,15 @@ def test_what_is_there_is_not_replaced(job):
 
 def test_what_is_damaged_or_gone_is_one_line(job):
     (job / "export" / POLICY / "model.safetensors").write_bytes(b"x")
-    refused(job, "not a complete safetensors file")
+    refused(job, "is incomplete (")
+    whole = (job / "export" / "sft_student" / "model.safetensors").read_bytes()
+    (job / "export" / POLICY / "model.safetensors").write_bytes(whole[: len(whole) // 2])
+    refused(job, "delete the folder and export again: it is then made from the checkpoint")
     shutil.rmtree(job / "export")
     for path in (job / "checkpoints" / POLICY / "3" / "params").rglob("*"):
         if path.is_file():
             path.write_bytes(path.read_bytes()[:-8])
-    refused(job, f"{POLICY}/3: no whole checkpoint")
+    refused(job, f"{POLICY}/3: no whole checkpoint (params cannot be read); run the job again")
     shutil.rmtree(job / "checkpoints" / POLICY)
     refused(job, f"has neither an export of {POLICY} at step 3 nor checkpoints/{POLICY}")
     (job / "config.json").write_text('{"config": {"seed": "x"}}')
@@ -148,7 +151,8 @@ def test_the_command_says_where_or_one_line(job, capsys):
     assert capsys.readouterr().out == f"{POLICY}: {job}/out\n"
     for arguments, says in (
         ([f"--workdir={job}/absent", "--policy=x", "--out=y"], "absent: no such folder"),
-        ([f"--workdir={job}", "--policy=x"], "the following arguments are required: --out"),
+        (["--polcy=x"], "--polcy is unknown; did you mean '--policy'? the following arguments are required"),
+        ([f"--workdir={job}", "--policy=x"], "error: the following arguments are required: --out"),
         ([f"--workdir={job}", f"--policy={POLICY}", f"--out={job}/out"], "will not be replaced"),
     ):
         assert exit_code(main, arguments) == 2

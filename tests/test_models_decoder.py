@@ -19,6 +19,7 @@ from listopd_jax.errors import UserError
 from listopd_jax.models import decoder as models_decoder
 from listopd_jax.models.config import ModelConfig, RopeScaling, num_params
 from listopd_jax.models.decoder import REMAT, Decoder, abstract, rms_norm, rope_frequencies
+from listopd_jax.models.hf.tensors import BIASES
 from listopd_jax.ops import attention_cudnn
 from listopd_jax.ops.attention import causal
 from listopd_jax.ops.attention_backends import BACKENDS
@@ -27,6 +28,8 @@ QWEN = ModelConfig(61, 32, 48, 3, 4, 2, 12, rope_theta=5e6, tied=False)
 LLAMA = ModelConfig(
     61, 32, 48, 2, 4, 1, 8, rope_theta=1e4, rope_scaling=RopeScaling(8.0, 1.0, 4.0, 16), qk_norm=False
 )
+QWEN2 = dataclasses.replace(LLAMA, num_kv_heads=2, qkv_bias=True)
+SMOLLM3 = dataclasses.replace(LLAMA, num_layers=3, nope_layers=(1, 2))
 LENGTHS = np.array([7, 4, 1])
 N, T = 2, 5
 ROUNDING = (
@@ -42,9 +45,15 @@ def quick_compiles():
     jax.config.update("jax_disable_most_optimizations", False)
 
 
-@pytest.fixture(scope="module", params=[QWEN, LLAMA], ids=["qwen3", "llama"])
+@pytest.fixture(
+    scope="module", params=[QWEN, LLAMA, QWEN2, SMOLLM3], ids=["qwen3", "llama", "qwen2", "smollm3"]
+)
 def model(request):
     decoder = Decoder(request.param, rngs=nnx.Rngs(0))
+    if request.param.qkv_bias:
+        for i, name in enumerate(BIASES):  # at initialisation they are zeros
+            bias = getattr(decoder.layers, name)
+            bias[...] = jax.random.normal(jax.random.key(i), bias.shape)
     return nnx.split(decoder)
 
 

@@ -15,7 +15,7 @@ from flax import nnx
 from safetensors.numpy import load_file, save_file
 
 from listopd_jax.errors import UserError
-from listopd_jax.models import hf
+from listopd_jax.models import check, hf
 from listopd_jax.models.config import ModelConfig, RopeScaling
 from listopd_jax.models.decoder import Decoder, abstract
 from listopd_jax.models.hf import save
@@ -28,6 +28,10 @@ CONFIGS = {
         97, 32, 48, 2, 4, 2, 16, rope_theta=5e5, rope_scaling=RopeScaling(32.0, 1.0, 4.0, 32), qk_norm=False
     ),
     "llama_untied": ModelConfig(97, 32, 48, 2, 4, 4, 8, rope_theta=1e4, qk_norm=False, tied=False),
+    "qwen2_tied": ModelConfig(97, 32, 48, 2, 4, 2, 8, qk_norm=False, qkv_bias=True),
+    "qwen2_untied": ModelConfig(97, 32, 48, 3, 4, 1, 10, qk_norm=False, qkv_bias=True, tied=False),
+    "smollm3": ModelConfig(97, 32, 48, 4, 4, 2, 8, rope_theta=5e6, qk_norm=False, nope_layers=(1, 3)),
+    "mistral": ModelConfig(97, 32, 48, 2, 4, 2, 12, rope_theta=1e4, norm_eps=1e-5, qk_norm=False, tied=False),
 }
 TINY = CONFIGS["qwen3_gqa_untied"]
 
@@ -56,14 +60,17 @@ def torch():
     return pytest.importorskip("torch")
 
 
-def transformers_config(config: ModelConfig):
+def transformers_config(name: str, config: ModelConfig):
     """In transformers' own terms: what we read from config.json, and write there, is compared to it."""
-    from transformers import LlamaConfig, Qwen3Config
+    import transformers
 
     rope = {"rope_type": "default", "rope_theta": config.rope_theta}
     if config.rope_scaling:
         rope |= dataclasses.asdict(config.rope_scaling) | {"rope_type": "llama3"}
-    return (Qwen3Config if config.qk_norm else LlamaConfig)(
+    kind = {"qwen3": "Qwen3", "qwen2": "Qwen2", "llama": "Llama", "mistral": "Mistral", "smollm3": "SmolLM3"}
+    turns = [int(i not in config.nope_layers) for i in range(config.num_layers)]
+    own = {"mistral": {"sliding_window": None}, "smollm3": {"no_rope_layers": turns}}
+    return getattr(transformers, f"{kind[name.split('_')[0]]}Config")(
         vocab_size=config.vocab_size,
         hidden_size=config.hidden_size,
         intermediate_size=config.intermediate_size,
@@ -76,6 +83,8 @@ def transformers_config(config: ModelConfig):
         tie_word_embeddings=config.tied,
         bos_token_id=None,
         eos_token_id=None,
+        pad_token_id=None,
+        **own.get(name, {}),
     )
 
 
@@ -86,7 +95,9 @@ def pair(request, torch, tmp_path_factory):
 
     torch.manual_seed(0)
     config = CONFIGS[request.param]
-    model = AutoModelForCausalLM.from_config(transformers_config(config), attn_implementation="eager")
+    model = AutoModelForCausalLM.from_config(
+        transformers_config(request.param, config), attn_implementation="eager"
+    )
     with torch.no_grad():
         for weight in model.parameters():
             weight.copy_(torch.randn(weight.shape) * 3 / weight.shape[-1] ** 0.5 + 0.2)
@@ -143,17 +154,28 @@ def test_logits_and_gradients_equal_transformers(pair, torch):
         assert np.abs(grad - their_grads[name]).max() < 1e-3 * np.abs(their_grads[name]).max(), name
 
 
+def test_greedy_continuations_equal_transformers(pair):
+    _, folder, _, _ = pair
+    result = check.compare(folder, tokens=64)
+    assert result["ok"] and result["greedy_agreement"] == 1.0, result
+
+
 @pytest.mark.parametrize("max_shard_bytes", [10**9, 20_000])
 def test_transformers_loads_our_export_bit_for_bit(pair, torch, tmp_path, max_shard_bytes):
     from transformers import AutoModelForCausalLM
 
     model, _, config, (read, params) = pair
     hf.save_hf(tmp_path / "out", read, params, max_shard_bytes=max_shard_bytes)
-    again, info = AutoModelForCausalLM.from_pretrained(tmp_path / "out", output_loading_info=True)
+    again, info = AutoModelForCausalLM.from_pretrained(
+        tmp_path / "out", output_loading_info=True, attn_implementation="eager"
+    )
     assert not any(info.values()), info
-    assert type(again) is type(model)
+    same_class = type(model).__name__.replace("Mistral", "Llama")  # without a window it is one
+    assert type(again).__name__ == same_class
     for (name, a), b in zip(model.state_dict().items(), again.state_dict().values(), strict=True):
         assert torch.equal(a, b), name
+    tokens = torch.arange(20)[None]
+    assert torch.equal(model(tokens).logits, again.eval()(tokens).logits)
     rope = again.config.rope_parameters
     assert {key: rope[key] for key in model.config.rope_parameters} == model.config.rope_parameters
 
@@ -423,7 +445,22 @@ CONFIG_EDITS = {
     "llama3": ({"rope_scaling": {"rope_type": "llama3", "factor": 4.0}}, "'low_freq_factor' is missing"),
     "scaling": ({"rope_scaling": [4]}, "rope_scaling must be an object"),
     "activation": ({"hidden_act": "gelu"}, "'gelu'"),
-    "quantized": ({"quantization_config": {"bits": 4}}, "quantization_config"),
+    "fp8": (
+        {"quantization_config": {"quant_method": "fp8"}},
+        "quantized weights (fp8) are not supported; give",
+    ),
+    "quantized": ({"quantization_config": {"bits": 4}}, "quantized weights (unnamed)"),
+    "compressed": ({"compression_config": {"quant_method": "compressed-tensors"}}, "(compressed-tensors)"),
+    "mistral v0.1": (
+        {"model_type": "mistral", "sliding_window": 4096},
+        "up to sliding_window tokens: if yours are, set it to null",
+    ),
+    "mistral default": ({"model_type": "mistral"}, "sliding-window"),
+    "smollm3 window": ({"model_type": "smollm3", "use_sliding_window": True}, "sliding-window"),
+    "smollm3 layers": ({"model_type": "smollm3", "no_rope_layers": [1, 0]}, "3 zeros and ones"),
+    "smollm3 interval": ({"model_type": "smollm3", "no_rope_layer_interval": 0}, "no_rope_layer_interval 0"),
+    "smollm3 deep": ({"model_type": "smollm3", "num_hidden_layers": 10**9}, "of 1000000000 layers"),
+    "smollm3 list": ({"model_type": "smollm3", "no_rope_layers": [[1], [0], [1]]}, "wrong type"),
     "string": ({"hidden_size": "32"}, "hidden_size"),
     "huge": ({"hidden_size": 10**15}, "hidden_size"),
     "layers": ({"num_hidden_layers": 10**9}, "1000000000 layers"),
@@ -442,6 +479,24 @@ def test_unsupported_or_broken_config(export, edit):
     change, part = CONFIG_EDITS[edit]
     edit_json(export / "config.json", lambda j: j.update(change))
     refused(export, part)
+
+
+@pytest.mark.parametrize("name", ["qweight", "weight_packed", "weight_scale_inv", "weight.absmax"])
+def test_quantized_tensors_are_named_as_such(export, name):
+    """Some say so in a file of their own, not in config.json."""
+    edit_tensors(export / "model.safetensors", lambda t: t.update({Q.replace("weight", name): t.pop(Q)}))
+    refused(export, "quantized weights", name, "without -FP8, -AWQ, -GPTQ")
+
+
+def test_smollm3_without_a_list_has_no_positions_in_every_fourth_layer(export):
+    def change(raw):
+        raw.update(model_type="smollm3", architectures=["SmolLM3ForCausalLM"], num_hidden_layers=9)
+        for field in ("rope_theta", "tie_word_embeddings"):
+            raw.pop(field)
+
+    edit_json(export / "config.json", change)
+    config = hf.read_config(export)
+    assert (config.nope_layers, config.rope_theta, config.tied) == ((3, 7), 2e6, True)
 
 
 @pytest.mark.parametrize("field", ["vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads"])

@@ -14,7 +14,7 @@ from flax import nnx
 from configs import fashion
 from listopd_jax.config import REMATS, defaults, validate
 from listopd_jax.errors import UserError
-from listopd_jax.models.config import ModelConfig, named_config, num_params
+from listopd_jax.models.config import Lora, ModelConfig, lora_params, named_config, num_params
 from listopd_jax.models.decoder import abstract
 from listopd_jax.plan import arithmetic
 from listopd_jax.plan import search as planner
@@ -151,6 +151,22 @@ def test_estimated_weights_are_bytes_a_parameter():
     memory = arithmetic.memory_estimate(STUDENT, TEACHER, EC, Layout(ONE | {"fsdp": 8}, 8, "full"))
     assert memory["parameters"] + memory["optimizer"] == 12 * num_params(STUDENT) / 8
     assert memory["teacher"] == 2 * num_params(TEACHER) / 8
+
+
+def test_an_adapter_leaves_two_models_and_its_own_state():
+    """The base's arrays are the student's too, and those that write."""
+    config = big(**{"student.lora.rank": 16, "student.lora.targets": "q_proj,v_proj"})
+    layout = planner.layout_of(config, parse_topology("h100:1"))
+    own = 28 * 16 * (2048 + 2048 + 2048 + 1024)
+    assert layout.trained(STUDENT) == own == lora_params(STUDENT, Lora(16, 1.0, ("q", "v")))
+    memory = arithmetic.memory_estimate(STUDENT, TEACHER, EC, layout)
+    resting = [memory[kind] for kind in ("parameters", "optimizer", "teacher", "base", "rollout copy")]
+    assert resting == [4 * own, 8 * own, 2 * num_params(TEACHER), 2 * num_params(STUDENT), 2 * own]
+    flops = arithmetic.step_flops(STUDENT, TEACHER, EC, "full", adapted=True)
+    assert flops["student"] == 2 * flops["base"]
+    split = layout._replace(sizes=ONE | {"fsdp": 8})
+    copy = arithmetic.memory_estimate(STUDENT, TEACHER, EC, split)["rollout copy"]
+    assert copy == 2 * num_params(STUDENT), "gathered over fsdp it is a copy"
 
 
 def test_the_cache_has_room_for_the_drafts_of_the_config():

@@ -1,5 +1,6 @@
 """Tokenizers: load one and see that it can do the task, train a small one for the embedded data."""
 
+import json
 import os
 import pathlib
 from collections.abc import Iterable
@@ -97,6 +98,8 @@ def _load(kind: type, path: str | os.PathLike) -> transformers.PreTrainedTokeniz
     try:
         return kind.from_pretrained(os.fspath(path), revision=_revision(path))
     except (OSError, ValueError, KeyError, TypeError, ImportError) as e:
+        if broken := _broken_file(path):
+            raise UserError(f"{broken}: is damaged; fetch it again") from e
         raise UserError(
             f"{path}: no tokenizer can be loaded from this folder or hub id ({one_line(e)[:200]}); download its "
             "tokenizer files again"
@@ -105,7 +108,20 @@ def _load(kind: type, path: str | os.PathLike) -> transformers.PreTrainedTokeniz
         # The Rust parser reports a damaged tokenizer.json as a bare Exception.
         if type(e) is not Exception:
             raise
-        raise UserError(f"{path}: tokenizer.json is damaged ({e}); fetch it again") from e
+        raise UserError(f"{_file(path) or path}: tokenizer.json is damaged ({e}); fetch it again") from e
+
+
+def _broken_file(path: str | os.PathLike) -> pathlib.Path | None:
+    """The first file of a tokenizer in a local folder that cannot be read as what its name says."""
+    for file in tokenizer_files(path) if pathlib.Path(path).is_dir() else ():
+        try:
+            if file.suffix == ".json":
+                json.loads(file.read_bytes())
+            if file.name == "tokenizer.json":
+                tokenizers.Tokenizer.from_file(str(file))
+        except Exception:  # the Rust parser raises nothing narrower
+            return file
+    return None
 
 
 def _file(path: str | os.PathLike, name: str = "tokenizer.json") -> pathlib.Path | None:

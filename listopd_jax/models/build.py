@@ -13,10 +13,11 @@ from flax import nnx
 from listopd_jax import files
 from listopd_jax.data import manifest
 from listopd_jax.errors import UserError
-from listopd_jax.models.config import ModelConfig, custom_config, named_config
+from listopd_jax.models.config import Lora, ModelConfig, custom_config, named_config
 from listopd_jax.models.decoder import Decoder, abstract
-from listopd_jax.models.hf import check_hf, load_hf, read_eos_ids, resolve
+from listopd_jax.models.hf import adapter_files, check_hf, load_adapter, load_hf, read_eos_ids, resolve
 from listopd_jax.models.hf.gguf import gguf_folder
+from listopd_jax.models.lora import merged
 from listopd_jax.parallel.compiler import OTHER, backend_options
 from listopd_jax.parallel.rules import param_shardings
 
@@ -32,6 +33,8 @@ def model_config(model: ml_collections.FrozenConfigDict, vocab: int) -> ModelCon
     """
     if model.weights:
         config = check_hf(weights_folder(model.weights))
+        if model.adapter:
+            load_adapter(model.adapter, config)
     elif model.architecture != "custom":
         config = named_config(model.architecture)
     else:
@@ -65,6 +68,7 @@ def weights_digest(model: ml_collections.FrozenConfigDict) -> str | None:
     folder = weights_folder(model.weights)
     patterns = ("*.safetensors", "*.index.json", "config.json", "generation_config.json")
     parts = [part for pattern in patterns for part in folder.glob(pattern)]
+    parts += adapter_files(model.adapter) if model.adapter else []
     return files.json_sha256({part.name: files.sha256(part) for part in parts})
 
 
@@ -102,15 +106,32 @@ def _package_file(weights: str) -> pathlib.Path:
     return pathlib.Path(spec.submodule_search_locations[0]) / name
 
 
-def graph_of(config: ModelConfig, compute_dtype: str, remat: str, attention: str) -> nnx.GraphDef:
+def graph_of(
+    config: ModelConfig, compute_dtype: str, remat: str, attention: str, lora: Lora | None = None
+) -> nnx.GraphDef:
     """The static half of a decoder; `attention` is one of listopd_jax.ops.attention_backends.BACKENDS."""
-    return abstract(config, dtype=jnp.dtype(compute_dtype), remat=remat, attention=attention)[0]
+    return abstract(config, dtype=jnp.dtype(compute_dtype), remat=remat, attention=attention, lora=lora)[0]
+
+
+def lora_of(model: ml_collections.FrozenConfigDict) -> Lora | None:
+    """The adapter that config section `model` trains; None if it trains the model itself."""
+    rank, alpha, targets = model.lora.rank, model.lora.alpha, model.lora.targets
+    return (
+        Lora(rank, alpha, tuple(name.removesuffix("_proj") for name in targets.split(","))) if rank else None
+    )
 
 
 def initial_params(model: ml_collections.FrozenConfigDict, config: ModelConfig, seed: int, dtype: str) -> Any:
-    """The weights of config section `model` in `dtype`: read, or drawn from `seed`; over devices, shard by shard."""
+    """The weights of config section `model` in `dtype`: read, or drawn from `seed`; over devices, shard by shard.
+
+    An adapter that the section names is merged into those read.
+    """
     if model.weights:
-        return load_hf(weights_folder(model.weights), jnp.dtype(dtype))[1]
+        params = load_hf(weights_folder(model.weights), jnp.dtype(dtype))[1]
+        if not model.adapter:
+            return params
+        lora, adapter = load_adapter(model.adapter, config)
+        return merged(params, adapter, lora, dtype)
     make = lambda: nnx.split(Decoder(config, rngs=nnx.Rngs(seed), param_dtype=jnp.dtype(dtype)))[1]  # noqa: E731
     shardings, options = param_shardings(jax.eval_shape(make)), backend_options(OTHER)
     return jax.jit(make, out_shardings=shardings, compiler_options=options)()

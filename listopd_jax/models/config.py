@@ -24,12 +24,38 @@ class RopeScaling:
             )
 
 
+PROJECTIONS = ("q", "k", "v", "o", "gate", "up", "down")
+"""The matrices of a layer, by the names of their parameters."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Lora:
+    """A low-rank adapter: each weight W of `targets` (of PROJECTIONS) is used as W + alpha/rank · A B."""
+
+    rank: int
+    alpha: float
+    targets: tuple[str, ...]
+
+    def __post_init__(self):
+        for field in dataclasses.fields(self):
+            _check_field(field, getattr(self, field.name))
+        if not self.targets or not set(self.targets) <= set(PROJECTIONS):
+            raise UserError(f"lora: targets {self.targets!r} must be some of {', '.join(PROJECTIONS)}")
+
+    @property
+    def scale(self) -> float:
+        """What the product of the two factors is multiplied by."""
+        return self.alpha / self.rank
+
+
 @dataclasses.dataclass(frozen=True)
 class ModelConfig:
     """Dimensions of a pre-norm decoder with grouped-query attention, SwiGLU and rotary positions.
 
     `head_dim` is independent of `hidden_size / num_heads`; `qk_norm` is Qwen3's RMSNorm on each query and
-    key head; `tied` uses the embedding as the LM head; `max_positions` is only a record for exports.
+    key head; `qkv_bias` is Qwen2's bias on queries, keys and values; `nope_layers` are the numbers, ascending, of
+    SmolLM3's layers without rotary positions; `tied` uses the embedding as the LM head; `max_positions` is only a
+    record for exports.
     UserError if the values are impossible.
     """
 
@@ -44,6 +70,8 @@ class ModelConfig:
     rope_scaling: RopeScaling | None = None
     norm_eps: float = 1e-6
     qk_norm: bool = True
+    qkv_bias: bool = False
+    nope_layers: tuple[int, ...] = ()
     tied: bool = True
     max_positions: int = 32768
 
@@ -53,6 +81,10 @@ class ModelConfig:
         if self.num_heads % self.num_kv_heads:
             raise UserError(
                 f"model config: num_heads={self.num_heads} must be a multiple of num_kv_heads={self.num_kv_heads}"
+            )
+        if not all(0 <= i < self.num_layers for i in self.nope_layers):
+            raise UserError(
+                f"model config: nope_layers={self.nope_layers} must be numbers of layers, below {self.num_layers}"
             )
         if self.head_dim % 2:
             raise UserError(f"model config: head_dim={self.head_dim} must be even (rotary positions)")
@@ -148,5 +180,15 @@ def num_params(config: ModelConfig) -> int:
     c = config
     heads = c.head_dim * (2 * c.num_heads + 2 * c.num_kv_heads)
     norms = 2 * c.hidden_size + (2 * c.head_dim if c.qk_norm else 0)
-    layer = c.hidden_size * (heads + 3 * c.intermediate_size) + norms
+    biases = c.head_dim * (c.num_heads + 2 * c.num_kv_heads) if c.qkv_bias else 0
+    layer = c.hidden_size * (heads + 3 * c.intermediate_size) + norms + biases
     return c.num_layers * layer + c.hidden_size * (1 + c.vocab_size * (1 if c.tied else 2))
+
+
+def lora_params(config: ModelConfig, lora: Lora) -> int:
+    """Number of parameters of an adapter."""
+    c = config
+    D, heads, kv_heads = c.hidden_size, c.num_heads * c.head_dim, c.num_kv_heads * c.head_dim
+    widths = {name: D + c.intermediate_size for name in ("gate", "up", "down")}
+    widths |= {"q": D + heads, "k": D + kv_heads, "v": D + kv_heads, "o": D + heads}
+    return c.num_layers * lora.rank * sum(widths[name] for name in lora.targets)

@@ -1,6 +1,7 @@
-"""One decoder (Qwen3 and, by switches, Llama): a single layer body serves scoring, prefill and decoding."""
+"""One decoder (Qwen3 and, by switches, Llama, Mistral, Qwen2, SmolLM3): one layer body for scoring and decoding."""
 
 import functools
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -11,11 +12,12 @@ from flax import nnx
 from jaxtyping import Array, Float, Int, Shaped
 
 from listopd_jax.errors import UserError
-from listopd_jax.models.config import ModelConfig
+from listopd_jax.models.config import Lora, ModelConfig
 from listopd_jax.ops.attention import SAVED, Part, Prompt, attention, stored
 from listopd_jax.ops.attention_backends import BACKENDS, causal_attention
 from listopd_jax.parallel.rules import (
     CACHE,
+    PARAMS,
     constrain,
     gathered,
     kv_copies,
@@ -85,7 +87,9 @@ def rotate(
 class Layer(nnx.Module):
     """Pre-norm attention and SwiGLU, with weights of `param_dtype` cast to the activations' dtype at use."""
 
-    def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs, param_dtype=jnp.float32):
+    def __init__(
+        self, config: ModelConfig, *, rngs: nnx.Rngs, param_dtype=jnp.float32, lora: Lora | None = None
+    ):
         c, D, F = config, config.hidden_size, config.intermediate_size
 
         def weight(*shape, fan_in, residual=False):
@@ -102,10 +106,21 @@ class Layer(nnx.Module):
         self.o = weight(c.num_heads, c.head_dim, D, fan_in=c.num_heads * c.head_dim, residual=True)
         self.q_norm = ones(c.head_dim) if c.qk_norm else None
         self.k_norm = ones(c.head_dim) if c.qk_norm else None
+        for name, heads in (("q", c.num_heads), ("k", c.num_kv_heads), ("v", c.num_kv_heads)):
+            bias = nnx.Param(jnp.zeros((heads, c.head_dim), param_dtype)) if c.qkv_bias else None
+            setattr(self, f"{name}_bias", bias)
         self.mlp_norm = ones(D)
         self.gate = weight(D, F, fan_in=D)
         self.up = weight(D, F, fan_in=D)
         self.down = weight(F, D, fan_in=F, residual=True)
+        self.lora = lora
+        for name in lora.targets if lora else ():
+            shape, inputs = getattr(self, name).shape, 2 if name == "o" else 1
+            a = _normal(rngs, (*shape[:inputs], lora.rank), math.prod(shape[:inputs]), param_dtype)
+            setattr(self, f"{name}_lora_a", nnx.LoRAParam(a[...]))
+            setattr(
+                self, f"{name}_lora_b", nnx.LoRAParam(jnp.zeros((lora.rank, *shape[inputs:]), param_dtype))
+            )
 
     def __call__(
         self,
@@ -137,8 +152,13 @@ class Layer(nnx.Module):
         return rms_norm(x, getattr(self, name)[...], self.config.norm_eps)
 
     def _dense(self, x: Float[Array, "M inputs"], name: str) -> Float[Array, "M outputs"]:
-        """x @ weight in x's dtype, the weight seen as [inputs, outputs]."""
-        return x @ self._weight(name, x.dtype).reshape(x.shape[1], -1)
+        """x @ weight in x's dtype, the weight seen as [inputs, outputs], and its adapter's part."""
+        y = x @ self._weight(name, x.dtype).reshape(x.shape[1], -1)
+        if self.lora is None or name not in self.lora.targets:
+            return y
+        a, b = (self._weight(f"{name}_lora_{factor}", x.dtype) for factor in "ab")
+        rank = self.lora.rank
+        return y + self.lora.scale * (x @ a.reshape(-1, rank) @ b.reshape(rank, -1))
 
     def _heads(self, x: Float[Array, "M D"], name: str, shape: tuple[int, ...], rope=None) -> Array:
         """Queries, keys (both normalised if the model does it, and rotated) or values [B,n,T,N,H] of rows of `shape`.
@@ -146,6 +166,8 @@ class Layer(nnx.Module):
         Keys and values have as many heads as `kv_copies` gives.
         """
         heads = self._dense(x, name).reshape(*shape[:3], -1, self.config.head_dim)
+        if self.config.qkv_bias:
+            heads = heads + self._weight(f"{name}_bias", x.dtype)
         heads = constrain(heads, *ROWS, "heads" if name == "q" else "kv_heads", "head_dim")
         if name == "v":
             return heads
@@ -153,10 +175,12 @@ class Layer(nnx.Module):
         return rotate(heads if norm is None else rms_norm(heads, norm[...], self.config.norm_eps), *rope)
 
     def _weight(self, name: str, dtype) -> Array:
-        """Parameter `name` cast and, over devices, gathered."""
+        """Parameter `name` cast and, over devices, gathered; KV heads in `kv_copies` copies."""
         weight = gathered(name, getattr(self, name)[...].astype(dtype))
-        copies = kv_copies(self.config.num_kv_heads) if name in ("k", "v") else 1
-        return weight if copies == 1 else gathered(name, jnp.repeat(weight, copies, axis=1))
+        copies = kv_copies(self.config.num_kv_heads) if "kv_heads" in PARAMS[name] else 1
+        if copies == 1:
+            return weight
+        return gathered(name, jnp.repeat(weight, copies, axis=PARAMS[name].index("kv_heads")))
 
 
 class Decoder(nnx.Module):
@@ -171,6 +195,7 @@ class Decoder(nnx.Module):
     remat: what of a layer the backward pass finds stored: 'full' (nothing but its input), 'attention' (besides it what
         attention mixed), 'dots' (besides these the results of the matrix products with weights) or 'none' (no remat:
         all but attention's scores). Only the backend xla of attention has a result that can be stored.
+    lora: the adapter that is used beside the weights; its parameters, of type nnx.LoRAParam, are zero to begin with.
     attention: the backend of passes over many tokens, of listopd_jax.ops.attention_backends.BACKENDS; a decode step,
         which is bound by the bytes that it reads, always has the reference's.
     """
@@ -184,6 +209,7 @@ class Decoder(nnx.Module):
         param_dtype=jnp.float32,
         remat: str = "none",
         attention: str = "xla",
+        lora: Lora | None = None,
     ):
         if remat not in REMAT:
             raise UserError(f"remat: '{remat}' is not a policy (known: {', '.join(REMAT)})")
@@ -193,7 +219,7 @@ class Decoder(nnx.Module):
         table = (config.vocab_size, config.hidden_size)
 
         self.embed = _normal(rngs, table, config.hidden_size, param_dtype)
-        self.layers = _stacked(config, rngs, param_dtype)
+        self.layers = _stacked(config, rngs, param_dtype, lora)
         self.final_norm = nnx.Param(jnp.ones(config.hidden_size, param_dtype))
         self.head = None if config.tied else _normal(rngs, table, config.hidden_size, param_dtype)
 
@@ -221,11 +247,11 @@ class Decoder(nnx.Module):
             return nnx.merge(graphdef, jax.tree.map(lambda w: w[i], weights))
 
         def step(x, i):
-            x, kv = layer(i)(x, rope, self._attend)
+            x, kv = layer(i)(x, self._rope_of(rope, i), self._attend)
             return x, _of_prompt(kv)
 
         x, kv = jax.lax.scan(self._checkpointed(step), x, jnp.arange(last))
-        kv_of_last = _of_prompt(layer(last).keys_values(x, rope))
+        kv_of_last = _of_prompt(layer(last).keys_values(x, self._rope_of(rope, last)))
         return jax.tree.map(lambda a, b: jnp.concatenate([a, b[None]]), kv, kv_of_last)
 
     def extend(
@@ -311,10 +337,11 @@ class Decoder(nnx.Module):
         graphdef, weights = nnx.split(self.layers)
 
         def step(x, scanned):
-            layer_weights, of_layer = scanned
-            return body(nnx.merge(graphdef, layer_weights), x, rope, of_layer)
+            layer_weights, number, of_layer = scanned
+            return body(nnx.merge(graphdef, layer_weights), x, self._rope_of(rope, number), of_layer)
 
-        return jax.lax.scan(self._checkpointed(step), x, (weights, per_layer))
+        numbers = jnp.arange(self.config.num_layers) if self.config.nope_layers else None
+        return jax.lax.scan(self._checkpointed(step), x, (weights, numbers, per_layer))
 
     def _embed(self, tokens: Int[Array, "B n T"]) -> Float[Array, "B n T D"]:
         return constrain(gathered("embed", self.embed[...])[tokens].astype(self.dtype), *ROWS, "hidden")
@@ -323,6 +350,13 @@ class Decoder(nnx.Module):
         """cos and sin of the rotary angles at each position, float32 [b,m,T,1,H/2]."""
         angles = positions[..., None, None].astype(jnp.float32) * rope_frequencies(self.config)
         return jnp.cos(angles), jnp.sin(angles)
+
+    def _rope_of(self, rope: tuple[Array, Array], layer: Int[Array, ""] | int | None) -> tuple[Array, Array]:
+        """`rope` as the layer of this number turns by it: by no angle in `nope_layers`."""
+        if not self.config.nope_layers:
+            return rope
+        turns = (layer != np.array(self.config.nope_layers)).all()
+        return jnp.where(turns, rope[0], 1), jnp.where(turns, rope[1], 0)
 
     def _checkpointed(self, step: Callable) -> Callable:
         """The scanned `step` with what `remat` says of its backward pass."""
@@ -386,12 +420,12 @@ def _normal(rngs: nnx.Rngs, shape: tuple[int, ...], fan_in: int, dtype) -> nnx.P
     return nnx.Param(jax.random.normal(rngs.params(), shape, dtype) * jnp.asarray(fan_in**-0.5, dtype))
 
 
-def _stacked(config: ModelConfig, rngs: nnx.Rngs, param_dtype) -> Layer:
+def _stacked(config: ModelConfig, rngs: nnx.Rngs, param_dtype, lora: Lora | None) -> Layer:
     """All layers as one Layer whose parameters have a leading layer axis."""
 
     @nnx.split_rngs(splits=config.num_layers)
     @nnx.vmap
     def create(rngs):
-        return Layer(config, rngs=rngs, param_dtype=param_dtype)
+        return Layer(config, rngs=rngs, param_dtype=param_dtype, lora=lora)
 
     return create(rngs)

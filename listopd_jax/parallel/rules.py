@@ -36,6 +36,7 @@ RULES: dict[str, tuple[str, ...]] = {
     "length": (),
     "head_dim": (),
     "layers": (),
+    "rank": (),  # of low-rank adapters
 }
 
 PARAMS: dict[str, tuple[str, ...]] = {
@@ -48,12 +49,19 @@ PARAMS: dict[str, tuple[str, ...]] = {
     "k": ("embed", "kv_heads", "head_dim"),
     "v": ("embed", "kv_heads", "head_dim"),
     "o": ("heads", "head_dim", "embed"),
+    "q_bias": ("heads", "head_dim"),
+    "k_bias": ("kv_heads", "head_dim"),
+    "v_bias": ("kv_heads", "head_dim"),
     "q_norm": ("head_dim",),
     "k_norm": ("head_dim",),
     "gate": ("embed", "mlp"),
     "up": ("embed", "mlp"),
     "down": ("mlp", "embed"),
 }
+for _name in "q k v o gate up down".split():  # the two factors of an adapter are split as what they adapt
+    _inputs = 2 if _name == "o" else 1
+    PARAMS[f"{_name}_lora_a"] = (*PARAMS[_name][:_inputs], "rank")
+    PARAMS[f"{_name}_lora_b"] = ("rank", *PARAMS[_name][_inputs:])
 
 CACHE = {
     5: ("layers", "batch", "kv_heads", None, None),  # the last two are length and head_dim, in either order

@@ -10,7 +10,7 @@ import math
 from collections.abc import Mapping
 from typing import NamedTuple
 
-from listopd_jax.models.config import ModelConfig, num_params
+from listopd_jax.models.config import Lora, ModelConfig, lora_params, num_params
 from listopd_jax.plan.chips import Topology
 
 WIDTHS = {"float32": 4, "bfloat16": 2}
@@ -53,12 +53,23 @@ class Layout(NamedTuple):
     chunk: int = 1024
     attention: str = "xla"
     drafts: int = 0  # tokens per completion that the rollout's cache has room for besides the budget
-    average: bool = False  # whether an average of the student's weights is kept
+    average: bool = False  # whether an average of what the student trains is kept
+    lora: Lora | None = None  # the adapter that the student trains; None: it trains all of itself
 
     @property
     def keeps_scores(self) -> bool:
         """Whether attention scores are arrays in memory: fused kernels have but blocks of them."""
         return self.attention == "xla"
+
+    def trained(self, student: ModelConfig) -> int:
+        """Parameters of the student that have a gradient and moments."""
+        return lora_params(student, self.lora) if self.lora else num_params(student)
+
+    @property
+    def rolls_out_base(self) -> bool:
+        """Whether the student writes with the arrays of the base: beside an adapter they need be no copy."""
+        gathers = self.gather_rollout and self.sizes["fsdp"] > 1
+        return self.lora is not None and self.compute == self.frozen and not gathers
 
     @property
     def rows(self) -> int:
@@ -141,15 +152,20 @@ def recomputed_flops(c: ModelConfig, load: Load, remat: str) -> float:
 
 
 def step_flops(
-    student: ModelConfig, teacher: ModelConfig, load: Load, remat: str, base: ModelConfig | None = None
-) -> dict[str, float]:
-    """FLOPs of one OPD step by part, over all devices; `base` has the student's shape unless another is given."""
+    student: ModelConfig, teacher: ModelConfig, load: Load, remat: str, base: ModelConfig | None = None,
+    adapted: bool = False,
+) -> dict[str, float]:  # fmt: skip
+    """FLOPs of one OPD step by part, over all devices; `base` has the student's shape unless another is given.
+
+    A student that is `adapted` has no gradients of its weights; its adapter's own products, some rank/width of the
+    others, are left out.
+    """
     return {
         "prefill": prompt_flops(student, load),
         "decode": completion_flops(student, load) + head_flops(student, load),
         "teacher": forward_flops(teacher, load),
         "base": forward_flops(base or student, load),
-        "student": 3 * forward_flops(student, load),
+        "student": (2 if adapted else 3) * forward_flops(student, load),
         "recomputed": recomputed_flops(student, load, remat),
     }
 
@@ -176,7 +192,7 @@ def costs(
 ) -> dict[str, Cost]:
     """The phases of one step on one device, in their order; for `base` see `step_flops`."""
     tensor, width = layout.sizes["tensor"], WIDTHS[layout.compute]
-    flops = step_flops(student, teacher, load, layout.remat, base)
+    flops = step_flops(student, teacher, load, layout.remat, base, layout.lora is not None)
     share = {part: f / (layout.rows * tensor) for part, f in flops.items()}
     copy = width * num_params(student) / tensor
     prompts = load.prompts / layout.rows
@@ -214,8 +230,8 @@ def _update_cost(student, load: Load, layout: Layout, share: Mapping[str, float]
     """The student forward and backward, and AdamW: 28 bytes a parameter read and written, 12 more for an average."""
     width, sizes = WIDTHS[layout.compute], layout.sizes
     weights = 2 * _passes(load, layout) * width * num_params(student) / sizes["tensor"]
-    state = (40 if layout.average else 28) * num_params(student) / layout.shards
-    gradients = _passes(load, layout) * F32 * num_params(student) / layout.shards
+    state = (40 if layout.average else 28) * layout.trained(student) / layout.shards
+    gradients = _passes(load, layout) * F32 * layout.trained(student) / layout.shards
     forwards = 3 if layout.remat in ("full", "attention") else 2
     arriving = {
         "data": 2 * gradients * (sizes["data"] - 1) / sizes["data"],
@@ -281,24 +297,24 @@ def memory_estimate(
     the layers.
     """
     width, tensor = WIDTHS[layout.compute], layout.sizes["tensor"]
-    own, frozen = num_params(student), WIDTHS[layout.frozen]
+    own, trained, frozen = num_params(student), layout.trained(student), WIDTHS[layout.frozen]
     copies = tensor if layout.gather_rollout else layout.shards
     prompts = load.prompts / layout.rows
     prefill_scores = (
         layout.keeps_scores * 3 * F32 * prompts * math.ceil(student.num_heads / tensor) * load.prompt**2
     )
     return {
-        "parameters": F32 * own / layout.shards,
-        "optimizer": 2 * F32 * own / layout.shards,
-        **({"average": F32 * own / layout.shards} if layout.average else {}),
+        "parameters": F32 * trained / layout.shards,
+        "optimizer": 2 * F32 * trained / layout.shards,
+        **({"average": F32 * trained / layout.shards} if layout.average else {}),
         "teacher": frozen * num_params(teacher) / layout.shards,
         "base": frozen * num_params(base or student) / layout.shards,
-        "rollout copy": width * own / copies,
+        "rollout copy": width * (trained if layout.rolls_out_base else own) / copies,
         "kv cache": prompts
         * (load.prompt + load.rollouts * (load.response + layout.drafts))
         * kv_bytes(student, tensor, width),
         "rollout temporaries": prefill_scores + _vocab_bytes(student, layout),
-        "update temporaries": 2 * F32 * own / layout.shards + _pass_bytes(student, teacher, load, layout),
+        "update temporaries": 2 * F32 * trained / layout.shards + _pass_bytes(student, teacher, load, layout),
     }
 
 
@@ -322,7 +338,7 @@ def _pass_bytes(student: ModelConfig, teacher: ModelConfig, load: Load, layout: 
     stored = {"full": 0.0, "attention": mixed, "dots": units, "none": 2 * units}[layout.remat]
     layer = max(layer_weights(c) / c.num_layers for c in (student, teacher))
     kept = student.num_layers * tokens * width * (student.hidden_size + stored)
-    head_gradient = F32 * student.vocab_size * student.hidden_size / tensor
+    head_gradient = 0 if layout.lora else F32 * student.vocab_size * student.hidden_size / tensor
     return scores + kept + 2 * width * layer / tensor + head_gradient + _vocab_bytes(teacher, layout)
 
 

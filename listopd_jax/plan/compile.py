@@ -21,9 +21,10 @@ from jax.experimental import topologies
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from listopd_jax.errors import UserError
-from listopd_jax.models.build import PARAM_DTYPE, cast, graph_of
-from listopd_jax.models.config import ModelConfig
+from listopd_jax.models.build import PARAM_DTYPE, cast, graph_of, lora_of
+from listopd_jax.models.config import Lora, ModelConfig
 from listopd_jax.models.decoder import KVCache, abstract
+from listopd_jax.models.lora import abstract_adapter, joined
 from listopd_jax.ops.attention_backends import resolve
 from listopd_jax.ops.opd_loss import Frozen
 from listopd_jax.parallel import rules
@@ -46,7 +47,7 @@ from listopd_jax.stages.job import base_of, draft_tokens
 from listopd_jax.stages.opd import hyper_at, make_step
 from listopd_jax.train.opd_step import OpdBatch
 from listopd_jax.train.optimizer import TrainState, adamw
-from listopd_jax.train.sft_step import make_sft_step
+from listopd_jax.train.sft_step import NONE, make_sft_step
 
 HINT = 256  # tokens of the answer that drafts are copied from: about what a list of eight takes
 _TOO_LARGE = (
@@ -97,13 +98,16 @@ def devices_of(topology: Topology) -> list[Any] | None:
     return topologies.get_topology_desc(topology.name, "tpu", **options).devices
 
 
-def state_memory(config: Any, shapes: Mapping[str, ModelConfig], mesh: Mesh) -> dict[str, int]:
-    """Bytes on one device of what rests there, by kind, and of the rollout's copy and cache."""
+def state_memory(
+    config: Any, shapes: Mapping[str, ModelConfig], mesh: Mesh, rolls_out_base: bool
+) -> dict[str, int]:
+    """Bytes on one device of what rests there, by kind, and of the rollout's copy (but for the base) and cache."""
     state, frozen = _state(config, shapes, mesh)
     trees = (state.params, state.opt_state, state.average, frozen.teacher, frozen.base)
     named = zip(RESTING, trees, strict=True)
     memory = {kind: _shard_bytes(tree) for kind, tree in named if tree is not None}
-    memory["rollout copy"] = _shard_bytes(_rollout_params(config, state.params, mesh))
+    copied = state.params if rolls_out_base else joined(frozen.base, state.params)
+    memory["rollout copy"] = _shard_bytes(_rollout_params(config, copied, mesh))
     memory["kv cache"] = _shard_bytes(_caches(config, shapes["student"], mesh))
     return memory
 
@@ -126,6 +130,7 @@ def compile_rollout(config: Any, shapes: Mapping[str, ModelConfig], vocab: int, 
 def compile_evaluation(config: Any, shapes: Mapping[str, ModelConfig], vocab: int, mesh: Mesh) -> Program:
     """What evaluates the teacher after its SFT, in the compute dtype: the same programs, of its own batch."""
     alone = ml_collections.ConfigDict(copy.deepcopy(config.to_dict()))
+    alone.student.lora.rank = 0
     with use_mesh(mesh):
         alone.opd.update(batch_size=rules.round_up_rows(config.evaluation.batch_size), rollouts=1)
     return compile_rollout(alone, {**shapes, "student": shapes["teacher"]}, vocab, mesh)
@@ -156,7 +161,8 @@ def rollout_programs(
 
 def _sampler(config: Any, shapes: Mapping[str, ModelConfig], vocab: int, mesh: Mesh) -> Sampler:
     """The abstract student as the OPD stage samples from it."""
-    params = _rollout_params(config, _state(config, shapes, mesh)[0].params, mesh)
+    state, frozen = _state(config, shapes, mesh)
+    params = _rollout_params(config, joined(frozen.base, state.params), mesh)
     weights, key, temperature = _replicate(
         jax.eval_shape(lambda: (jnp.ones((1, config.opd.rollouts)), jax.random.key(0), jnp.float32(1))), mesh
     )
@@ -164,13 +170,17 @@ def _sampler(config: Any, shapes: Mapping[str, ModelConfig], vocab: int, mesh: M
         config.task.max_response, vocab, eos=(0,), pad=0, draft_tokens=draft_tokens(config),
         pass_tokens=pass_tokens(platform_of(mesh)),
     )  # fmt: skip
-    graphs = (_graph(config, shapes["student"], mesh),)
+    graphs = (_graph(config, shapes["student"], mesh, lora_of(config.student)),)
     return Sampler(graphs, (params,), weights, key, temperature, settings)
 
 
 def compile_update(config: Any, shapes: Mapping[str, ModelConfig], vocab: int, mesh: Mesh) -> Program:
     """The OPD stage's update at the widest prompts and completions; TooLarge if the compiler refuses."""
     graphs = {role: _graph(config, shape, mesh) for role, shape in shapes.items()}
+    graphs |= {
+        "base": graphs["student"],
+        "student": _graph(config, shapes["student"], mesh, lora_of(config.student)),
+    }
     step = make_step(config.opd, _optimizer(config), graphs, vocab=vocab, attention=_attention(config, mesh))
     state, frozen = _state(config, shapes, mesh)
     scalars = jax.eval_shape(lambda: (hyper_at(config.opd, lam=1.0, step=0), jnp.float32(config.opd.lr)))
@@ -183,14 +193,17 @@ def compile_sft(config: Any, shapes: Mapping[str, ModelConfig], vocab: int, mesh
     """The update of the SFT of `role`, at the widest prompts and answers; TooLarge if the compiler refuses."""
     sft = config.sft[role]
     tx = adamw(config.optimizer, sft.b2, sft.moments)
-    graph = _graph(config, shapes[role], mesh)
-    step = make_sft_step(graph, tx, vocab, config.opd.head_chunk, sft.microbatch)
-    params = abstract(shapes[role], param_dtype=jnp.dtype(PARAM_DTYPE))[1]
-    state = TrainState(params, jax.eval_shape(tx.init, params))
-    state = rules.abstract(state, rules.state_shardings(state, mesh))
+    lora = lora_of(config[role])
+    step = make_sft_step(
+        _graph(config, shapes[role], mesh, lora), tx, vocab, config.opd.head_chunk, sft.microbatch
+    )
+    params = _trained(shapes[role], lora)
+    frozen = abstract(shapes[role], param_dtype=jnp.dtype(config.dtype.frozen))[1] if lora else NONE
+    trees = TrainState(params, jax.eval_shape(tx.init, params)), frozen
+    state, frozen = (rules.abstract(tree, rules.state_shardings(tree, mesh)) for tree in trees)
     lr = _replicate(jax.ShapeDtypeStruct((), jnp.float32), mesh)
     with _target(config, mesh):
-        lowered = step.lower(state, _answers(config, sft.batch_size, mesh), lr)
+        lowered = step.lower(state, _answers(config, sft.batch_size, mesh), lr, frozen)
         return _compiled(lowered, f"sft {role}", UPDATE, mesh)[0]
 
 
@@ -233,9 +246,14 @@ def _attention(config: Any, mesh: Mesh) -> str:
     return resolve(config.attention, platform_of(mesh), config.dtype.compute)
 
 
-def _graph(config: Any, shape: ModelConfig, mesh: Mesh) -> nnx.GraphDef:
+def _graph(config: Any, shape: ModelConfig, mesh: Mesh, lora: Lora | None = None) -> nnx.GraphDef:
     """The static half of a decoder."""
-    return graph_of(shape, config.dtype.compute, config.remat, _attention(config, mesh))
+    return graph_of(shape, config.dtype.compute, config.remat, _attention(config, mesh), lora)
+
+
+def _trained(shape: ModelConfig, lora: Lora | None) -> nnx.State:
+    """What a model trains: an adapter, or all of itself."""
+    return abstract_adapter(shape, lora) if lora else abstract(shape, param_dtype=jnp.dtype(PARAM_DTYPE))[1]
 
 
 def _optimizer(config: Any) -> optax.GradientTransformation:
@@ -245,7 +263,7 @@ def _optimizer(config: Any) -> optax.GradientTransformation:
 
 def _state(config: Any, shapes: Mapping[str, ModelConfig], mesh: Mesh) -> tuple[TrainState, Frozen]:
     """Abstract student, optimizer, teacher and base, split as they rest."""
-    student = abstract(shapes["student"], param_dtype=jnp.dtype(PARAM_DTYPE))[1]
+    student = _trained(shapes["student"], lora_of(config.student))
     teacher = abstract(shapes["teacher"], param_dtype=jnp.dtype(config.dtype.frozen))[1]
     base = abstract(base_of(shapes), param_dtype=jnp.dtype(config.dtype.frozen))[1]
     average = student if config.opd.ema else None

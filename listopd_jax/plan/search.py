@@ -76,6 +76,7 @@ def shapes_of(config: Any) -> dict[str, ModelConfig]:
 
 def layout_of(config: Any, topology: Topology) -> Layout:
     """The layout that the config asks for; UserError if its mesh does not fit the devices or the models."""
+    from listopd_jax.models.build import lora_of
     from listopd_jax.ops.attention_backends import resolve
     from listopd_jax.parallel.mesh import mesh_sizes
     from listopd_jax.stages.job import draft_tokens
@@ -88,6 +89,7 @@ def layout_of(config: Any, topology: Topology) -> Layout:
     return Layout(
         sizes, config.opd.microbatch, remat, config.dtype.compute, config.dtype.frozen,
         config.parallel.gather_rollout, config.opd.head_chunk, backend, draft_tokens(config), config.opd.ema > 0,
+        lora_of(config.student),
     )  # fmt: skip
 
 
@@ -109,7 +111,7 @@ def make_plan(config: Any, topology: Topology, load: Load, compile_it: bool) -> 
     models = {"student": shapes["student"], "teacher": shapes["teacher"], "base": base_of(shapes)}
     phases = arithmetic.costs(**models, load=load, layout=layout)
     floor = arithmetic.roofline(phases, topology, layout.sizes)
-    flops = arithmetic.step_flops(**models, load=load, remat=layout.remat)
+    flops = arithmetic.step_flops(**models, load=load, remat=layout.remat, adapted=layout.lora is not None)
     plan = {
         "topology": topology.name,
         "devices": topology.devices,
@@ -183,14 +185,15 @@ def _compiled_memory(config, shapes, topology: Topology, layout: Layout) -> dict
     if devices is None:
         return None
     mesh = make_mesh(layout.sizes, devices)
-    memory = aot.state_memory(config, shapes, mesh)
+    memory = aot.state_memory(config, shapes, mesh, layout.rolls_out_base)
     result = {"memory_source": f"compiled for {devices[0].device_kind}", "refused": None}
     # What is not among a program's arguments waits beside it: the teacher, until it is needed; for what writes, whose
-    # own are a copy of the model and the prompts, all else.
+    # own are a copy of the model (or the base, beside an adapter) and the prompts, all else.
+    shared = memory["base"] if layout.rolls_out_base else 0
     waiting = {
         "sft student": memory["teacher"],
         "evaluation": memory["teacher"] * arithmetic.F32 / arithmetic.WIDTHS[layout.frozen],
-        "rollout": arithmetic.resting(memory),
+        "rollout": arithmetic.resting(memory) - shared,
     }
     peaks, moved = {}, {}
     for phase, build in _builds(config).items():
@@ -201,7 +204,7 @@ def _compiled_memory(config, shapes, topology: Topology, layout: Layout) -> dict
             result["refused"] = str(e)
             continue
         peaks[phase] = waiting.get(phase, 0) + program.peak
-        listed = memory["rollout copy"] + memory["kv cache"]
+        listed = memory["rollout copy"] + memory["kv cache"] + shared
         if phase != "evaluation":
             memory[f"{phase} temporaries"] = (
                 program.peak - listed if phase == "rollout" else program.temporaries

@@ -39,6 +39,8 @@ from listopd_jax.report.wording import (
 
 MAX_OUTPUT, MAX_PROMPT = 1500, 4000  # characters of an example shown
 FEW_BUDGETS = 2  # drawn in the figure of parse against λ
+FORGETTING = ("perplexity", "kl_to_base")
+FORGETTING_HEAD = ("policy", "seed", "perplexity", "KL to the base")
 GOOD_EXAMPLES, BAD_EXAMPLES = 1, 2  # shown a policy
 _ORIGIN = ("fingerprint", "inputs", "files")  # of the data report: for machines, folded away
 
@@ -96,6 +98,26 @@ def failures_section(inputs: Inputs) -> Section | None:
     lead += f" No answer shows: {', '.join(absent)}." if absent else ""
     plot, table = _failure_plot(shown, names), _failure_table(shown, names)
     return Section("failures", "How answers fail", lead, plots=[plot], tables=[table], layout="beside")
+
+
+def forgetting_section(inputs: Inputs) -> Section | None:
+    """How policies read unrelated English, before distillation and after; None where that was not asked for."""
+    rows = [
+        (
+            Cell(findings.policy_name(*r.policy)),
+            Cell(fact(r.seed)),
+            *(Cell(fact(measured.get(n))) for n in FORGETTING),
+        )
+        for r in inputs.results
+        if isinstance(measured := r.extra.get("forgetting"), Mapping)
+    ]
+    if not rows:
+        return None
+    lead = (
+        "Twelve English sentences that have nothing to do with the task: perplexity a token, and the mean KL "
+        "divergence to the base in nats. The SFT student is the base: what distilled policies start from."
+    )
+    return Section("forgetting", "What is forgotten", lead, tables=[Table("", FORGETTING_HEAD, rows)])
 
 
 def examples_section(inputs: Inputs) -> Section | None:
@@ -156,6 +178,7 @@ SECTIONS: tuple[Callable[[Inputs], Section | None], ...] = (
     passage_section,
     opd_section,
     sft_section,
+    forgetting_section,
     examples_section,
     data_section,
     choices_section,

@@ -46,4 +46,4 @@ def _section(config: ml_collections.FrozenConfigDict, weights: str) -> ml_collec
             f"{weights}: holds no tokenizer, so its ids cannot be compared with the task's; copy the tokenizer that it "
             "was trained with into the folder"
         )
-    return ml_collections.FrozenConfigDict(config.student.to_dict() | {"weights": weights})
+    return ml_collections.FrozenConfigDict(config.student.to_dict() | {"weights": weights, "adapter": ""})

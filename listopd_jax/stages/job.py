@@ -29,6 +29,7 @@ from listopd_jax.data.tokenizer import (
 from listopd_jax.errors import UserError
 from listopd_jax.models.build import (
     graph_of,
+    lora_of,
     model_config,
     model_ends,
     tokenizer_source,
@@ -96,6 +97,16 @@ class Job:
         """Static halves of the models by role; `base_of` them is the base's."""
         compute, remat = self.config.dtype.compute, self.config.remat
         return {role: graph_of(shape, compute, remat, self.attention) for role, shape in self.shapes.items()}
+
+    @functools.cached_property
+    def trained(self) -> dict[str, nnx.GraphDef]:
+        """Static halves of the models as they train: with their adapters, if they train these."""
+        compute, remat = self.config.dtype.compute, self.config.remat
+        graphs = dict(self.graphs)
+        for role, model in self.models.items():
+            if lora := lora_of(model):
+                graphs[role] = graph_of(self.shapes[role], compute, remat, self.attention, lora)
+        return graphs
 
     @functools.cached_property
     def train(self) -> data_input.EncodedSplit:

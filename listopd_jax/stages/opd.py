@@ -12,7 +12,8 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
 from listopd_jax.config import eval_budgets
-from listopd_jax.models.build import cast
+from listopd_jax.models.build import cast, lora_of
+from listopd_jax.models.lora import joined, merged
 from listopd_jax.ops.objective import Hyper, Variant, warmed_up_lambda
 from listopd_jax.ops.opd_loss import Frozen, Models
 from listopd_jax.parallel import hosts
@@ -30,7 +31,7 @@ from listopd_jax.train.preflight import answer_logprobs, check_models
 class Distillation(NamedTuple):
     """What the runs of every λ and seed share: where they start, what stays as it is, and how they are updated."""
 
-    start: Callable[[], Any]  # gives each run its own copy of the SFT parameters in float32
+    start: Callable[[int], Any]  # gives the run of a seed its own copy of what trains, in float32
     frozen: Frozen
     tx: optax.GradientTransformation
     step: Callable  # of `make_step`
@@ -68,10 +69,12 @@ def make_step(
 ) -> Callable:
     """The update program of config section `opd`, to be shared by every λ and seed: they are data to it.
 
-    `graphs` are the static halves of the models by role, `attention` is their backend (never auto).
+    `graphs` are the static halves of the models by role and, where it is none of these, of the base; `attention` is
+    their backend (never auto).
     """
+    base = graphs["base"] if "base" in graphs else base_of(graphs)
     return make_opd_step(
-        Models(student=graphs["student"], teacher=graphs["teacher"], base=base_of(graphs)),
+        Models(student=graphs["student"], teacher=graphs["teacher"], base=base),
         tx,
         variant_of(opd),
         vocab=vocab,
@@ -114,9 +117,14 @@ def learning_rate(opd: Any, step: int, steps: int) -> float:
     return linear_lr(step, steps, opd.lr) if opd.lr_decay == "linear" else opd.lr
 
 
-def initial_state(job: Job, shared: Distillation) -> TrainState:
-    """The state that every run starts from."""
-    return init_state(shared.start(), shared.tx, average=job.config.opd.ema > 0)
+def initial_state(job: Job, shared: Distillation, seed: int) -> TrainState:
+    """The state that a run of `seed` starts from."""
+    return init_state(shared.start(seed), shared.tx, average=job.config.opd.ema > 0)
+
+
+def whole(job: Job, shared: Distillation, trained: Any) -> Any:
+    """The student's parameters of what a run trained: themselves, or its adapter merged into the base."""
+    return merged(shared.frozen.base, trained, lora_of(job.config.student))
 
 
 def train_opd(
@@ -132,7 +140,8 @@ def train_opd(
     def update(state, batch, step):
         rows = hosts.global_batch({k: batch[k] for k in ("prompt", "prompt_length", "index")}, opd.batch_size)
         prompts, lengths = rows["prompt"], rows["prompt_length"]
-        rollout = sample(job, state.params, prompts, lengths, jax.random.fold_in(key, step))
+        student = joined(shared.frozen.base, state.params)
+        rollout = sample(job, student, prompts, lengths, jax.random.fold_in(key, step))
         reward = contract_reward(job, rollout, rows["index"]) if opd.contract_reward else None
         sampled = OpdBatch(prompts, lengths, rollout._replace(steps=None), reward)
         hyper = hyper_at(opd, watch.lam(run.lam) if watch else run.lam, step)
@@ -146,9 +155,10 @@ def train_opd(
         contract = contract_metrics(job, rollout, per_token, rows["index"])
         return state, metrics | tokens | contract | logged_completions(job, sampled, rows["index"], step + 1)
 
-    initial, batches = functools.partial(initial_state, job, shared), job.opd_batches(run.seed)
+    initial, batches = functools.partial(initial_state, job, shared, run.seed), job.opd_batches(run.seed)
     saving = opd_saving(config, best)
-    return train(job.workdir, run, initial, batches, update, saving, watch=watch, tracking=job.tracking)
+    result = train(job.workdir, run, initial, batches, update, saving, watch=watch, tracking=job.tracking)
+    return whole(job, shared, result)
 
 
 def opd_saving(config: Any, best: int | None = None) -> Saving:
@@ -163,7 +173,7 @@ def sample(job: Job, params: Any, prompts, lengths, key) -> Rollout:
     if job.config.parallel.gather_rollout:
         params = decoding_copy(params)
     rollout = generate(
-        (job.graphs["student"],), (params,), jnp.ones((1, opd.rollouts)), prompts, lengths, key,
+        (job.trained["student"],), (params,), jnp.ones((1, opd.rollouts)), prompts, lengths, key,
         temperature=opd.temperature, **decoding,
     )  # fmt: skip
     return trim(rollout, decoding["max_tokens"])

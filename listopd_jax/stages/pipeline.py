@@ -9,13 +9,15 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from listopd_jax.models.build import PARAM_DTYPE, cast, initial_params
+from listopd_jax.models.build import PARAM_DTYPE, cast, initial_params, lora_of
 from listopd_jax.models.hf import save_hf
+from listopd_jax.models.lora import initial_adapter
 from listopd_jax.ops.opd_loss import Frozen
 from listopd_jax.parallel.hosts import is_main
 from listopd_jax.stages.calibrate import calibrate_stage
 from listopd_jax.stages.collapse import best_checkpoint, collapse_fields, watch_of
 from listopd_jax.stages.forecast import forecast
+from listopd_jax.stages.forgetting import forgetting
 from listopd_jax.stages.job import REFERENCE, ROLES, Job, base_of, job_on_mesh
 from listopd_jax.stages.opd import Distillation, make_step, opd_runs, preflight, train_opd
 from listopd_jax.stages.results import evaluate, evaluated, summary, write_plan
@@ -37,7 +39,8 @@ def _models_to_policies(job: Job) -> None:
     calibrate_stage(job, frozen)
     forecast(job, frozen)
     tx = adamw(config.optimizer, config.opd.b2, config.opd.moments)
-    step = make_step(config.opd, tx, job.graphs, vocab=job.codec.vocab, attention=job.attention)
+    graphs = job.graphs | {"student": job.trained["student"], "base": base_of(job.graphs)}
+    step = make_step(config.opd, tx, graphs, vocab=job.codec.vocab, attention=job.attention)
     shared = Distillation(student_again(job, frozen.base), frozen, tx, step)
     for seed in config.opd.seeds:
         for lam in config.opd.lambdas:
@@ -69,14 +72,17 @@ def sft_stage(job: Job, role: str) -> Any:
     return params
 
 
-def student_again(job: Job, base: Any) -> Callable[[], Any]:
-    """What gives every OPD run the SFT student in float32: a copy of `base` if it is that, else read again.
+def student_again(job: Job, base: Any) -> Callable[[int], Any]:
+    """What gives every OPD run what it trains, in float32: a new adapter of its seed, or the SFT student.
 
-    Through OPD there is no room on a device for a float32 copy that only the next run needs.
+    That is a copy of the base if the base is float32, else it is read again: through OPD there is no room on a device
+    for a float32 copy that only the next run needs.
     """
+    if lora := lora_of(job.config.student):
+        return functools.partial(initial_adapter, job.shapes["student"], lora)
     if job.config.dtype.frozen == PARAM_DTYPE and not job.config.reference.weights:
-        return lambda: jax.tree.map(jnp.copy, base)
-    return functools.partial(train_sft, job, "student")
+        return lambda seed: jax.tree.map(jnp.copy, base)
+    return lambda seed: train_sft(job, "student")
 
 
 def distil(job: Job, shared: Distillation, lam: float, seed: int) -> None:
@@ -89,7 +95,8 @@ def distil(job: Job, shared: Distillation, lam: float, seed: int) -> None:
             besides = collapse_fields(watch, run)
             if watch and watch.stopped:
                 besides["checkpoint"], params = best_checkpoint(job, shared, run)
-            finish(job, "student", params, run, run is runs[-1], **besides)
+            start = None if REFERENCE in job.models else shared.frozen.base
+            finish(job, "student", params, run, run is runs[-1], start, **besides)
 
 
 def most_useful(workdir: pathlib.Path, runs: Sequence[Run]) -> int | None:
@@ -98,14 +105,18 @@ def most_useful(workdir: pathlib.Path, runs: Sequence[Run]) -> int | None:
     return max(((r.useful, r.steps) for r in records), default=(None, None))[1]
 
 
-def finish(job: Job, role: str, params: Any, run: Run, export: bool = True, **besides: Any) -> None:
+def finish(
+    job: Job, role: str, params: Any, run: Run, export: bool = True, base: Any = None, **besides: Any
+) -> None:
     """Export and evaluate the policy that `run` ended in; its record in results.json says that both are done.
 
-    `besides` are more fields of the record.
+    `base` is what it was distilled from. `besides` are more fields of the record.
     """
     if export and job.config.train.export:
         folder, codec = job.workdir / "export" / run.name, job.codec
         save_hf(folder, job.shapes[role], params, codec.tokenizer, ends=codec.ends)
+    if job.config.evaluation.forgetting:
+        besides["forgetting"] = forgetting(job, role, params, base)
     record = evaluate(job, role, params, run, **besides)
     if is_main():
         print(f"{run.name}, {run.steps} steps: {summary(record)}", file=sys.stderr)

@@ -5,12 +5,13 @@ from typing import Any
 
 import jax.numpy as jnp
 
-from listopd_jax.models.build import PARAM_DTYPE, initial_params
+from listopd_jax.models.build import PARAM_DTYPE, initial_params, lora_of
+from listopd_jax.models.lora import initial_adapter, merged
 from listopd_jax.parallel.hosts import global_batch
 from listopd_jax.stages.job import Job, saving
 from listopd_jax.train.loop import Run, train
 from listopd_jax.train.optimizer import adamw, cosine_lr, init_state
-from listopd_jax.train.sft_step import make_sft_step
+from listopd_jax.train.sft_step import NONE, make_sft_step
 
 
 def sft_run(job: Job, role: str) -> Run:
@@ -23,17 +24,23 @@ def sft_run(job: Job, role: str) -> Run:
 def train_sft(job: Job, role: str) -> Any:
     """Train `role` on the answers, or load it if that is done; its parameters in float32."""
     config, sft, run = job.config, job.config.sft[role], sft_run(job, role)
-    tx = adamw(config.optimizer, sft.b2, sft.moments)
-    start = functools.partial(initial_params, config[role], job.shapes[role], sft.seed, PARAM_DTYPE)
+    tx, lora = adamw(config.optimizer, sft.b2, sft.moments), lora_of(config[role])
+    weights = functools.partial(initial_params, config[role], job.shapes[role], sft.seed)
     if run.steps == 0:  # the weights are fine-tuned already
-        return start()
-    sft_step = make_sft_step(job.graphs[role], tx, job.codec.vocab, config.opd.head_chunk, sft.microbatch)
+        return weights(PARAM_DTYPE)
+    if lora is None:
+        frozen, start = NONE, functools.partial(weights, PARAM_DTYPE)
+    else:
+        frozen = weights(config.dtype.frozen)
+        start = functools.partial(initial_adapter, job.shapes[role], lora, sft.seed)
+    sft_step = make_sft_step(job.trained[role], tx, job.codec.vocab, config.opd.head_chunk, sft.microbatch)
 
     def update(state, batch, step):
         lr = cosine_lr(step, run.steps, sft.lr, sft.warmup_steps)
-        return sft_step(state, global_batch(batch, sft.batch_size), jnp.float32(lr))
+        return sft_step(state, global_batch(batch, sft.batch_size), jnp.float32(lr), frozen)
 
-    return train(
+    params = train(
         job.workdir, run, lambda: init_state(start(), tx), job.sft_batches(role), update, saving(config),
         tracking=job.tracking,
     )  # fmt: skip
+    return merged(frozen, params, lora)

@@ -176,7 +176,8 @@ class Checkpoints:
         except (jax.errors.JaxRuntimeError, MemoryError):  # no fault of the files
             raise
         except Exception as e:  # orbax and tensorstore raise bare Exceptions for damaged files
-            problem = one_line(e)[:200]
+            reason = f" ({e.strerror})" if isinstance(e, OSError) and e.strerror else ""
+            problem = f"{' and '.join(items)} cannot be read{reason}"
         if anywhere(problem is not None):
             raise _Damaged(problem or "another host cannot read it")
         return found

@@ -15,6 +15,7 @@ import optax
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
+from listopd_jax.models.lora import joined
 from listopd_jax.ops.objective import Hyper, Variant, token_weights
 from listopd_jax.ops.opd_loss import Frozen, Models, opd_loss
 from listopd_jax.parallel.compiler import UPDATE, backend_options
@@ -46,7 +47,8 @@ def make_opd_step(
 ) -> Callable:
     """A jitted step(state, frozen, batch: OpdBatch, hyper: Hyper, lr) → (state, metrics, per_token).
 
-    `graphs` are the static halves of the models, `frozen` the parameters of teacher and base. With `grid`, a step of G
+    `graphs` are the static halves of the models, `frozen` the parameters of teacher and base. A student with an adapter
+    (of `lora`) has in its state the adapter alone; the rest of it are the arrays of the base. With `grid`, a step of G
     independent students (λ, seeds) in one program: everything but `frozen`, which they share, has a leading axis G,
     split along the mesh's `grid`. `pallas`: see `opd_loss`.
 
@@ -78,7 +80,7 @@ def make_opd_step(
 def _loss(graphs: Models, params, frozen: Frozen, batch: OpdBatch, weights, loss_function: Callable, hyper):
     """Weighted loss of one microbatch, differentiable in `params`, and per-token quantities [B, n, T]."""
     tokens = batch.rollout.tokens
-    decoders = Models(*map(nnx.merge, graphs, Models(params, *frozen)))
+    decoders = Models(*map(nnx.merge, graphs, Models(joined(frozen.base, params), *frozen)))
     hiddens = Models(*(completion_hidden(d, batch.prompts, batch.prompt_lengths, tokens) for d in decoders))
     heads = Models(*(d.head_weight() for d in decoders))
     hiddens, *rows = jax.tree.map(

@@ -1,5 +1,6 @@
 """One supervised step: cross-entropy on the answer's tokens only."""
 
+import functools
 from collections.abc import Callable
 
 import jax
@@ -8,6 +9,7 @@ import optax
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
+from listopd_jax.models.lora import joined
 from listopd_jax.ops.fused import fused_loss
 from listopd_jax.ops.head import entropy_of, take_token
 from listopd_jax.ops.objective import token_weights
@@ -16,6 +18,8 @@ from listopd_jax.rollout.decode import completion_mask
 from listopd_jax.rollout.scoring import completion_hidden
 from listopd_jax.train.accumulate import accumulated_grad
 from listopd_jax.train.optimizer import TrainState, apply_gradients
+
+NONE = nnx.State({})
 
 
 def cross_entropy(
@@ -30,24 +34,26 @@ def cross_entropy(
 def make_sft_step(
     graphdef: nnx.GraphDef, tx: optax.GradientTransformation, vocab: int, chunk: int, microbatch: int = 0
 ) -> Callable:
-    """A jitted step(state, batch, lr) → (state, metrics); `batch` as in listopd_jax.data.input.
+    """A jitted step(state, batch, lr, frozen) → (state, metrics); `batch` as in listopd_jax.data.input.
 
+    `frozen` are the parameters beside which an adapter trains; none where the whole model trains.
     Metrics are scalars: loss (nats a token), entropy, grad_norm, tokens (answer tokens in the batch).
     """
 
-    def loss_of(params, rows):
+    def loss_of(params, rows, frozen):
         batch, weights = rows
-        decoder, answers = nnx.merge(graphdef, params), batch["answer"][:, None]
+        decoder, answers = nnx.merge(graphdef, joined(frozen, params)), batch["answer"][:, None]
         hidden = completion_hidden(decoder, batch["prompt"], batch["prompt_length"], answers)
         flat = hidden.reshape(-1, hidden.shape[-1]), decoder.head_weight()
         rows = answers.reshape(-1), weights.reshape(-1)
         loss, entropy = fused_loss(cross_entropy, vocab, chunk, *flat, rows, None)
         return loss, entropy.reshape(weights.shape)
 
-    def step(state: TrainState, batch, lr):
+    def step(state: TrainState, batch, lr, frozen=NONE):
         mask = completion_mask(batch["answer_length"][:, None], batch["answer"].shape[-1])
         weights = token_weights(mask.astype(jnp.float32), "token")
-        loss, grads, entropy = accumulated_grad(loss_of, state.params, (batch, weights), microbatch)
+        loss_of_rows = functools.partial(loss_of, frozen=frozen)
+        loss, grads, entropy = accumulated_grad(loss_of_rows, state.params, (batch, weights), microbatch)
         metrics = {
             "loss": loss,
             "entropy": entropy.sum(),

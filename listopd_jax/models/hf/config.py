@@ -11,6 +11,12 @@ from listopd_jax import files
 from listopd_jax.errors import UserError, first_line
 from listopd_jax.models.config import ModelConfig, RopeScaling
 
+CLASSES = {"qwen3": "Qwen3", "qwen2": "Qwen2", "llama": "Llama", "mistral": "Mistral", "smollm3": "SmolLM3"}
+"""What transformers calls the models of each model_type that Decoder computes."""
+
+
+MOST_LAYERS = 1000  # that a file may make us list
+
 
 def resolve(source: str | os.PathLike, revision: str | None = None) -> pathlib.Path:
     """The local folder of a checkpoint: `source` itself, or the snapshot of a hub id."""
@@ -80,47 +86,68 @@ def _refuse_adapter(folder: pathlib.Path) -> None:
     """UserError for the folder of an adapter, even beside whole weights: without it they are another model."""
     if found := min(folder.glob("adapter_*"), default=None):
         raise UserError(
-            f"{folder}: holds {found.name}, a LoRA or other adapter and not a whole model; merge it first: "
+            f"{folder}: holds {found.name}, a LoRA or other adapter and not a whole model; give it as student.adapter "
+            "beside its base model as student.weights, or merge it: "
             "peft.AutoPeftModelForCausalLM.from_pretrained(FOLDER).merge_and_unload().save_pretrained(NEW_FOLDER)"
         )
 
 
 def _refuse_unsupported(raw: dict[str, Any]) -> None:
     kind = raw.get("model_type")
-    if kind not in ("qwen3", "llama"):
-        raise UserError(f"model_type {kind!r} is not supported; use a qwen3 or llama checkpoint")
+    if kind not in CLASSES:
+        raise UserError(f"model_type {kind!r} is not supported; use a checkpoint of {', '.join(CLASSES)}")
+    refuse_quantized(raw.get("quantization_config") or raw.get("compression_config"))
+    if _slides(raw):
+        raise UserError(
+            "sliding-window attention is not supported; the model is the same for prompts with answers of up to "
+            "sliding_window tokens: if yours are, set it to null, use_sliding_window to false, and delete layer_types"
+        )
     activation, architectures = raw.get("hidden_act", "silu"), raw.get("architectures")
     problems = {
-        "attention_bias true": raw.get("attention_bias"),
+        "attention_bias true": kind != "qwen2" and raw.get("attention_bias"),
         "mlp_bias true": raw.get("mlp_bias"),
-        "sliding-window attention": _slides(raw),
-        "quantization_config": raw.get("quantization_config"),
         f"hidden_act {activation!r}": activation != "silu",
         "partial_rotary_factor": raw.get("partial_rotary_factor", 1) != 1,
         f"architectures {architectures}": architectures and not _generates(str(architectures), raw),
     }
     for problem, present in problems.items():
         if present:
-            raise UserError(f"{problem} is not supported; use a plain qwen3 or llama causal language model")
+            raise UserError(f"{problem} is not supported; use a plain {kind} causal language model")
+
+
+def refuse_quantized(quantization: Any) -> None:
+    """UserError if there is a quantization: GPTQ, AWQ, FP8, bitsandbytes and the like."""
+    if quantization:
+        method = (
+            quantization.get("quant_method", "unnamed") if isinstance(quantization, dict) else quantization
+        )
+        raise UserError(
+            f"quantized weights ({method}) are not supported; give the checkpoint that they were made from, "
+            "usually that of the same name without -FP8, -AWQ, -GPTQ or -4bit"
+        )
 
 
 def _generates(architectures: str, raw: dict[str, Any]) -> bool:
     """Whether a model has a head: the bare decoder, as embedding models are saved, only where it shares its matrix."""
-    bare = (
-        bool(re.search(r"\b(Qwen3|Llama)Model\b", architectures)) and raw.get("tie_word_embeddings") is True
-    )
+    name = CLASSES[raw["model_type"]]
+    bare = bool(re.search(rf"\b{name}Model\b", architectures)) and raw.get("tie_word_embeddings") is True
     return "ForCausalLM" in architectures or bare
 
 
 def _slides(raw: dict[str, Any]) -> bool:
-    """Whether any layer has a sliding window: Qwen3 switches it on from layer `max_window_layers` upwards."""
+    """Whether any layer has a sliding window: Qwen switches it on from layer `max_window_layers` upwards."""
+    if raw["model_type"] == "mistral":
+        return (
+            raw.get("sliding_window", 4096) is not None
+        )  # 4096 is what transformers takes an absent one for
     if raw.get("layer_types"):
         return "sliding_attention" in raw["layer_types"]
-    return bool(raw.get("use_sliding_window")) and raw.get("max_window_layers", 28) < raw["num_hidden_layers"]
+    first = 0 if raw["model_type"] == "smollm3" else raw.get("max_window_layers", 28)
+    return bool(raw.get("use_sliding_window")) and first < raw["num_hidden_layers"]
 
 
 def _parse_config(raw: dict[str, Any]) -> ModelConfig:
-    heads, qwen3 = raw["num_attention_heads"], raw["model_type"] == "qwen3"
+    heads, kind = raw["num_attention_heads"], raw["model_type"]
     theta, scaling = _parse_rope(raw)
     return ModelConfig(
         vocab_size=raw["vocab_size"],
@@ -129,12 +156,15 @@ def _parse_config(raw: dict[str, Any]) -> ModelConfig:
         num_layers=raw["num_hidden_layers"],
         num_heads=heads,
         num_kv_heads=raw.get("num_key_value_heads") or heads,
-        head_dim=raw.get("head_dim") or (128 if qwen3 else _default_head_dim(raw["hidden_size"], heads)),
+        head_dim=raw.get("head_dim")
+        or (128 if kind == "qwen3" else _default_head_dim(raw["hidden_size"], heads)),
         rope_theta=theta,
         rope_scaling=scaling,
         norm_eps=raw.get("rms_norm_eps", 1e-6),
-        qk_norm=qwen3,
-        tied=raw.get("tie_word_embeddings", False),
+        qk_norm=kind == "qwen3",
+        qkv_bias=kind == "qwen2",
+        nope_layers=_nope_layers(raw) if kind == "smollm3" else (),
+        tied=raw.get("tie_word_embeddings", kind == "smollm3"),
         max_positions=raw.get("max_position_embeddings", 32768),
     )
 
@@ -147,12 +177,29 @@ def _default_head_dim(hidden: Any, heads: Any) -> int:
     return hidden // heads
 
 
+def _nope_layers(raw: dict[str, Any]) -> tuple[int, ...]:
+    """SmolLM3's layers without rotary positions: the zeros of its list, else every `no_rope_layer_interval`th."""
+    layers = range(raw["num_hidden_layers"])
+    turns = raw.get("no_rope_layers")
+    if turns is None:
+        interval = raw.get("no_rope_layer_interval", 4)
+        if interval < 1 or len(layers) > MOST_LAYERS:
+            raise UserError(
+                f"no_rope_layer_interval {interval} of {len(layers)} layers: no published model has that"
+            )
+        return tuple(layers[interval - 1 :: interval])
+    if not isinstance(turns, list) or len(turns) < len(layers) or not set(turns) <= {0, 1}:
+        raise UserError(f"no_rope_layers must be {len(layers)} zeros and ones, one for each layer")
+    return tuple(i for i in layers if not turns[i])
+
+
 def _parse_rope(raw: dict[str, Any]) -> tuple[float, RopeScaling | None]:
     """θ and scaling: rope_theta with rope_scaling (transformers 4), or rope_parameters (transformers 5)."""
     rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
     if not isinstance(rope, dict):
         raise UserError("rope_scaling must be an object")
-    theta = rope.get("rope_theta", raw.get("rope_theta", 10000.0))
+    default = 2e6 if raw["model_type"] == "smollm3" else 1e4
+    theta = rope.get("rope_theta", raw.get("rope_theta", default))
     kind = rope.get("rope_type", rope.get("type", "default"))
     if rope.get("partial_rotary_factor", 1) != 1 or kind not in ("default", "llama3"):
         raise UserError(
@@ -168,14 +215,14 @@ def config_json(config: ModelConfig, dtype, tokenizer) -> dict[str, Any]:
     """config.json in the fields that transformers 4 and 5, and vLLM, all read."""
     c, s = config, config.rope_scaling
     scaling = None if s is None else {"rope_type": "llama3", **vars(s)}
-    special = (
-        {}
-        if tokenizer is None
-        else {f"{k}_token_id": getattr(tokenizer, f"{k}_token_id") for k in ("bos", "eos", "pad")}
-    )
+    # Null without a tokenizer: the defaults of a model_type are ids of the first model that had it.
+    special = {f"{k}_token_id": getattr(tokenizer, f"{k}_token_id", None) for k in ("bos", "eos", "pad")}
+    kind = _kind(c)
+    if kind == "smollm3":
+        special["no_rope_layers"] = [int(i not in c.nope_layers) for i in range(c.num_layers)]
     return {
-        "architectures": ["Qwen3ForCausalLM" if c.qk_norm else "LlamaForCausalLM"],
-        "model_type": "qwen3" if c.qk_norm else "llama",
+        "architectures": [f"{CLASSES[kind]}ForCausalLM"],
+        "model_type": kind,
         "vocab_size": c.vocab_size,
         "hidden_size": c.hidden_size,
         "intermediate_size": c.intermediate_size,
@@ -189,7 +236,14 @@ def config_json(config: ModelConfig, dtype, tokenizer) -> dict[str, Any]:
         "rms_norm_eps": c.norm_eps,
         "tie_word_embeddings": c.tied,
         "max_position_embeddings": c.max_positions,
-        "attention_bias": False,
+        "attention_bias": c.qkv_bias,
         "torch_dtype": jnp.dtype(dtype).name,
         **special,
     }
+
+
+def _kind(c: ModelConfig) -> str:
+    """The model_type that computes what `c` says; a Mistral is a Llama, as it has no window here."""
+    if c.nope_layers:
+        return "smollm3"
+    return "qwen3" if c.qk_norm else "qwen2" if c.qkv_bias else "llama"

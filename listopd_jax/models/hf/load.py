@@ -12,11 +12,11 @@ from absl import logging
 from flax import nnx
 
 from listopd_jax.errors import UserError
-from listopd_jax.models.config import ModelConfig
+from listopd_jax.models.config import PROJECTIONS, ModelConfig
 from listopd_jax.models.decoder import abstract
 from listopd_jax.models.hf.config import read_config, resolve
 from listopd_jax.models.hf.stored import Stored, Tensors, open_tensors
-from listopd_jax.models.hf.tensors import PROJECTIONS, hf_names
+from listopd_jax.models.hf.tensors import BIASES, hf_names
 from listopd_jax.parallel.rules import context_mesh, param_sharding
 
 LAST_IN_BLOCK = ("o", "down")
@@ -65,7 +65,7 @@ def _read_param(path: tuple, param: nnx.Variable, config: ModelConfig, tensors: 
             if path[-1] in PROJECTIONS:
                 _copy_transposed(row, tensor)
             else:
-                row[...] = tensor
+                row[...] = tensor.reshape(row.shape)
         finite.append(np.isfinite(row).all())
         blank.append(not row.any())
     _check_values(path, param, rows, finite, blank)
@@ -103,6 +103,8 @@ def _read_piece(path: tuple, index: tuple[slice, ...], param, stored: list[Store
 def _read_slice(tensor, name: str, index: tuple[slice, ...], shape: tuple[int, ...]) -> np.ndarray:
     """The part `index` of our parameter of `shape`, from Hugging Face's tensor of it (see `to_hf`)."""
     bounds = [i.indices(size)[:2] for i, size in zip(index, shape, strict=True)]
+    if name in BIASES:
+        return tensor[_span(bounds, shape)].reshape([stop - start for start, stop in bounds])
     if name not in PROJECTIONS:
         return tensor[tuple(slice(*b) for b in bounds)]
     split = len(shape) - 1 if name == "o" else 1  # axes before it are inputs
@@ -133,6 +135,8 @@ def _check_values(
                 f"{stored} holds NaN or infinities as {param.dtype}; download it again or load as float32"
             )
     blanks = [i for i, is_blank in enumerate(blank) if is_blank]
+    if path[-1] in BIASES:  # they start as zeros
+        return
     if blanks and (path[-1] not in LAST_IN_BLOCK or len(blanks) == len(rows)):
         raise UserError(f"{rows[blanks[0]]} is all zeros (blank weights); download it again")
     if blanks:

@@ -1,10 +1,8 @@
 """Writing a checkpoint that transformers, vLLM and `load_hf` read; the folder appears whole or not at all."""
 
-import json
 import os
 import pathlib
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Any
 
 import jax
 import numpy as np
@@ -17,7 +15,7 @@ from listopd_jax.data.tokenizer import save_tokenizer
 from listopd_jax.errors import UserError
 from listopd_jax.models.config import ModelConfig
 from listopd_jax.models.hf.config import config_json
-from listopd_jax.models.hf.tensors import INDEX, SINGLE, hf_names, to_hf
+from listopd_jax.models.hf.tensors import INDEX, SINGLE, hf_names, to_hf, write_json
 from listopd_jax.parallel.hosts import gather, is_main
 
 SHARD_BYTES = 5_000_000_000
@@ -34,7 +32,7 @@ def save_hf(
     card: str = "",
     replace: bool = True,
 ) -> None:
-    """Write a checkpoint that `AutoModelForCausalLM.from_pretrained` loads: Qwen3 if `qk_norm`, else Llama.
+    """Write a checkpoint that `AutoModelForCausalLM.from_pretrained` loads, of the class that `config` asks for.
 
     `dtype` casts the weights (None keeps their own: a round trip is then exact bit for bit). `ends` are the ids that
     end a completion, for generation_config.json; `card` is the text of README.md. The folder appears whole or not at
@@ -107,8 +105,3 @@ def write_shards(
 def _write_part(folder: pathlib.Path, index: int, shard: dict[str, np.ndarray]) -> list[str]:
     save_file(shard, folder / f"part-{index}", metadata={"format": "pt"})
     return list(shard)
-
-
-def write_json(path: pathlib.Path, value: dict[str, Any]) -> None:
-    """One of a checkpoint's JSON files."""
-    path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")

@@ -12,12 +12,13 @@ from safetensors import SafetensorError, safe_open
 
 from listopd_jax.errors import UserError, denied
 from listopd_jax.models.config import ModelConfig
-from listopd_jax.models.hf.config import read_object
+from listopd_jax.models.hf.config import read_object, refuse_quantized
 from listopd_jax.models.hf.tensors import INDEX, NAMES, SINGLE, hf_names, to_hf
 from listopd_jax.parallel.rules import context_mesh
 
 FLOATS = ("F32", "BF16", "F16", "F64")
 _EMBED, _HEAD = (f"{NAMES[name]}.weight" for name in ("embed", "head"))
+_QUANTIZED = re.compile(r"\.(qweight|qzeros|weight_packed|weight_scale(_inv)?|weight\.(absmax|quant_map))$")
 _ANCHOR = "layers.0.input_layernorm.weight"  # of every model, once: what stands before it is before all names
 
 
@@ -56,6 +57,8 @@ def open_tensors(
         raise UserError(
             f"{adapted} is of a LoRA adapter; merge it into the model first (peft: merge_and_unload)"
         )
+    if quantized := next((t for name, t in tensors.items() if _QUANTIZED.search(name)), None):
+        refuse_quantized(f"tensor {quantized.name} of {quantized.path}")
     if config.num_layers > len(tensors):
         raise UserError(
             f"{folder}: config.json says {config.num_layers} layers, but there are {len(tensors)} tensors"

@@ -1,0 +1,92 @@
+"""Low-rank adapters: drawn, put beside the weights of their base, merged into them, several as one.
+
+An adapter is a part of a decoder's parameters: those of type nnx.LoRAParam of a Decoder with `lora`. Its base are the
+others, which are those of the decoder without it.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float
+
+from listopd_jax.models.config import PROJECTIONS, Lora, ModelConfig
+from listopd_jax.models.decoder import Decoder, abstract
+from listopd_jax.parallel.compiler import OTHER, backend_options
+from listopd_jax.parallel.rules import param_shardings
+
+
+def abstract_adapter(config: ModelConfig, lora: Lora, dtype=jnp.float32) -> nnx.State:
+    """The adapter with shapes for arrays."""
+    return nnx.filter_state(abstract(config, param_dtype=jnp.dtype(dtype), lora=lora)[1], nnx.LoRAParam)
+
+
+def initial_adapter(config: ModelConfig, lora: Lora, seed: int) -> nnx.State:
+    """An adapter that changes nothing yet, in float32: A drawn from `seed`, B zero."""
+
+    def make():
+        return nnx.state(Decoder(config, rngs=nnx.Rngs(seed), lora=lora), nnx.LoRAParam)
+
+    return _run(make)
+
+
+def joined(base: nnx.State, trained: nnx.State) -> nnx.State:
+    """All parameters of the model of which `trained` is what trains: the whole, or an adapter beside `base`."""
+    is_adapter = all(isinstance(param, nnx.LoRAParam) for _, param in nnx.to_flat_state(trained))
+    return nnx.merge_state(base, trained) if is_adapter else trained
+
+
+def merged(base: nnx.State, trained: nnx.State, lora: Lora | None, dtype="float32") -> nnx.State:
+    """The model that `joined` makes as one without adapter, in `dtype`: W + alpha/rank · A B, added in float32."""
+    if lora is None:
+        return trained
+    dtype = jnp.dtype(dtype)
+    return _run(lambda base, adapter: _merge(base, adapter, lora, dtype), base, trained)
+
+
+def _merge(base: nnx.State, adapter: nnx.State, lora: Lora, dtype) -> nnx.State:
+    factors = {path: p[...] for path, p in nnx.to_flat_state(adapter)}
+
+    def whole(path: tuple, weight: Array) -> Array:
+        a, b = (factors.get((*path[:-1], f"{path[-1]}_lora_{factor}")) for factor in "ab")
+        return weight if a is None else weight.astype(jnp.float32) + lora.scale * _product(a, b, weight.shape)
+
+    flat = [(path, p.replace(whole(path, p[...]).astype(dtype))) for path, p in nnx.to_flat_state(base)]
+    return nnx.from_flat_state(flat)
+
+
+def _product(a: Float[Array, "L *i r"], b: Float[Array, "L r *o"], shape: tuple[int, ...]) -> Array:
+    """A B of every layer, in `shape`."""
+    a, b = (x.astype(jnp.float32) for x in (a, b))
+    layers, rank = a.shape[0], a.shape[-1]
+    product = jnp.matmul(a.reshape(layers, -1, rank), b.reshape(layers, rank, -1), precision="highest")
+    return product.reshape(shape)
+
+
+def stacked(config: ModelConfig, adapters: Sequence[tuple[Lora, nnx.State]]) -> tuple[Lora, nnx.State]:
+    """One adapter that changes what all of `adapters` change, in float32: of the sum of their ranks, scale 1."""
+    rank = sum(lora.rank for lora, _ in adapters)
+    targets = tuple(name for name in PROJECTIONS if any(name in lora.targets for lora, _ in adapters))
+    whole = Lora(rank, float(rank), targets)
+    parts = [(lora, {path: p[...] for path, p in nnx.to_flat_state(state)}) for lora, state in adapters]
+
+    def factor(path: tuple, like: Any) -> Array:
+        axis = -1 if path[-1].endswith("_a") else 1
+        pieces = []
+        for lora, arrays in parts:
+            shape = list(like.shape)
+            shape[axis] = lora.rank
+            piece = arrays.get(path, jnp.zeros(shape, jnp.float32))
+            pieces.append(piece * (lora.scale if axis == 1 else 1))
+        return jnp.concatenate(pieces, axis)
+
+    flat = nnx.to_flat_state(abstract_adapter(config, whole))
+    return whole, nnx.from_flat_state([(path, p.replace(factor(path, p))) for path, p in flat])
+
+
+def _run(make: Any, *args: Any) -> nnx.State:
+    """make(*args) compiled, its results where parameters rest."""
+    shardings, options = param_shardings(jax.eval_shape(make, *args)), backend_options(OTHER)
+    return jax.jit(make, out_shardings=shardings, compiler_options=options)(*args)
