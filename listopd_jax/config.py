@@ -533,7 +533,7 @@ def _validate_options(config: ml_collections.ConfigDict) -> None:
     )
     _require(
         not config.reference.weights or config.student.lora.rank == 0,
-        "student.lora.rank: an adapter is trained on the base's own arrays; leave out reference.weights, or set it to 0",
+        "student.lora.rank: an adapter is trained on the base's own arrays; set it to 0, or drop reference.weights",
     )
 
 

@@ -10,14 +10,15 @@ from listopd_jax.stages import pipeline
 
 def job(frozen: str, weights: str = ""):
     dtype, reference = SimpleNamespace(frozen=frozen), SimpleNamespace(weights=weights)
-    return SimpleNamespace(config=SimpleNamespace(dtype=dtype, reference=reference))
+    student = SimpleNamespace(lora=SimpleNamespace(rank=0))
+    return SimpleNamespace(config=SimpleNamespace(dtype=dtype, reference=reference, student=student))
 
 
 def test_a_float32_base_is_copied():
     """A step donates what it starts from, and the base must stay."""
     base = {"w": jnp.arange(3.0)}
     start = pipeline.student_again(job("float32"), base)
-    first, second = start(), start()
+    first, second = start(0), start(1)
     first["w"].delete()
     assert second["w"].tolist() == base["w"].tolist() == [0, 1, 2]
 
@@ -29,6 +30,6 @@ def test_else_the_student_is_read_again_for_every_run(monkeypatch, runs, base):
     read = []
     monkeypatch.setattr(pipeline, "train_sft", lambda job, role: read.append(role))
     start = pipeline.student_again(job(*base), base=None)
-    for _ in range(runs):
-        start()
+    for seed in range(runs):
+        start(seed)
     assert read == ["student"] * runs
