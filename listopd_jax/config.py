@@ -56,7 +56,11 @@ def defaults() -> ml_collections.ConfigDict:
         dtype=_section(compute="float32", frozen="float32"),
         remat="none",
         attention="auto",  # splash (and the Pallas kernel for frozen scores) on TPUs, cudnn on GPUs in 16 bit, else xla
-        sft=_section(teacher=_sft(), student=_sft()),
+        sft=_section(
+            teacher=_sft(),
+            student=_sft(),
+            continued=False,  # the teacher starts where the student's SFT ends: one run, read at two points
+        ),
         optimizer=_section(b1=0.9, weight_decay=0.0, max_grad_norm=1.0),
         opd=_opd(),
         rollout=_section(draft_tokens=-1),  # most per decode step; 0: none, -1: 8, none if is_small
@@ -416,6 +420,10 @@ def _validate_combinations(config: ml_collections.ConfigDict) -> None:
     _require(
         config.tokenizer.path or not (config.teacher.weights or config.student.weights),
         "tokenizer.path is empty: models with weights need their tokenizer, e.g. the same folder or hub id",
+    )
+    _require(
+        not config.sft.continued or config.teacher == config.student,
+        "sft.continued trains the teacher on from the student's end: teacher and student must be the same section",
     )
     _validate_parallel(config.parallel)
     size = config.tokenizer.vocab_size

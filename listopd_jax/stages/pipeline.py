@@ -31,7 +31,9 @@ def run_stages(config: Any, workdir: pathlib.Path) -> None:
 
 def _models_to_policies(job: Job) -> None:
     config = job.config
-    frozen = Frozen(*(cast(sft_stage(job, role), config.dtype.frozen) for role in ("teacher", "student")))
+    order = ("student", "teacher") if config.sft.continued else ("teacher", "student")
+    models = {role: cast(sft_stage(job, role), config.dtype.frozen) for role in order}
+    frozen = Frozen(models["teacher"], models["student"])
     preflight(job, frozen)
     calibrate_stage(job, frozen)
     forecast(job, frozen)

@@ -21,10 +21,15 @@ def sft_run(job: Job, role: str) -> Run:
 
 
 def train_sft(job: Job, role: str) -> Any:
-    """Train `role` on the answers, or load it if that is done; its parameters in float32."""
+    """Train `role` on the answers, or load it if that is done; its parameters in float32.
+
+    A teacher of `sft.continued` starts from the student's, with a learning rate and moments of its own.
+    """
     config, sft, run = job.config, job.config.sft[role], sft_run(job, role)
     tx = adamw(config.optimizer, sft.b2, sft.moments)
     start = functools.partial(initial_params, config[role], job.shapes[role], sft.seed, PARAM_DTYPE)
+    if role == "teacher" and config.sft.continued:
+        start = functools.partial(train_sft, job, "student")
     if run.steps == 0:  # the weights are fine-tuned already
         return start()
     sft_step = make_sft_step(job.graphs[role], tx, job.codec.vocab, config.opd.head_chunk, sft.microbatch)
