@@ -1,4 +1,4 @@
-"""Does extrapolation pay where the teacher continues the base's own training? The experiment of docs/results/gain.json."""
+"""Does extrapolation pay where the teacher continues the base's own SFT? docs/results/gain.json."""
 
 import ml_collections
 
@@ -15,7 +15,9 @@ def get_config(name: str = "pair") -> ml_collections.ConfigDict:
     config.sft.continued = True
     config.sft.student.update(steps=100, duplicate_rate=0.0, seed=2)
     config.sft.teacher.update(steps=100, truncation_rate=0.0, seed=3)
+    config.evaluation.expected = True
     config.opd.update(lambdas=())
+    config.opd.guard.update(margin=1.25, fallback="base", scope="structure")
     config.forecast.lambdas = (1.0, 1.25, 1.5, 2.0)
     config.train.export = False
     return config

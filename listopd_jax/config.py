@@ -27,6 +27,7 @@ from listopd_jax.models.config import custom_config, named_config
 RATIOS = ("teacher_student", "trainer_rollout", "aspo", "none")
 ADVANTAGES = ("base_relative", "no_base")
 FALLBACKS = ("teacher", "base")
+SCOPES = ("all", "structure")
 ESTIMATORS = ("sampled", "full_vocab")
 AGGREGATES = ("token", "sequence")
 SOURCES = ("synthetic", "clothing", "amazon2018", "amazon2023")
@@ -65,7 +66,13 @@ def defaults() -> ml_collections.ConfigDict:
         opd=_opd(),
         rollout=_section(draft_tokens=-1),  # most per decode step; 0: none, -1: 8, none if is_small
         forecast=_section(lambdas=(), batch_size=8),  # lambdas besides opd.lambdas, decoded without training
-        evaluation=_section(batch_size=64, max_lists=0, bootstrap=2000, examples=3),
+        evaluation=_section(
+            batch_size=64,
+            max_lists=0,
+            bootstrap=2000,
+            examples=3,
+            expected=False,  # also the error of the expected scores, of every list (stages/expected.py)
+        ),
         parallel=_parallel(),
         train=_section(checkpoint_every=50, keep_checkpoints=2, export=True),
     )
@@ -165,6 +172,7 @@ def _opd() -> ml_collections.ConfigDict:
         guard=_section(  # keep the teacher's mode: λ_t = λ where λ·margin ≤ λ_flip, else that of `fallback`
             margin=0.0,  # 0: off
             fallback="teacher",  # teacher: 1; base: 0 where base and teacher have one mode, else 1
+            scope="all",  # structure: a flip to another score is none
         ),
         eval_steps=(),  # steps before the last at which each run is evaluated too
         head_chunk=1024,  # completion positions whose logits exist at one time
@@ -278,6 +286,7 @@ _NAMES = {
     "opd.estimator": ESTIMATORS,
     "opd.aggregate": AGGREGATES,
     "opd.guard.fallback": FALLBACKS,
+    "opd.guard.scope": SCOPES,
     "data.source": SOURCES,
     "task.ndcg_gain": ("linear", "exponential"),
     "remat": REMATS,

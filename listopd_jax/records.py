@@ -100,6 +100,9 @@ class Result(_OfPolicy):
     tau: float | None = None
     mae: float | None = None
     useful: float | None = None
+    expected_mae: float | None = (
+        None  # of expected scores, over all lists, parsed or not (stages/expected.py)
+    )
     ended: float | None = None  # share of answers that close with EOS before the budget does, parsed or not
     failures: Counts = dataclasses.field(default_factory=dict)
     counted: Counts = dataclasses.field(default_factory=dict)  # metric -> lists in its mean

@@ -9,7 +9,7 @@ from test_opd_step import EXACT, STUDENT, assert_close, batch, frozen_logps, hyp
 
 from listopd_jax.config import defaults, validate
 from listopd_jax.errors import UserError
-from listopd_jax.ops.guard import flip_lambda, guarded_lambda
+from listopd_jax.ops.guard import Guard, flip_lambda, guarded_lambda
 from listopd_jax.ops.objective import Variant, target_log_distribution
 
 rng = np.random.default_rng(0)
@@ -19,7 +19,7 @@ FLIP = flip_lambda(TEACHER, BASE, MODE)
 
 
 def guarded(lam, margin, fallback="teacher"):
-    return guarded_lambda(TEACHER, BASE, jnp.float32(lam), jnp.float32(margin), fallback)
+    return guarded_lambda(TEACHER, BASE, jnp.float32(lam), Guard(jnp.float32(margin), fallback))
 
 
 @pytest.mark.parametrize("fallback", ["teacher", "base"])
@@ -36,7 +36,7 @@ def test_the_guarded_target_keeps_the_teachers_mode_and_the_plain_one_does_not(l
 
 def test_with_one_rival_the_base_is_the_surer_of_the_mode_where_it_stands_in():
     teacher, base = (x[:, :2] - jax.nn.logsumexp(x[:, :2], -1, keepdims=True) for x in (TEACHER, BASE))
-    own = guarded_lambda(teacher, base, jnp.float32(1.3), jnp.float32(1.25), "base")
+    own = guarded_lambda(teacher, base, jnp.float32(1.3), Guard(jnp.float32(1.25), "base"))
     sure_t, sure_b = (np.asarray(x.max(-1))[own == 0] for x in (teacher, base))
     assert len(sure_t) > 20 and (sure_b > sure_t).all()
 

@@ -15,7 +15,8 @@ from jaxtyping import Array, Float, Int
 
 from listopd_jax.ops.fused import fused_loss
 from listopd_jax.ops.gather_kernel import gather_logprobs
-from listopd_jax.ops.guard import guarded_lambda
+from listopd_jax.ops.grammar import Grammar
+from listopd_jax.ops.guard import Guard, guarded_lambda
 from listopd_jax.ops.head import entropy_of, log_distribution, map_positions, take_token
 from listopd_jax.ops.objective import Hyper, Variant, full_vocab_loss, log_normalizer, sampled_loss
 
@@ -52,6 +53,8 @@ def opd_loss(
     vocab: int,
     chunk: int,
     pallas: bool = False,
+    grammar: Grammar | None = None,
+    states: Int[Array, " N"] | None = None,
 ) -> tuple[Float[Array, ""], dict[str, Float[Array, " N"]]]:
     """Σ weight·loss over N completion positions (EC §2) and what is known of each; differentiable in the student's.
 
@@ -60,6 +63,7 @@ def opd_loss(
       tokens, rollout: the sampled tokens and their log-probability when they were sampled.
       weights: of each position's loss, 0 where there is no token.
       vocab, chunk: see `fused_loss`.
+      grammar, states: what a guard of structure alone needs, and the state of each position.
       pallas: score teacher and base by ops/gather_kernel.py, on a TPU, where no more than that is asked of them.
     Returns the loss and, float32 [N]: advantage, ratio, lambda, entropy; student, teacher and base log-probabilities of
     the tokens; rollout. They mean nothing where the weight is 0.
@@ -69,6 +73,8 @@ def opd_loss(
         lambda w, h: w.astype(h.dtype), heads.frozen, frozen
     )  # once, not in every chunk
     rows = {"token": tokens, "rollout": rollout, "weight": weights, "lam": jnp.full_like(weights, hyper.lam)}
+    rows["state"] = states
+    guard = Guard(hyper.guard_margin, variant.guard, grammar) if variant.guard else None
     if variant.estimator == "full_vocab":
         f, rows["hiddens"] = _full_vocab, frozen
     else:
@@ -79,32 +85,32 @@ def opd_loss(
             scores = (gather_logprobs(h, w, tokens, vocab) for h, w in zip(frozen, frozen_heads, strict=True))
             rows["teacher"], rows["base"] = scores
         else:
-            rows |= _frozen_scores(rows | {"hiddens": frozen}, frozen_heads, hyper, variant, vocab, chunk)
+            rows |= _frozen_scores(rows | {"hiddens": frozen}, frozen_heads, guard, variant, vocab, chunk)
     f = functools.partial(f, variant, vocab)
-    return fused_loss(f, vocab, chunk, hiddens.student, heads.student, rows, (frozen_heads, hyper))
+    return fused_loss(f, vocab, chunk, hiddens.student, heads.student, rows, (frozen_heads, hyper, guard))
 
 
-def _frozen_distributions(rows: dict[str, Any], heads: Frozen, hyper: Hyper, variant: Variant, vocab: int):
+def _frozen_distributions(rows: dict[str, Any], heads: Frozen, guard: Guard | None, vocab: int):
     """log π_T and log π_B [c, vocab] of a chunk of rows, and the λ of each position [c]."""
     teacher, base = (log_distribution(h, w, vocab) for h, w in zip(rows["hiddens"], heads, strict=True))
     lam = rows["lam"]
-    if variant.guard:
-        lam = guarded_lambda(teacher, base, lam, hyper.guard_margin, variant.guard)
+    if guard is not None:
+        lam = guarded_lambda(teacher, base, lam, guard, rows["state"])
     return teacher, base, lam
 
 
 def _frozen_scores(
-    rows: dict[str, Any], heads: Frozen, hyper: Hyper, variant: Variant, vocab: int, chunk: int
+    rows: dict[str, Any], heads: Frozen, guard: Guard | None, variant: Variant, vocab: int, chunk: int
 ):
     """Of every sampled token, float32 [N]: log π_T, log π_B, λ and log Z of its position, in one pass of both heads."""
 
     def score(part):
-        teacher, base, lam = _frozen_distributions(part, heads, hyper, variant, vocab)
+        teacher, base, lam = _frozen_distributions(part, heads, guard, vocab)
         at = (take_token(logp, part["token"]) for logp in (teacher, base))
         log_z = log_normalizer(teacher, base, lam, variant.advantage) if variant.normalize else part["log_z"]
         return dict(zip(("teacher", "base"), at, strict=True)) | {"lam": lam, "log_z": log_z}
 
-    needed = {name: rows[name] for name in ("hiddens", "token", "lam", "log_z")}
+    needed = {name: rows[name] for name in ("hiddens", "token", "lam", "log_z", "state")}
     return map_positions(score, needed, chunk)
 
 
@@ -124,8 +130,8 @@ def _sampled(variant: Variant, vocab: int, logits, rows, shared):
 
 def _full_vocab(variant: Variant, vocab: int, logits, rows, shared):
     """The same with exact losses over the vocabulary: all three distributions of a chunk exist at one time."""
-    (heads, hyper), token, student = shared, rows["token"], jax.nn.log_softmax(logits)
-    teacher, base, lam = _frozen_distributions(rows, heads, hyper, variant, vocab)
+    (heads, hyper, guard), token, student = shared, rows["token"], jax.nn.log_softmax(logits)
+    teacher, base, lam = _frozen_distributions(rows, heads, guard, vocab)
     loss, extra = full_vocab_loss(student, teacher, base, token, hyper, variant, lam=lam)
     at = Models(*(take_token(x, token) for x in (student, teacher, base)))
     scores = at._asdict() | {"entropy": entropy_of(student), "rollout": rows["rollout"]}

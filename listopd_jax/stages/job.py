@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import ml_collections
 import numpy as np
 from absl import logging
@@ -31,10 +32,13 @@ from listopd_jax.errors import UserError
 from listopd_jax.models.build import graph_of, model_config, model_ends, weights_digest, weights_folder
 from listopd_jax.models.config import ModelConfig
 from listopd_jax.ops.attention_backends import resolve
+from listopd_jax.ops.grammar import Grammar
+from listopd_jax.ops.guard import Guard
 from listopd_jax.parallel import hosts, rules
 from listopd_jax.parallel.mesh import configured_mesh, use_mesh
 from listopd_jax.records import RESULTS
 from listopd_jax.rollout.decode import pass_tokens
+from listopd_jax.stages.expected import Forced, forced_answers
 from listopd_jax.task.codec import Codec, vocab_of
 from listopd_jax.task.prompt import ListExample, render_answer
 from listopd_jax.train.loop import Saving
@@ -113,6 +117,25 @@ class Job:
             "pass_tokens": pass_tokens(jax.default_backend()),
         }  # fmt: skip
 
+    @functools.cached_property
+    def forced(self) -> Forced | None:
+        """The validation lists' right answers, for `evaluation.expected`; None where that is off."""
+        return forced_answers(self.validation.scores, self.codec) if self.config.evaluation.expected else None
+
+    @functools.cached_property
+    def grammar(self) -> Grammar:
+        """The contract over the tokenizer's ids, on the device."""
+        return Grammar(*map(jnp.asarray, self.codec.automaton(self.config.task.k)))
+
+    @property
+    def guard(self) -> Guard | None:
+        """The guard of section `opd.guard`; None where it is off."""
+        guard = self.config.opd.guard
+        if not guard.margin:
+            return None
+        grammar = self.grammar if guard.scope == "structure" else None
+        return Guard(jnp.float32(guard.margin), guard.fallback, grammar)
+
     def steps(self, epochs: float, batch_size: int) -> int:
         """Optimisation steps in `epochs` passes over the training lists; an epoch is of whole batches, at least one.
 
@@ -188,7 +211,7 @@ def open_job(config: ml_collections.FrozenConfigDict, workdir: pathlib.Path, **m
             refuse_other_inputs(workdir, **_digests(config, models))
     job = Job(config, workdir, models, make_codec(config, tokenizer, models), examples, backend)
     # A checkpoint or template that does not fit shows now, not when its turn comes.
-    _ = job.shapes, job.validation
+    _ = job.shapes, job.validation, job.guard
     return job
 
 

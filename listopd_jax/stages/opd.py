@@ -10,6 +10,7 @@ import optax
 from flax import nnx
 
 from listopd_jax.models.build import cast
+from listopd_jax.ops.grammar import Grammar
 from listopd_jax.ops.objective import Hyper, Variant, warmed_up_lambda
 from listopd_jax.ops.opd_loss import Frozen, Models
 from listopd_jax.parallel import hosts
@@ -59,10 +60,12 @@ def make_step(
     *,
     vocab: int,
     attention: str,
+    grammar: Grammar | None = None,
 ) -> Callable:
     """The update program of config section `opd`, to be shared by every λ and seed: they are data to it.
 
-    `graphs` are the static halves of teacher and student, `attention` is their backend (never auto).
+    `graphs` are the static halves of teacher and student, `attention` is their backend (never auto),
+    `grammar` that of a guard which knows the contract.
     """
     return make_opd_step(
         Models(student=graphs["student"], teacher=graphs["teacher"], base=graphs["student"]),
@@ -72,6 +75,7 @@ def make_step(
         chunk=opd.head_chunk,
         microbatch=opd.microbatch,
         pallas=attention == "splash",  # both are kernels for TPUs
+        grammar=grammar,
     )
 
 

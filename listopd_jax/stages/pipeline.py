@@ -38,7 +38,10 @@ def _models_to_policies(job: Job) -> None:
     calibrate_stage(job, frozen)
     forecast(job, frozen)
     tx = adamw(config.optimizer, config.opd.b2, config.opd.moments)
-    step = make_step(config.opd, tx, job.graphs, vocab=job.codec.vocab, attention=job.attention)
+    grammar = None if job.guard is None else job.guard.grammar
+    step = make_step(
+        config.opd, tx, job.graphs, vocab=job.codec.vocab, attention=job.attention, grammar=grammar
+    )
     shared = Distillation(student_again(job, frozen.base), frozen, tx, step)
     for seed in config.opd.seeds:
         for lam in config.opd.lambdas:

@@ -5,8 +5,11 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float
 
 from listopd_jax.models.build import cast
+from listopd_jax.ops.guard import Guard
 from listopd_jax.parallel.hosts import from_main
 from listopd_jax.parallel.rules import decoding_copy
 from listopd_jax.records import (
@@ -21,6 +24,7 @@ from listopd_jax.records import (
     write_records,
 )
 from listopd_jax.stages.evaluate import Answer, greedy_answers, pick_examples, result_record
+from listopd_jax.stages.expected import expected_scores
 from listopd_jax.stages.job import Job
 from listopd_jax.train.loop import Run
 
@@ -50,15 +54,45 @@ def evaluate(job: Job, role: str, params: Any, run: Run, **besides: Any) -> Resu
         job.decoding,
         f"{run.name} evaluated",
     )
-    return keep(job, run, answers, **besides)
+    return keep(
+        job,
+        run,
+        answers,
+        expected=expected(job, (job.graphs[role],), (params,), jnp.ones((1, 1)))[0],
+        **besides,
+    )
 
 
-def keep(job: Job, run: Run, answers: Sequence[Answer], examples: bool = True, **besides: Any) -> Result:
+def expected(
+    job: Job,
+    graphdefs: tuple,
+    params: tuple,
+    weights: Float[Array, "m n"],
+    batch_size: int = 0,
+    guard: Guard | None = None,
+) -> Sequence[Float[np.ndarray, "N K"] | None]:
+    """For each mixture its expected scores, if the job asks for them."""
+    if job.forced is None:
+        return [None] * weights.shape[1]
+    batches = job.evaluation_batches(batch_size)
+    return list(expected_scores(graphdefs, params, weights, batches, job.forced, job.codec.vocab, guard))
+
+
+def keep(
+    job: Job,
+    run: Run,
+    answers: Sequence[Answer],
+    examples: bool = True,
+    expected: Float[np.ndarray, "N K"] | None = None,
+    **besides: Any,
+) -> Result:
     """Put the record of `answers` into results.json and, if asked, some into examples.json; returns the record.
 
-    `besides` are more fields of the record, JSON values.
+    `expected` are the mean scores of the lists. `besides` are more fields of the record, JSON values.
     """
     evaluation, head = job.config.evaluation, _head(run) | {"extra": besides}
+    if expected is not None:
+        head["expected_mae"] = float(np.abs(expected - job.validation.scores).mean())
     record = result_record(answers, head, job.config.task.ndcg_gain, evaluation.bootstrap)
     if examples:
         shown = pick_examples(answers, evaluation.examples)
