@@ -21,7 +21,7 @@ from listopd_jax.errors import unknown_name
 RUNS = "runs/gain"
 ARMS = ("same", "plain", "guarded", "independent", "independent_guarded")
 SEEDS = (7, 13, 21, 42, 95, 101, 123, 202)
-LAMBDA = 1.5
+LAMBDA = 2.0
 STEPS = 150
 
 
@@ -39,7 +39,7 @@ def get_config(name: str = "same") -> ml_collections.ConfigDict:
     config.forecast.lambdas = (1.0, 1.15, 1.25, 1.5, 2.0, 3.0)
     config.train.update(checkpoint_every=75, keep_checkpoints=1, export=name in ("same", "independent"))
     config.opd.update(
-        estimator="full_vocab", ratio="none", batch_size=16, rollouts=4, lr=4e-4, seeds=SEEDS, steps=STEPS,
+        estimator="full_vocab", ratio="none", batch_size=16, rollouts=4, lr=1e-3, seeds=SEEDS, steps=STEPS,
         lambdas=(LAMBDA,),
     )  # fmt: skip
     if name == "same":

@@ -172,7 +172,10 @@ def _opd() -> ml_collections.ConfigDict:
         guard=_section(  # keep the teacher's mode: λ_t = λ where λ·margin ≤ λ_flip, else that of `fallback`
             margin=0.0,  # 0: off
             fallback="teacher",  # teacher: 1; base: 0 where base and teacher have one mode, else 1
-            scope="all",  # structure: a flip to another score is none
+            scope="all",  # structure: a flip to another score is none, for the margin and for the floor
+            mask=False,  # teacher and base over what the contract allows next
+            floor=0.0,  # log-odds that the mode keeps against each rival, if the base has them; 0: off
+            structure=-1.0,  # λ of the positions that choose no score; -1: that of the run
         ),
         eval_steps=(),  # steps before the last at which each run is evaluated too
         head_chunk=1024,  # completion positions whose logits exist at one time
@@ -311,7 +314,7 @@ task.max_review_words data.max_broken data.max_reviews_per_product data.max_list
 sft.teacher.steps sft.teacher.epochs sft.teacher.warmup_steps sft.teacher.microbatch
 sft.student.steps sft.student.epochs sft.student.warmup_steps sft.student.microbatch
 opd.steps opd.epochs opd.microbatch opd.kl_to_base opd.entropy_bonus opd.lambda_warmup_steps opd.guard.margin
-evaluation.max_lists evaluation.examples optimizer.weight_decay optimizer.max_grad_norm
+opd.guard.floor evaluation.max_lists evaluation.examples optimizer.weight_decay optimizer.max_grad_norm
 """.split()
 
 _SEEDS = "seed data.seed sft.teacher.seed sft.student.seed".split()
@@ -396,15 +399,20 @@ def _validate_combinations(config: ml_collections.ConfigDict) -> None:
         config.task.max_response != 1, "task.max_response=1: must be at least 2 tokens, or 0 to follow task.k"
     )
     _require(opd.clip > 1, f"opd.clip={opd.clip}: the clip c must be > 1 (inf for none), EC Eq. 3")
-    margin = opd.guard.margin
+    guard, margin = opd.guard, opd.guard.margin
     _require(
         margin == 0 or margin >= 1,
         f"opd.guard.margin={margin}: must be 0 (off) or at least 1; 1.25 is a start",
     )
     _require(
-        margin == 0 or opd.advantage == "base_relative",
-        "opd.guard.margin guards the base-relative target, not opd.advantage='no_base'; set one of the two",
+        guard.structure == -1 or guard.structure >= 0,
+        f"opd.guard.structure={guard.structure}: a λ ≥ 0, or -1 for that of the run",
     )
+    for name, off in (("margin", 0), ("mask", False), ("floor", 0), ("structure", -1)):
+        _require(
+            guard[name] == off or opd.advantage == "base_relative",
+            f"opd.guard.{name} guards the base-relative target, not opd.advantage='no_base'; set one of the two",
+        )
     for name, part in (
         ("opd", opd),
         ("sft.teacher", config.sft.teacher),

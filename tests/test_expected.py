@@ -89,7 +89,7 @@ def test_under_a_guard_they_are_of_each_positions_own_lambda(setting):
     decoders, codec, batch = setting
     graphdefs, params = zip(*(nnx.split(d) for d in decoders), strict=True)
     automaton = codec.automaton(2)
-    guard = Guard(jnp.float32(1.25), "teacher", Grammar(*map(jnp.asarray, automaton)))
+    guard = Guard(jnp.float32(1.25), "teacher", Grammar(*map(jnp.asarray, automaton)), "structure")
 
     def own(answer, teacher, base, n):
         state = START

@@ -110,7 +110,7 @@ def test_under_a_guard_every_position_is_decoded_at_its_own_lambda(setting, scop
         return lams[-1]
 
     grammar = Grammar(*map(jnp.asarray, (step, column, content))) if scope == "structure" else None
-    guard, lam = Guard(jnp.float32(1.2), "teacher", grammar), jnp.array([1.0, 6.0])
+    guard, lam = Guard(jnp.float32(1.2), "teacher", grammar, scope), jnp.array([1.0, 6.0])
     how = decoding(codec) | {"draft_tokens": draft_tokens}
     columns = greedy_answers(graphdefs, params, jnp.stack([lam, 1 - lam]), [batch], codec, how, guard=guard)
     for value, answers in zip((1.0, 6.0), columns, strict=True):

@@ -11,6 +11,7 @@ from listopd_jax.config import defaults, validate
 from listopd_jax.errors import UserError
 from listopd_jax.ops.grammar import START, Grammar, content_tokens, states
 from listopd_jax.ops.guard import Guard, flip_lambda, guarded_lambda
+from listopd_jax.ops.guard import guarded as apply_guard
 from listopd_jax.ops.objective import Variant, target_log_distribution
 
 rng = np.random.default_rng(0)
@@ -20,7 +21,7 @@ FLIP = flip_lambda(TEACHER, BASE, MODE)
 
 
 def guarded(lam, margin, fallback="teacher"):
-    return guarded_lambda(TEACHER, BASE, jnp.float32(lam), Guard(jnp.float32(margin), fallback))
+    return guarded_lambda(TEACHER, BASE, jnp.float32(lam), jnp.float32(margin), fallback)
 
 
 @pytest.mark.parametrize("fallback", ["teacher", "base"])
@@ -37,7 +38,7 @@ def test_the_guarded_target_keeps_the_teachers_mode_and_the_plain_one_does_not(l
 
 def test_with_one_rival_the_base_is_the_surer_of_the_mode_where_it_stands_in():
     teacher, base = (x[:, :2] - jax.nn.logsumexp(x[:, :2], -1, keepdims=True) for x in (TEACHER, BASE))
-    own = guarded_lambda(teacher, base, jnp.float32(1.3), Guard(jnp.float32(1.25), "base"))
+    own = guarded_lambda(teacher, base, jnp.float32(1.3), jnp.float32(1.25), "base")
     sure_t, sure_b = (np.asarray(x.max(-1))[own == 0] for x in (teacher, base))
     assert len(sure_t) > 20 and (sure_b > sure_t).all()
 
@@ -126,7 +127,8 @@ def test_with_scope_structure_only_other_flips_count(lam):
     state = draw.integers(0, 7, 500)
     harmless = harmless_at(state)
     assert (content_tokens(TABLES, jnp.asarray(state)) == harmless).all()
-    own = guarded_lambda(teacher, base, jnp.float32(lam), Guard(jnp.float32(1.25), "teacher", TABLES), state)
+    guard = Guard(jnp.float32(1.25), "teacher", TABLES, "structure")
+    own = apply_guard(teacher, base, jnp.float32(lam), guard, state).lam
     mode = np.asarray(teacher.argmax(-1))
     others = harmless & (np.arange(16) != mode[:, None])  # a token that both forbid is no rival
     flip = oracles.flip_lambda(
@@ -149,7 +151,9 @@ def test_the_update_with_scope_structure_is_the_naive_one(batch, frozen_logps, v
     own = np.where(lam * margin <= flip, lam, 1.0)
     assert (own != np.where(lam * margin <= oracles.flip_lambda(teacher, base), lam, 1.0)).any()
     scalars = hyper(lam)._replace(guard_margin=jnp.float32(margin))
-    _, per_token, grads = run(batch, scalars, variant._replace(guard="teacher"), microbatch=2, grammar=TABLES)
+    _, per_token, grads = run(
+        batch, scalars, variant._replace(guard="teacher", scope="structure"), 2, grammar=TABLES
+    )
     written = per_token["student"] != 0
     np.testing.assert_allclose(per_token["lambda"][written], own[written], rtol=1e-6)
     used = own[..., None] if variant is EXACT else own

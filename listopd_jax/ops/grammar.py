@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Int
 
-START = 1  # the state before the first token
+DEAD, START = 0, 1  # states: of what has left the automaton; before the first token
 
 
 class Grammar(NamedTuple):
@@ -39,3 +39,14 @@ def state_after(
 def content_tokens(grammar: Grammar, state: Int[Array, "*s"]) -> Bool[Array, "*s V"]:
     """The tokens that do no more in `state` than choose a score."""
     return grammar.content[state][..., grammar.column]
+
+
+def chooses_score(grammar: Grammar, state: Int[Array, "*s"]) -> Bool[Array, "*s"]:
+    """Whether some token does no more in `state` than choose a score."""
+    return grammar.content.any(-1)[state]
+
+
+def allowed_tokens(grammar: Grammar, state: Int[Array, "*s"]) -> Bool[Array, "*s V"]:
+    """The tokens that `state` lets through; all of them where none is left to go on with."""
+    allowed = grammar.step != DEAD
+    return (allowed | ~allowed.any(-1, keepdims=True))[state][..., grammar.column]

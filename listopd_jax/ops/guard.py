@@ -7,31 +7,56 @@ m: the teacher (λ = 1) or, where it has the same mode, the base (λ = 0), which
 
 Guarded everywhere, the greedy target is the teacher's own answer at every λ. With scope "structure" a flip to another
 score is none: the contract allows it, and what extrapolation can improve are the scores.
+
+Three more guards need no margin and go together with it. `mask` leaves teacher and base only the tokens that the
+contract allows next, the one guard that mends a teacher whose own mode breaks the list. `floor` = μ keeps the mode m
+ahead of each rival v on its own, log q_m/q_v = max(λΔ_T − (λ−1)Δ_B, min(Δ_B, μ)), and leaves λ to all other tokens.
+`structure` is a λ of its own for the positions that choose no score: the simple rule that the others must beat.
 """
 
 import dataclasses
 import functools
-from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from listopd_jax.ops.grammar import Grammar, content_tokens
+from listopd_jax.ops.grammar import Grammar, allowed_tokens, chooses_score, content_tokens
 from listopd_jax.ops.head import take_token
+
+IMPOSSIBLE = -1e9  # log-probability of what is masked; finite, since λ(−∞) + (1−λ)(−∞) is none
 
 
 @functools.partial(
-    jax.tree_util.register_dataclass, data_fields=["margin", "grammar"], meta_fields=["fallback"]
+    jax.tree_util.register_dataclass,
+    data_fields=["margin", "grammar"],
+    meta_fields=["fallback", "scope", "mask", "floor", "structure"],
 )
 @dataclasses.dataclass(frozen=True)
 class Guard:
-    """How λ is lowered: see `guarded_lambda`. With a grammar only flips that change more than a score count."""
+    """What changes the target at a position, see the module; all but margin and fallback need the grammar.
 
-    margin: Any  # a scalar, or what stands for one in a pytree
-    fallback: str
+    fallback "": no margin is kept. floor 0, structure below 0: off.
+    """
+
+    margin: Any = 0.0  # a scalar, or what stands for one in a pytree
+    fallback: str = ""
     grammar: Grammar | None = None
+    scope: str = "all"
+    mask: bool = False
+    floor: float = 0.0
+    structure: float = -1.0
+
+
+class Guarded(NamedTuple):
+    """A position under a guard: log-distributions, λ_t and the target's logits; which tokens are allowed, None: all."""
+
+    teacher: Float[Array, "*s V"]
+    base: Float[Array, "*s V"]
+    lam: Float[Array, "*s"]
+    target: Float[Array, "*s V"]
+    allowed: Bool[Array, "*s V"] | None
 
 
 def flip_lambda(
@@ -53,33 +78,59 @@ def flip_lambda(
     return jnp.where(is_rival, quotient, jnp.inf).min(-1)
 
 
-def guarded_weights(
-    logits: Sequence[Float[Array, "*s V"]],
-    weights: Float[Array, "*#s 2"],
+def guarded(
+    teacher: Float[Array, "*s V"],
+    base: Float[Array, "*s V"],
+    lam: Float[Array, "*#s"],
     guard: Guard,
-    state: Int[Array, "*s"] | None,
-) -> Float[Array, "*s 2"]:
-    """The weights λ_t and 1 − λ_t of teacher and base at each position, of those that `weights` ask for."""
-    teacher, base = map(jax.nn.log_softmax, logits)
-    lam = guarded_lambda(teacher, base, weights[..., 0], guard, state)
-    return jnp.stack([lam, 1 - lam], -1)
+    state: Int[Array, "*s"] | None = None,
+) -> Guarded:
+    """Positions of a run at `lam` under `guard`, from log-distributions; `state` is of its grammar, if it has one."""
+    allowed, harmless = None, False
+    if guard.mask:
+        allowed = allowed_tokens(guard.grammar, state)
+        teacher, base = (_masked(logp, allowed) for logp in (teacher, base))
+    if guard.scope == "structure":
+        harmless = content_tokens(guard.grammar, state)
+    lam = jnp.broadcast_to(lam, teacher.shape[:-1])
+    if guard.structure >= 0:
+        lam = jnp.where(chooses_score(guard.grammar, state), lam, guard.structure)
+    if guard.fallback:
+        lam = guarded_lambda(teacher, base, lam, guard.margin, guard.fallback, harmless)
+    target = lam[..., None] * teacher + (1 - lam[..., None]) * base
+    if guard.floor:
+        target = _floored(target, teacher, base, guard.floor, harmless)
+    return Guarded(teacher, base, lam, target, allowed)
 
 
 def guarded_lambda(
     teacher: Float[Array, "*s V"],
     base: Float[Array, "*s V"],
     lam: Float[Array, "*#s"],
-    guard: Guard,
-    state: Int[Array, "*s"] | None = None,
+    margin: Float[Array, ""],
+    fallback: str,
+    harmless: Bool[Array, "*s V"] | bool = False,
 ) -> Float[Array, "*s"]:
-    """λ_t of each position from log-probabilities: `lam`, or where that flips, that of the fallback (at most `lam`).
+    """λ_t of each position from log-probabilities: `lam`, or where that flips, `fallback`'s (at most `lam`).
 
-    The fallback is "teacher" (1) or "base" (0 where base and teacher have one mode, else 1). `state`: of the guard's
-    grammar, where it has one.
+    `fallback` is "teacher" (1) or "base" (0 where base and teacher have one mode, else 1).
     """
     mode = teacher.argmax(-1)
-    harmless = False if guard.grammar is None else content_tokens(guard.grammar, state)
-    kept = lam * guard.margin <= flip_lambda(teacher, base, mode, harmless)
+    kept = lam * margin <= flip_lambda(teacher, base, mode, harmless)
     agrees = base.argmax(-1) == mode
-    safe = jnp.where(agrees, 0.0, 1.0) if guard.fallback == "base" else 1.0
+    safe = jnp.where(agrees, 0.0, 1.0) if fallback == "base" else 1.0
     return jnp.where(kept, lam, jnp.minimum(lam, safe))
+
+
+def _masked(logp: Float[Array, "*s V"], allowed: Bool[Array, "*s V"]) -> Float[Array, "*s V"]:
+    """The distribution over what is allowed."""
+    rest = jnp.where(allowed, logp, IMPOSSIBLE)
+    return jnp.where(allowed, rest - jax.nn.logsumexp(rest, -1, keepdims=True), IMPOSSIBLE)
+
+
+def _floored(target, teacher, base, floor: float, harmless) -> Float[Array, "*s V"]:
+    """The target's logits, rivals of the teacher's mode lowered to min(Δ_B, `floor`) below it."""
+    mode = teacher.argmax(-1)
+    margin = jnp.minimum(take_token(base, mode)[..., None] - base, floor)
+    exempt = (jnp.arange(base.shape[-1]) == mode[..., None]) | harmless
+    return jnp.where(exempt, target, jnp.minimum(target, take_token(target, mode)[..., None] - margin))

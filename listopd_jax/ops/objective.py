@@ -46,8 +46,16 @@ class Variant(NamedTuple):
     estimator: str = "sampled"
     aggregate: str = "token"
     ppo: bool = False
-    guard: str = ""  # fallback of listopd_jax.ops.guard, a λ for each position; empty: off
+    guard: str = ""  # fallback of listopd_jax.ops.guard, a λ for each position; empty: no margin is kept
+    scope: str = "all"  # these too are fields of its Guard
+    mask: bool = False
+    floor: float = 0.0
+    structure: float = -1.0
     normalize: bool = False  # whether log Z is subtracted from the advantage of sampled tokens
+
+
+BANNED = -8.0
+"""The advantage of a token that a mask forbids, whose own would be −∞."""
 
 
 def warmed_up_lambda(lam: float, step: int, warmup_steps: int) -> float:
@@ -78,17 +86,21 @@ def importance_ratio(student, teacher, rollout, adv, clip, kind: str) -> Float[A
     return jnp.exp(jnp.minimum(log_ratio, jnp.log(clip)))
 
 
-def sampled_loss(student, entropy, teacher, base, rollout, hyper: Hyper, variant: Variant, *, lam, log_z=0.0):
+def sampled_loss(
+    student, entropy, teacher, base, rollout, hyper: Hyper, variant: Variant, *, lam, log_z=0.0, banned=False
+):
     """Per-token loss and metrics from log-probabilities of the sampled tokens, all of one shape.
 
     `student` and `entropy` carry the gradient; teacher, base, rollout, `lam` and `log_z`, one for all or one for each
-    token, are constants. `log_z` is that of `log_normalizer` where Variant.normalize, else 0. β enters as the sampled
+    token, are constants. `log_z` is that of `log_normalizer` where Variant.normalize, else 0. A `banned` token has the
+    advantage BANNED and the ratio 1. β enters as the sampled
     (score-function) gradient of KL(π_S‖π_B), without the ratio, γ as the exact entropy.
     Returns (loss, {"advantage", "ratio"}).
     """
     detached = jax.lax.stop_gradient(student)
     adv = advantage(detached, teacher, base, lam, variant.advantage) - log_z
     ratio = importance_ratio(detached, teacher, rollout, adv, hyper.clip, variant.ratio)
+    adv, ratio = jnp.where(banned, BANNED, adv), jnp.where(banned, 1.0, ratio)
     weight = ratio * adv - hyper.kl_to_base * (detached - base)
     if variant.ppo:
         change = jnp.exp(student - rollout)
@@ -113,15 +125,21 @@ def _extrapolated(teacher, base, lam, kind: str) -> Float[Array, "*s V"]:
     return lam * teacher + (1 - lam) * base if kind == "base_relative" else lam * teacher
 
 
-def full_vocab_loss(student, teacher, base, tokens, hyper: Hyper, variant: Variant, *, lam):
+def full_vocab_loss(
+    student, teacher, base, tokens, hyper: Hyper, variant: Variant, *, lam, target=None, allowed=None
+):
     """Exact per-position loss KL(π_S‖target) + β KL(π_S‖π_B) − γ H(π_S) from log-distributions [*s, V].
 
-    Zero variance given the visited prefix. `lam` is one for all or one for each position. Returns (loss [*s],
+    Zero variance given the visited prefix. `lam` is one for all or one for each position; `target`, log-probabilities
+    [*s, V], stands in for the one that λ gives; what is not `allowed` has the advantage BANNED. Returns (loss [*s],
     {"advantage", "ratio"}): the advantage of the visited `tokens`, for the same metrics as the sampled estimator; the
     ratio is 1.
     """
     p = jnp.exp(student)
-    target = target_log_distribution(teacher, base, jnp.asarray(lam)[..., None], variant.advantage)
+    if target is None:
+        target = target_log_distribution(teacher, base, jnp.asarray(lam)[..., None], variant.advantage)
+    if allowed is not None:
+        target = jnp.where(allowed, target, jax.lax.stop_gradient(student) + BANNED)
     loss = (p * (student - target)).sum(-1)
     loss = (
         loss + hyper.kl_to_base * (p * (student - base)).sum(-1) - hyper.entropy_bonus * entropy_of(student)

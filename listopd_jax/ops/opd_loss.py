@@ -16,7 +16,7 @@ from jaxtyping import Array, Float, Int
 from listopd_jax.ops.fused import fused_loss
 from listopd_jax.ops.gather_kernel import gather_logprobs
 from listopd_jax.ops.grammar import Grammar
-from listopd_jax.ops.guard import Guard, guarded_lambda
+from listopd_jax.ops.guard import Guard, Guarded, guarded
 from listopd_jax.ops.head import entropy_of, log_distribution, map_positions, take_token
 from listopd_jax.ops.objective import Hyper, Variant, full_vocab_loss, log_normalizer, sampled_loss
 
@@ -74,13 +74,14 @@ def opd_loss(
     )  # once, not in every chunk
     rows = {"token": tokens, "rollout": rollout, "weight": weights, "lam": jnp.full_like(weights, hyper.lam)}
     rows["state"] = states
-    guard = Guard(hyper.guard_margin, variant.guard, grammar) if variant.guard else None
+    guard = _guard(variant, hyper, grammar)
     if variant.estimator == "full_vocab":
         f, rows["hiddens"] = _full_vocab, frozen
     else:
         f = _sampled
         rows["log_z"] = jnp.zeros_like(weights)
-        looks_at_all_tokens = variant.guard or variant.normalize  # the kernel gives no distributions
+        rows["banned"] = jnp.zeros(weights.shape, bool)
+        looks_at_all_tokens = guard is not None or variant.normalize  # the kernel gives no distributions
         if pallas and not looks_at_all_tokens:
             scores = (gather_logprobs(h, w, tokens, vocab) for h, w in zip(frozen, frozen_heads, strict=True))
             rows["teacher"], rows["base"] = scores
@@ -90,13 +91,20 @@ def opd_loss(
     return fused_loss(f, vocab, chunk, hiddens.student, heads.student, rows, (frozen_heads, hyper, guard))
 
 
+def _guard(variant: Variant, hyper: Hyper, grammar: Grammar | None) -> Guard | None:
+    """The guard that `variant` asks for, if any."""
+    options = (variant.scope, variant.mask, variant.floor, variant.structure)
+    guard = Guard(hyper.guard_margin, variant.guard, grammar, *options)
+    return guard if variant.guard or variant.mask or variant.floor or variant.structure >= 0 else None
+
+
 def _frozen_distributions(rows: dict[str, Any], heads: Frozen, guard: Guard | None, vocab: int):
-    """log π_T and log π_B [c, vocab] of a chunk of rows, and the λ of each position [c]."""
+    """log π_T and log π_B [c, vocab] of a chunk of rows, and the λ of each position [c]; what a guard makes of them."""
     teacher, base = (log_distribution(h, w, vocab) for h, w in zip(rows["hiddens"], heads, strict=True))
-    lam = rows["lam"]
-    if guard is not None:
-        lam = guarded_lambda(teacher, base, lam, guard, rows["state"])
-    return teacher, base, lam
+    if guard is None:
+        return teacher, base, rows["lam"], None
+    found = guarded(teacher, base, rows["lam"], guard, rows["state"])
+    return teacher, base, found.lam, found
 
 
 def _frozen_scores(
@@ -105,13 +113,32 @@ def _frozen_scores(
     """Of every sampled token, float32 [N]: log π_T, log π_B, λ and log Z of its position, in one pass of both heads."""
 
     def score(part):
-        teacher, base, lam = _frozen_distributions(part, heads, guard, vocab)
-        at = (take_token(logp, part["token"]) for logp in (teacher, base))
+        token = part["token"]
+        teacher, base, lam, found = _frozen_distributions(part, heads, guard, vocab)
         log_z = log_normalizer(teacher, base, lam, variant.advantage) if variant.normalize else part["log_z"]
-        return dict(zip(("teacher", "base"), at, strict=True)) | {"lam": lam, "log_z": log_z}
+        scores = {"lam": lam, "banned": part["banned"]}
+        if found is not None:
+            teacher, base, scores["banned"] = _allowed_scores(teacher, base, token, found)
+            log_z = jax.nn.logsumexp(found.target, -1) if variant.normalize else part["log_z"]
+            # A floor moves the target of a token away from that of λ: its advantage moves with it.
+            of_lam = lam * take_token(teacher, token) + (1 - lam) * take_token(base, token)
+            log_z = jnp.where(scores["banned"], 0.0, log_z + of_lam - take_token(found.target, token))
+        return scores | {
+            "teacher": take_token(teacher, token),
+            "base": take_token(base, token),
+            "log_z": log_z,
+        }
 
-    needed = {name: rows[name] for name in ("hiddens", "token", "lam", "log_z", "state")}
+    needed = {name: rows[name] for name in ("hiddens", "token", "lam", "log_z", "state", "banned")}
     return map_positions(score, needed, chunk)
+
+
+def _allowed_scores(teacher, base, token: Int[Array, " c"], found: Guarded):
+    """Teacher and base over what is allowed, and whether `token` is not; what is not keeps its log-probability."""
+    if found.allowed is None:
+        return found.teacher, found.base, jnp.zeros(token.shape, bool)
+    masked = (jnp.where(found.allowed, x, y) for x, y in ((found.teacher, teacher), (found.base, base)))
+    return *masked, ~jnp.take_along_axis(found.allowed, token[:, None], -1)[:, 0]
 
 
 def _sampled(variant: Variant, vocab: int, logits, rows, shared):
@@ -123,7 +150,9 @@ def _sampled(variant: Variant, vocab: int, logits, rows, shared):
         jnp.where(kept, x, 0.0) for x in (student, rows["teacher"], rows["base"], rows["rollout"])
     )
     entropy, lam, log_z = entropy_of(logp), rows["lam"], rows["log_z"]
-    loss, extra = sampled_loss(student, entropy, teacher, base, rollout, hyper, variant, lam=lam, log_z=log_z)
+    loss, extra = sampled_loss(
+        student, entropy, teacher, base, rollout, hyper, variant, lam=lam, log_z=log_z, banned=rows["banned"]
+    )
     scores = {"student": student, "teacher": teacher, "base": base, "entropy": entropy, "rollout": rollout}
     return jnp.where(kept, loss * rows["weight"], 0.0).sum(), extra | scores | {"lambda": lam}
 
@@ -131,8 +160,11 @@ def _sampled(variant: Variant, vocab: int, logits, rows, shared):
 def _full_vocab(variant: Variant, vocab: int, logits, rows, shared):
     """The same with exact losses over the vocabulary: all three distributions of a chunk exist at one time."""
     (heads, hyper, guard), token, student = shared, rows["token"], jax.nn.log_softmax(logits)
-    teacher, base, lam = _frozen_distributions(rows, heads, guard, vocab)
-    loss, extra = full_vocab_loss(student, teacher, base, token, hyper, variant, lam=lam)
+    teacher, base, lam, found = _frozen_distributions(rows, heads, guard, vocab)
+    target, allowed = (None, None) if found is None else (jax.nn.log_softmax(found.target), found.allowed)
+    loss, extra = full_vocab_loss(
+        student, teacher, base, token, hyper, variant, lam=lam, target=target, allowed=allowed
+    )
     at = Models(*(take_token(x, token) for x in (student, teacher, base)))
     scores = at._asdict() | {"entropy": entropy_of(student), "rollout": rows["rollout"]}
     return jnp.where(rows["weight"] > 0, loss * rows["weight"], 0.0).sum(), extra | scores | {"lambda": lam}

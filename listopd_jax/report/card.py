@@ -23,8 +23,9 @@ FIELDS = (
 ).split()
 SFT_FIELDS = "lr batch_size truncation_rate duplicate_rate".split()
 OPD_FIELDS = (
-    "ratio advantage normalize estimator aggregate clip ppo_clip guard.margin guard.fallback guard.scope lr batch_size "
-    "rollouts temperature updates_per_batch kl_to_base entropy_bonus lambda_warmup_steps"
+    "ratio advantage normalize estimator aggregate clip ppo_clip guard.margin guard.fallback guard.scope guard.mask "
+    "guard.floor guard.structure lr batch_size rollouts temperature updates_per_batch kl_to_base "
+    "entropy_bonus lambda_warmup_steps"
 ).split()
 
 

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from listopd_jax.ops.guard import Guard, guarded_weights
+from listopd_jax.ops.guard import Guard, guarded
 from listopd_jax.ops.head import logits_of, slice_vocab
 
 IMPOSSIBLE = -1e30  # finite: a block of nothing else must have a log-probability and no NaN
@@ -29,9 +29,10 @@ def mixed_logprobs(
     logits = [
         slice_vocab(logits_of(h, d.head_weight()), vocab) for d, h in zip(decoders, hiddens, strict=True)
     ]
-    if guard is not None:
-        weights = guarded_weights(logits, weights, guard, state)
-    mixed = sum(weights[..., i, None] * z for i, z in enumerate(logits))
+    if guard is None:
+        mixed = sum(weights[..., i, None] * z for i, z in enumerate(logits))
+    else:
+        mixed = guarded(*map(jax.nn.log_softmax, logits), weights[..., 0], guard, state).target
     return jax.nn.log_softmax(mixed / temperature)
 
 

@@ -131,10 +131,18 @@ class Job:
     def guard(self) -> Guard | None:
         """The guard of section `opd.guard`; None where it is off."""
         guard = self.config.opd.guard
-        if not guard.margin:
+        knows_contract = guard.scope == "structure" or guard.mask or guard.structure >= 0
+        if not (guard.margin or guard.mask or guard.floor or guard.structure >= 0):
             return None
-        grammar = self.grammar if guard.scope == "structure" else None
-        return Guard(jnp.float32(guard.margin), guard.fallback, grammar)
+        return Guard(
+            jnp.float32(guard.margin),
+            guard.fallback if guard.margin else "",
+            self.grammar if knows_contract else None,
+            guard.scope,
+            guard.mask,
+            guard.floor,
+            guard.structure,
+        )
 
     def steps(self, epochs: float, batch_size: int) -> int:
         """Optimisation steps in `epochs` passes over the training lists; an epoch is of whole batches, at least one.

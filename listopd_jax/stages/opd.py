@@ -88,6 +88,10 @@ def variant_of(opd: Any) -> Variant:
         aggregate=opd.aggregate,
         ppo=opd.ppo_clip > 0,
         guard=opd.guard.fallback if opd.guard.margin else "",
+        scope=opd.guard.scope,
+        mask=opd.guard.mask,
+        floor=opd.guard.floor,
+        structure=opd.guard.structure,
         normalize=opd.normalize,
     )
 

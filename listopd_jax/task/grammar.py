@@ -43,7 +43,7 @@ def contract_automaton(pieces: Sequence[str], ends: Collection[int], k: int) -> 
     if k > MOST_REVIEWS:
         raise UserError(
             f"task.k={k}: a guard that knows the contract knows lists of at most {MOST_REVIEWS} reviews; lower it, or "
-            "set opd.guard.scope='all'"
+            "set opd.guard.scope='all', mask=False and structure=-1"
         )
     alphabet = {*_SPACE, *"".join(_PARTS), *"".join(review_ids(k)), *"".join(SCORES), "]"}
     texts = sorted({x for i, x in enumerate(pieces) if x and i not in ends and alphabet.issuperset(x)})
