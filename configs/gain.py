@@ -22,7 +22,7 @@ RUNS = "runs/gain"
 ARMS = ("same", "plain", "guarded", "independent", "independent_guarded")
 SEEDS = (7, 13, 21, 42, 95, 101, 123, 202)
 LAMBDA = 2.0
-STEPS = 150
+STEPS = 100
 
 
 def get_config(name: str = "same") -> ml_collections.ConfigDict:
@@ -36,10 +36,12 @@ def get_config(name: str = "same") -> ml_collections.ConfigDict:
     config.data.update(validation_share=0.25)
     config.data.synthetic.products = 1500
     config.evaluation.update(max_lists=1000, expected=True, bootstrap=200)
-    config.forecast.lambdas = (1.0, 1.15, 1.25, 1.5, 2.0, 3.0)
-    config.train.update(checkpoint_every=75, keep_checkpoints=1, export=name in ("same", "independent"))
+    config.forecast.lambdas = (
+        (1.0, 1.25, 1.5, 3.0) if name in ("same", "guarded", "independent_guarded") else ()
+    )
+    config.train.update(checkpoint_every=100, keep_checkpoints=1, export=name in ("same", "independent"))
     config.opd.update(
-        estimator="full_vocab", ratio="none", batch_size=16, rollouts=4, lr=1e-3, seeds=SEEDS, steps=STEPS,
+        estimator="full_vocab", ratio="none", batch_size=16, rollouts=2, lr=1e-3, seeds=SEEDS, steps=STEPS,
         lambdas=(LAMBDA,),
     )  # fmt: skip
     if name == "same":
@@ -54,10 +56,10 @@ def get_config(name: str = "same") -> ml_collections.ConfigDict:
 
 def _models(config: ml_collections.ConfigDict, name: str) -> None:
     """How the arm's models are trained, or where it finds those of another arm."""
-    config.sft.student.update(steps=70, duplicate_rate=0.53, seed=2)
+    config.sft.student.update(steps=100, duplicate_rate=0.53, seed=2)
     config.sft.teacher.update(steps=60, truncation_rate=0.25, seed=3)
     if name.startswith("independent"):
-        config.sft.teacher.update(steps=130, seed=5)
+        config.sft.teacher.update(steps=160, seed=5)
     else:
         config.teacher.num_layers = config.student.num_layers
     config.sft.continued = name == "same"
