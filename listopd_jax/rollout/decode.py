@@ -164,8 +164,8 @@ def sample_tokens(
 
 
 def _states(
-    grammar: Grammar, state: Int[Array, "B n"], drafted: Int[Array, "B n S-1"]
-) -> Int[Array, "B n S"]:
+    grammar: Grammar, state: Int[Array, "B n"], drafted: Int[Array, "B n D"]
+) -> Int[Array, "B n D+1"]:
     """The grammar's state before and after each drafted token."""
     return states(grammar, state, jnp.pad(drafted, [(0, 0), (0, 0), (0, 1)]))
 
