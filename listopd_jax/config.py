@@ -514,6 +514,14 @@ def is_small(config: ml_collections.FrozenConfigDict) -> bool:
     return all(not m.weights and m.architecture == "custom" and m.hidden_size <= SMALL_WIDTH for m in models)
 
 
+def guard_text(guard: ml_collections.FrozenConfigDict) -> str:
+    """The options of config section `opd.guard` that differ from the defaults, "" where it is off."""
+    if not (guard.margin or guard.mask or guard.floor or guard.structure >= 0):
+        return ""
+    off = defaults().opd.guard
+    return " ".join(f"{name}={guard[name]}" for name in off if guard[name] != off[name])
+
+
 def to_json(config: ml_collections.ConfigDict | ml_collections.FrozenConfigDict) -> dict[str, Any]:
     """The config as plain JSON values (infinities as the string "inf"), field order fixed."""
     return json.loads(json.dumps(_plain(config.to_dict()), sort_keys=True, allow_nan=False))

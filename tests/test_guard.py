@@ -7,7 +7,7 @@ import oracles
 import pytest
 from test_opd_step import EXACT, STUDENT, assert_close, batch, frozen_logps, hyper, naive_loss, run  # noqa: F401
 
-from listopd_jax.config import defaults, validate
+from listopd_jax.config import defaults, guard_text, validate
 from listopd_jax.errors import UserError
 from listopd_jax.ops.grammar import START, Grammar, content_tokens, states
 from listopd_jax.ops.guard import Guard, flip_lambda, guarded_lambda
@@ -83,6 +83,15 @@ def test_at_lambda_one_guarded_is_plain(batch):  # noqa: F811
         for on in ("", "teacher")
     )
     assert_close(guarded, plain, 1e-6)  # two programs: their last bits may differ
+
+
+def test_records_name_the_options_of_a_guard_and_nothing_where_it_is_off():
+    guard = defaults().opd.guard
+    assert guard_text(guard) == ""
+    guard.scope = "structure"  # alone it guards nothing
+    assert guard_text(guard) == ""
+    guard.update(margin=1.25, fallback="base")
+    assert sorted(guard_text(guard).split()) == ["fallback=base", "margin=1.25", "scope=structure"]
 
 
 @pytest.mark.parametrize(

@@ -10,6 +10,7 @@ is the teacher's greedy answer at every λ; with scope "structure" it is not.
 
 import jax.numpy as jnp
 
+from listopd_jax.config import guard_text
 from listopd_jax.ops.opd_loss import Frozen
 from listopd_jax.stages.evaluate import greedy_answers
 from listopd_jax.stages.job import Job
@@ -17,16 +18,17 @@ from listopd_jax.stages.results import evaluated, expected, keep
 from listopd_jax.train.loop import Run
 
 
-def forecast_run(lam: float) -> Run:
-    """What identifies the forecast at λ among the results: a run of no steps and no seed."""
-    return Run(f"forecast_lambda{float(lam)}", "forecast", lam=float(lam), seed=None, steps=0)
+def forecast_run(lam: float, guard: str = "") -> Run:
+    """What identifies the forecast at λ under a guard among the results: a run of no steps and no seed."""
+    return Run(f"forecast_lambda{float(lam)}", "forecast", lam=float(lam), seed=None, steps=0, guard=guard)
 
 
 def forecast(job: Job, frozen: Frozen) -> None:
     """Forecast every λ of `forecast.lambdas` and `opd.lambdas` and keep the records; those done are left alone."""
     config = job.config
     grid = sorted({float(lam) for lam in (*config.forecast.lambdas, *config.opd.lambdas)})
-    missing = [lam for lam in grid if evaluated(job.workdir, forecast_run(lam)) is None]
+    guard = guard_text(config.opd.guard)
+    missing = [lam for lam in grid if evaluated(job.workdir, forecast_run(lam, guard)) is None]
     if config.opd.advantage != "base_relative" or not missing:
         return
     lam, size = jnp.array(missing), config.forecast.batch_size
@@ -35,4 +37,4 @@ def forecast(job: Job, frozen: Frozen) -> None:
     answers = greedy_answers(*target, batches, job.codec, job.decoding, "forecast", job.guard)
     scores = expected(job, *target, size, job.guard)
     for value, column, means in zip(missing, answers, scores, strict=True):
-        keep(job, forecast_run(value), column, examples=False, expected=means)
+        keep(job, forecast_run(value, guard), column, examples=False, expected=means)

@@ -15,7 +15,7 @@ from absl import logging
 from flax import nnx
 
 from listopd_jax import files
-from listopd_jax.config import digest, is_small
+from listopd_jax.config import digest, guard_text, is_small
 from listopd_jax.data import input as data_input
 from listopd_jax.data.builder import read_split
 from listopd_jax.data.chat import turn_ends
@@ -131,9 +131,9 @@ class Job:
     def guard(self) -> Guard | None:
         """The guard of section `opd.guard`; None where it is off."""
         guard = self.config.opd.guard
-        knows_contract = guard.scope == "structure" or guard.mask or guard.structure >= 0
-        if not (guard.margin or guard.mask or guard.floor or guard.structure >= 0):
+        if not guard_text(guard):
             return None
+        knows_contract = guard.scope == "structure" or guard.mask or guard.structure >= 0
         return Guard(
             jnp.float32(guard.margin),
             guard.fallback if guard.margin else "",

@@ -9,6 +9,7 @@ import numpy as np
 import optax
 from flax import nnx
 
+from listopd_jax.config import guard_text
 from listopd_jax.models.build import cast
 from listopd_jax.ops.grammar import Grammar
 from listopd_jax.ops.objective import Hyper, Variant, warmed_up_lambda
@@ -40,7 +41,7 @@ def opd_runs(job: Job, lam: float, seed: int) -> list[Run]:
     """The OPD run at λ and seed, once for each budget at which it is evaluated: one training, read on its way."""
     opd = job.config.opd
     steps = opd.steps or job.steps(opd.epochs, opd.batch_size)
-    run = Run(f"opd_lambda{float(lam)}_seed{seed}", "opd", float(lam), seed, steps)
+    run = Run(f"opd_lambda{float(lam)}_seed{seed}", "opd", float(lam), seed, steps, guard_text(opd.guard))
     return [run._replace(steps=budget) for budget in opd.eval_steps if budget < steps] + [run]
 
 

@@ -111,7 +111,14 @@ def summary(record: Result) -> str:
 
 def _head(run: Run) -> dict[str, Any]:
     """What the records of the policy that `run` ended in begin with."""
-    return {"run": run.name, "stage": run.stage, "lam": run.lam, "seed": run.seed, "steps": run.steps}
+    return {
+        "run": run.name,
+        "stage": run.stage,
+        "lam": run.lam,
+        "seed": run.seed,
+        "steps": run.steps,
+        "guard": run.guard,
+    }
 
 
 def _identity(run: Run) -> Identity:
