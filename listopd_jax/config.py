@@ -522,6 +522,11 @@ def guard_text(guard: ml_collections.FrozenConfigDict) -> str:
     return " ".join(f"{name}={guard[name]}" for name in off if guard[name] != off[name])
 
 
+def guard_knows_contract(guard: ml_collections.FrozenConfigDict) -> bool:
+    """Whether config section `opd.guard` needs the grammar of the answers."""
+    return bool(guard_text(guard)) and (guard.scope == "structure" or guard.mask or guard.structure >= 0)
+
+
 def to_json(config: ml_collections.ConfigDict | ml_collections.FrozenConfigDict) -> dict[str, Any]:
     """The config as plain JSON values (infinities as the string "inf"), field order fixed."""
     return json.loads(json.dumps(_plain(config.to_dict()), sort_keys=True, allow_nan=False))

@@ -15,7 +15,7 @@ from absl import logging
 from flax import nnx
 
 from listopd_jax import files
-from listopd_jax.config import digest, guard_text, is_small
+from listopd_jax.config import digest, guard_knows_contract, guard_text, is_small
 from listopd_jax.data import input as data_input
 from listopd_jax.data.builder import read_split
 from listopd_jax.data.chat import turn_ends
@@ -133,11 +133,10 @@ class Job:
         guard = self.config.opd.guard
         if not guard_text(guard):
             return None
-        knows_contract = guard.scope == "structure" or guard.mask or guard.structure >= 0
         return Guard(
             jnp.float32(guard.margin),
             guard.fallback if guard.margin else "",
-            self.grammar if knows_contract else None,
+            self.grammar if guard_knows_contract(guard) else None,
             guard.scope,
             guard.mask,
             guard.floor,
