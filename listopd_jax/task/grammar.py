@@ -46,13 +46,29 @@ def contract_automaton(pieces: Sequence[str], ends: Collection[int], k: int) -> 
             "set opd.guard.scope='all', mask=False and structure=-1"
         )
     alphabet = {*_SPACE, *"".join(_PARTS), *"".join(review_ids(k)), *"".join(SCORES), "]"}
+    walk = functools.partial(_walk, _reader(review_ids(k)))
+    somewhere = _some_places(review_ids(k))
     texts = sorted({x for i, x in enumerate(pieces) if x and i not in ends and alphabet.issuperset(x)})
-    places, step = _explore(functools.partial(_walk, _reader(review_ids(k))), ["\0", *texts, ""])
+    texts = [x for x in texts if any(walk(place, x) for place in somewhere)]
+    places, step = _explore(walk, ["\0", *texts, ""])
     column = {text: i for i, text in enumerate(texts, 1)}
     columns = [len(texts) + 1 if i in ends else column.get(x, 0) for i, x in enumerate(pieces)]
     digits = np.array([text.strip(_SPACE).isdigit() for text in ["", *texts, ""]])
     scoring = np.array([place is not None and place[1] == _SCORE for place in places])
     return Automaton(step, np.array(columns, np.int32), scoring[:, None] & digits & (step != DEAD))
+
+
+def _some_places(ids: Sequence[str]) -> list[_Place]:
+    """Every place inside each part, with no id, all or all but the last used: what fits nowhere there fits nowhere."""
+    used = [frozenset(), frozenset(ids[:-1]), frozenset(ids)]
+    starts = [(names, part, "") for names in used for part in range(_DONE)]
+    inside = [
+        (*start[:2], text[:n])
+        for start in starts
+        for text in _choices(*start[:2], ids)
+        for n in range(len(text))
+    ]
+    return list(dict.fromkeys(inside)) + [(used[0], _SCORE, text) for text in SCORES]
 
 
 def _explore(walk: Callable, texts: Sequence[str]) -> tuple[list[_Place | None], Int[np.ndarray, "S C"]]:
