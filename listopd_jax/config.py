@@ -28,6 +28,7 @@ from listopd_jax.trackers import TRACKERS
 RATIOS = ("teacher_student", "trainer_rollout", "aspo", "none")
 ADVANTAGES = ("base_relative", "no_base")
 FALLBACKS = ("teacher", "base")
+SCOPES = ("all", "structure")
 ESTIMATORS = ("sampled", "full_vocab")
 AGGREGATES = ("token", "sequence")
 TASKS = ("reviews", "json", "bfcl", "cranfield")
@@ -72,7 +73,11 @@ def defaults() -> ml_collections.ConfigDict:
         dtype=_section(compute="float32", frozen="float32"),
         remat="none",
         attention="auto",  # splash (and the Pallas kernel for frozen scores) on TPUs, cudnn on GPUs in 16 bit, else xla
-        sft=_section(teacher=_sft(), student=_sft()),
+        sft=_section(
+            teacher=_sft(),
+            student=_sft(),
+            continued=False,  # the teacher starts where the student's SFT ends: one run, read at two points
+        ),
         optimizer=_section(b1=0.9, weight_decay=0.0, max_grad_norm=1.0),
         opd=_opd(),
         rollout=_section(draft_tokens=-1),  # most per decode step; 0: none, -1: 8, none if is_small
@@ -83,6 +88,7 @@ def defaults() -> ml_collections.ConfigDict:
             bootstrap=2000,
             examples=3,
             forgetting=False,  # also how each policy reads unrelated English: perplexity, and KL to the base
+            expected=False,  # also the error of the expected scores, of every list (stages/expected.py)
         ),
         parallel=_parallel(),
         train=_section(checkpoint_every=50, keep_checkpoints=2, export=True),
@@ -199,6 +205,10 @@ def _opd() -> ml_collections.ConfigDict:
         guard=_section(  # keep the teacher's mode: λ_t = λ where λ·margin ≤ λ_flip, else that of `fallback`
             margin=0.0,  # 0: off
             fallback="teacher",  # teacher: 1; base: 0 where base and teacher have one mode, else 1
+            scope="all",  # structure: a flip to another score is none, for the margin and for the floor
+            mask=False,  # teacher and base over what the contract allows next
+            floor=0.0,  # log-odds that the mode keeps against each rival, if the base has them; 0: off
+            structure=-1.0,  # λ of the positions that choose no score; -1: that of the run
         ),
         on_collapse="none",  # warn, lower_lambda or stop, when the samples stop holding the contract
         collapse=_section(  # what that is, of means over `window` steps, against the window with the best parse
@@ -334,6 +344,7 @@ _NAMES = {
     "opd.on_collapse": ON_COLLAPSE,
     "opd.guard.fallback": FALLBACKS,
     "task.name": TASKS,
+    "opd.guard.scope": SCOPES,
     "data.source": SOURCES,
     "task.ndcg_gain": ("linear", "exponential"),
     "remat": REMATS,
@@ -359,7 +370,7 @@ task.max_review_words data.max_broken data.max_reviews_per_product data.max_list
 sft.teacher.steps sft.teacher.epochs sft.teacher.warmup_steps sft.teacher.microbatch
 sft.student.steps sft.student.epochs sft.student.warmup_steps sft.student.microbatch
 opd.steps opd.epochs opd.microbatch opd.kl_to_base opd.entropy_bonus opd.lambda_warmup_steps opd.guard.margin
-opd.contract_reward opd.collapse.flips opd.eval_every
+opd.contract_reward opd.collapse.flips opd.eval_every opd.guard.floor
 evaluation.max_lists evaluation.examples optimizer.weight_decay optimizer.max_grad_norm
 track.log_completions_every
 """.split()
@@ -466,15 +477,20 @@ def _validate_combinations(config: ml_collections.ConfigDict) -> None:
         "task.max_response=1: must be at least 2 tokens, or 0 to follow the task",
     )
     _require(opd.clip > 1, f"opd.clip={opd.clip}: the clip c must be > 1 (inf for none), EC Eq. 3")
-    margin = opd.guard.margin
+    guard, margin = opd.guard, opd.guard.margin
     _require(
         margin == 0 or margin >= 1,
         f"opd.guard.margin={margin}: must be 0 (off) or at least 1; 1.25 is a start",
     )
     _require(
-        margin == 0 or opd.advantage == "base_relative",
-        "opd.guard.margin guards the base-relative target, not opd.advantage='no_base'; set one of the two",
+        guard.structure == -1 or guard.structure >= 0,
+        f"opd.guard.structure={guard.structure}: a λ ≥ 0, or -1 for that of the run",
     )
+    for name, off in (("margin", 0), ("mask", False), ("floor", 0), ("structure", -1)):
+        _require(
+            guard[name] == off or opd.advantage == "base_relative",
+            f"opd.guard.{name} guards the base-relative target, not opd.advantage='no_base'; set one of the two",
+        )
     for name, part in (
         ("opd", opd),
         ("sft.teacher", config.sft.teacher),
@@ -502,6 +518,19 @@ def _validate_combinations(config: ml_collections.ConfigDict) -> None:
     )
     _validate_options(config)
     _validate_trackers(config.track)
+    _require(
+        not config.sft.continued or config.teacher == config.student,
+        "sft.continued trains the teacher on from the student's end: teacher and student must be the same section",
+    )
+    _require(
+        ranks_reviews(config) or not (config.evaluation.expected or guard_knows_contract(opd.guard)),
+        f"task {task_name(config)!r}: evaluation.expected and guards that know the contract (opd.guard.scope, mask, "
+        "floor, structure) are of task.name='reviews'; leave them off",
+    )
+    _require(
+        opd.control_variate == "none" or not (opd.guard.mask or opd.guard.floor),
+        "opd.control_variate knows no target of opd.guard.mask or opd.guard.floor: leave one of them off",
+    )
     _validate_parallel(config.parallel)
     size = config.tokenizer.vocab_size
     _require(size >= 258, f"tokenizer.vocab_size={size}: at least 258 are needed (256 bytes, EOS, PAD)")
@@ -649,6 +678,19 @@ def is_small(config: ml_collections.FrozenConfigDict) -> bool:
         all(not m.weights and m.architecture == "custom" for m in models) and not config.reference.weights
     )
     return made_here and all(m.hidden_size <= SMALL_WIDTH for m in models)
+
+
+def guard_text(guard: ml_collections.FrozenConfigDict) -> str:
+    """The options of config section `opd.guard` that differ from the defaults, "" where it is off."""
+    if not (guard.margin or guard.mask or guard.floor or guard.structure >= 0):
+        return ""
+    off = defaults().opd.guard
+    return " ".join(f"{name}={guard[name]}" for name in off if guard[name] != off[name])
+
+
+def guard_knows_contract(guard: ml_collections.FrozenConfigDict) -> bool:
+    """Whether config section `opd.guard` needs the grammar of the answers."""
+    return bool(guard_text(guard)) and (guard.scope == "structure" or guard.mask or guard.structure >= 0)
 
 
 def to_json(config: ml_collections.ConfigDict | ml_collections.FrozenConfigDict) -> dict[str, Any]:

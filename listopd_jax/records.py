@@ -59,6 +59,7 @@ class Identity(NamedTuple):
     seed: int | None
     steps: int | None
     checkpoint: str | None = None  # its name, of stage EVALUATE alone
+    guard: str = ""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -70,12 +71,13 @@ class _OfPolicy(Record):
     lam: float | None = None
     seed: int | None = None
     steps: int | None = None
+    guard: str = ""  # the options of opd.guard that the policy or forecast is of; "": none
 
     @property
     def identity(self) -> Identity:
         """Of one identity there is one result."""
         checkpoint = self.run if self.stage == EVALUATE else None
-        return Identity(self.stage, self.lam, self.seed, self.steps, checkpoint)
+        return Identity(self.stage, self.lam, self.seed, self.steps, checkpoint, self.guard)
 
     @property
     def policy(self) -> tuple[str, float | None, str | None]:
@@ -107,6 +109,9 @@ class Result(_OfPolicy):
     tau: float | None = None
     mae: float | None = None
     useful: float | None = None
+    expected_mae: float | None = (
+        None  # of expected scores, over all lists, parsed or not (stages/expected.py)
+    )
     ended: float | None = None  # share of answers that close with EOS before the budget does, parsed or not
     failures: Counts = dataclasses.field(default_factory=dict)
     counted: Counts = dataclasses.field(default_factory=dict)  # metric -> lists in its mean

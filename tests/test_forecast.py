@@ -2,12 +2,15 @@
 
 import jax.numpy as jnp
 import numpy as np
+import oracles
 import pytest
 from flax import nnx
 
 from listopd_jax.data.tokenizer import train_tokenizer
 from listopd_jax.models.config import ModelConfig
 from listopd_jax.models.decoder import Decoder
+from listopd_jax.ops.grammar import START, Grammar
+from listopd_jax.ops.guard import Guard
 from listopd_jax.stages.evaluate import greedy_answers
 from listopd_jax.task.codec import Codec
 from listopd_jax.task.contract import Parsed
@@ -48,8 +51,8 @@ def hidden_states(decoder, tokens, length):
     return decoder(tokens[None], length[None])[0]
 
 
-def target_greedy(decoders, lam, prompt, codec, steps):
-    """Brute force: the whole sequence through both models for every token."""
+def target_greedy(decoders, lam, prompt, codec, steps, guarded=lambda written, logps, lam: lam):
+    """Brute force: the whole sequence through both models for every token; `guarded` gives each position its λ."""
     tokens = list(prompt)
     for _ in range(steps):
         logps, padded = [], np.pad(tokens, (0, WIDTH - len(tokens)))
@@ -57,7 +60,8 @@ def target_greedy(decoders, lam, prompt, codec, steps):
             hidden = hidden_states(d, padded, np.int32(len(tokens)))[len(tokens) - 1]
             logits = np.asarray(hidden @ d.head_weight().T, np.float64)
             logps.append(logits - np.logaddexp.reduce(logits))
-        tokens.append(int(np.argmax(lam * logps[0] + (1 - lam) * logps[1])))
+        own = guarded(tokens[len(prompt) :], logps, lam)
+        tokens.append(int(np.argmax(own * logps[0] + (1 - own) * logps[1])))
         if tokens[-1] in codec.ends:
             break
     return tokens[len(prompt) :]
@@ -89,3 +93,41 @@ def test_lambda_one_is_the_teacher(setting):
         graphdefs[:1], params[:1], jnp.ones((1, 1)), [batch], codec, decoding(codec), judge
     )
     assert target == teacher
+
+
+def tables(codec, seed):
+    """A grammar of five states whose content is drawn: whatever it says, decoding must follow it."""
+    rng = np.random.default_rng(seed)
+    arrays = rng.integers(0, 5, (5, 3)), rng.integers(0, 3, codec.vocab), rng.random((5, 3)) < 0.5
+    return [np.asarray(x, t) for x, t in zip(arrays, (np.int32, np.int32, bool), strict=True)]
+
+
+@pytest.mark.parametrize("draft_tokens", [0, 3])
+@pytest.mark.parametrize("scope", ["all", "structure"])
+def test_under_a_guard_every_position_is_decoded_at_its_own_lambda(setting, scope, draft_tokens):
+    decoders, codec, batch = setting
+    graphdefs, params = zip(*(nnx.split(d) for d in decoders), strict=True)
+    step, column, content = tables(codec, seed=1)
+    lams = []
+
+    def guarded(written, logps, lam):
+        state = START
+        for token in written:
+            state = step[state, column[token]]
+        harmless = content[state][column] & (scope == "structure")
+        others = harmless & (np.arange(codec.vocab) != np.argmax(logps[0]))
+        flip = oracles.flip_lambda(*(np.where(others, -np.inf, x[: codec.vocab]) for x in logps))
+        lams.append(lam if 1.2 * lam <= flip else 1.0)
+        return lams[-1]
+
+    grammar = Grammar(*map(jnp.asarray, (step, column, content))) if scope == "structure" else None
+    guard, lam = Guard(jnp.float32(1.2), "teacher", grammar, scope), jnp.array([1.0, 6.0])
+    how = decoding(codec) | {"draft_tokens": draft_tokens}
+    columns = greedy_answers(
+        graphdefs, params, jnp.stack([lam, 1 - lam]), [batch], codec, how, judge, guard=guard
+    )
+    for value, answers in zip((1.0, 6.0), columns, strict=True):
+        for row, answer in enumerate(answers):
+            prompt = batch["prompt"][row, : batch["prompt_length"][row]].tolist()
+            assert answer.text == codec.text(target_greedy(decoders, value, prompt, codec, 6, guarded))
+    assert set(lams) >= {1.0} and (6.0 in lams or scope == "all")

@@ -7,9 +7,11 @@ import oracles
 import pytest
 from test_opd_step import EXACT, STUDENT, assert_close, batch, frozen_logps, hyper, naive_loss, run  # noqa: F401
 
-from listopd_jax.config import defaults, validate
+from listopd_jax.config import defaults, guard_text, validate
 from listopd_jax.errors import UserError
-from listopd_jax.ops.guard import flip_lambda, guarded_lambda
+from listopd_jax.ops.grammar import START, Grammar, content_tokens, states
+from listopd_jax.ops.guard import Guard, flip_lambda, guarded_lambda
+from listopd_jax.ops.guard import guarded as apply_guard
 from listopd_jax.ops.objective import Variant, target_log_distribution
 
 rng = np.random.default_rng(0)
@@ -83,6 +85,15 @@ def test_at_lambda_one_guarded_is_plain(batch):  # noqa: F811
     assert_close(guarded, plain, 1e-6)  # two programs: their last bits may differ
 
 
+def test_records_name_the_options_of_a_guard_and_nothing_where_it_is_off():
+    guard = defaults().opd.guard
+    assert guard_text(guard) == ""
+    guard.scope = "structure"  # alone it guards nothing
+    assert guard_text(guard) == ""
+    guard.update(margin=1.25, fallback="base")
+    assert sorted(guard_text(guard).split()) == ["fallback=base", "margin=1.25", "scope=structure"]
+
+
 @pytest.mark.parametrize(
     ("margin", "advantage", "word"), [(0.5, "base_relative", "margin"), (1.25, "no_base", "no_base")]
 )
@@ -91,3 +102,69 @@ def test_a_guard_that_cannot_work_is_refused(margin, advantage, word):
     config.opd.guard.margin, config.opd.advantage = margin, advantage
     with pytest.raises(UserError, match=word):
         validate(config)
+
+
+# --- scope "structure": any tables of an automaton will do ---
+
+draw = np.random.default_rng(1)
+TABLES = Grammar(
+    jnp.asarray(draw.integers(0, 7, (7, 5)), jnp.int32),
+    jnp.asarray(draw.integers(0, 5, 16), jnp.int32),
+    jnp.asarray(draw.random((7, 5)) < 0.7),
+)
+
+
+def test_states_are_those_of_a_walk_token_by_token():
+    tokens = draw.integers(0, 16, (3, 2, 6))
+    found = states(TABLES, jnp.full((3, 2), START), jnp.asarray(tokens))
+    step, column = np.asarray(TABLES.step), np.asarray(TABLES.column)
+    for row, text in zip(np.asarray(found).reshape(-1, 6), tokens.reshape(-1, 6), strict=True):
+        state = START
+        for seen, token in zip(row, text, strict=True):
+            assert seen == state
+            state = step[state, column[token]]
+
+
+def harmless_at(state):
+    """The twin of `content_tokens` in NumPy."""
+    return np.asarray(TABLES.content)[state][..., np.asarray(TABLES.column)]
+
+
+@pytest.mark.parametrize("lam", [1.05, 1.5, 3.0])
+def test_with_scope_structure_only_other_flips_count(lam):
+    teacher, base = (jax.nn.log_softmax(jnp.asarray(s * draw.normal(size=(500, 16)))) for s in (2.0, 3.0))
+    state = draw.integers(0, 7, 500)
+    harmless = harmless_at(state)
+    assert (content_tokens(TABLES, jnp.asarray(state)) == harmless).all()
+    guard = Guard(jnp.float32(1.25), "teacher", TABLES, "structure")
+    own = apply_guard(teacher, base, jnp.float32(lam), guard, state).lam
+    mode = np.asarray(teacher.argmax(-1))
+    others = harmless & (np.arange(16) != mode[:, None])  # a token that both forbid is no rival
+    flip = oracles.flip_lambda(
+        *(np.where(others, -np.inf, np.asarray(x, np.float64)) for x in (teacher, base))
+    )
+    np.testing.assert_allclose(own, np.where(lam * 1.25 <= flip, lam, 1.0), rtol=1e-6)
+    target = lam * np.asarray(teacher, np.float64) + (1 - lam) * np.asarray(base, np.float64)
+    target = np.where((np.asarray(own) == lam)[:, None], target, teacher).argmax(-1)
+    flipped = target != mode
+    assert flipped.any() and np.take_along_axis(harmless, target[:, None], 1)[flipped].all()
+
+
+@pytest.mark.parametrize("variant", [EXACT, Variant()])
+def test_the_update_with_scope_structure_is_the_naive_one(batch, frozen_logps, variant):  # noqa: F811
+    lam, margin = 1.4, 1.5
+    teacher, base = (np.asarray(x, np.float64) for x in frozen_logps)
+    state = np.asarray(states(TABLES, jnp.full(batch.rollout.tokens.shape[:2], START), batch.rollout.tokens))
+    others = harmless_at(state) & (np.arange(16) != teacher.argmax(-1)[..., None])
+    flip = oracles.flip_lambda(*(np.where(others, -np.inf, x) for x in (teacher, base)))
+    own = np.where(lam * margin <= flip, lam, 1.0)
+    assert (own != np.where(lam * margin <= oracles.flip_lambda(teacher, base), lam, 1.0)).any()
+    scalars = hyper(lam)._replace(guard_margin=jnp.float32(margin))
+    _, per_token, grads = run(
+        batch, scalars, variant._replace(guard="teacher", scope="structure"), 2, grammar=TABLES
+    )
+    written = per_token["student"] != 0
+    np.testing.assert_allclose(per_token["lambda"][written], own[written], rtol=1e-6)
+    used = own[..., None] if variant is EXACT else own
+    loss = lambda p: naive_loss(p, *frozen_logps, batch, used, 5.0, 0.0, 0.0, 0.2, variant)  # noqa: E731
+    assert_close(grads, jax.jit(jax.grad(loss))(STUDENT))

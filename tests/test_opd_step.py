@@ -67,13 +67,18 @@ def own(tree):
 
 @functools.cache
 def compiled(variant, microbatch=0):
-    return make_opd_step(MODELS, TX, variant, vocab=VOCAB, chunk=7, microbatch=microbatch)
+    return make(variant, microbatch)
 
 
-def run(batch, hyper, variant, microbatch=0, student=STUDENT, frozen=FROZEN):
+def make(variant, microbatch, grammar=None):
+    return make_opd_step(MODELS, TX, variant, vocab=VOCAB, chunk=7, microbatch=microbatch, grammar=grammar)
+
+
+def run(batch, hyper, variant, microbatch=0, student=STUDENT, frozen=FROZEN, grammar=None):
     """Metrics, per-token values and gradient of one step."""
     state = init_state(own(student), TX)
-    state, metrics, per_token = compiled(variant, microbatch)(state, frozen, batch, hyper, 0.0)
+    step = compiled(variant, microbatch) if grammar is None else make(variant, microbatch, grammar)
+    state, metrics, per_token = step(state, frozen, batch, hyper, 0.0)
     return jax.tree.map(np.asarray, (metrics, per_token, state.opt_state[0]))
 
 

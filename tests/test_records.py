@@ -44,8 +44,8 @@ def test_a_result_has_every_metric_under_its_name_and_comes_back(tmp_path):
     made = result_record(TASK, LISTS, ANSWERS, HEAD, bootstrap=20)
     write_records(tmp_path / "results.json", [made])
     (saved,) = json.loads((tmp_path / "results.json").read_text())
-    assert list(saved)[:7] == ["run", "stage", "lambda", "seed", "steps", "n", "gain"]
-    assert list(saved)[7:] == [*METRICS, "ended", "failures", "counted", "intervals"]
+    assert list(saved)[:8] == ["run", "stage", "lambda", "seed", "steps", "guard", "n", "gain"]
+    assert list(saved)[8:] == [*METRICS, "expected_mae", "ended", "failures", "counted", "intervals"]
     assert [made.metric(name) for name in METRICS] == [saved[name] for name in METRICS]
     assert read_results(tmp_path / "results.json") == [made] and made.parse == 0.5
     assert made.ended == 0.5, "an answer that parses and never stops is told from one that ends"

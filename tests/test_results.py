@@ -12,12 +12,11 @@ from listopd_jax.train.loop import Run
 RUN = Run("opd_lambda1.0_seed0", "opd", lam=1.0, seed=0, steps=60)
 
 
-def test_a_record_is_found_by_stage_lambda_seed_and_steps(tmp_path):
+def test_a_record_is_found_by_stage_lambda_seed_steps_and_guard(tmp_path):
     assert evaluated(tmp_path, RUN) is None
     record = {"stage": "opd", "lambda": 1.0, "seed": 0, "steps": 60, "parse": 0.5}
-    others = [
-        record | change for change in ({"seed": 1}, {"lambda": 1.1}, {"steps": 61}, {"stage": "forecast"})
-    ]
+    changes = ({"seed": 1}, {"lambda": 1.1}, {"steps": 61}, {"stage": "forecast"}, {"guard": "margin=1.25"})
+    others = [record | change for change in changes]
     (tmp_path / RESULTS).write_text(json.dumps(others))
     assert evaluated(tmp_path, RUN) is None
     (tmp_path / RESULTS).write_text(json.dumps([*others, record]))

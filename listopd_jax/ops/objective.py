@@ -51,10 +51,18 @@ class Variant(NamedTuple):
     estimator: str = "sampled"
     aggregate: str = "token"
     ppo: bool = False
-    guard: str = ""  # fallback of listopd_jax.ops.guard, a λ for each position; empty: off
+    guard: str = ""  # fallback of listopd_jax.ops.guard, a λ for each position; empty: no margin is kept
+    scope: str = "all"  # these too are fields of its Guard
+    mask: bool = False
+    floor: float = 0.0
+    structure: float = -1.0
     normalize: bool = False  # whether log Z is subtracted from the advantage of sampled tokens
     control_variate: str = ""  # kl or optimal: what is subtracted from their weight; empty: nothing
     flips: bool = False  # whether `flipped` is known of each position
+
+
+BANNED = -8.0
+"""The advantage of a token that a mask forbids, whose own would be −∞."""
 
 
 def warmed_up_lambda(lam: float, step: int, warmup_steps: int) -> float:
@@ -85,10 +93,13 @@ def importance_ratio(student, teacher, rollout, adv, clip, kind: str) -> Float[A
     return jnp.exp(jnp.minimum(log_ratio, jnp.log(clip)))
 
 
-def _token_weight(student, teacher, base, rollout, hyper: Hyper, variant: Variant, *, lam, shift):
+def _token_weight(
+    student, teacher, base, rollout, hyper: Hyper, variant: Variant, *, lam, shift, banned=False
+):
     """What multiplies −log π_S of a token in the loss, its advantage, to which `shift` is added, and its ratio."""
     adv = advantage(student, teacher, base, lam, variant.advantage) + shift
     ratio = importance_ratio(student, teacher, rollout, adv, hyper.clip, variant.ratio)
+    adv, ratio = jnp.where(banned, BANNED, adv), jnp.where(banned, 1.0, ratio)
     return ratio * adv - hyper.kl_to_base * (student - base), adv, ratio
 
 
@@ -122,19 +133,21 @@ def _squared_scores(p: Float[Array, "*s V"]) -> Float[Array, "*s V"]:
 
 def sampled_loss(
     student, entropy, teacher, base, rollout, hyper: Hyper, variant: Variant, *, lam, log_z=0.0, reward=0.0,
-    baseline=0.0,
+    baseline=0.0, banned=False,
 ):  # fmt: skip
     """Per-token loss and metrics from log-probabilities of the sampled tokens, all of one shape.
 
     `student` and `entropy` carry the gradient; teacher, base, rollout and what is given by name, one for all or one for
     each token, are constants. `log_z` is that of `log_normalizer` where Variant.normalize, `baseline` that of
-    `expected_weight` where Variant.control_variate, else 0; `reward` is added to the advantage. β enters as the sampled
-    (score-function) gradient of KL(π_S‖π_B), without the ratio, γ as the exact entropy.
+    `expected_weight` where Variant.control_variate, else 0; `reward` is added to the advantage. A `banned` token has
+    the advantage BANNED and the ratio 1. β enters as the sampled (score-function) gradient of KL(π_S‖π_B), without the
+    ratio, γ as the exact entropy.
     Returns (loss, {"advantage", "ratio"}).
     """
     weight, adv, ratio = _token_weight(
-        jax.lax.stop_gradient(student), teacher, base, rollout, hyper, variant, lam=lam, shift=reward - log_z
-    )
+        jax.lax.stop_gradient(student), teacher, base, rollout, hyper, variant,
+        lam=lam, shift=reward - log_z, banned=banned,
+    )  # fmt: skip
     weight = weight - baseline
     if variant.ppo:
         change = jnp.exp(student - rollout)
@@ -165,15 +178,21 @@ def _extrapolated(teacher, base, lam, kind: str) -> Float[Array, "*s V"]:
     return lam * teacher + (1 - lam) * base if kind == "base_relative" else lam * teacher
 
 
-def full_vocab_loss(student, teacher, base, tokens, hyper: Hyper, variant: Variant, *, lam):
+def full_vocab_loss(
+    student, teacher, base, tokens, hyper: Hyper, variant: Variant, *, lam, target=None, allowed=None
+):
     """Exact per-position loss KL(π_S‖target) + β KL(π_S‖π_B) − γ H(π_S) from log-distributions [*s, V].
 
-    Zero variance given the visited prefix. `lam` is one for all or one for each position. Returns (loss [*s],
+    Zero variance given the visited prefix. `lam` is one for all or one for each position; `target`, log-probabilities
+    [*s, V], stands in for the one that λ gives; what is not `allowed` has the advantage BANNED. Returns (loss [*s],
     {"advantage", "ratio"}): the advantage of the visited `tokens`, for the same metrics as the sampled estimator; the
     ratio is 1.
     """
     p = jnp.exp(student)
-    target = target_log_distribution(teacher, base, jnp.asarray(lam)[..., None], variant.advantage)
+    if target is None:
+        target = target_log_distribution(teacher, base, jnp.asarray(lam)[..., None], variant.advantage)
+    if allowed is not None:
+        target = jnp.where(allowed, target, jax.lax.stop_gradient(student) + BANNED)
     loss = (p * (student - target)).sum(-1)
     loss = (
         loss + hyper.kl_to_base * (p * (student - base)).sum(-1) - hyper.entropy_bonus * entropy_of(student)

@@ -15,7 +15,8 @@ from jaxtyping import Array, Float, Int
 
 from listopd_jax.ops.fused import fused_loss
 from listopd_jax.ops.gather_kernel import gather_logprobs
-from listopd_jax.ops.guard import guarded_lambda
+from listopd_jax.ops.grammar import Grammar
+from listopd_jax.ops.guard import Guard, Guarded, guarded
 from listopd_jax.ops.head import entropy_of, log_distribution, map_positions, take_token
 from listopd_jax.ops.objective import (
     Hyper,
@@ -61,6 +62,8 @@ def opd_loss(
     chunk: int,
     pallas: bool = False,
     reward: Float[Array, " N"] | None = None,
+    grammar: Grammar | None = None,
+    states: Int[Array, " N"] | None = None,
 ) -> tuple[Float[Array, ""], dict[str, Float[Array, " N"]]]:
     """Σ weight·loss over N completion positions (EC §2) and what is known of each; differentiable in the student's.
 
@@ -69,6 +72,7 @@ def opd_loss(
       tokens, rollout: the sampled tokens and their log-probability when they were sampled.
       weights: of each position's loss, 0 where there is no token.
       vocab, chunk: see `fused_loss`.
+      grammar, states: what a guard of structure alone needs, and the state of each position.
       pallas: score teacher and base by ops/gather_kernel.py, on a TPU, where no more than that is asked of them.
       reward: of each sampled token, added to its advantage.
     Returns the loss and, float32 [N]: advantage, ratio, lambda, entropy; student, teacher and base log-probabilities of
@@ -79,53 +83,85 @@ def opd_loss(
         lambda w, h: w.astype(h.dtype), heads.frozen, frozen
     )  # once, not in every chunk
     rows = {"token": tokens, "rollout": rollout, "weight": weights, "lam": jnp.full_like(weights, hyper.lam)}
+    rows["state"] = states
+    guard = _guard(variant, hyper, grammar)
     if variant.estimator == "full_vocab":
         f, rows["hiddens"] = _full_vocab, frozen
     else:
         f = _sampled
         rows["log_z"] = jnp.zeros_like(weights)
+        rows["banned"] = jnp.zeros(weights.shape, bool)
         if reward is not None:
             rows["reward"] = reward
         # the kernel gives no distributions
-        looks_at_all_tokens = variant.guard or variant.normalize or variant.flips
+        looks_at_all_tokens = guard is not None or variant.normalize or variant.flips
         if variant.control_variate:  # which needs those of all three models at one time
             rows["hiddens"] = frozen
         elif pallas and not looks_at_all_tokens:
             scores = (gather_logprobs(h, w, tokens, vocab) for h, w in zip(frozen, frozen_heads, strict=True))
             rows["teacher"], rows["base"] = scores
         else:
-            rows |= _frozen_scores(rows | {"hiddens": frozen}, frozen_heads, hyper, variant, vocab, chunk)
+            rows |= _frozen_scores(rows | {"hiddens": frozen}, frozen_heads, guard, variant, vocab, chunk)
     f = functools.partial(f, variant, vocab)
-    return fused_loss(f, vocab, chunk, hiddens.student, heads.student, rows, (frozen_heads, hyper))
+    return fused_loss(f, vocab, chunk, hiddens.student, heads.student, rows, (frozen_heads, hyper, guard))
 
 
-def _frozen_distributions(rows: dict[str, Any], heads: Frozen, hyper: Hyper, variant: Variant, vocab: int):
-    """log π_T and log π_B [c, vocab] of a chunk of rows, and the λ of each position [c]."""
+def _guard(variant: Variant, hyper: Hyper, grammar: Grammar | None) -> Guard | None:
+    """The guard that `variant` asks for, if any."""
+    options = (variant.scope, variant.mask, variant.floor, variant.structure)
+    guard = Guard(hyper.guard_margin, variant.guard, grammar, *options)
+    return guard if variant.guard or variant.mask or variant.floor or variant.structure >= 0 else None
+
+
+def _frozen_distributions(rows: dict[str, Any], heads: Frozen, guard: Guard | None, vocab: int):
+    """log π_T and log π_B [c, vocab] of a chunk of rows, and the λ of each position [c]; what a guard makes of them."""
     teacher, base = (log_distribution(h, w, vocab) for h, w in zip(rows["hiddens"], heads, strict=True))
-    lam = rows["lam"]
-    if variant.guard:
-        lam = guarded_lambda(teacher, base, lam, hyper.guard_margin, variant.guard)
-    return teacher, base, lam
+    if guard is None:
+        return teacher, base, rows["lam"], None
+    found = guarded(teacher, base, rows["lam"], guard, rows["state"])
+    return teacher, base, found.lam, found
 
 
 def _frozen_scores(
-    rows: dict[str, Any], heads: Frozen, hyper: Hyper, variant: Variant, vocab: int, chunk: int
+    rows: dict[str, Any], heads: Frozen, guard: Guard | None, variant: Variant, vocab: int, chunk: int
 ):
     """`_token_scores` of every sampled token, float32 [N], in one pass of both heads."""
 
     def score(part):
-        return _token_scores(part, *_frozen_distributions(part, heads, hyper, variant, vocab), variant)
+        return _token_scores(part, *_frozen_distributions(part, heads, guard, vocab), variant)
 
-    needed = {name: rows[name] for name in ("hiddens", "token", "lam", "log_z")}
+    needed = {name: rows[name] for name in ("hiddens", "token", "lam", "log_z", "state", "banned")}
     return map_positions(score, needed, chunk)
 
 
-def _token_scores(rows: dict[str, Any], teacher, base, lam, variant: Variant) -> dict[str, Any]:
-    """Of every sampled token, float32 [c]: log π_T, log π_B, λ and log Z of its position, and whether that flips."""
-    at = (take_token(logp, rows["token"]) for logp in (teacher, base))
+def _token_scores(
+    rows: dict[str, Any], teacher, base, lam, found: Guarded | None, variant: Variant
+) -> dict[str, Any]:
+    """Of every sampled token [c]: log π_T, log π_B, λ and log Z of its position, whether it is banned, and whether the
+    target flips there."""
+    token, flip = rows["token"], {}
     log_z = log_normalizer(teacher, base, lam, variant.advantage) if variant.normalize else rows["log_z"]
-    flip = {"flip": flipped(teacher, base, lam, variant.advantage)} if variant.flips else {}
-    return dict(zip(("teacher", "base"), at, strict=True)) | {"lam": lam, "log_z": log_z} | flip
+    if variant.flips:
+        flip["flip"] = flipped(teacher, base, lam, variant.advantage)
+    banned = rows["banned"]
+    if found is not None:
+        if variant.flips:
+            flip["flip"] = (found.target.argmax(-1) != teacher.argmax(-1)).astype(jnp.float32)
+        teacher, base, banned = _allowed_scores(teacher, base, token, found)
+        log_z = jax.nn.logsumexp(found.target, -1) if variant.normalize else rows["log_z"]
+        # A floor moves the target of a token away from that of λ: its advantage moves with it.
+        of_lam = lam * take_token(teacher, token) + (1 - lam) * take_token(base, token)
+        log_z = jnp.where(banned, 0.0, log_z + of_lam - take_token(found.target, token))
+    at = {"teacher": take_token(teacher, token), "base": take_token(base, token)}
+    return at | {"lam": lam, "log_z": log_z, "banned": banned} | flip
+
+
+def _allowed_scores(teacher, base, token: Int[Array, " c"], found: Guarded):
+    """Teacher and base over what is allowed, and whether `token` is not; what is not keeps its log-probability."""
+    if found.allowed is None:
+        return found.teacher, found.base, jnp.zeros(token.shape, bool)
+    masked = (jnp.where(found.allowed, x, y) for x, y in ((found.teacher, teacher), (found.base, base)))
+    return *masked, ~jnp.take_along_axis(found.allowed, token[:, None], -1)[:, 0]
 
 
 def _sampled(variant: Variant, vocab: int, logits, rows, shared):
@@ -133,15 +169,15 @@ def _sampled(variant: Variant, vocab: int, logits, rows, shared):
 
     With the control variate the others' distributions are made here, beside the student's.
     """
-    logp, (heads, hyper), kept = jax.nn.log_softmax(logits), shared, rows["weight"] > 0
+    logp, (heads, hyper, guard), kept = jax.nn.log_softmax(logits), shared, rows["weight"] > 0
     constants = {"reward": rows["reward"]} if "reward" in rows else {}
     if variant.control_variate:
-        teacher, base, lam = _frozen_distributions(rows, heads, hyper, variant, vocab)
-        rows = rows | _token_scores(rows, teacher, base, lam, variant)
+        teacher, base, lam, found = _frozen_distributions(rows, heads, guard, vocab)
+        rows = rows | _token_scores(rows, teacher, base, lam, found, variant)
         constants["baseline"] = expected_weight(
             logp, teacher, base, hyper, variant, lam=lam, log_z=rows["log_z"]
         )
-    constants |= {"lam": rows["lam"], "log_z": rows["log_z"]}
+    constants |= {name: rows[name] for name in ("lam", "log_z", "banned")}
     student = take_token(logp, rows["token"])
     # Zeros after the end: an infinite ratio there would turn the gradient of a masked loss into 0 · inf = NaN.
     student, teacher, base, rollout = (
@@ -156,10 +192,19 @@ def _sampled(variant: Variant, vocab: int, logits, rows, shared):
 
 def _full_vocab(variant: Variant, vocab: int, logits, rows, shared):
     """The same with exact losses over the vocabulary: all three distributions of a chunk exist at one time."""
-    (heads, hyper), token, student = shared, rows["token"], jax.nn.log_softmax(logits)
-    teacher, base, lam = _frozen_distributions(rows, heads, hyper, variant, vocab)
-    loss, extra = full_vocab_loss(student, teacher, base, token, hyper, variant, lam=lam)
+    (heads, hyper, guard), token, student = shared, rows["token"], jax.nn.log_softmax(logits)
+    teacher, base, lam, found = _frozen_distributions(rows, heads, guard, vocab)
+    target, allowed = (None, None) if found is None else (jax.nn.log_softmax(found.target), found.allowed)
+    loss, extra = full_vocab_loss(
+        student, teacher, base, token, hyper, variant, lam=lam, target=target, allowed=allowed
+    )
     at = Models(*(take_token(x, token) for x in (student, teacher, base)))
     scores = at._asdict() | {"entropy": entropy_of(student), "rollout": rows["rollout"], "lambda": lam}
-    scores |= {"flip": flipped(teacher, base, lam, variant.advantage)} if variant.flips else {}
+    if variant.flips:
+        flips = (
+            flipped(teacher, base, lam, variant.advantage)
+            if target is None
+            else (target.argmax(-1) != teacher.argmax(-1)).astype(jnp.float32)
+        )
+        scores["flip"] = flips
     return jnp.where(rows["weight"] > 0, loss * rows["weight"], 0.0).sum(), extra | scores

@@ -20,12 +20,14 @@ from flax import nnx
 from jax.experimental import topologies
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from listopd_jax.config import guard_knows_contract
 from listopd_jax.errors import UserError
 from listopd_jax.models.build import PARAM_DTYPE, cast, graph_of, lora_of
 from listopd_jax.models.config import Lora, ModelConfig
 from listopd_jax.models.decoder import KVCache, abstract
 from listopd_jax.models.lora import abstract_adapter, joined
 from listopd_jax.ops.attention_backends import resolve
+from listopd_jax.ops.grammar import Grammar
 from listopd_jax.ops.opd_loss import Frozen
 from listopd_jax.parallel import rules
 from listopd_jax.parallel.compiler import ROLLOUT, UPDATE, Options, backend_options, product_precision
@@ -50,6 +52,8 @@ from listopd_jax.train.optimizer import TrainState, adamw
 from listopd_jax.train.sft_step import NONE, make_sft_step
 
 HINT = 256  # tokens of the answer that drafts are copied from: about what a list of eight takes
+# states for each set of ids, kinds of tokens: about what Qwen's takes
+GRAMMAR_PLACES, GRAMMAR_TOKENS = 24, 512
 _TOO_LARGE = (
     re.compile(r"Used ([\d.]+)([KMGT]) of [\d.]+[KMGT] hbm"),
     re.compile(r"total memory required[^(]*\(([\d.]+)([KMGT])\)"),
@@ -181,12 +185,23 @@ def compile_update(config: Any, shapes: Mapping[str, ModelConfig], vocab: int, m
         "base": graphs["student"],
         "student": _graph(config, shapes["student"], mesh, lora_of(config.student)),
     }
-    step = make_step(config.opd, _optimizer(config), graphs, vocab=vocab, attention=_attention(config, mesh))
+    step = make_step(
+        config.opd, _optimizer(config), graphs, vocab=vocab, attention=_attention(config, mesh),
+        grammar=_grammar(config, vocab),
+    )  # fmt: skip
     state, frozen = _state(config, shapes, mesh)
     scalars = jax.eval_shape(lambda: (hyper_at(config.opd, lam=1.0, step=0), jnp.float32(config.opd.lr)))
     with _target(config, mesh):
         lowered = step.lower(state, frozen, OpdBatch(*_batch(config, mesh)), *_replicate(scalars, mesh))
         return _compiled(lowered, "update", UPDATE, mesh)[0]
+
+
+def _grammar(config: Any, vocab: int) -> Grammar | None:
+    """Tables about as large as those of the contract, for a guard that needs them; a plan has no tokenizer."""
+    if not guard_knows_contract(config.opd.guard):
+        return None
+    shape = (GRAMMAR_PLACES << config.task.k, GRAMMAR_TOKENS)
+    return Grammar(jnp.zeros(shape, jnp.int32), jnp.zeros(vocab, jnp.int32), jnp.zeros(shape, bool))
 
 
 def compile_sft(config: Any, shapes: Mapping[str, ModelConfig], vocab: int, mesh: Mesh, role: str) -> Program:

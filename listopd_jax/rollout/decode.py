@@ -22,6 +22,8 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
 from listopd_jax.models.decoder import Decoder
+from listopd_jax.ops.grammar import START, Grammar, state_after, states
+from listopd_jax.ops.guard import Guard
 from listopd_jax.ops.head import take_token
 from listopd_jax.parallel.compiler import ROLLOUT, BackendJit
 from listopd_jax.parallel.rules import constrain, context_mesh, row_multiple
@@ -69,7 +71,7 @@ class Sampler:
     """All that decides the next token, but for the tokens before it.
 
     graphs, params: static half and parameters of each of m models. weights [m, n]: of the models in the mixture that
-    completion j of a prompt is from. temperature: a scalar.
+    completion j of a prompt is from. temperature: a scalar. guard: lowers the first of two weights (ops/guard.py).
     """
 
     graphs: tuple[nnx.GraphDef, ...] = dataclasses.field(metadata={"static": True})
@@ -78,6 +80,12 @@ class Sampler:
     key: Any
     temperature: Any
     settings: Settings = dataclasses.field(metadata={"static": True})
+    guard: Guard | None = None  # of a mixture of teacher and base
+
+    @property
+    def grammar(self) -> Grammar | None:
+        """That of the guard."""
+        return None if self.guard is None else self.guard.grammar
 
     @property
     def decoders(self) -> list[Decoder]:
@@ -125,7 +133,8 @@ def _unwritten(sampler: Sampler, B: int, budgets: Int[Array, "B n"] | None) -> R
     )
     number = constrain(jnp.arange(B * n).reshape(B, n), "batch", None)
     weights = constrain(jnp.broadcast_to(sampler.weights.T, (B, n, m)), "batch", None, None)
-    return Rows(number, weights, budgets, constrain(budgets <= 0, "batch", None), none, empty)
+    state = None if sampler.grammar is None else constrain(jnp.full((B, n), START), "batch", None)
+    return Rows(number, weights, budgets, constrain(budgets <= 0, "batch", None), none, empty, state)
 
 
 def sample_tokens(
@@ -140,13 +149,25 @@ def sample_tokens(
     """
     settings, greedy = sampler.settings, sampler.settings.greedy
     temperature = 1.0 if greedy else sampler.temperature
-    logp = mixed_logprobs(sampler.decoders, hiddens, rows.weights[:, :, None], settings.vocab, temperature)
+    state = None if rows.state is None else _states(sampler.grammar, rows.state, drafted)
+    logp = mixed_logprobs(
+        sampler.decoders, hiddens, rows.weights[:, :, None], settings.vocab, temperature, sampler.guard, state
+    )
     place = rows.rollout.lengths[..., None] + jnp.arange(logp.shape[2])
     keys = None if greedy else row_keys(sampler.key, place, rows.number[..., None])
     tokens = (jnp.argmax(logp, -1) if greedy else categorical(keys, logp)).astype(jnp.int32)
-    return _written(
-        rows, tokens, take_token(logp, tokens), _standing(rows, tokens, drafted, settings.eos), settings
-    )
+    count = _standing(rows, tokens, drafted, settings.eos)
+    if state is not None:
+        after = state_after(sampler.grammar, state, tokens, count)
+        rows = rows._replace(state=jnp.where(count > 0, after, rows.state))
+    return _written(rows, tokens, take_token(logp, tokens), count, settings)
+
+
+def _states(
+    grammar: Grammar, state: Int[Array, "B n"], drafted: Int[Array, "B n D"]
+) -> Int[Array, "B n D+1"]:
+    """The grammar's state before and after each drafted token."""
+    return states(grammar, state, jnp.pad(drafted, [(0, 0), (0, 0), (0, 1)]))
 
 
 def _standing(
@@ -233,15 +254,16 @@ def decode(
     temperature: float | Float[Array, ""] = 1.0,
     budgets: Int[Array, "B n"] | None = None,
     hint: Int[Array, "#B H"] | None = None,
+    guard: Guard | None = None,
     **settings: Any,
 ) -> Rollout:
     """Write n completions for each prompt; stops early once every row has ended or spent its budget.
 
     `settings` (static): those of Settings. `budgets` (default `max_tokens`) bounds each row. `hint`: tokens like those
-    of an answer, that drafts may be copied from. Row (b, j) of the result is a completion of prompt b under the mixture
-    weights[:, j], whatever is drafted.
+    of an answer, that drafts may be copied from. `guard`: see Sampler. Row (b, j) of the result is a completion of
+    prompt b under the mixture weights[:, j], whatever is drafted.
     """
-    sampler = Sampler(graphs, params, weights, key, temperature, Settings(**settings))
+    sampler = Sampler(graphs, params, weights, key, temperature, Settings(**settings), guard)
     room = sampler.settings.max_tokens + sampler.settings.draft_tokens
     shared, state = prefill(
         sampler, prompts, prompt_lengths, budgets, _hints(hint, len(prompts)), capacity=room
@@ -301,6 +323,7 @@ def generate(
     temperature: float | Float[Array, ""] = 1.0,
     budgets: Int[Array, "B n"] | None = None,
     hint: Int[Array, "#B H"] | None = None,
+    guard: Guard | None = None,
     **settings: Any,
 ) -> Rollout:
     """What `decode` writes, by few compiled programs in turn, shared by every λ, seed and evaluation.
@@ -310,7 +333,7 @@ def generate(
     Over a mesh rows stay on their devices, and nothing shrinks, nor does it for models so small that the programs
     would cost more to compile than they save. Not traceable: the host looks at lengths.
     """
-    sampler = Sampler(graphs, params, weights, key, jnp.float32(temperature), Settings(**settings))
+    sampler = Sampler(graphs, params, weights, key, jnp.float32(temperature), Settings(**settings), guard)
     shape, drafts = (len(prompts), weights.shape[1]), sampler.settings.draft_tokens
     shrinks = context_mesh() is None and sum(x.size for x in jax.tree.leaves(params)) >= LEAST_PARAMETERS
     least = LEAST_ROWS if shrinks else shape[0] * shape[1]

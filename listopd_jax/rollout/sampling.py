@@ -6,22 +6,33 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from listopd_jax.ops.guard import Guard, guarded
 from listopd_jax.ops.head import logits_of, slice_vocab
 
 IMPOSSIBLE = -1e30  # finite: a block of nothing else must have a log-probability and no NaN
 
 
 def mixed_logprobs(
-    decoders: Sequence, hiddens: Sequence, weights: Float[Array, "B n #S m"], vocab: int, temperature
+    decoders: Sequence,
+    hiddens: Sequence,
+    weights: Float[Array, "B n #S m"],
+    vocab: int,
+    temperature,
+    guard: Guard | None = None,
+    state: Int[Array, "B n S"] | None = None,
 ) -> Float[Array, "B n S V"]:
     """log softmax(Σ_i w_i log π_i / temperature) for hidden states [B, n, S, D_i] of m decoders.
 
-    Logits stand in for log π_i: they differ by a constant per row, which the softmax drops.
+    Logits stand in for log π_i: they differ by a constant per row, which the softmax drops. With a guard the models are
+    teacher and base, λ and 1 − λ their weights; `state` is of its grammar.
     """
-    logits = (
+    logits = [
         slice_vocab(logits_of(h, d.head_weight()), vocab) for d, h in zip(decoders, hiddens, strict=True)
-    )
-    mixed = sum(weights[..., i, None] * z for i, z in enumerate(logits))
+    ]
+    if guard is None:
+        mixed = sum(weights[..., i, None] * z for i, z in enumerate(logits))
+    else:
+        mixed = guarded(*map(jax.nn.log_softmax, logits), weights[..., 0], guard, state).target
     return jax.nn.log_softmax(mixed / temperature)
 
 

@@ -37,6 +37,7 @@ class Rows(NamedTuple):
     done: Bool[Array, "B n"]
     source: Int[Array, "B n"]  # where the next draft goes on copying (rollout/draft.py)
     rollout: Rollout
+    state: Int[Array, "B n"] | None = None  # in the grammar of the sampler's guard, where it has one
 
 
 class Prompts(NamedTuple):

@@ -10,6 +10,7 @@ from jaxtyping import Array, Float
 
 from listopd_jax.lifecycle import reached
 from listopd_jax.metrics_log import progress
+from listopd_jax.ops.guard import Guard
 from listopd_jax.parallel.hosts import gather
 from listopd_jax.records import Result
 from listopd_jax.rollout.decode import generate
@@ -37,17 +38,18 @@ def greedy_answers(
     decoding: Mapping[str, Any],
     judge: Callable[[str, int], Parsed],
     description: str = "greedy answers",
+    guard: Guard | None = None,
 ) -> list[list[Answer]]:
     """For each of the n mixtures Σ_i weights[i, j] log π_i, its greedy answer to each prompt of `batches`, judged.
 
     One model with weight 1 is a policy; filler rows of weight 0 in a batch are left out. `decoding`: Job.decoding;
-    `judge`: Job.judge, of a text and a row.
+    `judge`: Job.judge, of a text and a row. A guard lowers the λ of teacher and base at each position.
     """
     answers: list[list[Answer]] = [[] for _ in range(weights.shape[1])]
     for number, batch in enumerate(progress(list(batches), description), 1):
         rollout = generate(
             graphdefs, params, weights, batch["prompt"], batch["prompt_length"], jax.random.key(0), greedy=True,
-            **decoding,
+            guard=guard, **decoding,
         )  # fmt: skip
         tokens, lengths = gather(rollout.tokens), gather(rollout.lengths)
         for row in np.flatnonzero(batch["weight"]):

@@ -9,13 +9,15 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import ml_collections
 import numpy as np
 from absl import logging
 from flax import nnx
+from jaxtyping import Float
 
 from listopd_jax import files
-from listopd_jax.config import digest, is_small, noise_shares, to_json
+from listopd_jax.config import digest, guard_knows_contract, guard_text, is_small, noise_shares, to_json
 from listopd_jax.data import input as data_input
 from listopd_jax.data.chat import turn_ends
 from listopd_jax.data.tokenizer import (
@@ -38,11 +40,14 @@ from listopd_jax.models.build import (
 )
 from listopd_jax.models.config import ModelConfig
 from listopd_jax.ops.attention_backends import resolve
+from listopd_jax.ops.grammar import Grammar
+from listopd_jax.ops.guard import Guard
 from listopd_jax.parallel import hosts, rules
 from listopd_jax.parallel.mesh import configured_mesh, use_mesh
 from listopd_jax.records import RESULTS
 from listopd_jax.rollout.decode import pass_tokens
 from listopd_jax.rounding import round_up
+from listopd_jax.stages.expected import Forced, forced_answers
 from listopd_jax.task.codec import Codec, vocab_of
 from listopd_jax.task.contract import Parsed
 from listopd_jax.task.protocol import Task
@@ -157,6 +162,39 @@ class Job:
             "pass_tokens": pass_tokens(jax.default_backend()),
         }  # fmt: skip
 
+    @functools.cached_property
+    def forced(self) -> Forced | None:
+        """The validation lists' right answers, for `evaluation.expected`; None where that is off."""
+        return forced_answers(self.true_scores, self.codec) if self.config.evaluation.expected else None
+
+    @property
+    def true_scores(self) -> Float[np.ndarray, "N K"]:
+        """The labels of the validation lists, where the task has such."""
+        return np.array(
+            [r.scores for r in self.records["validation"][: len(self.validation.prompts)]], np.float64
+        )
+
+    @functools.cached_property
+    def grammar(self) -> Grammar:
+        """The contract over the tokenizer's ids, on the device."""
+        return Grammar(*map(jnp.asarray, self.codec.automaton(self.config.task.k)))
+
+    @property
+    def guard(self) -> Guard | None:
+        """The guard of section `opd.guard`; None where it is off."""
+        guard = self.config.opd.guard
+        if not guard_text(guard):
+            return None
+        return Guard(
+            jnp.float32(guard.margin),
+            guard.fallback if guard.margin else "",
+            self.grammar if guard_knows_contract(guard) else None,
+            guard.scope,
+            guard.mask,
+            guard.floor,
+            guard.structure,
+        )
+
     def steps(self, epochs: float, batch_size: int) -> int:
         """Optimisation steps in `epochs` passes over the training lists; an epoch is of whole batches, at least one.
 
@@ -260,7 +298,7 @@ def open_job(config: ml_collections.FrozenConfigDict, workdir: pathlib.Path, **m
     records = {"train": splits.train, "validation": splits.validation}
     job = Job(config, workdir, models, task, codec, records, backend)
     # A checkpoint or template that does not fit shows now, not when its turn comes.
-    _ = job.shapes, job.validation
+    _ = job.shapes, job.validation, job.guard
     return job
 
 

@@ -11,9 +11,10 @@ import optax
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
-from listopd_jax.config import eval_budgets
+from listopd_jax.config import eval_budgets, guard_text
 from listopd_jax.models.build import cast, lora_of
 from listopd_jax.models.lora import joined, merged
+from listopd_jax.ops.grammar import Grammar
 from listopd_jax.ops.objective import Hyper, Variant, warmed_up_lambda
 from listopd_jax.ops.opd_loss import Frozen, Models
 from listopd_jax.parallel import hosts
@@ -39,9 +40,9 @@ class Distillation(NamedTuple):
 
 def opd_runs(job: Job, lam: float, seed: int) -> list[Run]:
     """The OPD run at λ and seed, once for each budget at which it is evaluated: one training, read on its way."""
-    steps = opd_steps(job)
-    run = Run(f"opd_lambda{float(lam)}_seed{seed}", "opd", float(lam), seed, steps)
-    return [run._replace(steps=budget) for budget in eval_budgets(job.config.opd, steps)]
+    steps, opd = opd_steps(job), job.config.opd
+    run = Run(f"opd_lambda{float(lam)}_seed{seed}", "opd", float(lam), seed, steps, guard_text(opd.guard))
+    return [run._replace(steps=budget) for budget in eval_budgets(opd, steps)]
 
 
 def opd_steps(job: Job) -> int:
@@ -66,11 +67,12 @@ def make_step(
     *,
     vocab: int,
     attention: str,
+    grammar: Grammar | None = None,
 ) -> Callable:
     """The update program of config section `opd`, to be shared by every λ and seed: they are data to it.
 
     `graphs` are the static halves of the models by role and, where it is none of these, of the base; `attention` is
-    their backend (never auto).
+    their backend (never auto), `grammar` that of a guard which knows the contract.
     """
     base = graphs["base"] if "base" in graphs else base_of(graphs)
     return make_opd_step(
@@ -81,6 +83,7 @@ def make_step(
         chunk=opd.head_chunk,
         microbatch=opd.microbatch,
         pallas=attention == "splash",  # both are kernels for TPUs
+        grammar=grammar,
     )
 
 
@@ -93,6 +96,10 @@ def variant_of(opd: Any) -> Variant:
         aggregate=opd.aggregate,
         ppo=opd.ppo_clip > 0,
         guard=opd.guard.fallback if opd.guard.margin else "",
+        scope=opd.guard.scope,
+        mask=opd.guard.mask,
+        floor=opd.guard.floor,
+        structure=opd.guard.structure,
         normalize=opd.normalize,
         control_variate="" if opd.control_variate == "none" else opd.control_variate,
         flips=opd.on_collapse != "none",

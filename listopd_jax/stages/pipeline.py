@@ -40,7 +40,8 @@ def _models_to_policies(job: Job) -> None:
     forecast(job, frozen)
     tx = adamw(config.optimizer, config.opd.b2, config.opd.moments)
     graphs = job.graphs | {"student": job.trained["student"], "base": base_of(job.graphs)}
-    step = make_step(config.opd, tx, graphs, vocab=job.codec.vocab, attention=job.attention)
+    grammar = None if job.guard is None else job.guard.grammar
+    step = make_step(config.opd, tx, graphs, vocab=job.codec.vocab, attention=job.attention, grammar=grammar)
     shared = Distillation(student_again(job, frozen.base), frozen, tx, step)
     for seed in config.opd.seeds:
         for lam in config.opd.lambdas:
@@ -57,7 +58,8 @@ def planned(job: Job) -> list[Run]:
 def frozen_models(job: Job) -> Frozen:
     """Teacher and base, trained or read, after a look at each; the base is the SFT student unless another is named."""
     dtype = job.config.dtype.frozen
-    models = {role: cast(sft_stage(job, role), dtype) for role in ROLES}
+    order = ("student", "teacher") if job.config.sft.continued else ("teacher", "student")
+    models = {role: cast(sft_stage(job, role), dtype) for role in order}
     if REFERENCE in job.models:
         models[REFERENCE] = initial_params(job.models[REFERENCE], job.shapes[REFERENCE], seed=0, dtype=dtype)
     preflight(job, models)

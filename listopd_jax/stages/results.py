@@ -5,8 +5,11 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float
 
 from listopd_jax.models.build import cast
+from listopd_jax.ops.guard import Guard
 from listopd_jax.parallel.hosts import from_main
 from listopd_jax.parallel.rules import decoding_copy
 from listopd_jax.records import (
@@ -23,6 +26,7 @@ from listopd_jax.records import (
     write_records,
 )
 from listopd_jax.stages.evaluate import Answer, greedy_answers, pick_examples, result_record
+from listopd_jax.stages.expected import expected_scores
 from listopd_jax.stages.job import Job
 from listopd_jax.task.metrics import summarize
 from listopd_jax.train.loop import Run
@@ -46,25 +50,25 @@ def evaluated(workdir: pathlib.Path, run: Run) -> Result | None:
 
 def evaluate(job: Job, role: str, params: Any, run: Run, **besides: Any) -> Result:
     """Evaluate the policy that `run` ended in; keep record and examples."""
-    return keep(job, run, greedy(job, role, params, f"{run.name} evaluated"), **besides)
+    params = _sampling_copy(job, params)
+    answers = greedy(job, role, params, f"{run.name} evaluated")
+    (means,) = expected(job, (job.graphs[role],), (params,), jnp.ones((1, 1)))
+    return keep(job, run, answers, expected=means, **besides)
 
 
 def greedy(job: Job, role: str, params: Any, description: str) -> list[Answer]:
     """The judged answers of a policy to all validation prompts, in the dtype that samples."""
-    batches, params = job.evaluation_batches(), cast(params, job.config.dtype.compute)
-    if job.config.parallel.gather_rollout:
-        params = decoding_copy(params)
     (answers,) = greedy_answers(
-        (job.graphs[role],),
-        (params,),
-        jnp.ones((1, 1)),
-        batches,
-        job.codec,
-        job.decoding,
-        job.judge("validation"),
-        description,
-    )
+        (job.graphs[role],), (_sampling_copy(job, params),), jnp.ones((1, 1)), job.evaluation_batches(), job.codec,
+        job.decoding, job.judge("validation"), description,
+    )  # fmt: skip
     return answers
+
+
+def _sampling_copy(job: Job, params: Any) -> Any:
+    """`params` in the dtype that samples, gathered where the config says so."""
+    params = cast(params, job.config.dtype.compute)
+    return decoding_copy(params) if job.config.parallel.gather_rollout else params
 
 
 def metrics_of(job: Job, answers: Sequence[Answer]) -> dict[str, Any]:
@@ -73,12 +77,36 @@ def metrics_of(job: Job, answers: Sequence[Answer]) -> dict[str, Any]:
     return summarize(job.task, [(a.parsed, records[a.index]) for a in answers], bootstrap=0)
 
 
-def keep(job: Job, run: Run, answers: Sequence[Answer], examples: bool = True, **besides: Any) -> Result:
+def expected(
+    job: Job,
+    graphdefs: tuple,
+    params: tuple,
+    weights: Float[Array, "m n"],
+    batch_size: int = 0,
+    guard: Guard | None = None,
+) -> Sequence[Float[np.ndarray, "N K"] | None]:
+    """For each mixture its expected scores, if the job asks for them."""
+    if job.forced is None:
+        return [None] * weights.shape[1]
+    batches = job.evaluation_batches(batch_size)
+    return list(expected_scores(graphdefs, params, weights, batches, job.forced, job.codec.vocab, guard))
+
+
+def keep(
+    job: Job,
+    run: Run,
+    answers: Sequence[Answer],
+    examples: bool = True,
+    expected: Float[np.ndarray, "N K"] | None = None,
+    **besides: Any,
+) -> Result:
     """Put the record of `answers` into results.json and, if asked, some into examples.json; returns the record.
 
-    `besides` are more fields of the record, JSON values.
+    `expected` are the mean scores of the lists. `besides` are more fields of the record, JSON values.
     """
     evaluation, head = job.config.evaluation, _head(run) | besides
+    if expected is not None:
+        head["expected_mae"] = float(np.abs(expected - job.true_scores).mean())
     record = result_record(job.task, job.records["validation"], answers, head, evaluation.bootstrap)
     if examples:
         shown = pick_examples(answers, evaluation.examples)
@@ -97,7 +125,14 @@ def summary(record: Result) -> str:
 
 def _head(run: Run) -> dict[str, Any]:
     """What the records of the policy that `run` ended in begin with."""
-    return {"run": run.name, "stage": run.stage, "lam": run.lam, "seed": run.seed, "steps": run.steps}
+    return {
+        "run": run.name,
+        "stage": run.stage,
+        "lam": run.lam,
+        "seed": run.seed,
+        "steps": run.steps,
+        "guard": run.guard,
+    }
 
 
 def _identity(run: Run) -> Identity:

@@ -22,10 +22,15 @@ def sft_run(job: Job, role: str) -> Run:
 
 
 def train_sft(job: Job, role: str) -> Any:
-    """Train `role` on the answers, or load it if that is done; its parameters in float32."""
+    """Train `role` on the answers, or load it if that is done; its parameters in float32.
+
+    A teacher of `sft.continued` starts from the student's, with a learning rate and moments of its own.
+    """
     config, sft, run = job.config, job.config.sft[role], sft_run(job, role)
     tx, lora = adamw(config.optimizer, sft.b2, sft.moments), lora_of(config[role])
     weights = functools.partial(initial_params, config[role], job.shapes[role], sft.seed)
+    if role == "teacher" and config.sft.continued:
+        weights = lambda dtype: cast(train_sft(job, "student"), dtype)  # noqa: E731
     if run.steps == 0:  # the weights are fine-tuned already
         return weights(PARAM_DTYPE)
     if lora is None:

@@ -7,6 +7,7 @@ from jaxtyping import Bool, Int
 from transformers import PreTrainedTokenizerBase
 
 from listopd_jax.task.contract import STRUCTURAL, TOKEN_CLASSES, token_classes
+from listopd_jax.task.grammar import Automaton, contract_automaton
 
 # Stands for a token other than an end that decodes to nothing, such as an id that no token has.
 NO_TEXT = "\ufffd"
@@ -41,6 +42,10 @@ class Codec:
             "" if i in self.ends else tokenizer.decode([i], clean_up_tokenization_spaces=False) or NO_TEXT
             for i in range(self.vocab)
         ]
+
+    def automaton(self, k: int) -> Automaton:
+        """The contract of lists of `k` reviews over the ids of this tokenizer."""
+        return contract_automaton(self._pieces, self.ends, k)
 
     def text(self, tokens: Sequence[int]) -> str:
         """The text of one completion, its closing EOS (one of `ends`) left out; other special tokens stay visible."""

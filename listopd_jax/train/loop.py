@@ -34,6 +34,7 @@ class Run(NamedTuple):
     lam: float | None  # None where there is no λ: supervised stages
     seed: int | None
     steps: int
+    guard: str = ""  # the options of opd.guard, where there are any
 
     @property
     def labels(self) -> dict[str, Any]:

@@ -16,6 +16,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from listopd_jax.models.lora import joined
+from listopd_jax.ops.grammar import START, Grammar, states
 from listopd_jax.ops.objective import Hyper, Variant, token_weights
 from listopd_jax.ops.opd_loss import Frozen, Models, opd_loss
 from listopd_jax.parallel.compiler import UPDATE, backend_options
@@ -44,20 +45,23 @@ def make_opd_step(
     microbatch: int = 0,
     grid: bool = False,
     pallas: bool = False,
+    grammar: Grammar | None = None,
 ) -> Callable:
     """A jitted step(state, frozen, batch: OpdBatch, hyper: Hyper, lr) → (state, metrics, per_token).
 
     `graphs` are the static halves of the models, `frozen` the parameters of teacher and base. A student with an adapter
     (of `lora`) has in its state the adapter alone; the rest of it are the arrays of the base. With `grid`, a step of G
     independent students (λ, seeds) in one program: everything but `frozen`, which they share, has a leading axis G,
-    split along the mesh's `grid`. `pallas`: see `opd_loss`.
+    split along the mesh's `grid`. `pallas`, `grammar`: see `opd_loss`.
 
     metrics: scalars over completion tokens (loss, advantage_mean, guarded_fraction, ratio_max, clip_fraction,
     reverse_kl, entropy, sampler_trainer_gap, grad_norm). per_token: float32 arrays [B, n, T] of advantage, λ, student,
     teacher and base log-probs, and flip with Variant.flips, 0 after the end.
     """
 
-    loss_function = functools.partial(opd_loss, variant=variant, vocab=vocab, chunk=chunk, pallas=pallas)
+    loss_function = functools.partial(
+        opd_loss, variant=variant, vocab=vocab, chunk=chunk, pallas=pallas, grammar=grammar
+    )
 
     def step(state: TrainState, frozen: Frozen, batch: OpdBatch, hyper: Hyper, lr):
         mask = completion_mask(batch.rollout.lengths, batch.rollout.tokens.shape[-1])
@@ -83,10 +87,12 @@ def _loss(graphs: Models, params, frozen: Frozen, batch: OpdBatch, weights, loss
     decoders = Models(*map(nnx.merge, graphs, Models(joined(frozen.base, params), *frozen)))
     hiddens = Models(*(completion_hidden(d, batch.prompts, batch.prompt_lengths, tokens) for d in decoders))
     heads = Models(*(d.head_weight() for d in decoders))
-    hiddens, *rows = jax.tree.map(
-        lambda x: x.reshape(-1, *x.shape[3:]), (hiddens, tokens, batch.rollout.logprobs, weights)
+    grammar = loss_function.keywords["grammar"]
+    state = None if grammar is None else states(grammar, jnp.full(tokens.shape[:2], START), tokens)
+    hiddens, state, *rows = jax.tree.map(
+        lambda x: x.reshape(-1, *x.shape[3:]), (hiddens, state, tokens, batch.rollout.logprobs, weights)
     )
-    of_tokens = {}
+    of_tokens = {"states": state}
     if batch.reward is not None:
         of_tokens["reward"] = jnp.broadcast_to(batch.reward[..., None], tokens.shape).reshape(-1)
     loss, per_token = loss_function(hiddens, heads, *rows, hyper, **of_tokens)

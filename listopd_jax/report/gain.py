@@ -1,0 +1,143 @@
+"""Did extrapolation pay? The arms of configs/gain.py as one JSON file, and as a table for people.
+
+    python -m listopd_jax.report.gain runs/gain --out=docs/results/gain.json
+
+`mae` is the error of the expected scores over all held-out lists, parsed or not. A difference is taken seed by seed to
+λ = 1 of the same pair of teacher and base after N steps (negative: better), and has a 95 % t interval over the seeds
+that both have, null for fewer than two. λ = 1 trained for 2N steps is one of the controls.
+"""
+
+import json
+import math
+import pathlib
+import statistics
+import sys
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from scipy import stats
+
+from listopd_jax import files
+from listopd_jax.errors import Parser, UserError, exit_code
+from listopd_jax.records import RESULTS, Result, read_results
+from listopd_jax.report.wording import markdown
+
+Json = dict[str, Any]
+Seeds = Mapping[int, Result]  # one policy, trained once for each seed
+
+HEAD = ("policy", "seeds", "λ", "parse", "MAE", "MAE − that of λ = 1", "MAE − that of λ = 1, 2N steps")
+
+
+def difference(policy: Seeds, reference: Seeds) -> Json:
+    """Mean of policy minus reference over the seeds that both have, in expected MAE, with its 95 % t interval."""
+    seeds = sorted(policy.keys() & reference.keys())
+    if not seeds:
+        raise UserError("no seed is done in both of two arms that are compared; let the runs go on")
+    values = [policy[s].expected_mae - reference[s].expected_mae for s in seeds]
+    if len(values) < 2:
+        return {"mean": values[0], "low": None, "high": None}
+    mean, n = statistics.fmean(values), len(values)
+    half = float(stats.t.ppf(0.975, n - 1)) * statistics.stdev(values) / math.sqrt(n)
+    return {"mean": mean, "low": mean - half, "high": mean + half}
+
+
+def figures(policy: Seeds) -> Json:
+    """Means over the seeds."""
+    records = policy.values()
+    return {
+        "parse": statistics.fmean(r.parse for r in records),
+        "mae": statistics.fmean(r.expected_mae for r in records),
+    }
+
+
+def compared(policy: Seeds, reference: Seeds) -> Json:
+    """λ, means and difference of a policy."""
+    (lam,) = {record.lam for record in policy.values()}
+    return {"lambda": lam, **figures(policy), "mae_difference": difference(policy, reference)}
+
+
+def policies(folder: pathlib.Path) -> dict[str, Seeds]:
+    """The policies of the arms in `folder` by name; UserError where one is missing."""
+    arms = ("same", "plain", "guarded", "independent", "independent_guarded")
+    found = {arm: _trained(folder / arm / RESULTS) for arm in arms}
+    budgets = sorted({steps for steps, _ in found["same"]})
+    if len(budgets) != 2:
+        raise UserError(f"{folder / 'same' / RESULTS}: needs λ = 1 after N and after 2N steps, has {budgets}")
+    names = {arm: (arm, budgets[0]) for arm in arms} | {"longer": ("same", budgets[1])}
+    seeds = {
+        name: {seed: record for (steps, seed), record in found[arm].items() if steps == budget}
+        for name, (arm, budget) in names.items()
+    }
+    for name, records in seeds.items():
+        if not records:
+            raise UserError(
+                f"{folder / names[name][0] / RESULTS}: no policy after {names[name][1]} steps yet"
+            )
+    return seeds
+
+
+def _trained(path: pathlib.Path) -> dict[tuple[int, int], Result]:
+    """The distilled policies of an arm by steps and seed."""
+    records = [r for r in read_results(path) if r.stage == "opd"]
+    if any(r.expected_mae is None for r in records):
+        raise UserError(f"{path}: has no expected_mae; run the arm with evaluation.expected=True")
+    return {(r.steps, r.seed): r for r in records}
+
+
+def summary(folder: pathlib.Path) -> Json:
+    """What gain.json says of the arms in `folder`."""
+    arms = policies(folder)
+    teachers = [r for r in read_results(folder / "same" / RESULTS) if r.stage == "sft_teacher"]
+    if not teachers:
+        raise UserError(f"{folder / 'same' / RESULTS}: has no record of the teacher")
+    return {
+        "lambda_1": figures(arms["same"]),
+        "guarded": compared(arms["guarded"], arms["same"]),
+        "teacher": figures({0: teachers[0]}),
+        "controls": {
+            "independent_teacher": compared(arms["independent_guarded"], arms["independent"]),
+            "longer_lambda_1": compared(arms["longer"], arms["same"]),
+        },
+    }
+
+
+def table(folder: pathlib.Path) -> str:
+    """Every policy in Markdown, means ± standard deviations over seeds."""
+    arms, rows = policies(folder), []
+    for name, seeds in arms.items():
+        reference = arms["independent" if name.startswith("independent") else "same"]
+        rest = _interval(seeds, arms["longer"]) if name in ("plain", "guarded") else ""
+        to_one = "" if seeds is reference else _interval(seeds, reference)
+        records = list(seeds.values())
+        cells = (_spread([r.parse for r in records]), _spread([r.expected_mae for r in records]))
+        rows.append((name, str(len(records)), f"{records[0].lam:g}", *cells, to_one, rest))
+    return markdown(HEAD, rows)
+
+
+def _spread(values: Sequence[float]) -> str:
+    mean = f"{statistics.fmean(values):.3f}"
+    return mean + (f" ± {statistics.stdev(values):.3f}" if len(values) > 1 else "")
+
+
+def _interval(policy: Seeds, reference: Seeds) -> str:
+    found = difference(policy, reference)
+    ends = "" if found["low"] is None else f" [{found['low']:+.3f}, {found['high']:+.3f}]"
+    return f"{found['mean']:+.3f}{ends}"
+
+
+def main(argv: Sequence[str]) -> None:
+    """Print the table and write the file; UserError where an arm is missing."""
+    parser = Parser(prog="python -m listopd_jax.report.gain", description=__doc__.split("\n")[0])
+    parser.add_argument("folder", type=pathlib.Path, help="the folder of the arms' workdirs")
+    parser.add_argument("--out", help="the JSON file to write")
+    args = parser.parse_args(argv)
+    print(table(args.folder))
+    found = summary(args.folder)
+    if args.out:
+        files.write_json(args.out, found)
+    else:
+        print(json.dumps(found, indent=2))
+
+
+if __name__ == "__main__":
+    sys.exit(exit_code(main, sys.argv[1:]))
