@@ -2,6 +2,7 @@
 
 import json
 import math
+import pathlib
 
 import pytest
 
@@ -116,3 +117,8 @@ def test_every_arm_is_a_config_and_only_the_guarded_ones_have_a_guard():
     assert configs["same"].opd.eval_steps == (configs["plain"].opd.steps,)
     with pytest.raises(UserError, match="arm"):
         gain.get_config("other")
+
+
+def test_the_committed_file_is_what_the_committed_records_give():
+    results = pathlib.Path(__file__).resolve().parents[1] / "docs" / "results"
+    assert json.loads((results / "gain.json").read_text()) == summary(results / "gain")
