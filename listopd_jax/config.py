@@ -518,19 +518,7 @@ def _validate_combinations(config: ml_collections.ConfigDict) -> None:
     )
     _validate_options(config)
     _validate_trackers(config.track)
-    _require(
-        not config.sft.continued or config.teacher == config.student,
-        "sft.continued trains the teacher on from the student's end: teacher and student must be the same section",
-    )
-    _require(
-        ranks_reviews(config) or not (config.evaluation.expected or guard_knows_contract(opd.guard)),
-        f"task {task_name(config)!r}: evaluation.expected and guards that know the contract (opd.guard.scope, mask, "
-        "floor, structure) are of task.name='reviews'; leave them off",
-    )
-    _require(
-        opd.control_variate == "none" or not (opd.guard.mask or opd.guard.floor),
-        "opd.control_variate knows no target of opd.guard.mask or opd.guard.floor: leave one of them off",
-    )
+    _validate_guard(config)
     _validate_parallel(config.parallel)
     size = config.tokenizer.vocab_size
     _require(size >= 258, f"tokenizer.vocab_size={size}: at least 258 are needed (256 bytes, EOS, PAD)")
@@ -563,6 +551,24 @@ def _validate_options(config: ml_collections.ConfigDict) -> None:
     _require(
         not config.reference.weights or config.student.lora.rank == 0,
         "student.lora.rank: an adapter is trained on the base's own arrays; set it to 0, or drop reference.weights",
+    )
+
+
+def _validate_guard(config: ml_collections.ConfigDict) -> None:
+    """What sft.continued, the expected scores and the guards ask of the rest."""
+    opd = config.opd
+    _require(
+        not config.sft.continued or config.teacher == config.student,
+        "sft.continued trains the teacher on from the student's end: teacher and student must be the same section",
+    )
+    _require(
+        ranks_reviews(config) or not (config.evaluation.expected or guard_knows_contract(opd.guard)),
+        f"task {task_name(config)!r}: evaluation.expected and guards that know the contract (opd.guard.scope, mask, "
+        "floor, structure) are of task.name='reviews'; leave them off",
+    )
+    _require(
+        opd.control_variate == "none" or not (opd.guard.mask or opd.guard.floor),
+        "opd.control_variate knows no target of opd.guard.mask or opd.guard.floor: leave one of them off",
     )
 
 

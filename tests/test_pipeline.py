@@ -10,7 +10,7 @@ from listopd_jax.stages import pipeline
 
 def job(frozen: str, weights: str = ""):
     dtype, reference = SimpleNamespace(frozen=frozen), SimpleNamespace(weights=weights)
-    student = SimpleNamespace(lora=SimpleNamespace(rank=0))
+    student = SimpleNamespace(lora=SimpleNamespace(rank=0, alpha=1.0, targets=""))
     return SimpleNamespace(config=SimpleNamespace(dtype=dtype, reference=reference, student=student))
 
 

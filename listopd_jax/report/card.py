@@ -24,7 +24,8 @@ FIELDS = (
 SFT_FIELDS = "lr batch_size noise".split()
 OPD_FIELDS = (
     "ratio advantage normalize estimator control_variate contract_reward aggregate clip ppo_clip guard.margin "
-    "guard.fallback guard.scope guard.mask guard.floor guard.structure on_collapse lr lr_decay ema batch_size rollouts "
+    "guard.fallback guard.scope guard.mask guard.floor guard.structure on_collapse collapse.window collapse.parse_drop "
+    "collapse.length_change collapse.flips collapse.lower lr lr_decay ema batch_size rollouts "
     "temperature updates_per_batch kl_to_base "
     "entropy_bonus lambda_warmup_steps"
 ).split()
