@@ -51,7 +51,12 @@ def messages(number: int) -> list[str]:
 def ours(folder: pathlib.Path, asked: Sequence[str], tokens: int) -> list[str]:
     """Our greedy answers of at most `tokens` tokens each, in float32."""
     tokenizer, (config, params) = load_tokenizer(folder), load_hf(folder)
-    ids = [tokenizer(chat_prompt(m, tokenizer), add_special_tokens=False)["input_ids"] for m in asked]
+    ids = [
+        tokenizer(chat_prompt([{"role": "user", "content": m}], tokenizer), add_special_tokens=False)[
+            "input_ids"
+        ]
+        for m in asked
+    ]
     lengths = np.array([len(row) for row in ids], np.int32)
     prompts = np.array([row + [0] * (round_up(int(lengths.max()), 32) - len(row)) for row in ids], np.int32)
     ends = tuple(sorted({*read_eos_ids(folder), *turn_ends(tokenizer)}))
