@@ -67,9 +67,8 @@ def defaults() -> ml_collections.ConfigDict:
         data=_data(),
         teacher=_model(),
         student=_model(),
-        reference=_section(
-            weights=""
-        ),  # folder or hub id of the objective's base, as it is; empty: the student's SFT
+        # the objective's base: weights as they are, with a merged adapter if one is named; empty: the student's SFT
+        reference=_section(weights="", adapter=""),
         dtype=_section(compute="float32", frozen="float32"),
         remat="none",
         attention="auto",  # splash (and the Pallas kernel for frozen scores) on TPUs, cudnn on GPUs in 16 bit, else xla
@@ -547,6 +546,10 @@ def _validate_options(config: ml_collections.ConfigDict) -> None:
     _require(
         not config.reference.weights or opd.advantage == "base_relative" or opd.kl_to_base > 0,
         "reference.weights is the base, which opd.advantage='no_base' does not look at; leave one of them out",
+    )
+    _require(
+        bool(config.reference.weights) or not config.reference.adapter,
+        f"reference.adapter={config.reference.adapter}: set reference.weights to the model that it was trained on",
     )
     _require(
         not config.reference.weights or config.student.lora.rank == 0,

@@ -91,7 +91,7 @@ def test_every_walk_that_the_automaton_allows_to_the_end_holds_the_contract(rand
         state = int(TABLES.step[state, TABLES.column[tokens[-1]]])
     text = "".join(PIECES[t] for t in tokens)
     parsed = strict_parse(text, review_ids(K))
-    assert parsed.failure == "ok" and all(x in range(11) for x in parsed.scores)
+    assert parsed.failure == "ok" and all(x in range(11) for x in parsed.value)
 
 
 @pytest.mark.parametrize("scores", [(7, 0, 10), (1, 1, 1)])

@@ -27,7 +27,7 @@ def headline(result: Mapping[str, Any], command: str) -> dict[str, Any]:
         "load": result["load"],
         "microbatch": result["microbatch"],
         "remat": result["remat"],
-        **{key: result[key] for key in ("drafts", "confirmed", "tokens_per_step") if result["drafts"]},
+        **{key: result[key] for key in ("drafts", "confirmed", "tokens_per_step") if result.get("drafts")},
         **seconds,
         "update_mfu": round(stages["update"]["mfu"], 4),
         "rollout_floor_share": round(stages["rollout"]["floor_share"], 4),

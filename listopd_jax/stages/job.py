@@ -108,8 +108,8 @@ class Job:
         """Static halves of the models as they train: with their adapters, if they train these."""
         compute, remat = self.config.dtype.compute, self.config.remat
         graphs = dict(self.graphs)
-        for role, model in self.models.items():
-            if lora := lora_of(model):
+        for role in self.models.keys() & set(ROLES):
+            if lora := lora_of(self.models[role]):
                 graphs[role] = graph_of(self.shapes[role], compute, remat, self.attention, lora)
         return graphs
 

@@ -5,7 +5,7 @@ from typing import Any
 
 import jax.numpy as jnp
 
-from listopd_jax.models.build import PARAM_DTYPE, initial_params, lora_of
+from listopd_jax.models.build import PARAM_DTYPE, cast, initial_params, lora_of
 from listopd_jax.models.lora import initial_adapter, merged
 from listopd_jax.parallel.hosts import global_batch
 from listopd_jax.stages.job import Job, saving
