@@ -69,7 +69,10 @@ def test_it_says_which_policy_to_use_and_how_to_go_past_a_cliff():
     assert "Use λ\u00a0=\u00a01, policy opd1.00: it parses 94\u00a0% of answers, useful 0.874." in text
     assert "No larger λ is clearly more useful (1.2 tried)" not in text or "1.2" in text
     assert "To go past λ\u00a0=\u00a01.2" in text and "--config.opd.guard.margin=1.25" in text
-    assert "--config.opd.seeds=0,1,2" in text
+    assert "--config.opd.seeds=0,1,2" in text and "guard.scope" not in text
+    inputs = Inputs(results=read(sweep(CLIFF)), config={"config": {"task": {"name": "reviews"}}})
+    flags = [advice.flags for advice in recommendation(inputs)]
+    assert any("guard.fallback=base --config.opd.guard.scope=structure" in f for f in flags)
 
 
 def test_a_guarded_run_is_not_told_to_guard_and_one_without_a_cliff_may_go_further():

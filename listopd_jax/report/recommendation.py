@@ -1,13 +1,14 @@
 """What to do next, first on the page: which policy to use, and what to try; no more than the records carry."""
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from listopd_jax.report.findings import CONTRACT_HOLDS, Findings, Policy
 from listopd_jax.report.inputs import Inputs
 from listopd_jax.report.wording import at, decimal, number, percent
 
 GUARD = "--config.opd.guard.margin=1.25 --config.opd.guard.fallback=base"  # what held in docs/results.md
+STRUCTURE = " --config.opd.guard.scope=structure"  # and what gained there: the scores stay free
 
 
 class Advice(NamedTuple):
@@ -58,7 +59,10 @@ def _next(inputs: Inputs, chosen: Policy) -> list[Advice]:
     cliff, said = inputs.found.cliff, []
     if cliff.first_broken is not None and not _guarded(inputs):
         past = at(cliff.last_held.lam)
-        said.append(Advice(f"To go past {past}, hold the teacher’s mode with the guard:", GUARD))
+        of_structure = STRUCTURE if _config(inputs, "task", "name") == "reviews" else ""
+        said.append(
+            Advice(f"To go past {past}, hold the teacher’s mode with the guard:", GUARD + of_structure)
+        )
     if cliff.first_broken is None and len(inputs.found.opd) > 1:
         said.append(Advice(f"No cliff up to {at(inputs.found.opd[-1].lam)}: a larger λ may be worth a run."))
     if len({r.seed for p in inputs.found.opd for r in p.records}) == 1:
@@ -87,10 +91,16 @@ def _guarded(inputs: Inputs) -> bool:
 
 def guard_margin(inputs: Inputs) -> float:
     """opd.guard.margin of the run, 0 where it is off or not recorded."""
-    value = inputs.config.get("config", {})
-    for name in ("opd", "guard", "margin"):
-        value = value.get(name, {}) if isinstance(value, dict) else {}
+    value = _config(inputs, "opd", "guard", "margin")
     return float(value) if isinstance(value, int | float) else 0.0
+
+
+def _config(inputs: Inputs, *names: str) -> Any:
+    """A field of the run's configuration, {} where it is not recorded."""
+    value = inputs.config.get("config", {})
+    for name in names:
+        value = value.get(name, {}) if isinstance(value, dict) else {}
+    return value
 
 
 def _lambdas(policies: Sequence[Policy]) -> str:
