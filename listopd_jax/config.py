@@ -570,6 +570,10 @@ def _validate_guard(config: ml_collections.ConfigDict) -> None:
         "floor, structure) are of task.name='reviews'; leave them off",
     )
     _require(
+        opd.guard.scope == "all" or opd.guard.margin > 0 or opd.guard.floor > 0,
+        f"opd.guard.scope={opd.guard.scope!r} does nothing alone: set opd.guard.margin (1.25) or opd.guard.floor too",
+    )
+    _require(
         opd.control_variate == "none" or not (opd.guard.mask or opd.guard.floor),
         "opd.control_variate knows no target of opd.guard.mask or opd.guard.floor: leave one of them off",
     )

@@ -168,3 +168,14 @@ def test_the_update_with_scope_structure_is_the_naive_one(batch, frozen_logps, v
     used = own[..., None] if variant is EXACT else own
     loss = lambda p: naive_loss(p, *frozen_logps, batch, used, 5.0, 0.0, 0.0, 0.2, variant)  # noqa: E731
     assert_close(grads, jax.jit(jax.grad(loss))(STUDENT))
+
+
+def test_a_scope_without_a_guard_is_refused():
+    config = defaults()
+    config.opd.guard.scope = "structure"
+    with pytest.raises(
+        UserError, match="opd.guard.scope='structure' does nothing alone: set opd.guard.margin"
+    ):
+        validate(config)
+    config.opd.guard.margin = 1.25
+    validate(config)

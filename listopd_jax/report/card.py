@@ -93,7 +93,13 @@ def _making(config: Any, inputs: Inputs, record: Result) -> str:
     section, names = record.stage.replace("_", "."), OPD_FIELDS if record.stage == "opd" else SFT_FIELDS
     fields = [*FIELDS, *(f"{section}.{name}" for name in names)]
     values = {name: functools.reduce(getattr, name.split("."), config) for name in fields}
-    facts = {"λ": record.lam, "seed": record.seed, "steps": record.steps} | values
+    facts = {"λ": record.lam, "seed": record.seed, "steps": record.steps}
+    # A run that collapsed and was stopped: these weights are of an earlier step.
+    facts |= {
+        name: record.extra.get(key)
+        for name, key in (("step of these weights", "checkpoint"), ("collapsed at", "collapsed_at"))
+    }
+    facts |= values
     counts = _object(inputs.data.get("lists") or inputs.data.get("records"))
     facts |= {f"records, {split}": n for split, n in counts.items()}
     facts |= {name: inputs.data.get(key) for name, key in (("labels", "labels"), ("data", "fingerprint"))}
