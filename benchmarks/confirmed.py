@@ -8,6 +8,7 @@ import contextlib
 from collections.abc import Iterator
 from unittest import mock
 
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Int
 
@@ -19,7 +20,10 @@ RESOLUTION, PRIME = 1000, 7919
 
 @contextlib.contextmanager
 def confirmed(probability: float | None) -> Iterator[None]:
-    """While inside, programs that are compiled confirm each draft with `probability`; None: where it is right."""
+    """While inside, rollouts confirm each draft with `probability`; None: where it is right.
+
+    Every compiled program of the process is forgotten at both ends: it would go on as it was compiled.
+    """
     if probability is None:
         yield
         return
@@ -30,5 +34,7 @@ def confirmed(probability: float | None) -> Iterator[None]:
         count = 1 + jnp.cumprod(goes_on, axis=-1).sum(-1)
         return jnp.where(rows.done, 0, jnp.minimum(count, rows.budgets - rows.rollout.lengths))
 
+    jax.clear_caches()
     with mock.patch.object(decode, "_standing", standing):
         yield
+    jax.clear_caches()

@@ -52,7 +52,9 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     args = parser.parse_args(argv)
     if args.topology and args.preset not in TPU:
         raise UserError("--topology: only the tpu presets compile for a described slice")
-    if args.preset in TPU and any((args.trace, args.completions, args.microbatch, args.remat, args.steps)):
+    if args.preset in TPU and any(
+        (args.trace, args.completions, args.microbatch, args.remat, args.steps, args.drafts)
+    ):
         raise UserError(f"--preset={args.preset} compiles only: it takes --topology and --json")
     if args.confirmed is not None and not (args.drafts and 0 <= args.confirmed <= 1):
         raise UserError(f"--confirmed={args.confirmed:g}: must be a probability, and needs --drafts")

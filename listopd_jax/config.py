@@ -86,7 +86,7 @@ def defaults() -> ml_collections.ConfigDict:
             max_lists=0,
             bootstrap=2000,
             examples=3,
-            forgetting=False,  # also how each policy reads unrelated English: perplexity, and KL to the base
+            forgetting=False,  # also how each policy reads unrelated English: perplexity, and KL to the student's SFT
             expected=False,  # also the error of the expected scores, of every list (stages/expected.py)
         ),
         parallel=_parallel(),
@@ -567,7 +567,7 @@ def _validate_guard(config: ml_collections.ConfigDict) -> None:
     _require(
         ranks_reviews(config) or not (config.evaluation.expected or guard_knows_contract(opd.guard)),
         f"task {task_name(config)!r}: evaluation.expected and guards that know the contract (opd.guard.scope, mask, "
-        "floor, structure) are of task.name='reviews'; leave them off",
+        "structure) are of task.name='reviews'; leave them off",
     )
     _require(
         opd.guard.scope == "all" or opd.guard.margin > 0 or opd.guard.floor > 0,

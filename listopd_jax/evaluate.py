@@ -17,7 +17,7 @@ from listopd_jax.errors import UserError
 from listopd_jax.parallel import hosts
 
 _WEIGHTS = flags.DEFINE_string(
-    "weights", None, "folder with a Hugging Face checkpoint in safetensors, or a hub id"
+    "weights", None, "folder with a Hugging Face checkpoint in safetensors, a GGUF file, or a hub id"
 )
 
 

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from benchmarks import opd_step, peers, shared
+from benchmarks.confirmed import confirmed
 from benchmarks.models import write_models
 from benchmarks.presets import PRESETS, cpu, paper
 from benchmarks.shape import Shape
@@ -41,6 +42,16 @@ needs_torch = pytest.mark.skipif(
         (opd_step.main, ["--preset=cpu", "--stesp=3"], "unrecognized arguments: --stesp=3"),
         (opd_step.main, ["--preset=cpu", "--topology=v5e:2x4"], "only the tpu presets"),
         (opd_step.main, ["--preset=tpu", "--trace=x"], "compiles only"),
+        (
+            opd_step.main,
+            ["--preset=cpu", "--confirmed=0.5"],
+            "--confirmed=0.5: must be a probability, and needs --drafts",
+        ),
+        (
+            opd_step.main,
+            ["--preset=cpu", "--drafts=3", "--confirmed=2"],
+            "--confirmed=2: must be a probability",
+        ),
         (opd_step.main, ["--preset=paper_small", "--microbatch=3"], "opd.microbatch=3 must divide"),
         (peers.main, ["--peers=ours,jax"], "--peers=ours,jax"),
         (peers.main, ["--peers=torch"], "give ours and others"),
@@ -139,6 +150,20 @@ def test_paper_small_gives_a_row_for_every_stage(capsys, tmp_path):
     assert result["memory_bytes"] > 2**20 and result["remat"] == "full" and result["microbatch"] == 4
     assert list(tmp_path.glob("plugins/profile/*/*.xplane.pb"))
     assert len(markdown(result["stages"]).splitlines()) == 7 and "| update |" in opd_step.render(result)
+
+
+@pytest.mark.parametrize(
+    ("probability", "least", "most"), [(1.0, 4.0, 4.0), (0.5, 1.2, 2.8), (0.0, 1.0, 1.0)]
+)
+def test_drafts_are_confirmed_as_often_as_asked(probability, least, most):
+    """Of 3 drafts each step confirms (1 − p⁴)/(1 − p) tokens on average: 4, 1.875 and 1 with the sampled one."""
+    config = PRESETS["paper_small"][0]()
+    config.rollout.draft_tokens, config.task.max_response = 3, 64
+    config = validate(config)
+    with confirmed(probability):
+        step = Step(config, random_prompts(config, 44), 44, 61)
+        step.rollout()
+    assert least <= step.tokens_per_step <= most
 
 
 def test_the_tpu_preset_is_the_planners_command():

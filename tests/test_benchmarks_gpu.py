@@ -40,6 +40,13 @@ def test_the_committed_headline_is_what_record_makes_of_the_measurement():
     assert committed["step_s"] <= 8 and committed["update_mfu"] >= 0.45 and committed["peak_gib"] <= 72
 
 
+def test_the_drafted_headline_is_what_record_makes_of_the_measurement():
+    measured = json.loads((ROOT / "benchmarks/results/h200_drafts.json").read_text(encoding="utf-8"))
+    committed = json.loads((ROOT / "benchmarks/results/h200.json").read_text(encoding="utf-8"))
+    assert record.headline(measured["step"], committed["command"]) == committed
+    assert committed["confirmed"] == 0.83 and 4 < committed["tokens_per_step"] < 5
+
+
 def test_the_script_is_valid_shell():
     for script in (ROOT / "benchmarks/gpu").glob("*.sh"):
         assert subprocess.run(["bash", "-n", script]).returncode == 0

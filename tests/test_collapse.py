@@ -10,6 +10,7 @@ import optax
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from test_average import Numbers
 
 from configs.fashion import tiny
 from listopd_jax.config import digest, validate
@@ -106,22 +107,6 @@ def test_the_report_says_what_was_done(extra, says):
 
 
 # ---- in the loop
-
-
-class Numbers:
-    """0, 1, 2, …"""
-
-    count = 0
-
-    def __next__(self):
-        self.count += 1
-        return self.count - 1
-
-    def get_state(self):
-        return {"count": self.count}
-
-    def set_state(self, state):
-        self.count = state["count"]
 
 
 def train_with(workdir, one, steps, last=12):

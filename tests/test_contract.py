@@ -271,7 +271,9 @@ def fuzzed(rng, k):
     return text
 
 
-@pytest.mark.parametrize("k, n", [(1, 1000), (2, 2000), (4, 4000), (8, 8000)])
+@pytest.mark.parametrize(
+    "k, n", [(1, 1000), (2, 2000), (4, 4000), pytest.param(8, 8000, marks=pytest.mark.slow)]
+)
 def test_no_disagreement_with_json_and_jsonschema(k, n):
     rng = random.Random(k)
     seen = collections.Counter()

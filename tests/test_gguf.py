@@ -134,6 +134,16 @@ def test_smollm_cuts_every_digit_apart():
     assert pieces == ["score", "\u0120", "1", "0", ",", "\u0120it", "'s"]
 
 
+@pytest.mark.parametrize(("cut", "whole"), [("llama-bpe", True), ("qwen2", False)])
+def test_llama_takes_a_piece_that_is_a_token_whole_and_others_merge(tmp_path, spelled, cut, whole):
+    tokenizer, tokens, merges = spelled
+    more = [*tokens, "\u0120xylophone"]  # in the vocabulary, out of reach of the merges
+    write(tmp_path / "m.gguf", "llama", (tokenizer, more, merges), cut=cut)
+    convert(tmp_path / "m.gguf", tmp_path / "out")
+    ids = load_tokenizer(tmp_path / "out")(" xylophone", add_special_tokens=False)["input_ids"]
+    assert (ids == [len(tokens)]) == whole
+
+
 def test_a_file_is_unpacked_once_and_serves_as_weights_and_tokenizer(tmp_path, spelled, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     write(tmp_path / "m.gguf", "llama", spelled)

@@ -37,6 +37,7 @@ def test_chunks_give_what_float64_gives(case, chunk):
         np.testing.assert_allclose(got, expected, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.slow  # trl takes seconds to import
 def test_is_trl_selective_log_softmax_and_entropy(case):
     torch = pytest.importorskip("torch", reason="needs torch, the oracle")
     utils = pytest.importorskip("trl.trainer.utils", reason="needs trl, the oracle")

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# One short loan of a GPU, in order of worth: correct, EC's step, a job, the kernels. Every line is a process with a
-# limit of its own, and its result is written at once. From the repository's root:
-#   OUT=FOLDER [WHEELS=FOLDER] bash benchmarks/gpu/run.sh          about 6 minutes on an H100
+# One short loan of a GPU, in order of worth: EC's step with drafts, correctness beside a small job, the kernels of decoding.
+# Every line is a process with a limit of its own, and its result is written at once. From the repository's root:
+#   OUT=FOLDER [WHEELS=FOLDER] bash benchmarks/gpu/run.sh          5 to 6 minutes on an H200
 #   OUT=FOLDER SMALL=1 bash benchmarks/gpu/run.sh                  the same lines at a CPU's size
 set -uo pipefail
 : "${OUT:?set OUT to a folder}"

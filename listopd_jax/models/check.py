@@ -16,21 +16,24 @@ import numpy as np
 from flax import nnx
 
 from listopd_jax.errors import Parser, UserError, exit_code, positive
+from listopd_jax.models.build import GGUF
 from listopd_jax.models.decoder import Decoder, abstract
 from listopd_jax.models.hf import load_hf, resolve
+from listopd_jax.models.hf.gguf import gguf_folder
 
 TOLERANCE = {"float32": 1e-4, "bfloat16": 5e-2}
 
 
-def compare(folder: pathlib.Path, tokens: int = 64, dtype: str = "float32") -> dict:
+def compare(source: pathlib.Path, tokens: int = 64, dtype: str = "float32") -> dict:
     """Compare on 4 random right-padded prompts of up to `tokens` tokens and `tokens` greedy ones after each.
 
+    `source` is the folder of a checkpoint, or a GGUF file, which transformers reads by its own code.
     Keys: `max_abs_logit_diff`, `max_rel_logit_diff` (over the largest absolute logit), `greedy_agreement`
     (share of continuation tokens before the first difference), `tolerance`, `ok`. UserError without torch.
     """
     torch = _torch()
-    decoder = _decoder(folder, dtype)
-    reference = _reference(torch, folder, dtype)
+    decoder = _decoder(gguf_folder(source) if source.suffix == GGUF else source, dtype)
+    reference = _reference(torch, source, dtype)
     rng = np.random.default_rng(0)
     lengths = np.array([tokens, *rng.integers(1, tokens + 1, 3)])
     prompts = rng.integers(0, decoder.config.vocab_size, (len(lengths), tokens), dtype=np.int32)
@@ -43,7 +46,7 @@ def compare(folder: pathlib.Path, tokens: int = 64, dtype: str = "float32") -> d
     relative = largest / float(np.abs(theirs).max())
     same = continuations == _their_greedy(torch, reference, prompts, lengths, tokens)
     return {
-        "weights": str(folder),
+        "weights": str(source),
         "dtype": dtype,
         "tokens": tokens,
         "max_abs_logit_diff": largest,
@@ -69,11 +72,13 @@ def _decoder(folder: pathlib.Path, dtype: str) -> Decoder:
     return nnx.merge(abstract(config, dtype=dtype, param_dtype=dtype)[0], params)
 
 
-def _reference(torch, folder: pathlib.Path, dtype: str):
+def _reference(torch, source: pathlib.Path, dtype: str):
     from transformers import AutoModelForCausalLM
 
+    is_gguf = source.suffix == GGUF
+    folder, file = (source.parent, {"gguf_file": source.name}) if is_gguf else (source, {})
     reference = AutoModelForCausalLM.from_pretrained(
-        folder, dtype=getattr(torch, dtype), local_files_only=True
+        folder, dtype=getattr(torch, dtype), local_files_only=True, **file
     )
     return reference.eval()
 
@@ -127,14 +132,17 @@ def _greedy(decoder: Decoder, prompts, lengths, steps: int):
 def main(argv: Sequence[str]) -> int:
     """Compare and print; 1 if the logits do not agree."""
     parser = Parser(prog="python -m listopd_jax.models.check", description=__doc__.splitlines()[0])
-    parser.add_argument("--weights", required=True, help="folder of a Hugging Face checkpoint, or a hub id")
+    parser.add_argument(
+        "--weights", required=True, help="folder of a Hugging Face checkpoint, a GGUF file, or a hub id"
+    )
     parser.add_argument(
         "--tokens", type=positive, default=64, help="length of the prompts and of the continuations"
     )
     parser.add_argument("--dtype", choices=sorted(TOLERANCE), default="float32")
     parser.add_argument("--json", action="store_true", help="print the result as one JSON object")
     flags = parser.parse_args(argv)
-    result = compare(resolve(flags.weights), flags.tokens, flags.dtype)
+    source = pathlib.Path(flags.weights) if flags.weights.endswith(GGUF) else resolve(flags.weights)
+    result = compare(source, flags.tokens, flags.dtype)
     print(json.dumps(result) if flags.json else "\n".join(f"{key}: {value}" for key, value in result.items()))
     return 0 if result["ok"] else 1
 

@@ -139,14 +139,9 @@ def _token_scores(
 ) -> dict[str, Any]:
     """Of every sampled token [c]: log π_T, log π_B, λ and log Z of its position, whether it is banned, and whether the
     target flips there."""
-    token, flip = rows["token"], {}
+    token, banned, flip = rows["token"], rows["banned"], _flips(teacher, base, lam, found, variant)
     log_z = log_normalizer(teacher, base, lam, variant.advantage) if variant.normalize else rows["log_z"]
-    if variant.flips:
-        flip["flip"] = flipped(teacher, base, lam, variant.advantage)
-    banned = rows["banned"]
     if found is not None:
-        if variant.flips:
-            flip["flip"] = (found.target.argmax(-1) != teacher.argmax(-1)).astype(jnp.float32)
         teacher, base, banned = _allowed_scores(teacher, base, token, found)
         log_z = jax.nn.logsumexp(found.target, -1) if variant.normalize else rows["log_z"]
         # A floor moves the target of a token away from that of λ: its advantage moves with it.
@@ -154,6 +149,15 @@ def _token_scores(
         log_z = jnp.where(banned, 0.0, log_z + of_lam - take_token(found.target, token))
     at = {"teacher": take_token(teacher, token), "base": take_token(base, token)}
     return at | {"lam": lam, "log_z": log_z, "banned": banned} | flip
+
+
+def _flips(teacher, base, lam, found: Guarded | None, variant: Variant) -> dict[str, Array]:
+    """With Variant.flips, under "flip" 1 where the target (a guard's, if there is one) has another mode than π_T."""
+    if not variant.flips:
+        return {}
+    if found is None:
+        return {"flip": flipped(teacher, base, lam, variant.advantage)}
+    return {"flip": (found.target.argmax(-1) != teacher.argmax(-1)).astype(jnp.float32)}
 
 
 def _allowed_scores(teacher, base, token: Int[Array, " c"], found: Guarded):
@@ -200,11 +204,5 @@ def _full_vocab(variant: Variant, vocab: int, logits, rows, shared):
     )
     at = Models(*(take_token(x, token) for x in (student, teacher, base)))
     scores = at._asdict() | {"entropy": entropy_of(student), "rollout": rows["rollout"], "lambda": lam}
-    if variant.flips:
-        flips = (
-            flipped(teacher, base, lam, variant.advantage)
-            if target is None
-            else (target.argmax(-1) != teacher.argmax(-1)).astype(jnp.float32)
-        )
-        scores["flip"] = flips
+    scores |= _flips(teacher, base, lam, found, variant)
     return jnp.where(rows["weight"] > 0, loss * rows["weight"], 0.0).sum(), extra | scores

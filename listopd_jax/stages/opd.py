@@ -22,6 +22,7 @@ from listopd_jax.parallel.rules import decoding_copy
 from listopd_jax.rollout.decode import Rollout, generate
 from listopd_jax.rollout.state import trim
 from listopd_jax.stages.job import Job, base_of, saving
+from listopd_jax.task.codec import Codec
 from listopd_jax.train.collapse import Watch
 from listopd_jax.train.loop import Run, Saving, train
 from listopd_jax.train.opd_step import OpdBatch, make_opd_step
@@ -149,7 +150,8 @@ def train_opd(
         prompts, lengths = rows["prompt"], rows["prompt_length"]
         student = joined(shared.frozen.base, state.params)
         rollout = sample(job, student, prompts, lengths, jax.random.fold_in(key, step))
-        reward = contract_reward(job, rollout, rows["index"]) if opd.contract_reward else None
+        held = holds_contract(job, rollout, rows["index"])
+        reward = contract_reward(held, opd.contract_reward) if opd.contract_reward else None
         sampled = OpdBatch(prompts, lengths, rollout._replace(steps=None), reward)
         hyper = hyper_at(opd, watch.lam(run.lam) if watch else run.lam, step)
         lr = jnp.float32(learning_rate(opd, step, steps))
@@ -159,7 +161,7 @@ def train_opd(
             state = with_average(state, jnp.float32(average_rate(step, opd.ema)))
         tokens = {"tokens": int(rollout.lengths.sum()) + opd.rollouts * int(lengths.sum())}
         tokens["tokens_per_decode_step"] = tokens_per_decode_step(rollout)
-        contract = contract_metrics(job, rollout, per_token, rows["index"])
+        contract = contract_metrics(job.codec, rollout, per_token, held)
         return state, metrics | tokens | contract | logged_completions(job, sampled, rows["index"], step + 1)
 
     initial, batches = functools.partial(initial_state, job, shared, run.seed), job.opd_batches(run.seed)
@@ -192,38 +194,37 @@ def tokens_per_decode_step(rollout: Rollout) -> float:
     return (int(rollout.lengths.sum()) - int((rollout.lengths > 0).sum())) / steps if steps else 1.0
 
 
-def contract_reward(job: Job, rollout: Rollout, index) -> Float[Array, "B n"]:
-    """`opd.contract_reward` times: 1 if a completion holds the contract, else 0, less the mean over its prompt's."""
-    held = holds_contract(job, rollout, index).reshape(rollout.lengths.shape)
-    reward = job.config.opd.contract_reward * (held - held.mean(-1, keepdims=True))
+def contract_reward(held: Bool[np.ndarray, "B n"], weight: float) -> Float[Array, "B n"]:
+    """`weight` times: 1 if a completion holds the contract, else 0, less the mean over its prompt's."""
+    reward = weight * (held - held.mean(-1, keepdims=True))
     rows = hosts.local_rows(len(reward))
     own = reward if rows is None else reward[rows]
     return hosts.global_batch({"reward": own.astype(np.float32)}, len(reward))["reward"]
 
 
-def holds_contract(job: Job, rollout: Rollout, index) -> Bool[np.ndarray, " N"]:
-    """Whether each of the sampled completions, flattened, parses; `index` [B] is the training record of each prompt."""
+def holds_contract(job: Job, rollout: Rollout, index) -> Bool[np.ndarray, "B n"]:
+    """Whether each of the sampled completions parses; `index` [B] is the training record of each prompt."""
     tokens, lengths = flat(rollout)
     records = np.repeat(hosts.gather(index), rollout.lengths.shape[1]).tolist()
     judge = job.judge("train")
     pairs = zip(job.codec.texts(tokens, lengths), records, strict=True)
-    return np.array([judge(*pair).ok for pair in pairs])
+    return np.array([judge(*pair).ok for pair in pairs]).reshape(rollout.lengths.shape)
 
 
 def flat(rollout: Rollout) -> tuple[Int[np.ndarray, "N T"], Int[np.ndarray, " N"]]:
     """Tokens and lengths of all completions, on every host."""
-    return hosts.gather(rollout.tokens).reshape(-1, rollout.tokens.shape[-1]), hosts.gather(
-        rollout.lengths
-    ).reshape(-1)
+    tokens, lengths = hosts.gather(rollout.tokens), hosts.gather(rollout.lengths)
+    return tokens.reshape(-1, tokens.shape[-1]), lengths.reshape(-1)
 
 
-def contract_metrics(job: Job, rollout: Rollout, per_token: Mapping[str, Any], index) -> dict[str, float]:
+def contract_metrics(
+    codec: Codec, rollout: Rollout, per_token: Mapping[str, Any], held: Bool[np.ndarray, "B n"]
+) -> dict[str, float]:
     """What the sampled completions say of the contract: how many hold it and end, advantage by kind of token.
 
-    With `flip` in `per_token`, the share of positions at which the target flips, by kind of token, too. `index` [B] is
-    the training record of each prompt.
+    With `flip` in `per_token`, the share of positions at which the target flips, by kind of token, too.
     """
-    (tokens, lengths), codec = flat(rollout), job.codec
+    tokens, lengths = flat(rollout)
     structural = codec.structural(tokens, lengths)
     content = (np.arange(tokens.shape[1]) < lengths[:, None]) & ~structural
     by_kind = {}
@@ -233,8 +234,7 @@ def contract_metrics(job: Job, rollout: Rollout, per_token: Mapping[str, Any], i
             f"{name}_structural": _mean(values[structural]),
             f"{name}_content": _mean(values[content]),
         }
-    parse = np.mean(holds_contract(job, rollout, index))
-    return {"parse": parse, "ended": np.mean(codec.ended(tokens, lengths)), **by_kind}
+    return {"parse": np.mean(held), "ended": np.mean(codec.ended(tokens, lengths)), **by_kind}
 
 
 def logged_completions(job: Job, sampled: OpdBatch, index, step: int) -> dict[str, list[dict[str, str]]]:

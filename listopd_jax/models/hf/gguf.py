@@ -197,7 +197,9 @@ def _tokenizer(gguf: Gguf) -> transformers.PreTrainedTokenizerBase:
         )
     tokens, kinds = gguf.field("tokenizer.ggml.tokens"), gguf.field("tokenizer.ggml.token_type")
     merges = [tuple(merge.split(" ")) for merge in gguf.field("tokenizer.ggml.merges")]
-    bpe = tokenizers.Tokenizer(models.BPE({token: i for i, token in enumerate(tokens)}, merges))
+    vocab = {token: i for i, token in enumerate(tokens)}
+    # Llama 3 takes a whole piece that is a token as it is, whatever the merges would make of it.
+    bpe = tokenizers.Tokenizer(models.BPE(vocab, merges, ignore_merges=cut == "llama-bpe"))
     bpe.normalizer = normalizers.NFC() if cut == "qwen2" else None
     bpe.pre_tokenizer, bpe.decoder = pre_tokenizers.Sequence(SPLITS[cut]), decoders.ByteLevel()
     bpe.add_tokens(
