@@ -81,6 +81,11 @@ def defaults() -> ml_collections.ConfigDict:
         opd=_opd(),
         rollout=_section(draft_tokens=-1),  # most per decode step; 0: none, -1: 8, none if is_small
         forecast=_section(lambdas=(), batch_size=8),  # lambdas besides opd.lambdas, decoded without training
+        predict=_section(  # the parse of trained students, before they are trained: predictions.json
+            anchors=(),  # lambdas of the runs that say how far training comes; (): no prediction
+            seeds=(1, 2),  # of these runs; none of opd.seeds
+            largest_gap=0.15,  # in parse, between neighbours of the limit's grid that is decoded
+        ),
         evaluation=_section(
             batch_size=64,
             max_lists=0,
@@ -359,7 +364,7 @@ _POSITIVE = """
 task.max_prompt task.prompt_buckets data.vote_cap
 data.synthetic.reviews_per_product sft.teacher.batch_size sft.teacher.lr sft.student.batch_size sft.student.lr
 opd.batch_size opd.rollouts opd.updates_per_batch opd.lr opd.temperature opd.head_chunk
-opd.collapse.window opd.collapse.parse_drop opd.collapse.length_change
+opd.collapse.window opd.collapse.parse_drop opd.collapse.length_change predict.largest_gap
 forecast.batch_size evaluation.batch_size evaluation.bootstrap train.checkpoint_every train.keep_checkpoints
 parallel.timeout_s track.completions
 """.split()
@@ -443,7 +448,32 @@ def _validate_grid(config: ml_collections.ConfigDict) -> None:
     for x in seeds:
         _require(_is_seed(x), f"opd.seeds={seeds}: every seed is a whole number in [0, 2^32), not {x!r}")
     _require(len(set(lambdas)) == len(lambdas), f"opd.lambdas={lambdas}: a value stands twice")
+    _validate_anchors(config)
     _require(len(set(seeds)) == len(seeds), f"opd.seeds={seeds}: a value stands twice")
+
+
+def _validate_anchors(config: ml_collections.ConfigDict) -> None:
+    anchors, seeds = config.predict.anchors, config.predict.seeds
+    for x in anchors:
+        _require(_is_lambda(x), f"predict.anchors={anchors}: every lambda is a number >= 0, not {x!r}")
+    for x in seeds:
+        _require(_is_seed(x), f"predict.seeds={seeds}: every seed is a whole number in [0, 2^32), not {x!r}")
+    for name, values in (("anchors", anchors), ("seeds", seeds)):
+        _require(len(set(values)) == len(values), f"predict.{name}={values}: a value stands twice")
+    if not anchors:
+        return
+    _require(
+        len(anchors) * len(seeds) >= 2, "predict: two anchor runs are needed; give more anchors or seeds"
+    )
+    shared = sorted(set(seeds) & set(config.opd.seeds))
+    _require(
+        not shared,
+        f"predict.seeds={seeds}: {shared} of opd.seeds too; a prediction must not see the runs that judge it",
+    )
+    _require(
+        config.opd.advantage == "base_relative" and config.opd.ratio != "aspo",
+        "predict.anchors: the limit of no_base and of ratio aspo is not known; set predict.anchors=()",
+    )
 
 
 def noise_shares(sft: Any, field: str = "sft") -> tuple[tuple[str, float], ...]:
@@ -737,7 +767,7 @@ def _plain(value: Any) -> Any:
     return str(value) if isinstance(value, float) and math.isinf(value) else value
 
 
-MAY_CHANGE = ("opd.lambdas", "opd.seeds", "forecast.lambdas", "parallel.", "attention", "track.")
+MAY_CHANGE = ("opd.lambdas", "opd.seeds", "forecast.lambdas", "predict.", "parallel.", "attention", "track.")
 """Fields and sections that may differ between calls on one workdir: the grid may grow, devices and trackers change."""
 
 

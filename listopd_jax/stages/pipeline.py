@@ -20,6 +20,7 @@ from listopd_jax.stages.forecast import forecast
 from listopd_jax.stages.forgetting import forgetting
 from listopd_jax.stages.job import REFERENCE, ROLES, Job, base_of, job_on_mesh
 from listopd_jax.stages.opd import Distillation, make_step, opd_runs, preflight, train_opd
+from listopd_jax.stages.predict import anchor_runs, predict
 from listopd_jax.stages.results import evaluate, evaluated, summary, write_plan
 from listopd_jax.stages.sft import sft_run, train_sft
 from listopd_jax.train.loop import Run
@@ -43,16 +44,20 @@ def _models_to_policies(job: Job) -> None:
     grammar = None if job.guard is None else job.guard.grammar
     step = make_step(config.opd, tx, graphs, vocab=job.codec.vocab, attention=job.attention, grammar=grammar)
     shared = Distillation(student_again(job, frozen.base), frozen, tx, step)
+    for run in anchor_runs(job):
+        distil(job, shared, [run])
+    predict(job, frozen)
     for seed in config.opd.seeds:
         for lam in config.opd.lambdas:
-            distil(job, shared, lam, seed)
+            distil(job, shared, opd_runs(job, lam, seed))
 
 
 def planned(job: Job) -> list[Run]:
     """Every policy that the job trains and evaluates, in order."""
     opd = job.config.opd
     grid = [(lam, seed) for seed in opd.seeds for lam in opd.lambdas]
-    return [sft_run(job, role) for role in ROLES] + [run for point in grid for run in opd_runs(job, *point)]
+    sweep = [run for point in grid for run in opd_runs(job, *point)]
+    return [sft_run(job, role) for role in ROLES] + anchor_runs(job) + sweep
 
 
 def frozen_models(job: Job) -> Frozen:
@@ -87,9 +92,8 @@ def student_again(job: Job, base: Any) -> Callable[[int], Any]:
     return lambda seed: train_sft(job, "student")
 
 
-def distil(job: Job, shared: Distillation, lam: float, seed: int) -> None:
-    """Train at λ and seed, evaluate at every budget, export at the last; of a run that collapses, see `on_collapse`."""
-    runs = opd_runs(job, lam, seed)
+def distil(job: Job, shared: Distillation, runs: Sequence[Run]) -> None:
+    """One training, evaluated at each budget of `runs`, exported at the last; if it collapses, see `on_collapse`."""
     for run in runs:
         if evaluated(job.workdir, run) is None:
             watch = watch_of(job.config.opd, run)

@@ -1,0 +1,70 @@
+"""Where the estimator of an OPD run ends at a position: its exact limit, not the target (docs/theory.md §2).
+
+With the ratio `teacher_student`, ρ = min(c, π_T/π_S), the mean flow rests where ρ_v A_v = κ for every token v. With
+r_v = (p_v/b_v)^(λ−1) and t_v = p_v r_v, the unnormalised target:
+
+    q_v = t_v · exp(−max(W(κ r_v), κ/c)),   κ from Σ_v q_v = 1                                          (ours)
+
+W is Lambert's function. κ ≥ 0 for λ ≥ 1, where Σ_v t_v ≥ 1. For λ < 1, κ < 0, and the equation has no solution for a
+token with κ r_v < −1/e: there the least W, −1, stands for it. All other ratios end at the target itself.
+"""
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+_BISECTIONS = 20  # of a bracket about as wide as c·log Z: to 1e-5 or so in log-probability
+_LARGEST_CLIP = 1e6  # stands for no clip, where the bracket of κ must be finite
+
+
+def teacher_student_limit(
+    teacher: Float[Array, "*s V"],
+    base: Float[Array, "*s V"],
+    lam: Float[Array, "*#s"],
+    clip: Float[Array, ""],
+) -> Float[Array, "*s V"]:
+    """log q of the limit from log-distributions, float32; traceable. `clip` > 0, inf: none."""
+    log_r = (jnp.asarray(lam)[..., None] - 1) * (teacher - base)
+    log_t, clip = teacher + log_r, jnp.minimum(clip, _LARGEST_CLIP)
+    log_z = jax.nn.logsumexp(log_t, -1, keepdims=True)
+
+    def logs(kappa):
+        return log_t - jnp.maximum(_lambert(kappa, log_r), kappa / clip)
+
+    def halve(_, bracket):
+        low, high = bracket
+        middle = (low + high) / 2
+        too_much = jax.nn.logsumexp(logs(middle), -1, keepdims=True) > 0
+        return jnp.where(too_much, middle, low), jnp.where(too_much, high, middle)
+
+    # All tokens clipped, and all at W = −1: between these lies the root.
+    bracket = jnp.minimum(0.0, -jnp.exp(-1 - log_r.min(-1, keepdims=True))), jnp.maximum(0.0, clip * log_z)
+    low, high = jax.lax.fori_loop(0, _BISECTIONS, halve, bracket)
+    return jax.nn.log_softmax(logs((low + high) / 2))
+
+
+def _lambert(kappa, log_r) -> Float[Array, "*s V"]:
+    """W(κ r), by Newton's method; −1 where κ r < −1/e."""
+    positive = kappa >= 0
+    log_x = jnp.log(jnp.abs(kappa) + jnp.finfo(jnp.float32).tiny) + log_r
+    return jnp.where(positive, _lambert_of_log(log_x), _lambert_below_zero(log_x))
+
+
+def _lambert_of_log(z: Float[Array, "*s"]) -> Float[Array, "*s"]:
+    """W(e^z), where w + ln w = z."""
+    w = jnp.where(z > 1, z - jnp.log(jnp.maximum(z, 1.0)), jnp.log1p(jnp.exp(jnp.minimum(z, 1.0))))
+    for _ in range(3):
+        w = jnp.maximum(w * (1 + z - jnp.log(w)) / (1 + w), jnp.finfo(jnp.float32).tiny)
+    return w
+
+
+def _lambert_below_zero(z: Float[Array, "*s"]) -> Float[Array, "*s"]:
+    """W(−e^z) ∈ [−1, 0), Winitzki-like start from the branch point, then Halley's method."""
+    x = -jnp.exp(jnp.minimum(z, -1.0))
+    s = jnp.sqrt(jnp.maximum(2 * (1 + jnp.e * x), 0.0))
+    w = -1 + s - s**2 / 3 + 11 * s**3 / 72
+    for _ in range(3):
+        e = jnp.exp(w)
+        f = w * e - x
+        w = w - f / (e * (w + 1) - (w + 2) * f / (2 * w + 2) + 1e-12)
+    return jnp.clip(w, -1.0, 0.0)
