@@ -1,6 +1,6 @@
 """Can the curve of trained students be predicted before they are trained? What docs/results/forecast.json comes from.
 
-    for pair in plain clean_teacher same wrong_teacher; do
+    for pair in plain clean_teacher same wrong_teacher; do   # with --config.predict.only=True first, to lock
         python -m listopd_jax.main --config=configs/forecast.py:$pair --workdir=runs/forecast/$pair
     done
 

@@ -84,7 +84,8 @@ def defaults() -> ml_collections.ConfigDict:
         predict=_section(  # the parse of trained students, before they are trained: predictions.json
             anchors=(),  # lambdas of the runs that say how far training comes; (): no prediction
             seeds=(1, 2),  # of these runs; none of opd.seeds
-            largest_gap=0.15,  # in parse, between neighbours of the limit's grid that is decoded
+            largest_gap=0.15,  # in parse, between neighbours of the grid of λ that is decoded
+            only=False,  # stop before the sweep, to lock the prediction (python -m listopd_jax.prereg curve)
         ),
         evaluation=_section(
             batch_size=64,

@@ -47,6 +47,8 @@ def _models_to_policies(job: Job) -> None:
     for run in anchor_runs(job):
         distil(job, shared, [run])
     predict(job, frozen)
+    if config.predict.only:
+        return
     for seed in config.opd.seeds:
         for lam in config.opd.lambdas:
             distil(job, shared, opd_runs(job, lam, seed))
