@@ -5,15 +5,16 @@ r_v = (p_v/b_v)^(λ−1) and t_v = p_v r_v, the unnormalised target:
 
     q_v = t_v · exp(−max(W(κ r_v), κ/c)),   κ from Σ_v q_v = 1                                          (ours)
 
-W is Lambert's function. κ ≥ 0 for λ ≥ 1, where Σ_v t_v ≥ 1. For λ < 1, κ < 0, and the equation has no solution for a
-token with κ r_v < −1/e: there the least W, −1, stands for it. All other ratios end at the target itself.
+W is Lambert's function. κ ≥ 0 for λ ≥ 1, where Σ_v t_v ≥ 1. For λ < 1, κ < 0 and min stands for max; the equation has
+no solution for a token with κ r_v < −1/e: there the least W, −1, stands for it. Other ratios end at the target itself.
 """
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-_BISECTIONS = 20  # of a bracket about as wide as c·log Z: to 1e-5 or so in log-probability
+_BISECTIONS = 22  # of log |κ|, which leaves 1e-5
+_SPAN = 30.0  # of log |κ|, on either side of 0
 _LARGEST_CLIP = 1e6  # stands for no clip, where the bracket of κ must be finite
 
 
@@ -28,26 +29,26 @@ def teacher_student_limit(
     log_t, clip = teacher + log_r, jnp.minimum(clip, _LARGEST_CLIP)
     log_z = jax.nn.logsumexp(log_t, -1, keepdims=True)
 
-    def logs(kappa):
-        return log_t - jnp.maximum(_lambert(kappa, log_r), kappa / clip)
+    rises = log_z >= 0  # κ ≥ 0, and the tokens' sum falls as it grows; else κ < 0, and the sum grows with −κ
+
+    def logs(log_kappa):
+        at, clipped = log_kappa + log_r, jnp.exp(log_kappa) / clip
+        above, below = (
+            jnp.maximum(_lambert_of_log(at), clipped),
+            jnp.minimum(_lambert_below_zero(at), -clipped),
+        )
+        return log_t - jnp.where(rises, above, below)
 
     def halve(_, bracket):
         low, high = bracket
         middle = (low + high) / 2
-        too_much = jax.nn.logsumexp(logs(middle), -1, keepdims=True) > 0
-        return jnp.where(too_much, middle, low), jnp.where(too_much, high, middle)
+        further = (jax.nn.logsumexp(logs(middle), -1, keepdims=True) > 0) == rises
+        return jnp.where(further, middle, low), jnp.where(further, high, middle)
 
-    # All tokens clipped, and all at W = −1: between these lies the root.
-    bracket = jnp.minimum(0.0, -jnp.exp(-1 - log_r.min(-1, keepdims=True))), jnp.maximum(0.0, clip * log_z)
-    low, high = jax.lax.fori_loop(0, _BISECTIONS, halve, bracket)
+    # At κ = c·log Z all tokens are clipped and sum to 1, so a token that is not makes the root smaller.
+    high = jnp.where(rises, jnp.log(clip * jnp.maximum(log_z, 0) + jnp.exp(-_SPAN)), _SPAN)
+    low, high = jax.lax.fori_loop(0, _BISECTIONS, halve, (jnp.full_like(log_z, -_SPAN), high))
     return jax.nn.log_softmax(logs((low + high) / 2))
-
-
-def _lambert(kappa, log_r) -> Float[Array, "*s V"]:
-    """W(κ r), by Newton's method; −1 where κ r < −1/e."""
-    positive = kappa >= 0
-    log_x = jnp.log(jnp.abs(kappa) + jnp.finfo(jnp.float32).tiny) + log_r
-    return jnp.where(positive, _lambert_of_log(log_x), _lambert_below_zero(log_x))
 
 
 def _lambert_of_log(z: Float[Array, "*s"]) -> Float[Array, "*s"]:
@@ -66,5 +67,5 @@ def _lambert_below_zero(z: Float[Array, "*s"]) -> Float[Array, "*s"]:
     for _ in range(3):
         e = jnp.exp(w)
         f = w * e - x
-        w = w - f / (e * (w + 1) - (w + 2) * f / (2 * w + 2) + 1e-12)
+        w = w - f / (e * (w + 1) - (w + 2) * f / (2 * w + 2 + 1e-6) + 1e-12)
     return jnp.clip(w, -1.0, 0.0)
