@@ -49,6 +49,15 @@ def test_the_limit_solves_its_equation():
         np.testing.assert_allclose(np.exp(found), expected, atol=2e-4)
 
 
+def test_of_many_tokens_the_unlikely_count_as_one():
+    rng = np.random.default_rng(4)
+    teacher, base = ([log_distribution(rng, 300) for _ in range(8)] for _ in range(2))
+    found = teacher_student_limit(jnp.float32(teacher), jnp.float32(base), jnp.full(8, 1.5), jnp.float32(5.0))
+    expected = [solved(t, b, 1.5, 5.0) for t, b in zip(teacher, base, strict=True)]
+    np.testing.assert_allclose(np.exp(found), expected, atol=0.01)
+    assert (np.argmax(found, -1) == np.argmax(expected, -1)).all()
+
+
 @pytest.mark.parametrize(
     ("p", "b", "lam", "clip"),
     [(0.684, 0.988, 1.2, 5.0), (0.684, 0.988, 1.35, 5.0), (0.9, 0.95, 1.5, 1.5), (0.9, 0.8, 0.7, 5.0)],
