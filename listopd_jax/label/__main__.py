@@ -27,6 +27,9 @@ from listopd_jax.label.questions import Question, questions, read_rubric, score_
 from listopd_jax.lifecycle import quiet_libraries, say
 from listopd_jax.metrics_log import progress
 
+Asked = Sequence[tuple[str, Question]]
+"""Every question with its digest: equal ones, of a text that two users posted, have one reply."""
+
 FLAGS = flags.FlagValues()
 _own: dict[str, Any] = {"flag_values": FLAGS}
 _CONFIG = config_flags.DEFINE_config_file(
@@ -58,7 +61,12 @@ _FORMAT = flags.DEFINE_enum(
 
 
 def main(argv: Sequence[str]) -> int:
-    """0: every review has a reply, or --estimate; 3: some have none."""
+    """Label and return the exit code; a user's mistake is one line on stderr."""
+    return exit_code(run, argv)
+
+
+def run(argv: Sequence[str]) -> int:
+    """0: every review has a reply, or --estimate; 3: some have none. UserError for a mistake."""
     if {"--help", "-h"} & set(argv):
         say(f"{__doc__}\n{FLAGS.get_help()}")
         return 0
@@ -66,7 +74,8 @@ def main(argv: Sequence[str]) -> int:
     config, settings, rubric = parse(argv)
     judge = None if _ESTIMATE.value else _judge(settings)
     reviews = listed_reviews(config.data, config.task)
-    asked = {digest(settings, q): q for q in questions(reviews, rubric, config.task.max_review_words)}
+    put = questions(reviews, rubric, config.task.max_review_words)
+    asked = [(digest(settings, question), question) for question in put]
     out = pathlib.Path(_OUT.value)
     path = pathlib.Path(_CACHE.value or f"{out}.replies")
     if out.exists() and not path.exists():
@@ -74,12 +83,9 @@ def main(argv: Sequence[str]) -> int:
             f"--out={out}: is there and not of this command, as {path} is missing; choose another --out"
         )
     with open_cache(path) as cache:
-        pending = {of: q for of, q in asked.items() if _is_pending(cache.replies.get(of))}
-        say(
-            estimate(
-                len(asked), list(pending.values()), settings.max_tokens, _PRICE_IN.value, _PRICE_OUT.value
-            )
-        )
+        pending = {of: q for of, q in asked if _is_pending(cache.replies.get(of))}
+        prices = _PRICE_IN.value, _PRICE_OUT.value
+        say(estimate(len(asked), list(pending.values()), settings.max_tokens, *prices))
         return 0 if judge is None else _label(judge, asked, pending, cache, out)
 
 
@@ -129,7 +135,7 @@ def _score(reply: Reply) -> int | None:
 
 def _label(
     judge: Judge,
-    asked: Mapping[str, Question],
+    asked: Asked,
     pending: Mapping[str, Question],
     cache: Cache,
     out: pathlib.Path,
@@ -140,17 +146,16 @@ def _label(
     from listopd_jax.label.asking import Limits, ask_all
 
     bill = Bill(_PRICE_IN.value, _PRICE_OUT.value, _MAX_COST.value)
-    digests = {question.key: of for of, question in pending.items()}
     bar = progress(len(pending), "judging")
 
-    def keep(question: Question, reply: Reply) -> None:
-        cache.put(question.key, digests[question.key], reply)
+    def keep(of: str, reply: Reply) -> None:
+        cache.put(pending[of].key, of, reply)
         bar.update()
         bill.add(reply)
 
     limits = Limits(_CONCURRENCY.value, _PER_MINUTE.value, _TIMEOUT.value, _ATTEMPTS.value)
     try:
-        unanswered = asyncio.run(ask_all(judge, pending.values(), limits, keep))
+        unanswered = asyncio.run(ask_all(judge, pending, limits, keep))
     finally:
         bar.close()
         say(_write(asked, cache, out) + f" {bill}")
@@ -161,9 +166,9 @@ def _label(
     return 3 if unanswered.count else 0
 
 
-def _write(asked: Mapping[str, Question], cache: Cache, out: pathlib.Path) -> str:
+def _write(asked: Asked, cache: Cache, out: pathlib.Path) -> str:
     """Write the labels that there are, and say how many, and what the other replies were."""
-    replies = [(q.key, cache.replies[of]) for of, q in asked.items() if of in cache.replies]
+    replies = [(q.key, cache.replies[of]) for of, q in asked if of in cache.replies]
     scores = {key: score for key, reply in replies if (score := _score(reply)) is not None}
     if scores:
         files.write_text(out, "".join(json.dumps({"key": k, "score": s}) + "\n" for k, s in scores.items()))
@@ -173,4 +178,4 @@ def _write(asked: Mapping[str, Question], cache: Cache, out: pathlib.Path) -> st
 
 
 if __name__ == "__main__":
-    sys.exit(exit_code(main, sys.argv))
+    sys.exit(main(sys.argv))

@@ -2,7 +2,7 @@
 
 import asyncio
 import dataclasses
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Mapping
 
 import httpx2
 import tenacity
@@ -64,30 +64,27 @@ class Pacer:
 
 
 async def ask_all(
-    judge: Judge, questions: Iterable[Question], limits: Limits, keep: Callable[[Question, Reply], None]
+    judge: Judge, questions: Mapping[str, Question], limits: Limits, keep: Callable[[str, Reply], None]
 ) -> Unanswered:
-    """Ask every question and `keep` each reply at once; returns what got none.
+    """Ask every question and `keep` each reply, by the question's name, at once; returns what got none.
 
-    Raises UserError at the first sign that no question will get a reply, and what `keep` raises.
+    Raises UserError at the first sign that no question will get a reply, and what `keep` raises. Closes the judge.
     """
-    pacer, left, unanswered = (
-        Pacer(60 / limits.per_minute if limits.per_minute else 0.0),
-        iter(questions),
-        Unanswered(),
-    )
+    pacer = Pacer(60 / limits.per_minute if limits.per_minute else 0.0)
+    left, unanswered = iter(questions.items()), Unanswered()
 
     async def work() -> None:
-        for question in left:  # shared: each worker takes the next one
+        for name, question in left:  # shared: each worker takes the next one
             try:
                 reply = await _reply(judge, question, limits, pacer)
             except (Unavailable, Rejected) as e:
                 unanswered.add(str(e))
             else:
-                keep(question, reply)
+                keep(name, reply)
                 unanswered.in_a_row = 0
 
     try:
-        async with asyncio.TaskGroup() as workers:
+        async with judge.client, asyncio.TaskGroup() as workers:
             for _ in range(limits.concurrency):
                 workers.create_task(work())
     except BaseExceptionGroup as group:

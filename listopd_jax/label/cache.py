@@ -40,7 +40,7 @@ class Cache:
             self._file.flush()
             os.fsync(self._file.fileno())
         except OSError as e:
-            raise files.not_written(self._path, e, "another --cache") from e
+            raise files.not_written(self._path, e, "another --out or --cache") from e
         self.replies[of] = reply
 
 
@@ -55,7 +55,7 @@ def open_cache(path: pathlib.Path) -> Iterator[Cache]:
         path.parent.mkdir(parents=True, exist_ok=True)
         file = path.open("ab+")
     except OSError as e:
-        raise files.not_written(path, e, "another --cache") from e
+        raise files.not_written(path, e, "another --out or --cache") from e
     with file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -63,7 +63,10 @@ def open_cache(path: pathlib.Path) -> Iterator[Cache]:
             raise UserError(
                 f"{path}: another process writes replies there; wait for it or choose another --cache"
             ) from e
-        yield Cache(path, file)
+        cache = Cache(path, file)
+        yield cache
+        if not cache.replies:
+            path.unlink()
 
 
 def _drop_torn_line(file: Any) -> None:
