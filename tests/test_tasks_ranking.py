@@ -212,7 +212,7 @@ def test_what_is_missing_is_asked_for(tmp_path):
 
 
 def examples():
-    """Rows of the published columns: ten products a query, and some rows that the ranking task in English leaves out."""
+    """Rows of the published columns: ten products a query, and some that the ranking task in English leaves out."""
     rng = random.Random(0)
     rows = [
         (q, f"query {q}", f"B{q:03}{i}", "us", rng.choice("EESSCI"), 1, "test" if q % 4 == 0 else "train")
@@ -227,12 +227,13 @@ def examples():
 
 def products(rows):
     """A row for each product, in two locales, with all columns."""
-    texts = ("product_description", "product_bullet_point", "product_brand", "product_color")
+    more = ("product_description", "product_bullet_point", "product_brand", "product_color")
+    keys = sorted({(row["product_id"], locale) for row in rows for locale in ("us", row["product_locale"])})
     return [
-        {"product_id": row["product_id"], "product_title": f"{locale} product {row['product_id']}", "product_locale": locale}
-        | dict.fromkeys(texts, "text")
-        for row in rows for locale in ("us", row["product_locale"]) if locale == "us" or row["product_locale"] != "us"
-    ]  # fmt: skip
+        {"product_id": product, "product_title": f"{locale} product {product}", "product_locale": locale}
+        | dict.fromkeys(more, "text")
+        for product, locale in keys
+    ]
 
 
 def written(folder, rows, catalogue):
