@@ -46,31 +46,24 @@ class Esci(Listwise, FileTask):
             )
         self.settings = {"gain": "esci"}
 
-    def read(self, path: pathlib.Path) -> Iterator[ListExample]:
+    def read(self, path: pathlib.Path) -> list[ListExample]:
         """The lists of each query, its products dealt out at random."""
         if not self.data.meta_path:
             raise UserError("data.meta_path is empty: give shopping_queries_dataset_products.parquet")
         asked = read_examples(path)
-        titles = read_titles(
-            self.data.meta_path, {product for query in asked.values() for product in query.labels}
-        )
-        words, records = self.options.max_review_words, 0
+        wanted = {product for query in asked.values() for product in query.labels}
+        titles = read_titles(self.data.meta_path, wanted)
+        _check_titles(asked, titles, path, self.data.meta_path)
+        words, k = self.options.max_review_words, self.options.k
         texts = {product: first_words(title, words) for product, title in titles.items() if title}
-        for number, query in asked.items():
-            for product, row in query.rows.items():
-                if product not in titles:
-                    raise UserError(
-                        f"{path}: row {row}: product_id {product[:20]!r} is not in {self.data.meta_path}; give "
-                        "the products of these examples"
-                    )
-            for record in _lists(number, query, texts, self.options.k, self.data.seed):
-                records += 1
-                yield record
-        if not records:
+        lists = [
+            r for number, query in asked.items() for r in _lists(number, query, texts, k, self.data.seed)
+        ]
+        if not lists:
             raise UserError(
-                f"{path}: no query has task.k={self.options.k} products with a title, and two labels among them; lower "
-                "task.k"
+                f"{path}: no query has task.k={k} products with a title, and two labels among them; lower task.k"
             )
+        return lists
 
     def side(self, record: ListExample) -> str:
         """Test queries are held out."""
@@ -139,6 +132,19 @@ def read_titles(path: str | pathlib.Path, wanted: Collection[str]) -> dict[str, 
         for row in found
         if row["product_id"] in wanted
     }
+
+
+def _check_titles(
+    asked: Mapping[int, Query], titles: Collection[str], path: pathlib.Path, products: str
+) -> None:
+    """UserError for the first product of the examples that is none of the products."""
+    for query in asked.values():
+        for product, row in query.rows.items():
+            if product not in titles:
+                raise UserError(
+                    f"{path}: row {row}: product_id {product[:20]!r} is not in {products}; give the products of these "
+                    "examples"
+                )
 
 
 def _lists(number: int, query: Query, texts: Mapping[str, str], k: int, seed: int) -> Iterator[ListExample]:
