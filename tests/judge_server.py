@@ -103,8 +103,12 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         self._send(int(code), json.dumps({"error": {"code": int(code), "message": message or "no"}}))
 
     def _slowly(self, rest):
-        """429 with a Retry-After."""
-        self._send(429, "slow down", Retry_After=rest)
+        """429 that says how long to wait: OpenAI's in a header, Google's in the body."""
+        if self.path.endswith("/chat/completions"):
+            self._send(429, "slow down", Retry_After=rest)
+            return
+        info = {"@type": "type.googleapis.com/google.rpc.RetryInfo", "retryDelay": f"{rest}s"}
+        self._send(429, json.dumps({"error": {"code": 429, "message": "slow down", "details": [info]}}))
 
     def _slow(self, rest):
         """A reply after `rest` seconds."""

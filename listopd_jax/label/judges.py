@@ -163,7 +163,7 @@ class Google(Judge):
             )
             text, usage = None if _is_blocked(response) else response.text or "", response.usage_metadata
         except self._error as e:
-            raise self.failure(e.code or 500, str(e.message), e.response.headers) from e
+            raise self.failure(e.code or 500, str(e.message), _headers(e)) from e
         except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as e:
             raise Unavailable("HTTP 200 with no generated content in it") from e
         counted = [
@@ -237,6 +237,12 @@ def _answer(message: Mapping[str, Any], finish: Any) -> str | None:
         return None
     content = message.get("content")
     return content if isinstance(content, str) else ""
+
+
+def _headers(error: Any) -> dict[str, str]:
+    """The headers of Google's error, and where they say nothing the pause that its body asks for."""
+    asked = re.search(r"'retryDelay': '([0-9.]+)s'", str(error.details))
+    return ({"retry-after": asked[1]} if asked else {}) | dict(error.response.headers)
 
 
 def _is_blocked(response: Any) -> bool:
