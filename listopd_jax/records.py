@@ -1,4 +1,5 @@
-"""What a run leaves for others to read, field by field: runs.json, results.json, examples.json and calibration.json.
+"""What a run leaves for others to read, field by field: runs.json, results.json, examples.json, calibration.json and
+recommendation.json.
 
 Whoever writes these files makes these records, and whoever reads them gets them back. A field that a file lacks (an
 older one) has its default; fields that are not known here (a newer one's) are kept in `extra` and written again. A
@@ -17,6 +18,7 @@ from listopd_jax import files
 from listopd_jax.errors import UserError
 
 RUNS, RESULTS, EXAMPLES, CALIBRATION = "runs.json", "results.json", "examples.json", "calibration.json"
+RECOMMENDATION = "recommendation.json"
 
 EVALUATE = "evaluate"
 """The stage of a checkpoint that no run here made: of such policies, `run` is the name of the checkpoint."""
@@ -242,6 +244,18 @@ class Calibration(Record):
     extra: dict[str, Any] = _extra()
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Recommendation(Record):
+    """What the forecasts recommend before any training, recommendation.json (recommend.py)."""
+
+    lam: float
+    parse: float  # forecast at λ
+    useful: float | None = None
+    holds_to: float  # the largest λ up to which the forecast holds the contract
+    lines: list[str] = dataclasses.field(default_factory=list)  # λ, why and what next, for people
+    extra: dict[str, Any] = _extra()
+
+
 # --- files ---
 
 
@@ -269,6 +283,12 @@ def read_calibration(path: str | os.PathLike) -> Calibration | None:
     """The record of a calibration.json; None if there is no such file."""
     value = _read(path, None)
     return None if value is None else Calibration.from_json(value, str(path))
+
+
+def read_recommendation(path: str | os.PathLike) -> Recommendation | None:
+    """The record of a recommendation.json; None if there is no such file."""
+    value = _read(path, None)
+    return None if value is None else Recommendation.from_json(value, str(path))
 
 
 def write_records(path: str | os.PathLike, records: Sequence[Record]) -> None:

@@ -18,11 +18,11 @@ ARROWS = {
     "evaluate": "main config stages report parallel errors",
     "watch": "report metrics_log records files errors",
     "main": "stages config report parallel records lifecycle trackers files errors",
-    "stages": "config train rollout models ops parallel tasks data task records theory lifecycle metrics_log trackers "
-    "files rounding errors",
+    "stages": "config train rollout models ops parallel tasks data task recommend records theory lifecycle "
+    "metrics_log trackers files rounding errors",
     "config": "models trackers files errors",
     "train": "rollout models ops parallel metrics_log trackers lifecycle files errors",
-    "report": "records metrics_log files errors",
+    "report": "recommend records metrics_log files errors",
     "rollout": "models ops parallel rounding",
     "models": "ops parallel data files errors",
     "simulate": "ops theory files errors",
@@ -31,6 +31,7 @@ ARROWS = {
     "tasks": "data task files errors",
     "data": "task metrics_log files rounding errors",
     "task": "errors",
+    "recommend": "records",
     "records": "files errors",
     "theory": "errors",
     "lifecycle": "errors",
