@@ -186,6 +186,27 @@ class FlipRow(Record):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class ForecastFlips(Record):
+    """Along the forecast's own answers at λ: over lists, the smallest λ_flip of a list's structural positions.
+
+    There, structural is said of the token that the teacher would write. None stands for ∞.
+    """
+
+    lam: float
+    agreement: float  # share of answers that are the teacher's own greedy answer
+    flipped: (
+        float  # share of lists with a structural flip below λ: the target left the teacher's structure there
+    )
+    min: float | None = None
+    percentile_1: float | None = None
+    percentile_5: float | None = None
+    percentile_25: float | None = None
+    percentile_50: float | None = None
+    never: float | None = None  # share of lists without any flip
+    extra: dict[str, Any] = _extra()
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class CurvePoint(Record):
     """The share of lists with a flip below λ."""
 
@@ -239,6 +260,7 @@ class Calibration(Record):
     classes: tuple[ClassRow, ...] = ()
     flips: tuple[FlipRow, ...] = ()
     curve: tuple[CurvePoint, ...] = ()
+    forecasts: tuple[ForecastFlips, ...] = ()  # ascending λ
     strip: tuple[StripToken, ...] = ()  # the answer in which a structural token flips first
     notes: list[str] = dataclasses.field(default_factory=list)
     extra: dict[str, Any] = _extra()
