@@ -3,12 +3,12 @@
 The contract comes first, then usefulness, and a larger λ has to earn its risk: of the λ that hold the contract, the
 smallest that is about as useful as the most useful one. Before training, λ = 1 holds by itself, as plain distillation,
 and a larger λ holds if it and all below it are forecast to parse nearly as often and few answers flip a structural
-token below it.
+token below it, neither along the teacher's answers nor along the forecast's own.
 """
 
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 from listopd_jax.records import Calibration, Recommendation, Result
@@ -17,6 +17,7 @@ CONTRACT_HOLDS = (
     0.8  # parse rate from which the contract counts as kept: EC's onset is the largest λ with parse ≥ .80
 )
 PARSE_LOST = 0.02  # how much less than at λ = 1 a forecast may parse and still hold
+FLIPPED = 0.05  # share of answers with a structural flip that still holds
 GAIN = 0.02  # share of the expected MAE by which a λ past the cliff must be better for a guard to pay
 GUARD = "--config.opd.guard.margin=1.25 --config.opd.guard.fallback=base"  # what held in docs/results.md
 STRUCTURE = " --config.opd.guard.scope=structure"  # and what gained there: the scores stay free
@@ -66,11 +67,15 @@ def recommend(
     if not grid or grid[0].lam != 1 or grid[0].parse is None:
         return None
     limit = math.inf if setting.guarded else flip_limit(calibration)
-    held = _held(grid, limit)
+    flipped = (
+        {} if setting.guarded or calibration is None else {r.lam: r.flipped for r in calibration.forecasts}
+    )
+    held = _held(grid, limit, flipped)
     lam = choose([_option(record) for record in held]) or held[-1].lam
     chosen = next(record for record in held if record.lam == lam)
     broken = grid[len(held)] if len(held) < len(grid) else None
-    lines = [_use(chosen, grid[0]), _why(chosen, held, broken, limit), _next(chosen, held, grid, setting)]
+    why = _why(chosen, held, "" if broken is None else _break(broken, held[0], limit))
+    lines = [_use(chosen, grid[0]), why, _next(chosen, held, grid, setting)]
     return Recommendation(
         lam=lam, parse=chosen.parse, useful=chosen.useful, holds_to=held[-1].lam, lines=lines
     )
@@ -83,14 +88,25 @@ def flip_limit(calibration: Calibration | None) -> float:
     return math.inf if found is None else found
 
 
-def _held(grid: Sequence[Result], limit: float) -> list[Result]:
-    """λ = 1, and what follows it up to the first that breaks the contract; λ = 1 alone if the teacher breaks it."""
+def _held(grid: Sequence[Result], limit: float, flipped: Mapping[float, float]) -> list[Result]:
+    """λ = 1, and what follows it up to the first that breaks the contract; λ = 1 alone if the teacher breaks it.
+
+    `flipped`: of each λ the share of lists with a structural flip below it along the forecast's own answers.
+    """
     first, *larger = grid
     if first.parse < CONTRACT_HOLDS:
         return [first]
-    least = first.parse - PARSE_LOST - 1e-9  # .98 − .02 is above .96 in floating point
-    holds = lambda record: record.parse >= least and record.lam < limit  # noqa: E731
-    return [first, *itertools.takewhile(holds, larger)]
+    return [
+        first,
+        *itertools.takewhile(
+            lambda r: _parses(r, first) and r.lam < limit and flipped.get(r.lam, 0.0) <= FLIPPED, larger
+        ),
+    ]
+
+
+def _parses(record: Result, first: Result) -> bool:
+    """Whether a forecast parses nearly as often as that at λ = 1; .98 − .02 is above .96 in floating point."""
+    return record.parse >= first.parse - PARSE_LOST - 1e-9
 
 
 def _option(record: Result) -> Option:
@@ -107,12 +123,12 @@ def _use(chosen: Result, first: Result) -> str:
     return f"recommended: λ = {chosen.lam:g}, where the forecast {here}{besides}"
 
 
-def _why(chosen: Result, held: Sequence[Result], broken: Result | None, limit: float) -> str:
+def _why(chosen: Result, held: Sequence[Result], broken: str) -> str:
     if held[0].parse < CONTRACT_HOLDS:
         return (
             f"why: the teacher's own answers parse below {CONTRACT_HOLDS:g}, so nothing speaks for a larger λ"
         )
-    edge = f"the forecast holds the contract up to λ = {held[-1].lam:g}{_break(broken, limit)}"
+    edge = f"the forecast holds the contract up to λ = {held[-1].lam:g}{broken or ', the largest'}"
     if all(record.useful is None for record in held):
         return f"why: {edge}; without right answers nothing is known of usefulness"
     if chosen.lam == held[-1].lam == 1:
@@ -120,18 +136,20 @@ def _why(chosen: Result, held: Sequence[Result], broken: Result | None, limit: f
     return f"why: {edge}; of these λ it is the smallest about as useful as the most useful"
 
 
-def _break(broken: Result | None, limit: float) -> str:
-    """What ends the stretch of λ that hold."""
-    if broken is None:
-        return ", the largest that was forecast"
+def _break(broken: Result, first: Result, limit: float) -> str:
+    """What ends the stretch of λ that hold at `broken`."""
+    if not _parses(broken, first):
+        return f"; at {broken.lam:g} it parses {broken.parse:.3f}"
     if broken.lam >= limit:
         return f"; 5 % of the teacher's answers flip a structural token below {limit:.3g}"
-    return f"; at {broken.lam:g} it parses {broken.parse:.3f}"
+    return f"; at {broken.lam:g} more than 5 % of its own answers flip a structural token"
 
 
 def _next(chosen: Result, held: Sequence[Result], grid: Sequence[Result], setting: Setting) -> str:
     """What to do beyond the λ that hold."""
     past = grid[len(held) :]
+    if held[0].parse < CONTRACT_HOLDS:
+        return "next: train the teacher until its own answers hold the contract, then forecast again"
     if not past:
         return "next: forecast larger λ to see where the contract breaks"
     if setting.guarded:

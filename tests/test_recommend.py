@@ -12,7 +12,7 @@ from processes import NO_LAMBDA, SMALL, run_main
 from listopd_jax import config as config_module
 from listopd_jax.errors import UserError
 from listopd_jax.recommend import CONTRACT_HOLDS, PARSE_LOST, Option, Setting, choose, recommend
-from listopd_jax.records import Calibration, FlipRow, Result, read_results, read_runs, results
+from listopd_jax.records import Calibration, FlipRow, ForecastFlips, Result, read_results, read_runs, results
 from listopd_jax.report.inputs import Inputs
 from listopd_jax.report.recommendation import recommendation
 
@@ -78,11 +78,16 @@ def test_flips_end_what_holds_unless_a_guard_stands():
     assert said(*rows).lam == 3 and said(*rows, limit=2.5).lam == 2
     assert "5 % of the teacher's answers flip a structural token below 2.5" in said(*rows, limit=2.5).lines[1]
     assert said(*rows, limit=1.2, guarded=True).lam == 3
+    own = tuple(ForecastFlips(lam=lam, agreement=0, flipped=x) for lam, x in ((1, 0), (2, 0.05), (3, 0.06)))
+    found = recommend(forecasts(*rows), Calibration(forecasts=own), Setting())
+    assert found.lam == 2 and "at 3 more than 5 % of its own answers flip" in found.lines[1]
+    assert recommend(forecasts(*rows), Calibration(forecasts=own), Setting(guarded=True)).lam == 3
 
 
 def test_a_teacher_that_breaks_the_contract_speaks_for_no_larger_lambda():
     found = said((1, 0.5, 0.4), (2, 0.9, 0.8))
     assert (found.lam, found.holds_to) == (1, 1) and "parse below 0.8" in found.lines[1]
+    assert "guard" not in found.lines[2]
 
 
 def test_without_lambda_one_nothing_can_be_compared():

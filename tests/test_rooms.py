@@ -16,6 +16,7 @@ ARROWS = {
     "prereg": "main config records theory files errors",
     "export": "config stages report models lifecycle errors",
     "evaluate": "main config stages report parallel errors",
+    "forecast": "config main stages data parallel records lifecycle errors",
     "watch": "report metrics_log records files errors",
     "main": "stages config report parallel records lifecycle trackers files errors",
     "stages": "config train rollout models ops parallel tasks data task recommend records theory lifecycle "

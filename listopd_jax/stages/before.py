@@ -1,12 +1,11 @@
 """What is known of λ before any training: calibration, forecast, and the λ that they recommend."""
 
-import sys
 from typing import Any
 
 from listopd_jax import files
 from listopd_jax.config import guard_text, ranks_reviews
 from listopd_jax.ops.opd_loss import Frozen
-from listopd_jax.parallel.hosts import from_main, is_main
+from listopd_jax.parallel.hosts import from_main
 from listopd_jax.recommend import Setting, recommend
 from listopd_jax.records import (
     CALIBRATION,
@@ -35,14 +34,12 @@ def recommended(job: Job) -> Recommendation | None:
 
 
 def _recommendation(job: Job) -> Recommendation | None:
-    """workdir/recommendation.json and three lines on stderr; a run that trains there keeps to the first that it got."""
+    """workdir/recommendation.json; a run that trains there keeps to the first that it got."""
     if job.config.opd.recommend and (saved := recommended(job)):
         return saved
     found = _shared(lambda: _read_and_recommend(job))
     if found is not None:
         files.write_json(job.workdir / RECOMMENDATION, found.to_json())
-        if is_main():
-            print("\n".join(found.lines), file=sys.stderr)
     return found
 
 

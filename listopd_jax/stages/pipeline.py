@@ -36,7 +36,10 @@ def _models_to_policies(job: Job) -> None:
     config = job.config
     write_plan(job.workdir, planned(job, lambdas_of(job, recommended(job))))
     frozen = frozen_models(job)
-    lambdas = lambdas_of(job, before_training(job, frozen))
+    found = before_training(job, frozen)
+    if found is not None and is_main():
+        print("\n".join(found.lines), file=sys.stderr)
+    lambdas = lambdas_of(job, found)
     write_plan(job.workdir, planned(job, lambdas))
     tx = adamw(config.optimizer, config.opd.b2, config.opd.moments)
     graphs = job.graphs | {"student": job.trained["student"], "base": base_of(job.graphs)}
