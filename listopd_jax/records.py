@@ -189,7 +189,8 @@ class FlipRow(Record):
 class ForecastFlips(Record):
     """Along the forecast's own answers at λ: over lists, the smallest λ_flip of a list's structural positions.
 
-    There, structural is said of the token that the teacher would write. None stands for ∞.
+    There, structural is where the contract dictates the teacher's token or the one that is written in its place: a
+    mark where the teacher has a score breaks a list, too. None stands for ∞.
     """
 
     lam: float

@@ -146,15 +146,14 @@ def test_along_the_forecasts_answers_lambda_flip_is_that_of_full_softmaxes(model
         log_t, log_b = (full_log_probs(m, batch, tokens[:, i], lengths[:, i]) for m in models)
         np.testing.assert_array_equal(found.token, log_t.argmax(-1))
         np.testing.assert_allclose(1 / found.flip, 1 / oracles.flip_lambda(log_t, log_b), atol=1e-4)
-        np.testing.assert_array_equal(found.token_class, np.where(found.token % 2, DIGIT, COMMA))
+        structural = (found.token % 2 == 0) | (found.written % 2 == 0)
+        np.testing.assert_array_equal(found.token_class, np.where(structural, COMMA, DIGIT))
         np.testing.assert_array_equal(
             found.token != found.written, found.flip < lam, "it leaves the mode where that flips"
         )
         row = module.forecast_row(lam, found)
         assert row.agreement == (tokens[:3, i] == alone).all(-1).mean()
-        first = [
-            found.flip[(found.prompt == p) & (found.token % 2 == 0)].min(initial=np.inf) for p in (0, 3, 5)
-        ]
+        first = [found.flip[(found.prompt == p) & structural].min(initial=np.inf) for p in (0, 3, 5)]
         assert row.flipped == np.mean(np.array(first) < lam)
         assert row.min == (pytest.approx(min(first)) if np.isfinite(min(first)) else None)
     assert (
@@ -162,18 +161,18 @@ def test_along_the_forecasts_answers_lambda_flip_is_that_of_full_softmaxes(model
     )
 
 
-def test_the_class_of_a_token_that_was_not_written_is_that_after_what_was(tmp_path):
-    """The teacher would write a comma where the answer has a bracket: it is judged there, not where the answer goes."""
+def test_a_position_is_structural_if_the_teachers_token_or_the_one_in_its_place_is():
+    """The teacher's is judged after what was written before it."""
     seen = []
 
     def classes(tokens, lengths):
         seen.append(tokens.tolist())
-        return np.full(tokens.shape, lengths[0])
+        return np.where(tokens % 2, DIGIT, COMMA)
 
-    codec = types.SimpleNamespace(classes=classes)
-    answers, modes = np.array([[4, 6, 8]]), np.array([[4, 7, 8]])
-    found = module._mode_classes(codec, answers, modes, np.array([3]))
-    assert seen == [[[4, 6, 8]], [[4, 7]]] and found.tolist() == [[3, 2, 3]]
+    answers, modes = np.array([[4, 6, 7, 9]]), np.array([[4, 7, 8, 5]])
+    found = module._classes(types.SimpleNamespace(classes=classes), answers, modes, np.array([4]))
+    assert seen == [answers.tolist(), [[4, 7]], [[4, 6, 8]], [[4, 6, 7, 5]]]
+    assert found.tolist() == [[COMMA, COMMA, COMMA, DIGIT]]
 
 
 def test_flip_and_log_odds_agree_with_the_theory_on_any_distributions():

@@ -64,7 +64,9 @@ class Positions(NamedTuple):
     logit_p: Float[np.ndarray, " N"]  # of m under the teacher
     logit_b: Float[np.ndarray, " N"]  # of m under the base
     flip: Float[np.ndarray, " N"]  # λ_flip of m, ∞ if none
-    token_class: Int[np.ndarray, " N"]  # index into TOKEN_CLASSES
+    token_class: Int[
+        np.ndarray, " N"
+    ]  # of m, or of a structural token in its place; index into TOKEN_CLASSES
     prompt: Int[np.ndarray, " N"]  # row of the split
     token: Int[np.ndarray, " N"]  # id of m
     written: Int[np.ndarray, " N"]  # id of the answer's own token: m along the teacher's answers
@@ -86,7 +88,7 @@ class Positions(NamedTuple):
 
     @property
     def structural(self) -> Bool[np.ndarray, " N"]:
-        """Whether the contract dictates the token."""
+        """Whether the contract dictates the token, or the one in its place."""
         return IS_STRUCTURAL[self.token_class]
 
     def where(self, mask: Bool[np.ndarray, " N"]) -> "Positions":
@@ -148,7 +150,7 @@ def along(
     found = []
     for i in range(lengths.shape[1]):
         mask, written, mode = inside[:, i], answers[:, i], modes[:, i]
-        classes = _mode_classes(codec, written, mode, lengths[:, i])
+        classes = _classes(codec, written, mode, lengths[:, i])
         rows = np.broadcast_to(index[:, i, None], mask.shape)
         columns = *(x[:, i].astype(np.float64) for x in numbers), classes, rows, mode, written
         found.append(Positions(*(x[mask] for x in columns)))
@@ -160,17 +162,21 @@ def joined(parts: Iterable[Positions]) -> Positions:
     return Positions(*(np.concatenate(columns) for columns in zip(*parts, strict=True)))
 
 
-def _mode_classes(
+def _classes(
     codec: Codec,
     answers: Int[np.ndarray, "B T"],
     modes: Int[np.ndarray, "B T"],
     lengths: Int[np.ndarray, " B"],
 ) -> Int[np.ndarray, "B T"]:
-    """The class of the teacher's token at each position, after what the answer has written before; −1 after its end."""
+    """The class of each position, −1 after the end: of the teacher's token, or of what is written in its place.
+
+    That is structural if one of the two is: a list may end where the teacher goes on, and where it writes a score.
+    """
     classes = codec.classes(answers, lengths)
     for row, at in np.argwhere((modes != answers) & (classes >= 0)):
         prefix = np.append(answers[row, :at], modes[row, at])
-        classes[row, at] = codec.classes(prefix[None], np.array([at + 1]))[0, at]
+        mode = codec.classes(prefix[None], np.array([at + 1]))[0, at]
+        classes[row, at] = mode if IS_STRUCTURAL[mode] else classes[row, at]
     return classes
 
 
