@@ -160,3 +160,16 @@ def test_a_mistake_is_one_line_that_names_the_flag(made, tmp_path, monkeypatch, 
 def test_a_user_error_without_a_field_is_as_it_was():
     with pytest.raises(UserError, match=r"^plain data\.pathological$"), module._flags_in_messages():
         raise UserError("plain data.pathological")
+
+
+def test_gguf_files_with_a_tokenizer_of_their_own_are_a_pair_too(tmp_path, capsys):
+    pytest.importorskip("gguf")
+    from test_gguf import spell, write
+
+    spelled = spell(tmp_path / "tokenizer")
+    for kind in ("qwen3", "llama"):
+        write(tmp_path / f"{kind}.gguf", kind, spelled)
+    (tmp_path / "prompts.jsonl").write_text('{"prompt": "more words"}\n')
+    pair = {"teacher": tmp_path / "qwen3.gguf", "base": tmp_path / "llama.gguf", "lambdas": "2"}
+    module.main(arguments(tmp_path, **pair))
+    assert [line.split()[0] for line in capsys.readouterr().out.splitlines()[1:3]] == ["1", "2"]

@@ -1,5 +1,6 @@
 """Which λ is recommended: properties of the rule, what it says of our own measurements, and a run that trains there."""
 
+import dataclasses
 import json
 import pathlib
 import shutil
@@ -119,6 +120,15 @@ def test_without_a_guard_both_cliffs_are_seen_and_the_guard_is_named_where_it_pa
     assert found.lines[2].endswith("--config.opd.guard.scope=structure")
     demo = recommend(measured("demo.json"), None, Setting(reviews=True))
     assert (demo.lam, demo.holds_to) == (1, 1.05)
+
+
+def test_a_pretrained_pair_that_gains_nothing_is_told_where_it_breaks_and_to_stay():
+    saved = json.loads((DOCS / "smollm2_h200.json").read_text())["second_call"]
+    teacher, _, *rest = results(saved["records"], "smollm2_h200.json")
+    first = dataclasses.replace(teacher, stage="forecast", lam=1.0)  # at λ = 1 the target is the teacher
+    rows = [first, *(record for record in rest if record.stage == "forecast")]
+    found = recommend(rows, Calibration.from_json(saved["calibration"], "smollm2"), Setting(reviews=True))
+    assert (found.lam, found.holds_to) == (1, 2.5) and "at 3 it parses 0.930" in found.lines[1]
 
 
 def test_past_a_cliff_that_gains_nothing_no_guard_is_named():
