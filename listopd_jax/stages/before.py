@@ -1,6 +1,6 @@
 """What is known of λ before any training: calibration, forecast, and the λ that they recommend."""
 
-from typing import Any
+from collections.abc import Callable
 
 from listopd_jax import files
 from listopd_jax.config import guard_text, ranks_reviews
@@ -50,7 +50,7 @@ def _read_and_recommend(job: Job) -> Recommendation | None:
     return recommend(forecasts, calibration, Setting(bool(guard), ranks_reviews(job.config)))
 
 
-def _shared(find: Any) -> Recommendation | None:
+def _shared(find: Callable[[], Recommendation | None]) -> Recommendation | None:
     """What `find` finds on the first host, on every host."""
     found = from_main(lambda: (x := find()) and x.to_json())
     return None if found is None else Recommendation.from_json(found, RECOMMENDATION)
