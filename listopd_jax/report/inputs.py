@@ -12,13 +12,16 @@ from listopd_jax.metrics_log import read_metrics
 from listopd_jax.records import (
     CALIBRATION,
     EXAMPLES,
+    RECOMMENDATION,
     RESULTS,
     Calibration,
     Example,
+    Recommendation,
     Result,
     is_number,
     read_calibration,
     read_examples,
+    read_recommendation,
     read_results,
 )
 from listopd_jax.report import findings, plots
@@ -51,6 +54,7 @@ class Inputs:
     metrics: Sequence[_Json] = ()
     examples: Sequence[Example] = ()
     calibration: Calibration | None = None
+    recommendation: Recommendation | None = None  # of the forecasts
     beside: Mapping[str, "Inputs"] = field(default_factory=dict)  # other runs to compare with, by name
 
     @cached_property
@@ -94,7 +98,8 @@ def metric_columns(results: Sequence[Result]) -> dict[str, str]:
 
 
 def read_inputs(workdir: str | pathlib.Path) -> Inputs:
-    """Read config.json, data/report.json, results.json, metrics.jsonl, examples.json and calibration.json.
+    """Read config.json, data/report.json, results.json, metrics.jsonl, examples.json, calibration.json and
+    recommendation.json.
 
     Raises UserError if there is no such folder, or a file in it is broken.
     """
@@ -110,6 +115,7 @@ def read_inputs(workdir: str | pathlib.Path) -> Inputs:
         read_metrics(workdir),
         read_examples(workdir / EXAMPLES),
         read_calibration(workdir / CALIBRATION),
+        read_recommendation(workdir / RECOMMENDATION),
     )
 
 
