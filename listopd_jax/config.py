@@ -31,7 +31,7 @@ FALLBACKS = ("teacher", "base")
 SCOPES = ("all", "structure")
 ESTIMATORS = ("sampled", "full_vocab")
 AGGREGATES = ("token", "sequence")
-TASKS = ("reviews", "json", "bfcl", "cranfield")
+TASKS = ("reviews", "json", "bfcl", "cranfield", "passages", "esci")
 LR_DECAYS = ("none", "linear")
 CONTROL_VARIATES = ("none", "kl", "optimal")
 ON_COLLAPSE = ("none", "warn", "lower_lambda", "stop")
@@ -182,6 +182,7 @@ def _sft() -> ml_collections.ConfigDict:
 def _opd() -> ml_collections.ConfigDict:
     return _section(
         lambdas=(1.0, 1.05, 1.1, 1.15, 1.2, 1.25),  # (): stop after the forecast, as launch/ does once a grid
+        recommend=False,  # forecast them, and train at the one λ that the forecasts recommend (docs/forecast.md)
         seeds=(0,),
         steps=0,  # 0: as many as `epochs` give
         epochs=3.0,
@@ -450,6 +451,14 @@ def _validate_grid(config: ml_collections.ConfigDict) -> None:
         _require(_is_seed(x), f"opd.seeds={seeds}: every seed is a whole number in [0, 2^32), not {x!r}")
     _require(len(set(lambdas)) == len(lambdas), f"opd.lambdas={lambdas}: a value stands twice")
     _validate_anchors(config)
+    _require(
+        not config.opd.recommend or 1 in {*lambdas, *config.forecast.lambdas},
+        "opd.recommend compares every λ with λ = 1: add 1.0 to forecast.lambdas",
+    )
+    _require(
+        not config.opd.recommend or config.opd.advantage == "base_relative",
+        "opd.recommend is about the base-relative target, not opd.advantage='no_base'; set one of the two",
+    )
     _require(len(set(seeds)) == len(seeds), f"opd.seeds={seeds}: a value stands twice")
 
 

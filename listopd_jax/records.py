@@ -1,5 +1,5 @@
 """What a run leaves for others to read, field by field: runs.json, results.json, examples.json, calibration.json,
-predictions.json.
+recommendation.json and predictions.json.
 
 Whoever writes these files makes these records, and whoever reads them gets them back. A field that a file lacks (an
 older one) has its default; fields that are not known here (a newer one's) are kept in `extra` and written again. A
@@ -19,6 +19,7 @@ from listopd_jax.errors import UserError
 
 RUNS, RESULTS, EXAMPLES, CALIBRATION = "runs.json", "results.json", "examples.json", "calibration.json"
 PREDICTIONS = "predictions.json"
+RECOMMENDATION = "recommendation.json"
 
 EVALUATE = "evaluate"
 """The stage of a checkpoint that no run here made: of such policies, `run` is the name of the checkpoint."""
@@ -186,6 +187,28 @@ class FlipRow(Record):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class ForecastFlips(Record):
+    """Along the forecast's own answers at λ: over lists, the smallest λ_flip of a list's structural positions.
+
+    There, structural is where the contract dictates the teacher's token or the one that is written in its place: a
+    mark where the teacher has a score breaks a list, too. None stands for ∞.
+    """
+
+    lam: float
+    agreement: float  # share of answers that are the teacher's own greedy answer
+    flipped: (
+        float  # share of lists with a structural flip below λ: the target left the teacher's structure there
+    )
+    min: float | None = None
+    percentile_1: float | None = None
+    percentile_5: float | None = None
+    percentile_25: float | None = None
+    percentile_50: float | None = None
+    never: float | None = None  # share of lists without any flip
+    extra: dict[str, Any] = _extra()
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class CurvePoint(Record):
     """The share of lists with a flip below λ."""
 
@@ -239,6 +262,7 @@ class Calibration(Record):
     classes: tuple[ClassRow, ...] = ()
     flips: tuple[FlipRow, ...] = ()
     curve: tuple[CurvePoint, ...] = ()
+    forecasts: tuple[ForecastFlips, ...] = ()  # ascending λ
     strip: tuple[StripToken, ...] = ()  # the answer in which a structural token flips first
     notes: list[str] = dataclasses.field(default_factory=list)
     extra: dict[str, Any] = _extra()
@@ -263,6 +287,18 @@ class Prediction(Record):
     fit: dict[str, Any] = dataclasses.field(default_factory=dict)  # what it took from the anchors
     why: str = ""
     chosen: bool = False  # by the rule of stages.predict
+    extra: dict[str, Any] = _extra()
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Recommendation(Record):
+    """What the forecasts recommend before any training, recommendation.json (recommend.py)."""
+
+    lam: float
+    parse: float  # forecast at λ
+    useful: float | None = None
+    holds_to: float  # the largest λ up to which the forecast holds the contract
+    lines: list[str] = dataclasses.field(default_factory=list)  # λ, why and what next, for people
     extra: dict[str, Any] = _extra()
 
 
@@ -298,6 +334,12 @@ def read_calibration(path: str | os.PathLike) -> Calibration | None:
 def read_predictions(path: str | os.PathLike) -> list[Prediction]:
     """The records of a predictions.json; [] if there is no such file."""
     return _entries(Prediction, _read(path, []), str(path), "prediction")
+
+
+def read_recommendation(path: str | os.PathLike) -> Recommendation | None:
+    """The record of a recommendation.json; None if there is no such file."""
+    value = _read(path, None)
+    return None if value is None else Recommendation.from_json(value, str(path))
 
 
 def write_records(path: str | os.PathLike, records: Sequence[Record]) -> None:

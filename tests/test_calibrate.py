@@ -1,5 +1,6 @@
 """Calibration: against full softmaxes and decoding from the target, and on positions with known answers."""
 
+import dataclasses
 import json
 import types
 
@@ -15,9 +16,11 @@ from listopd_jax.models.config import ModelConfig
 from listopd_jax.models.decoder import Decoder
 from listopd_jax.ops.guard import flip_lambda
 from listopd_jax.ops.opd_loss import Frozen
+from listopd_jax.records import read_calibration
 from listopd_jax.rollout.decode import generate
 from listopd_jax.stages import calibrate as module
-from listopd_jax.stages.calibrate import Positions, calibrate, calibrate_stage, measure
+from listopd_jax.stages.calibrate import Positions, calibrate, calibrate_forecasts, calibrate_stage, measure
+from listopd_jax.stages.evaluate import Answer
 from listopd_jax.task.contract import TOKEN_CLASSES
 from listopd_jax.theory import thresholds
 
@@ -125,6 +128,53 @@ def test_lists_with_a_flip_are_those_that_the_target_answers_differently(models,
     assert 0 < changed.mean() < 1
 
 
+LAMBDAS = (1.0, 1.7, 2.5)
+
+
+@pytest.fixture(scope="module")
+def forecast(models, batch):
+    """(tokens, lengths) of the greedy answers at LAMBDAS."""
+    return greedy(models, np.array([LAMBDAS, 1 - np.array(LAMBDAS)]), batch)
+
+
+def test_along_the_forecasts_answers_lambda_flip_is_that_of_full_softmaxes(models, batch, forecast):
+    tokens, lengths = forecast
+    graphdefs, params = zip(*models, strict=True)
+    parts = module.along(graphdefs, params, batch, tokens, lengths, CODEC, chunk=5)
+    alone = greedy(models[:1], np.ones((1, 1)), batch)[0][:3, 0]
+    for i, (lam, found) in enumerate(zip(LAMBDAS, parts, strict=True)):
+        log_t, log_b = (full_log_probs(m, batch, tokens[:, i], lengths[:, i]) for m in models)
+        np.testing.assert_array_equal(found.token, log_t.argmax(-1))
+        np.testing.assert_allclose(1 / found.flip, 1 / oracles.flip_lambda(log_t, log_b), atol=1e-4)
+        structural = (found.token % 2 == 0) | (found.written % 2 == 0)
+        np.testing.assert_array_equal(found.token_class, np.where(structural, COMMA, DIGIT))
+        np.testing.assert_array_equal(
+            found.token != found.written, found.flip < lam, "it leaves the mode where that flips"
+        )
+        row = module.forecast_row(lam, found)
+        assert row.agreement == (tokens[:3, i] == alone).all(-1).mean()
+        first = [found.flip[(found.prompt == p) & structural].min(initial=np.inf) for p in (0, 3, 5)]
+        assert row.flipped == np.mean(np.array(first) < lam)
+        assert row.min == (pytest.approx(min(first)) if np.isfinite(min(first)) else None)
+    assert (
+        module.forecast_row(1.0, parts[0]).agreement == 1 and module.forecast_row(1.0, parts[0]).flipped == 0
+    )
+
+
+def test_a_position_is_structural_if_the_teachers_token_or_the_one_in_its_place_is():
+    """The teacher's is judged after what was written before it."""
+    seen = []
+
+    def classes(tokens, lengths):
+        seen.append(tokens.tolist())
+        return np.where(tokens % 2, DIGIT, COMMA)
+
+    answers, modes = np.array([[4, 6, 7, 9]]), np.array([[4, 7, 8, 5]])
+    found = module._classes(types.SimpleNamespace(classes=classes), answers, modes, np.array([4]))
+    assert seen == [answers.tolist(), [[4, 7]], [[4, 6, 8]], [[4, 6, 7, 5]]]
+    assert found.tolist() == [[COMMA, COMMA, COMMA, DIGIT]]
+
+
 def test_flip_and_log_odds_agree_with_the_theory_on_any_distributions():
     rng = np.random.default_rng(0)
     log_t, log_b = np.log(rng.dirichlet(np.full(9, 0.3), size=(2, 300)) + 1e-12)
@@ -156,7 +206,7 @@ def logit(p):
 
 
 def positions(p, b, flip=np.inf, token_class=COMMA, prompt=0):
-    columns = np.broadcast_arrays(logit(p), logit(b), flip, token_class, prompt, 0)
+    columns = np.broadcast_arrays(logit(p), logit(b), flip, token_class, prompt, 0, 0)
     return Positions(*(np.atleast_1d(x) for x in columns))
 
 
@@ -199,7 +249,7 @@ def test_the_aggregators_of_p_and_b():
 def test_thresholds_next_to_one_keep_their_digits():
     P, Bl = np.array([30.0, 45.0]), np.array([20.0, 20.0])
     flat = np.zeros(2, int)
-    found = calibrate(Positions(P, Bl, np.full(2, np.inf), flat, np.arange(2), flat), 5.0)
+    found = calibrate(Positions(P, Bl, np.full(2, np.inf), flat, np.arange(2), flat, flat), 5.0)
     tail = thresholds.probability(-P).mean()  # p_typ itself is 1 but for its last digits
     expected = thresholds.clip_safe_lambda_log_odds(-np.log(tail), 20.0, 5.0)
     assert found.lambda_typ_measured == pytest.approx(expected, rel=1e-9)
@@ -294,10 +344,11 @@ def test_the_interval_is_that_of_a_plain_bootstrap():
 def job_of(models, batch, workdir):
     (graph_t, _), (graph_b, _) = models
     opd = dict(head_chunk=8, clip=5.0, ratio="aspo", advantage="base_relative", estimator="sampled")
-    config = ml_collections.FrozenConfigDict({"opd": opd, "evaluation": {"bootstrap": 50}, "seed": 0})
+    sections = {"opd": opd, "evaluation": {"bootstrap": 50}, "forecast": {"batch_size": B}, "seed": 0}
+    config = ml_collections.FrozenConfigDict(sections)
     graphs, calls = {"teacher": graph_t, "student": graph_b}, []
 
-    def batches():
+    def batches(size=0):
         calls.append(1)
         return [batch]
 
@@ -323,3 +374,26 @@ def test_the_stage_writes_once_and_then_reads(models, batch, tmp_path):
     assert min(flips, default=None) == found.flips[0].min  # the answer that flips first, of all
     assert calibrate_stage(job, frozen) == found and len(job.calls) == 1
     assert [path.name for path in tmp_path.iterdir()] == ["calibration.json"]
+
+
+def test_the_forecasts_rows_are_added_and_replaced_by_lambda(models, batch, forecast, tmp_path):
+    job, frozen = job_of(models, batch, tmp_path), Frozen(models[0][1], models[1][1])
+    before, (tokens, lengths) = calibrate_stage(job, frozen), forecast
+    columns = [
+        [
+            Answer(index, "", None, True, tuple(tokens[row, i, : lengths[row, i]].tolist()))
+            for row, index in ((0, 5), (1, 0), (2, 3))
+        ]
+        for i in range(len(LAMBDAS))
+    ]
+    for some in (slice(1, 3), slice(0, 2)):
+        calibrate_forecasts(job, frozen, LAMBDAS[some], columns[some])
+    found = read_calibration(tmp_path / "calibration.json")
+    assert dataclasses.replace(found, forecasts=()) == before, "nothing else changes"
+    assert tuple(row.lam for row in found.forecasts) == LAMBDAS and found.forecasts[0].agreement == 1
+    graphdefs, params = zip(*models, strict=True)
+    parts = module.along(graphdefs, params, batch, tokens, lengths, CODEC, chunk=5)
+    for row, part in zip(found.forecasts, parts, strict=True):
+        oracle = module.forecast_row(row.lam, part)
+        assert (row.agreement, row.flipped, row.never) == (oracle.agreement, oracle.flipped, oracle.never)
+        assert row.min == pytest.approx(oracle.min, rel=1e-4)

@@ -23,8 +23,11 @@ TEXT = 'A review of 128 words: "it\'s fine", tr\u00e8s bien\n[{"review_id":"r1",
 
 @pytest.fixture(scope="module")
 def spelled(tmp_path_factory):
+    return spell(tmp_path_factory.mktemp("tokenizer") / "own")
+
+
+def spell(folder):
     """A small byte-level BPE, and its tokens and merges as a GGUF file holds them."""
-    folder = tmp_path_factory.mktemp("tokenizer") / "own"
     tokenizer = train_tokenizer([TEXT * 3, "more reviews of words"] * 5, 300, folder)
     model = json.loads((folder / "tokenizer.json").read_text())["model"]
     tokens = sorted(model["vocab"], key=model["vocab"].get)

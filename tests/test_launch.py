@@ -81,6 +81,13 @@ def grid_at(root, **opd):
     return open_grid(root, ARGUMENTS, config_of(**opd))
 
 
+def test_a_grid_has_its_own_lambdas_and_takes_no_recommendation(tmp_path):
+    with pytest.raises(
+        UserError, match="opd.recommend=True: a grid trains the λ of opd.lambdas; leave it off"
+    ):
+        grid_at(tmp_path, recommend=True)
+
+
 def ran(grid, name):
     """How often the program ran for a stage."""
     return len((grid.workdir(name) / "runs").read_text())

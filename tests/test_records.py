@@ -13,6 +13,7 @@ from listopd_jax.records import (
     CurvePoint,
     Example,
     FlipRow,
+    ForecastFlips,
     Result,
     read_calibration,
     read_examples,
@@ -37,6 +38,7 @@ MADE = Calibration(
     clip=5.0, prompts=2, p_typ=0.9, reasons={"lambda_typ_measured": "b ≥ p"}, intervals={"p_typ": [0.8, 1.0]},
     classes=(ClassRow(token_class="comma", positions=3, lam=1.3),), notes=["two prompts"],
     flips=(FlipRow(positions="all", min=1.1, never=0.5),), curve=(CurvePoint(lam=1.0, structural=0, all=0.25),),
+    forecasts=(ForecastFlips(lam=1.5, agreement=0.5, flipped=0.25, min=1.2),),
 )  # fmt: skip
 
 

@@ -444,7 +444,7 @@ def calibration(**changes):
     """A calibration.json from positions made by hand."""
     flips = np.array([1.15, np.inf, 1.4, np.inf, np.inf, 2.0])
     at = (np.full(6, 6.5), np.full(6, 1.5), flips, np.array([2, 7, 2, 2, 2, 0]), np.array([0, 0, 1, 1, 2, 2]))
-    at = (*at, np.zeros(6, int))
+    at = (*at, np.zeros(6, int), np.zeros(6, int))
     return calibrate(Positions(*at), 5.0, bootstrap=20).to_json() | changes
 
 
@@ -465,6 +465,11 @@ def test_thresholds_before_training_stand_in_plain_words(tmp_path):
     assert "Structural tokens flip in 33 % of answers below λ = 1.2, in 100 % below λ = 3" in text
     spoken = [value for name, value in parsed.attributes if name == "aria-label" and "mode flip" in value]
     assert "λ*_safe, b measured at" in spoken[0]
+    assert "own answers" not in text
+    row = {"lambda": 1.5, "agreement": 0.75, "flipped": 0.1, "min": 1.2, "percentile_5": 1.4, "never": 0.5}
+    (path / "calibration.json").write_text(json.dumps(calibration(forecasts=[row])))
+    text = page(path).text.replace("\u00a0", " ")
+    assert "own answers" in text and "λ = 1.5 75 % 10 % 1.200 never 1.400 never never 50 %" in text
     assert write_report(path).read_text("utf-8") == write_report(path).read_text("utf-8")
 
 

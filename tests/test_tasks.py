@@ -19,7 +19,8 @@ def opened(name, folder, **fields):
     """The task on some files, and all of its records."""
     config = config_module.defaults()
     config.task.name = name
-    config.update_from_flattened_dict({field: str(value) for field, value in fields.items()})
+    plain = {field: value if isinstance(value, int) else str(value) for field, value in fields.items()}
+    config.update_from_flattened_dict(plain)
     config = config_module.validate(config)
     task = load_task(config)
     return task, task.splits(folder / "out")

@@ -1,5 +1,6 @@
 """The prepare stage: reviews of any source to a data set of lists with a report, built once and reused."""
 
+import dataclasses
 import hashlib
 import pathlib
 from collections import Counter
@@ -10,13 +11,13 @@ import numpy as np
 
 from listopd_jax import files
 from listopd_jax.data import builder, manifest
-from listopd_jax.data.groups import plan_lists
+from listopd_jax.data.groups import ListPlan, plan_lists
 from listopd_jax.data.labels import LabelFile, score_from_votes
 from listopd_jax.data.readers import read_reviews, read_titles
 from listopd_jax.data.report import summarize
 from listopd_jax.data.reviews import Review, first_words
 from listopd_jax.data.synthetic import synthetic_reviews
-from listopd_jax.data.table import fetch, scan
+from listopd_jax.data.table import ReviewTable, fetch, scan
 from listopd_jax.errors import UserError
 from listopd_jax.metrics_log import progress
 
@@ -32,6 +33,8 @@ _DATA_FIELDS = (
     "seed",
 )
 _HUB = "amazon-fashion-2023"
+
+Scorer = Callable[[Review], int | None]
 
 
 def prepare(data: Any, task: Any, folder: str | pathlib.Path) -> dict:
@@ -57,6 +60,19 @@ def prepare(data: Any, task: Any, folder: str | pathlib.Path) -> dict:
         report = _build(data, task, inputs, folder) | {"fingerprint": fingerprint}
         files.write_json(folder / builder.REPORT, report)
     return report
+
+
+def listed_reviews(data: Any, task: Any) -> list[Review]:
+    """The reviews of all lists that `prepare` would build, in file order: what a labels file should have.
+
+    Each has its product's title, and its text as it is read, uncut. UserError as in `prepare`.
+    """
+    inputs, tally = _inputs(data), Counter()
+    score = _scorer(data, inputs)
+    table, plan = _planned(data, task, inputs, score, tally)
+    reviews = fetch(_reviews(data, inputs, Counter()), score, table, _rows(plan))
+    titles = _titles(data, inputs, reviews.values(), tally)
+    return [dataclasses.replace(review, title=titles[review.product]) for review in reviews.values()]
 
 
 def _inputs(data: Any) -> dict[str, pathlib.Path]:
@@ -101,14 +117,37 @@ def _finished(folder: pathlib.Path, fingerprint: str) -> dict | None:
 
 
 def _build(data: Any, task: Any, inputs: dict[str, pathlib.Path], folder: pathlib.Path) -> dict:
+    tally: Counter = Counter()
+    score = _scorer(data, inputs)
+    table, plan = _planned(data, task, inputs, score, tally)
+    reviews = fetch(_reviews(data, inputs, Counter()), score, table, _rows(plan))
+    titles = _titles(data, inputs, reviews.values(), tally)
+    rows = {
+        split: [
+            _row([reviews[i] for i in members.tolist()], table.score[members], titles, task.max_review_words)
+            for members in lists
+        ]
+        for split, lists in (("train", plan.train), ("validation", plan.validation))
+    }
+    built = builder.build(rows, folder)
+    labels = f"file {inputs['labels'].name}" if "labels" in inputs else f"votes, capped at {data.vote_cap}"
+    sources = {name: {"file": path.name, "bytes": path.stat().st_size} for name, path in inputs.items()}
+    head = {"source": data.source, "inputs": sources, "labels": labels}
+    summary = summarize(rows, dict(tally), plan.counts, data.max_lists)
+    if isinstance(score, LabelFile):
+        summary["notes"] += score.notes()
+    return head | summary | {"files": built}
+
+
+def _planned(
+    data: Any, task: Any, inputs: dict[str, pathlib.Path], score: Scorer, tally: Counter
+) -> tuple[ReviewTable, ListPlan]:
+    """The first reading, and the lists of it; the files are verified first."""
     if data.verify:
         for path in inputs.values():
             manifest.verify(path)
-    tally: Counter = Counter()
-    score = _scorer(data, inputs)
-    count = (
-        data.synthetic.products * data.synthetic.reviews_per_product if data.source == "synthetic" else None
-    )
+    synthetic = data.synthetic
+    count = synthetic.products * synthetic.reviews_per_product if data.source == "synthetic" else None
     reviews = progress(_reviews(data, inputs, tally), "reading reviews", total=count)
     table = scan(reviews, score, task.max_review_words, tally)
     tally["usable"] = len(table.product)
@@ -122,25 +161,12 @@ def _build(data: Any, task: Any, inputs: dict[str, pathlib.Path], folder: pathli
         max_per_product=data.max_reviews_per_product,
         seed=data.seed,
     )
-    chosen = {"train": plan.train, "validation": plan.validation}
-    wanted = {row for lists in chosen.values() for row in lists.ravel().tolist()}
-    reviews = fetch(_reviews(data, inputs, Counter()), score, table, wanted)
-    titles = _titles(data, inputs, reviews.values(), tally)
-    rows = {
-        split: [
-            _row([reviews[i] for i in members.tolist()], table.score[members], titles, task.max_review_words)
-            for members in lists
-        ]
-        for split, lists in chosen.items()
-    }
-    built = builder.build(rows, folder)
-    labels = f"file {inputs['labels'].name}" if "labels" in inputs else f"votes, capped at {data.vote_cap}"
-    sources = {name: {"file": path.name, "bytes": path.stat().st_size} for name, path in inputs.items()}
-    head = {"source": data.source, "inputs": sources, "labels": labels}
-    summary = summarize(rows, dict(tally), plan.counts, data.max_lists)
-    if isinstance(score, LabelFile):
-        summary["notes"] += score.notes()
-    return head | summary | {"files": built}
+    return table, plan
+
+
+def _rows(plan: ListPlan) -> set[int]:
+    """The rows of the table that stand in a list."""
+    return {row for lists in (plan.train, plan.validation) for row in lists.ravel().tolist()}
 
 
 def _reviews(data: Any, inputs: dict[str, pathlib.Path], tally: Counter) -> Iterator[Review]:
@@ -149,7 +175,7 @@ def _reviews(data: Any, inputs: dict[str, pathlib.Path], tally: Counter) -> Iter
     return read_reviews(data.source, inputs["path"], data.max_broken, tally)
 
 
-def _scorer(data: Any, inputs: dict[str, pathlib.Path]) -> Callable[[Review], int | None]:
+def _scorer(data: Any, inputs: dict[str, pathlib.Path]) -> Scorer:
     if "labels" in inputs:
         return LabelFile(inputs["labels"])
     return lambda review: score_from_votes(review.votes, data.vote_cap)

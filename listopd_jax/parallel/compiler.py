@@ -89,9 +89,14 @@ def reserve_gpu_memory() -> None:
     os.environ.setdefault(MEMORY_VARIABLE, MEMORY_FRACTION)
 
 
+TAKES_LESS = (
+    "--config.remat=full, a smaller opd.microbatch or sft.*.microbatch, a smaller evaluation.batch_size"
+)
+
+
 @contextlib.contextmanager
-def naming_full_memory() -> Iterator[None]:
-    """While inside, XLA's error for a device whose memory is full becomes a UserError that says what takes less."""
+def naming_full_memory(less: str = TAKES_LESS) -> Iterator[None]:
+    """While inside, XLA's error for a device whose memory is full becomes a UserError that says what takes `less`."""
     try:
         yield
     except jax.errors.JaxRuntimeError as e:
@@ -99,8 +104,7 @@ def naming_full_memory() -> Iterator[None]:
             raise
         said = first_line(e).removeprefix("RESOURCE_EXHAUSTED: ")[:100]
         raise UserError(
-            f"the device's memory is full ({said}); set --config.remat=full, a smaller opd.microbatch or "
-            "sft.*.microbatch, a smaller evaluation.batch_size, or give the job a device of its own"
+            f"the device's memory is full ({said}); set {less}, or give the job a device of its own"
         ) from e
 
 

@@ -9,12 +9,10 @@ from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
+from listopd_jax.recommend import CONTRACT_HOLDS
 from listopd_jax.records import EVALUATE, Result
 from listopd_jax.report.wording import NBSP, at, number, percent
 
-CONTRACT_HOLDS = (
-    0.8  # parse rate from which the contract counts as kept: EC's onset is the largest λ with parse ≥ .80
-)
 LITTLE_HEADROOM = 0.95  # parse rate of the base above which distillation has little to fix
 
 FLAT = 0.05  # range of NDCG@1 over λ below which the ranking counts as unmoved

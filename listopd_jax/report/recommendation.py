@@ -3,12 +3,10 @@
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+from listopd_jax import recommend
 from listopd_jax.report.findings import CONTRACT_HOLDS, Findings, Policy
 from listopd_jax.report.inputs import Inputs
-from listopd_jax.report.wording import at, decimal, number, percent
-
-GUARD = "--config.opd.guard.margin=1.25 --config.opd.guard.fallback=base"  # what held in docs/results.md
-STRUCTURE = " --config.opd.guard.scope=structure"  # and what gained there: the scores stay free
+from listopd_jax.report.wording import at, capital, decimal, number, percent
 
 
 class Advice(NamedTuple):
@@ -19,10 +17,12 @@ class Advice(NamedTuple):
 
 
 def recommendation(inputs: Inputs) -> list[Advice]:
-    """First which policy to use, then what else to do; [] before distillation was evaluated."""
+    """First which policy to use, then what else to do; before distillation was evaluated, what the forecasts say."""
     found = inputs.found
     if not found.opd:
-        return []
+        return (
+            [Advice(capital(line)) for line in inputs.recommendation.lines] if inputs.recommendation else []
+        )
     chosen = choose(found)
     if chosen is None:
         rate = percent(CONTRACT_HOLDS)
@@ -32,16 +32,12 @@ def recommendation(inputs: Inputs) -> list[Advice]:
 
 
 def choose(found: Findings) -> Policy | None:
-    """The smallest λ that keeps the contract and is about as useful as the most useful one that does, if any.
-
-    About: its useful lies within the other's 95 % interval. A larger λ has to earn its risk.
-    """
-    held = [policy for policy in found.cliff.held if policy.mean("useful") is not None]
-    if not held:
-        return None
-    best = max(held, key=lambda policy: policy.mean("useful"))
-    low, _ = best.interval("useful") or (best.mean("useful"),) * 2
-    return next(policy for policy in held if policy.mean("useful") >= low)
+    """The policy of the smallest λ that keeps the contract and is about as useful as the most useful one, if any."""
+    held = found.cliff.held
+    lows = [(policy.interval("useful") or (None,))[0] for policy in held]
+    options = [recommend.Option(p.lam, p.mean("useful"), low) for p, low in zip(held, lows, strict=True)]
+    lam = recommend.choose(options)
+    return next((policy for policy in held if policy.lam == lam), None)
 
 
 def _use(chosen: Policy, found: Findings) -> str:
@@ -58,11 +54,9 @@ def _next(inputs: Inputs, chosen: Policy) -> list[Advice]:
     """What the grid leaves open."""
     cliff, said = inputs.found.cliff, []
     if cliff.first_broken is not None and not _guarded(inputs):
-        past = at(cliff.last_held.lam)
-        of_structure = STRUCTURE if _config(inputs, "task", "name") == "reviews" else ""
-        said.append(
-            Advice(f"To go past {past}, hold the teacher’s mode with the guard:", GUARD + of_structure)
-        )
+        past, reviews = at(cliff.last_held.lam), _config(inputs, "task", "name") == "reviews"
+        flags = recommend.guard_flags(reviews)
+        said.append(Advice(f"To go past {past}, hold the teacher’s mode with the guard:", flags))
     if cliff.first_broken is None and len(inputs.found.opd) > 1:
         said.append(Advice(f"No cliff up to {at(inputs.found.opd[-1].lam)}: a larger λ may be worth a run."))
     if len({r.seed for p in inputs.found.opd for r in p.records}) == 1:

@@ -4,7 +4,7 @@ from collections.abc import Iterator, Mapping, Sequence
 
 from markupsafe import Markup
 
-from listopd_jax.records import Calibration, CurvePoint
+from listopd_jax.records import Calibration, CurvePoint, FlipRow, ForecastFlips
 from listopd_jax.report import plots
 from listopd_jax.report.inputs import Inputs
 from listopd_jax.report.page import Cell, Plot, Section, Table
@@ -57,6 +57,7 @@ _CLASS_HEAD = (
 )
 _CLASS_FLIPS = ("flip_min", "flip_percentile_1", "flip_percentile_5", "flip_percentile_50")
 _FLIPS = ("min", "percentile_1", "percentile_5", "percentile_25", "percentile_50")
+_FLIP_HEAD = ("first answer", "1 %", "5 %", "25 %", "half of the answers", "never flip")
 
 
 def threshold_section(inputs: Inputs) -> Section | None:
@@ -64,7 +65,7 @@ def threshold_section(inputs: Inputs) -> Section | None:
     found = inputs.calibration
     if found is None:
         return None
-    tables = [_numbers_table(found), _flips_table(found), _classes_table(found)]
+    tables = [_numbers_table(found), _flips_table(found), *_forecasts_table(found), _classes_table(found)]
     shown = [_curve_plot(found)] if found.curve else []
     points = [*_reasons(found), *map(str, found.notes)]
     title = "Thresholds before training"
@@ -119,24 +120,25 @@ def flip_text(value: float | None) -> str:
 
 
 def _flips_table(found: Calibration) -> Table:
-    rows = [
-        (
-            Cell(f"{words(row.positions)} tokens"),
-            *(Cell(flip_text(getattr(row, name))) for name in _FLIPS),
-            Cell(percent(row.never)),
-        )
-        for row in found.flips
-    ]
-    head = (
-        "the λ at which answers first flip",
-        "first answer",
-        "1 %",
-        "5 %",
-        "25 %",
-        "half of the answers",
-        "never flip",
-    )
+    rows = [(Cell(f"{words(row.positions)} tokens"), *_flip_cells(row)) for row in found.flips]
+    head = ("the λ at which answers first flip", *_FLIP_HEAD)
     return Table("Mode flips, answer by answer", head, rows)
+
+
+def _forecasts_table(found: Calibration) -> list[Table]:
+    """The same along the forecasts' own answers, on prefixes that the teacher never writes; [] without a forecast."""
+    if not found.forecasts:
+        return []
+    rows = [
+        (Cell(at(row.lam)), Cell(percent(row.agreement)), Cell(percent(row.flipped)), *_flip_cells(row))
+        for row in found.forecasts
+    ]
+    head = ("along the forecast at", "the teacher’s answer", "flip below λ", *_FLIP_HEAD)
+    return [Table("Flips of structural tokens along the forecasts’ own answers", head, rows)]
+
+
+def _flip_cells(row: FlipRow | ForecastFlips) -> list[Cell]:
+    return [*(Cell(flip_text(getattr(row, name))) for name in _FLIPS), Cell(percent(row.never))]
 
 
 def _classes_table(found: Calibration) -> Table:

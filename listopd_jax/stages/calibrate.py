@@ -3,6 +3,7 @@
 `measure` decodes the teacher's greedy answers and looks at both models once along them; `calibrate` turns what it
 saw into EC's clip-safe thresholds (EC Prop. 4.3) and our mode-flip ones, in NumPy alone, so that a notebook can ask
 again with another clip or τ. `calibrate_stage` is the stage of a run: workdir/calibration.json, written once.
+`calibrate_forecasts` adds λ_flip along the forecasts' own answers, on prefixes that the teacher's path never visits.
 
 Greedy decoding from the target leaves the teacher's answer at the first position whose λ_flip lies below λ, so the
 share of lists with a flip anywhere is exactly the share of lists that the target answers differently.
@@ -12,7 +13,8 @@ EC = Li, Jiang, Wang, Zhang, Yuen, arXiv:2605.08737.
 
 import dataclasses
 import functools
-from collections.abc import Iterable, Mapping
+import pathlib
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -28,10 +30,19 @@ from listopd_jax.ops.head import log_distribution, map_positions, take_token
 from listopd_jax.ops.opd_loss import Frozen
 from listopd_jax.parallel.compiler import OTHER, BackendJit
 from listopd_jax.parallel.hosts import from_main, gather
-from listopd_jax.records import CALIBRATION, Calibration, ClassRow, CurvePoint, FlipRow, StripToken
+from listopd_jax.records import (
+    CALIBRATION,
+    Calibration,
+    ClassRow,
+    CurvePoint,
+    FlipRow,
+    ForecastFlips,
+    StripToken,
+)
 from listopd_jax.rollout.decode import generate
 from listopd_jax.rollout.scoring import completion_hidden
 from listopd_jax.rounding import ceil_div, round_up
+from listopd_jax.stages.evaluate import Answer
 from listopd_jax.stages.job import Job, base_of
 from listopd_jax.task.codec import IS_STRUCTURAL, Codec
 from listopd_jax.task.contract import TOKEN_CLASSES
@@ -45,7 +56,7 @@ _PERCENTILES = (1, 5, 25, 50)
 
 
 class Positions(NamedTuple):
-    """The positions of the teacher's greedy answers, one after another, about the teacher's modal token m of each.
+    """The positions of greedy answers, one after another, about the teacher's modal token m of each.
 
     Log-odds keep the digits that probabilities lose next to 1.
     """
@@ -53,9 +64,12 @@ class Positions(NamedTuple):
     logit_p: Float[np.ndarray, " N"]  # of m under the teacher
     logit_b: Float[np.ndarray, " N"]  # of m under the base
     flip: Float[np.ndarray, " N"]  # λ_flip of m, ∞ if none
-    token_class: Int[np.ndarray, " N"]  # index into TOKEN_CLASSES
+    token_class: Int[
+        np.ndarray, " N"
+    ]  # of m, or of a structural token in its place; index into TOKEN_CLASSES
     prompt: Int[np.ndarray, " N"]  # row of the split
     token: Int[np.ndarray, " N"]  # id of m
+    written: Int[np.ndarray, " N"]  # id of the answer's own token: m along the teacher's answers
 
     @property
     def p(self) -> Float[np.ndarray, " N"]:
@@ -74,7 +88,7 @@ class Positions(NamedTuple):
 
     @property
     def structural(self) -> Bool[np.ndarray, " N"]:
-        """Whether the contract dictates the token."""
+        """Whether the contract dictates the token, or the one in its place."""
         return IS_STRUCTURAL[self.token_class]
 
     def where(self, mask: Bool[np.ndarray, " N"]) -> "Positions":
@@ -102,28 +116,68 @@ def measure(
       decoding: how answers are written, Job.decoding.
       chunk: positions whose distributions over the vocabulary exist at one time.
     """
-    graphdefs, params = (graphs["teacher"], base_of(graphs)), (params_teacher, params_base)
+    models = (graphs["teacher"], base_of(graphs)), (params_teacher, params_base)
     parts = []
     for batch in progress(list(batches), "calibrate"):
-        prompts = jnp.asarray(batch["prompt"]), jnp.asarray(batch["prompt_length"])
         rollout = generate(
-            graphdefs[:1], params[:1], jnp.ones((1, 1)), *prompts, jax.random.key(0), greedy=True, **decoding
+            models[0][:1], models[1][:1], jnp.ones((1, 1)), batch["prompt"], batch["prompt_length"],
+            jax.random.key(0), greedy=True, **decoding,
         )  # fmt: skip
-        lengths = gather(rollout.lengths)[:, 0]
+        lengths = gather(rollout.lengths)
         size = min(decoding["max_tokens"], round_up(int(lengths.max()), ANSWER_STEP))
-        tokens = rollout.tokens[..., :size]
-        seen = _look(graphdefs, params, *prompts, tokens, vocab=codec.vocab, chunk=chunk)
-        written = (np.arange(size) < lengths[:, None]) & (batch["weight"] > 0)[:, None]
-        ids = gather(tokens)[:, 0]
-        classes = codec.classes(ids, lengths)
-        index = np.broadcast_to(np.asarray(batch["index"])[:, None], written.shape)
-        parts.append(
-            [
-                *(gather(x).astype(np.float64)[written] for x in seen),
-                *(x[written] for x in (classes, index, ids)),
-            ]
-        )
+        parts += along(*models, batch, gather(rollout.tokens)[..., :size], lengths, codec, chunk)
+    return joined(parts)
+
+
+def along(
+    graphdefs: tuple[nnx.GraphDef, nnx.GraphDef],
+    params: tuple[Any, Any],
+    batch: dict[str, np.ndarray],
+    answers: Int[np.ndarray, "B n T"],
+    lengths: Int[np.ndarray, "B n"],
+    codec: Codec,
+    chunk: int,
+) -> list[Positions]:
+    """Teacher and base, in this order, at every position of n answers to each prompt of `batch`, one pass of each.
+
+    Filler rows (weight 0) are left out. Each of the n has its own positions.
+    """
+    prompts = jnp.asarray(batch["prompt"]), jnp.asarray(batch["prompt_length"])
+    seen = _look(graphdefs, params, *prompts, jnp.asarray(answers), vocab=codec.vocab, chunk=chunk)
+    *numbers, modes = map(gather, seen)
+    inside = (np.arange(answers.shape[-1]) < lengths[..., None]) & (batch["weight"] > 0)[:, None, None]
+    index = np.broadcast_to(np.asarray(batch["index"])[:, None], lengths.shape)
+    found = []
+    for i in range(lengths.shape[1]):
+        mask, written, mode = inside[:, i], answers[:, i], modes[:, i]
+        classes = _classes(codec, written, mode, lengths[:, i])
+        rows = np.broadcast_to(index[:, i, None], mask.shape)
+        columns = *(x[:, i].astype(np.float64) for x in numbers), classes, rows, mode, written
+        found.append(Positions(*(x[mask] for x in columns)))
+    return found
+
+
+def joined(parts: Iterable[Positions]) -> Positions:
+    """The positions of all `parts`, one part after the other."""
     return Positions(*(np.concatenate(columns) for columns in zip(*parts, strict=True)))
+
+
+def _classes(
+    codec: Codec,
+    answers: Int[np.ndarray, "B T"],
+    modes: Int[np.ndarray, "B T"],
+    lengths: Int[np.ndarray, " B"],
+) -> Int[np.ndarray, "B T"]:
+    """The class of each position, −1 after the end: of the teacher's token, or of what is written in its place.
+
+    That is structural if one of the two is: a list may end where the teacher goes on, and where it writes a score.
+    """
+    classes = codec.classes(answers, lengths)
+    for row, at in np.argwhere((modes != answers) & (classes >= 0)):
+        prefix = np.append(answers[row, :at], modes[row, at])
+        mode = codec.classes(prefix[None], np.array([at + 1]))[0, at]
+        classes[row, at] = mode if IS_STRUCTURAL[mode] else classes[row, at]
+    return classes
 
 
 @functools.partial(BackendJit, options=OTHER, static_argnames=("graphdefs", "vocab", "chunk"))
@@ -132,12 +186,12 @@ def _look(
     params: tuple[Any, Any],
     prompts: Int[Array, "B P"],
     prompt_lengths: Int[Array, " B"],
-    answers: Int[Array, "B 1 T"],
+    answers: Int[Array, "B n T"],
     *,
     vocab: int,
     chunk: int,
-) -> tuple[Float[Array, "B T"], Float[Array, "B T"], Float[Array, "B T"]]:
-    """logit p, logit b and λ_flip at every answer position, one pass of each model."""
+) -> tuple[Float[Array, "B n T"], Float[Array, "B n T"], Float[Array, "B n T"], Int[Array, "B n T"]]:
+    """logit p, logit b and λ_flip of the teacher's modal token, and its id, at every answer position."""
     decoders = [nnx.merge(g, p) for g, p in zip(graphdefs, params, strict=True)]
     hiddens = [completion_hidden(d, prompts, prompt_lengths, answers) for d in decoders]
     heads = [d.head_weight().astype(h.dtype) for d, h in zip(decoders, hiddens, strict=True)]
@@ -145,11 +199,10 @@ def _look(
     def rows(hiddens):
         log_t, log_b = (log_distribution(h, head, vocab) for h, head in zip(hiddens, heads, strict=True))
         mode = log_t.argmax(-1)
-        return _log_odds(log_t, mode), _log_odds(log_b, mode), flip_lambda(log_t, log_b, mode)
+        return _log_odds(log_t, mode), _log_odds(log_b, mode), flip_lambda(log_t, log_b, mode), mode
 
     flat = tuple(h.reshape(-1, h.shape[-1]) for h in hiddens)
-    shape = (answers.shape[0], answers.shape[-1])
-    return tuple(x.reshape(shape) for x in map_positions(rows, flat, chunk))
+    return tuple(x.reshape(answers.shape) for x in map_positions(rows, flat, chunk))
 
 
 def _log_odds(logp: Float[Array, "s V"], token: Int[Array, " s"]) -> Float[Array, " s"]:
@@ -214,6 +267,59 @@ def calibrate_stage(job: Job, frozen: Frozen) -> Calibration:
     found = dataclasses.replace(found, notes=notes, strip=strip)
     files.write_json(path, found.to_json())
     return found
+
+
+def calibrate_forecasts(
+    job: Job, frozen: Frozen, lambdas: Sequence[float], answers: Sequence[Sequence[Answer]]
+) -> None:
+    """Add to workdir/calibration.json what teacher and base say along the forecasts' own answers, λ by λ.
+
+    `answers` are those of one λ to every validation prompt, for each of `lambdas`; one pass of both models scores all.
+    """
+    graphdefs, size = (job.graphs["teacher"], base_of(job.graphs)), job.config.forecast.batch_size
+    ids = [{answer.index: answer.tokens for answer in column} for column in answers]
+    parts = []
+    for batch in progress(list(job.evaluation_batches(size)), "calibrate forecasts"):
+        written = [[column[index] for column in ids] for index in batch["index"].tolist()]
+        lengths = np.array([[len(tokens) for tokens in row] for row in written])
+        tokens = _padded(written, round_up(int(lengths.max()), ANSWER_STEP), job.codec.pad)
+        parts.append(
+            along(graphdefs, tuple(frozen), batch, tokens, lengths, job.codec, job.config.opd.head_chunk)
+        )
+    rows = [
+        forecast_row(lam, joined(column))
+        for lam, column in zip(lambdas, zip(*parts, strict=True), strict=True)
+    ]
+    _add_forecasts(job.workdir / CALIBRATION, rows)
+
+
+def forecast_row(lam: float, positions: Positions) -> ForecastFlips:
+    """What `positions` along the forecast at λ say, list by list."""
+    prompts, rows = np.unique(positions.prompt, return_inverse=True)
+    agrees = np.full(len(prompts), True)
+    np.logical_and.at(agrees, rows, positions.token == positions.written)
+    first = _first_flips(positions)["structural"]
+    return ForecastFlips(
+        lam=float(lam),
+        agreement=float(agrees.mean()),
+        flipped=float((first < lam).mean()),
+        **_quantiles(first),
+        never=float(np.isinf(first).mean()),
+    )
+
+
+def _padded(answers: Sequence[Sequence[Sequence[int]]], size: int, pad: int) -> Int[np.ndarray, "B n T"]:
+    """Token ids, each row filled up to `size`."""
+    return np.array([[[*ids, *[pad] * (size - len(ids))] for ids in row] for row in answers], np.int32)
+
+
+def _add_forecasts(path: pathlib.Path, rows: Sequence[ForecastFlips]) -> None:
+    """Write `rows` into a calibration, in place of those of the same λ."""
+    saved = from_main(lambda: files.read_json(path))
+    found, new = Calibration.from_json(saved, str(path)), {row.lam for row in rows}
+    kept = [row for row in found.forecasts if row.lam not in new]
+    both = tuple(sorted([*kept, *rows], key=lambda row: row.lam))
+    files.write_json(path, dataclasses.replace(found, forecasts=both).to_json())
 
 
 def strip_of(positions: Positions, codec: Codec) -> tuple[StripToken, ...]:

@@ -41,9 +41,15 @@ def evaluate_checkpoint(
 
 def _section(config: ml_collections.FrozenConfigDict, weights: str) -> ml_collections.FrozenConfigDict:
     """The config section of a model with `weights`; UserError if nothing says that its ids are those of the task."""
-    if not config.tokenizer.path and not has_tokenizer(weights_folder(weights)):
+    if not config.tokenizer.path:
+        require_tokenizer(weights)
+    return ml_collections.FrozenConfigDict(config.student.to_dict() | {"weights": weights, "adapter": ""})
+
+
+def require_tokenizer(weights: str) -> None:
+    """UserError if a checkpoint has no tokenizer."""
+    if not has_tokenizer(weights_folder(weights)):
         raise UserError(
             f"{weights}: holds no tokenizer, so its ids cannot be compared with the task's; copy the tokenizer that it "
             "was trained with into the folder"
         )
-    return ml_collections.FrozenConfigDict(config.student.to_dict() | {"weights": weights, "adapter": ""})

@@ -21,12 +21,16 @@ from listopd_jax.task.protocol import Task
 
 
 class Answer(NamedTuple):
-    """One judged answer; `index` is the row of the evaluated split, `ended` whether it closed before its budget did."""
+    """One judged answer; `index` is the row of the evaluated split, `ended` whether it closed before its budget did.
+
+    `tokens` are its ids, with the end.
+    """
 
     index: int
     text: str
     parsed: Parsed
     ended: bool = True
+    tokens: tuple[int, ...] = ()
 
 
 def greedy_answers(
@@ -55,8 +59,9 @@ def greedy_answers(
         for row in np.flatnonzero(batch["weight"]):
             index = int(batch["index"][row])
             texts, ended = codec.texts(tokens[row], lengths[row]), codec.ended(tokens[row], lengths[row])
-            for column, text, end in zip(answers, texts, ended.tolist(), strict=True):
-                column.append(Answer(index, text, judge(text, index), end))
+            ids = [tuple(own[:n].tolist()) for own, n in zip(tokens[row], lengths[row], strict=True)]
+            for column, text, end, own in zip(answers, texts, ended.tolist(), ids, strict=True):
+                column.append(Answer(index, text, judge(text, index), end, own))
         reached(f"{description} {number}")
     return answers
 

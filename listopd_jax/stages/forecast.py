@@ -12,6 +12,7 @@ import jax.numpy as jnp
 
 from listopd_jax.config import guard_text
 from listopd_jax.ops.opd_loss import Frozen
+from listopd_jax.stages.calibrate import calibrate_forecasts
 from listopd_jax.stages.evaluate import greedy_answers
 from listopd_jax.stages.job import Job, base_of
 from listopd_jax.stages.results import evaluated, expected, keep
@@ -36,5 +37,6 @@ def forecast(job: Job, frozen: Frozen) -> None:
     batches, judge = job.evaluation_batches(size), job.judge("validation")
     answers = greedy_answers(*target, batches, job.codec, job.decoding, judge, "forecast", job.guard)
     scores = expected(job, *target, size, job.guard)
+    calibrate_forecasts(job, frozen, missing, answers)
     for value, column, means in zip(missing, answers, scores, strict=True):
         keep(job, forecast_run(value, guard), column, examples=False, expected=means)

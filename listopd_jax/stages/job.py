@@ -263,25 +263,28 @@ def draft_tokens(config: Any) -> int:
 
 @contextlib.contextmanager
 def job_on_mesh(
-    config: ml_collections.FrozenConfigDict, workdir: pathlib.Path, **models: Any
+    config: ml_collections.FrozenConfigDict, workdir: pathlib.Path, task: Task | None = None, **models: Any
 ) -> Iterator[Job]:
     """`open_job`; while inside, programs are split over the mesh that the config asks for."""
     mesh = configured_mesh(config.parallel)
-    job = open_job(config, workdir, **models)
+    job = open_job(config, workdir, task, **models)
     if mesh is not None:
         check_mesh(config, job.shapes, mesh.shape)
     with use_mesh(mesh):
         yield job
 
 
-def open_job(config: ml_collections.FrozenConfigDict, workdir: pathlib.Path, **models: Any) -> Job:
+def open_job(
+    config: ml_collections.FrozenConfigDict, workdir: pathlib.Path, task: Task | None = None, **models: Any
+) -> Job:
     """The prepare stage: build or find data set and tokenizer; UserError for whatever cannot be used.
 
-    `models` are config sections by role; if none is given, those of teacher, student and, if it is another, base.
+    `task` is that of the config unless given. `models` are config sections by role; if none is given, those of teacher,
+    student and, if it is another, base.
     """
     models = models or models_of(config)
     backend = resolve(config.attention, jax.default_backend(), config.dtype.compute)
-    task = load_task(config)
+    task = task or load_task(config)
     with hosts.main_first():
         splits = task.splits(workdir / "data")
         fingerprint = splits.report["fingerprint"]

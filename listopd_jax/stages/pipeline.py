@@ -14,9 +14,9 @@ from listopd_jax.models.hf import save_hf
 from listopd_jax.models.lora import initial_adapter
 from listopd_jax.ops.opd_loss import Frozen
 from listopd_jax.parallel.hosts import is_main
-from listopd_jax.stages.calibrate import calibrate_stage
+from listopd_jax.records import Recommendation
+from listopd_jax.stages.before import before_training, recommended
 from listopd_jax.stages.collapse import best_checkpoint, collapse_fields, watch_of
-from listopd_jax.stages.forecast import forecast
 from listopd_jax.stages.forgetting import forgetting
 from listopd_jax.stages.job import REFERENCE, ROLES, Job, base_of, job_on_mesh
 from listopd_jax.stages.opd import Distillation, make_step, opd_runs, preflight, train_opd
@@ -28,17 +28,20 @@ from listopd_jax.train.optimizer import adamw
 
 
 def run_stages(config: Any, workdir: pathlib.Path) -> None:
-    """prepare → SFT teacher and student → calibrate, forecast → OPD for each λ and seed, each evaluated."""
+    """prepare → SFT teacher and student → calibrate, forecast, recommend → OPD for each λ and seed, each evaluated."""
     with job_on_mesh(config, workdir) as job:
         _models_to_policies(job)
 
 
 def _models_to_policies(job: Job) -> None:
     config = job.config
-    write_plan(job.workdir, planned(job))
+    write_plan(job.workdir, planned(job, lambdas_of(job, recommended(job))))
     frozen = frozen_models(job)
-    calibrate_stage(job, frozen)
-    forecast(job, frozen)
+    found = before_training(job, frozen)
+    if found is not None and is_main():
+        print("\n".join(found.lines), file=sys.stderr)
+    lambdas = lambdas_of(job, found)
+    write_plan(job.workdir, planned(job, lambdas))
     tx = adamw(config.optimizer, config.opd.b2, config.opd.moments)
     graphs = job.graphs | {"student": job.trained["student"], "base": base_of(job.graphs)}
     grammar = None if job.guard is None else job.guard.grammar
@@ -50,14 +53,20 @@ def _models_to_policies(job: Job) -> None:
     if config.predict.only:
         return
     for seed in config.opd.seeds:
-        for lam in config.opd.lambdas:
+        for lam in lambdas:
             distil(job, shared, opd_runs(job, lam, seed))
 
 
-def planned(job: Job) -> list[Run]:
-    """Every policy that the job trains and evaluates, in order."""
-    opd = job.config.opd
-    grid = [(lam, seed) for seed in opd.seeds for lam in opd.lambdas]
+def lambdas_of(job: Job, found: Recommendation | None) -> tuple[float, ...]:
+    """The λ that the job trains at: with `opd.recommend` the one of `found`, none as long as there is none."""
+    if not job.config.opd.recommend:
+        return job.config.opd.lambdas
+    return () if found is None else (found.lam,)
+
+
+def planned(job: Job, lambdas: Sequence[float]) -> list[Run]:
+    """Every policy that the job trains and evaluates at `lambdas`, in order."""
+    grid = [(lam, seed) for seed in job.config.opd.seeds for lam in lambdas]
     sweep = [run for point in grid for run in opd_runs(job, *point)]
     return [sft_run(job, role) for role in ROLES] + anchor_runs(job) + sweep
 

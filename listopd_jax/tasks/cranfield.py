@@ -6,14 +6,13 @@ to 4 (of minimum interest) and become labels 4 to 1; what is judged −1 or not 
 """
 
 import pathlib
-import random
 from collections.abc import Iterator, Mapping, Sequence
 
 from listopd_jax.data.reviews import clean_text, first_words
 from listopd_jax.errors import UserError
 from listopd_jax.task.prompt import ListExample, render_list
 from listopd_jax.tasks.file_task import FileTask
-from listopd_jax.tasks.listwise import Listwise
+from listopd_jax.tasks.listwise import Listwise, deal_lists
 
 BEST = 4  # the label of grade 1
 
@@ -37,7 +36,9 @@ class Cranfield(Listwise, FileTask):
         judged = read_judgements(self.data.labels, len(queries), documents)
         texts = {i: first_words(text, self.options.max_review_words) for i, text in documents.items()}
         for number, query in enumerate(queries.values(), 1):
-            yield from _lists(number, query, judged.get(number, {}), texts, self.options.k, self.data.seed)
+            of = judged.get(number, {})
+            others = [i for i, text in texts.items() if text and i not in of]
+            yield from deal_lists(str(number), query, of, others, texts, self.options.k, self.data.seed)
 
     def group(self, record: ListExample) -> str:
         """The query."""
@@ -85,22 +86,6 @@ def read_judgements(path: str | pathlib.Path, queries: int, documents: Mapping[i
         if grade > 0 and documents[document]:
             judged.setdefault(query, {})[document] = BEST + 1 - grade
     return judged
-
-
-def _lists(
-    number: int, query: str, judged: Mapping[int, int], texts: Mapping[int, str], k: int, seed: int
-) -> Iterator[ListExample]:
-    """Lists of `k`, each with up to half of its abstracts relevant."""
-    rng = random.Random(f"{seed} {number}")
-    relevant = rng.sample(sorted(judged), len(judged))
-    others = [i for i, text in texts.items() if text and i not in judged]
-    for start in range(0, len(relevant), k // 2):
-        part = relevant[start : start + k // 2]
-        chosen = part + rng.sample(others, k - len(part))
-        rng.shuffle(chosen)
-        scores = tuple(judged.get(i, 0) for i in chosen)
-        key = f"q{number}.{start // (k // 2) + 1}"
-        yield ListExample(key, str(number), query, tuple(texts[i] for i in chosen), scores)
 
 
 def _lines(path: str | pathlib.Path) -> Sequence[str]:

@@ -44,14 +44,18 @@ class FileTask(Task):
                 manifest.verify(path)
         records = list(self.read(paths["data.path"]))
         self._check(records)
-        data, sides = self.data, [self.side(record) for record in records]
-        groups = list(map(self.group, records))
-        split = split_records(records, sides, groups, data.validation_share, data.max_lists, data.seed)
+        split = self.divided(records)
         report = self._report(paths, split)
         if not (folder / REPORT).exists() or files.read_json(folder / REPORT) != report:
             folder.mkdir(parents=True, exist_ok=True)
             files.write_json(folder / REPORT, report)
         return Splits(split["train"], split["validation"], report)
+
+    def divided(self, records: Sequence[Any]) -> dict[str, list[Any]]:
+        """The records by side."""
+        data, sides = self.data, [self.side(record) for record in records]
+        groups = list(map(self.group, records))
+        return split_records(records, sides, groups, data.validation_share, data.max_lists, data.seed)
 
     def _check(self, records: Sequence[Any]) -> None:
         """UserError if two records have one key, or a prompt is none."""

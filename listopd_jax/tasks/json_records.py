@@ -123,6 +123,24 @@ class JsonTask(FileTask):
         return contracts[text]
 
 
+class Prompts(JsonTask):
+    """JSON lines that a pair of models is asked, all of them, and none is trained on.
+
+    Where neither a line nor `task.schema` has a schema, any strict JSON holds the contract.
+    """
+
+    def __init__(self, data: Any, options: Any):
+        super().__init__(data, options)
+        self._contract = self._contract or Contract({}, "no contract")
+
+    def divided(self, records: Sequence[JsonRecord]) -> dict[str, list[JsonRecord]]:
+        """Every record on both sides: drafts are copied from the answers of the one, the other is asked."""
+        return {side: list(records) for side in SIDES}
+
+    def _report(self, paths: dict[str, pathlib.Path], split: dict[str, list[Any]]) -> dict[str, Any]:
+        return super()._report(paths, split) | {"notes": []}  # they are about training
+
+
 def share_right(value: Any, right: Any) -> float:
     """The share of the fields of either answer that are equal in both; of answers that are no objects, 0 or 1."""
     if not (isinstance(value, dict) and isinstance(right, dict)) or not (value or right):

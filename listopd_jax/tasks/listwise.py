@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 import random
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from listopd_jax.data.reviews import first_words
@@ -70,6 +70,30 @@ class Listwise(Task):
         """The right list, but its last object repeats the id before it."""
         before, last = review_ids(len(record.scores))[-2:]
         return self.answer(record).replace(f'"{last}"', f'"{before}"')
+
+
+def deal_lists(
+    name: str,
+    query: str,
+    judged: Mapping[Any, int],
+    others: Sequence[Any],
+    texts: Mapping[Any, str],
+    k: int,
+    seed: int,
+) -> Iterator[ListExample]:
+    """Lists of `k` texts of the query called `name`: its relevant ones dealt out, at most k/2 a list, and others.
+
+    `judged` has the labels of the relevant ones, `others` at least k − 1 that have label 0; places are random.
+    """
+    rng = random.Random(f"{seed} {name}")
+    relevant = rng.sample(sorted(judged), len(judged))
+    for start in range(0, len(relevant), k // 2):
+        part = relevant[start : start + k // 2]
+        chosen = part + rng.sample(others, k - len(part))
+        rng.shuffle(chosen)
+        scores = tuple(judged.get(i, 0) for i in chosen)
+        key = f"q{name}.{start // (k // 2) + 1}"
+        yield ListExample(key, name, query, tuple(texts[i] for i in chosen), scores)
 
 
 def _by_words(record: ListExample, count: int) -> ListExample:

@@ -11,10 +11,12 @@ from listopd_jax.errors import UserError, one_line
 from listopd_jax.task.protocol import Task
 from listopd_jax.tasks.bfcl import Bfcl
 from listopd_jax.tasks.cranfield import Cranfield
+from listopd_jax.tasks.esci import Esci
 from listopd_jax.tasks.json_records import JsonTask
+from listopd_jax.tasks.passages import Passages
 from listopd_jax.tasks.reviews import Reviews
 
-TASKS = {task.name: task for task in (Reviews, JsonTask, Bfcl, Cranfield)}
+TASKS = {task.name: task for task in (Reviews, JsonTask, Bfcl, Cranfield, Passages, Esci)}
 
 
 def load_task(config: Any) -> Task:

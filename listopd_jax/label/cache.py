@@ -1,0 +1,88 @@
+"""Replies that were paid for, a JSON line each: on disk before they count, so that none is paid for twice."""
+
+import contextlib
+import dataclasses
+import fcntl
+import json
+import os
+import pathlib
+from collections.abc import Iterator
+from typing import Any
+
+from listopd_jax import files
+from listopd_jax.data.json_lines import read_objects
+from listopd_jax.errors import UserError
+from listopd_jax.label.judges import Reply, Settings
+from listopd_jax.label.questions import Question
+
+FORMAT = 1
+"""Part of the digest: raise it when the same settings and question are sent in another form."""
+
+
+def digest(settings: Settings, question: Question) -> str:
+    """SHA-256 of all that decides a reply: judge, settings, rubric and review."""
+    return files.json_sha256([FORMAT, dataclasses.asdict(settings), question.system, question.text])
+
+
+class Cache:
+    """Replies by digest. Made by `open_cache`."""
+
+    def __init__(self, path: pathlib.Path, file: Any):
+        self._path, self._file = path, file
+        _drop_torn_line(file)
+        self.replies = dict(_read(path)) if file.seek(0, os.SEEK_END) else {}
+
+    def put(self, key: str, of: str, reply: Reply) -> None:
+        """Keep the reply to the question with digest `of` about the review `key`. UserError if it cannot be written."""
+        line = json.dumps({"request": of, "key": key, **dataclasses.asdict(reply)})
+        try:
+            self._file.write(f"{line}\n".encode())
+            self._file.flush()
+            os.fsync(self._file.fileno())
+        except OSError as e:
+            raise files.not_written(self._path, e, "another --out or --cache") from e
+        self.replies[of] = reply
+
+
+@contextlib.contextmanager
+def open_cache(path: pathlib.Path) -> Iterator[Cache]:
+    """The cache in a file, made if absent, which no other process may have open meanwhile.
+
+    Raises UserError: the file cannot be written, is in use, or has a line that is no reply. The rest of a line that was
+    cut off by a kill is dropped.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        file = path.open("ab+")
+    except OSError as e:
+        raise files.not_written(path, e, "another --out or --cache") from e
+    with file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as e:
+            raise UserError(
+                f"{path}: another process writes replies there; wait for it or choose another --cache"
+            ) from e
+        cache = Cache(path, file)
+        yield cache
+        if not cache.replies:
+            path.unlink()
+
+
+def _drop_torn_line(file: Any) -> None:
+    """Cut a file back to its last whole line."""
+    end = file.seek(0, os.SEEK_END)
+    file.seek(0)
+    rest = next((line for line in file if not line.endswith(b"\n")), b"")
+    file.truncate(end - len(rest))
+
+
+def _read(path: pathlib.Path) -> Iterator[tuple[str, Reply]]:
+    for number, row in read_objects(path):
+        of, text = row.get("request"), row.get("text", 0)
+        tokens = [row.get(f"tokens_{way}") for way in ("in", "out")]
+        if not (isinstance(of, str) and isinstance(text, str | None) and all(type(n) is int for n in tokens)):
+            raise UserError(
+                f"{path}:{number}: is no reply of a judge; delete the line, or choose another --cache"
+            )
+        yield of, Reply(text, *tokens)
