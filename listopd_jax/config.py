@@ -88,7 +88,7 @@ def defaults() -> ml_collections.ConfigDict:
             bootstrap=2000,
             examples=3,
             forgetting=False,  # also how each policy reads unrelated English: perplexity, and KL to the student's SFT
-            constrained=(),  # of CONSTRAINTS: each policy is decoded under these masks too (docs/constrained.md)
+            constrained="",  # "schema,contract" or one of them: each policy is decoded under these masks too
             expected=False,  # also the error of the expected scores, of every list (stages/expected.py)
         ),
         parallel=_parallel(),
@@ -582,7 +582,7 @@ def constraints(config: ml_collections.ConfigDict | ml_collections.FrozenConfigD
     """The names of constraints that a config asks for, by field."""
     rollouts = config.opd.constrained_rollouts
     return {
-        "evaluation.constrained": tuple(config.evaluation.constrained),
+        "evaluation.constrained": tuple(filter(None, config.evaluation.constrained.split(","))),
         "opd.constrained_rollouts": (rollouts,) if rollouts else (),
     }
 

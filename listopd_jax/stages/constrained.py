@@ -7,6 +7,7 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
+from listopd_jax.config import constraints
 from listopd_jax.parallel.hosts import gather
 from listopd_jax.records import FREE, REPAIRED, Decoding
 from listopd_jax.stages.evaluate import Answer, decoding_record, greedy_answers, greedy_rollout
@@ -22,7 +23,7 @@ def decodings(
 
     () where the config asks for none.
     """
-    asked = job.config.evaluation.constrained
+    asked = constraints(job.config)["evaluation.constrained"]
     names = (FREE, *asked) if asked else ()
     return tuple(d for name in names for d in _under(job, role, params, name, free, description))
 
