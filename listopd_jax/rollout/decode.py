@@ -60,7 +60,7 @@ LEAST_CAPACITY = 64  # tokens; a shorter cache is not worth a program
 Masks = Callable[[Int[np.ndarray, " R"], Int[np.ndarray, " R"] | None], UInt32[np.ndarray, "R W"]]
 """(number of each row, its last token; None: it has none) → what it may write next, 32 tokens to a word.
 
-Asked of every row before its first token, and of each that is not done after each token.
+Asked of every row before its first token, and of those that are not done after each token, while there are any.
 """
 
 
@@ -338,7 +338,8 @@ def _told(state: State, masks: Masks) -> State:
     """Each row that is not done is told what it may write next."""
     number, done, last = np.asarray(_last(state.rows))
     allowed, goes_on = np.array(state.rows.allowed), done == 0
-    allowed[goes_on] = masks(number[goes_on], last[goes_on])
+    if goes_on.any():
+        allowed[goes_on] = masks(number[goes_on], last[goes_on])
     return state._replace(rows=state.rows._replace(allowed=allowed))
 
 

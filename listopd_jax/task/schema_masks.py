@@ -1,6 +1,7 @@
 """JSON Schemas as masks over tokens, by llguidance: what an answer may go on with if the schema is to hold.
 
 Answers are compact JSON, the form that SFT trains on, with the properties of an object in the order of its schema.
+What a schema leaves no choice about is spelt in the tokenizer's own tokens for it.
 """
 
 import json
@@ -76,9 +77,8 @@ class SchemaMasks:
             if last is not None:
                 self._executor.consume_token_par(list(zip(asked, last.tolist(), strict=True)))
             bits = np.zeros((len(asked), self._words), np.int32)
-            if asked:
-                places = [(matcher, i) for i, matcher in enumerate(asked)]
-                self._llguidance.numpy.fill_next_token_bitmask_par(self._executor, places, bits)
+            places = [(matcher, i) for i, matcher in enumerate(asked)]
+            self._llguidance.numpy.fill_next_token_bitmask_par(self._executor, places, bits)
             return bits.view(np.uint32)
 
         return masks
