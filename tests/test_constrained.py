@@ -402,6 +402,23 @@ def test_a_schema_that_cannot_be_kept_shows_before_anything_is_computed(tmp_path
         open_job(settings(**fields), tmp_path / "workdir")
 
 
+def test_right_answers_that_are_masked_away_are_counted(tmp_path, caplog):
+    """llguidance keeps fields in the order of the schema."""
+    schema = {
+        "type": "object",
+        "properties": {"a": {}, "b": {}},
+        "required": ["a"],
+        "additionalProperties": False,
+    }
+    answers = [{"a": 1, "b": 2}, {"b": 2, "a": 1}, {"a": 1}, None]
+    lines = [{"prompt": str(i), "answer": answers[i % 4], "schema": schema, "side": side}
+             for i, side in enumerate(["train"] * 8 + ["validation"] * 4)]  # fmt: skip
+    (tmp_path / "data.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    fields = {"task.name": "json", "data.path": str(tmp_path / "data.jsonl"), "data.split_field": "side"}
+    open_job(settings(**fields, **{"opd.constrained_rollouts": "schema"}), tmp_path / "workdir")
+    assert "masks 2 of 8 right answers of train away" in caplog.text
+
+
 def test_a_task_without_a_schema_says_so(tmp_path, monkeypatch):
     monkeypatch.setattr("listopd_jax.tasks.listwise.Listwise.schema", lambda task, record: None)
     with pytest.raises(UserError, match="define Task.schema"):

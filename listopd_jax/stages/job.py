@@ -210,6 +210,13 @@ class Job:
             )
         return Schema(schema, f"record {record.key}")
 
+    def is_masked_away(self, record: Any) -> bool:
+        """Whether a record has a right answer that its schema's masks do not let through; UserError as `schema_of`."""
+        schema, answer = self.schema_of(record), self.task.answer(record)
+        tokens = [] if answer is None else self.codec.tokenizer.encode(answer, add_special_tokens=False)
+        kept = self.schema_masks.keeps(schema, tokens)
+        return answer is not None and not kept
+
     def constraint(self, name: str, split: str, rows: Sequence[int], completions: int = 1) -> dict[str, Any]:
         """The options of `generate` that keep `completions` of each record at `rows` of `split` to a constraint.
 
@@ -347,14 +354,16 @@ def open_job(config: ml_collections.FrozenConfigDict, workdir: pathlib.Path, **m
 
 
 def _check_constraints(job: Job) -> None:
-    """UserError if the config asks for a constraint that cannot be kept."""
+    """UserError if the config asks for a constraint that cannot be kept; a warning if right answers are masked away."""
     asked = constraints(job.config)
     for field, split in (("evaluation.constrained", "validation"), ("opd.constrained_rollouts", "train")):
         if "contract" in asked[field]:
             _ = job.compact_grammar
-        if "schema" in asked[field]:
-            for record in job.records[split]:
-                job.schema_masks.compile(job.schema_of(record))
+        if "schema" in asked[field] and (masked := sum(map(job.is_masked_away, job.records[split]))):
+            logging.warning(
+                "%s: the schema masks %d of %d right answers of %s away: are their fields in the order of the schema?",
+                field, masked, len(job.records[split]), split,
+            )  # fmt: skip
 
 
 def models_of(config: Any) -> dict[str, Any]:

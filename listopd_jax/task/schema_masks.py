@@ -66,6 +66,11 @@ class SchemaMasks:
             self._compiled[text] = made
         return self._compiled[text].deep_copy()
 
+    def keeps(self, given: Schema, tokens: Sequence[int]) -> bool:
+        """Whether an answer of these tokens, its end left out, is let through."""
+        matcher = self.compile(given)
+        return matcher.consume_tokens(list(tokens)) and matcher.is_accepting()
+
     def rows(self, schemas: Sequence[Schema]) -> Callable:
         """rollout.decode.Masks of rows, row i with schemas[i]. A row that llguidance gives up may only end."""
         matchers = [self.compile(schema) for schema in schemas]
