@@ -337,7 +337,7 @@ def _last(rows: Rows) -> Int[Array, "3 B n"]:
 def _told(state: State, masks: Masks) -> State:
     """Each row that is not done is told what it may write next."""
     number, done, last = np.asarray(_last(state.rows))
-    allowed, goes_on = np.array(state.rows.allowed), done == 0
+    allowed, goes_on = np.zeros(state.rows.allowed.shape, np.uint32), done == 0
     if goes_on.any():
         allowed[goes_on] = masks(number[goes_on], last[goes_on])
     return state._replace(rows=state.rows._replace(allowed=allowed))
