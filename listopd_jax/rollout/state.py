@@ -38,9 +38,7 @@ class Rows(NamedTuple):
     source: Int[Array, "B n"]  # where the next draft goes on copying (rollout/draft.py)
     rollout: Rollout
     state: Int[Array, "B n"] | None = None  # in the sampler's grammar, where it has one
-    allowed: UInt32[Array, "B n W"] | None = (
-        None  # tokens that may come next, 32 to a word, where the host says
-    )
+    allowed: UInt32[Array, "B n W"] | None = None  # tokens that may come next (decode.Masks)
 
 
 class Prompts(NamedTuple):
