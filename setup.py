@@ -5,6 +5,7 @@
     pip install '.[tpu]'       # Google TPUs; also what the planner needs to compile for TPU slices
     pip install '.[plan-gpu]'  # on a CPU: XLA's compiler for GPUs, for the planner, without the CUDA libraries
     pip install '.[label]'     # listopd_jax.label: google-genai, and what asks any other server
+    pip install '.[constrained]'  # decoding that keeps to a JSON Schema
     pip install '.[slurm]'     # launch.slurm
     pip install '.[wandb]'     # track.to=wandb; '.[trackio]' likewise
     pip install -e '.[test]'   # linter, tests and the libraries they compare with; the tests need a checkout
@@ -25,6 +26,7 @@ ORACLES = [
     "ir-measures>=0.4",
     "pytest>=8",
     "hypothesis>=6.100",
+    "llguidance>=1.9",
     "ruff>=0.9",
     "kubernetes>=37",
     "mpmath>=1.3",
@@ -92,6 +94,7 @@ setup(
         "cuda": ["jax[cuda13]>=0.10,<0.13"],
         "tpu": ["jax[tpu]>=0.10,<0.13"],
         "plan-gpu": ["jax-cuda13-plugin>=0.10,<0.13"],
+        "constrained": ["llguidance>=1.9"],
         "gguf": ["gguf>=0.17"],
         "label": ["google-genai>=3.6", "httpx2>=2.12", "tenacity>=9.0"],
         "slurm": ["submitit>=1.5"],

@@ -34,6 +34,7 @@ AGGREGATES = ("token", "sequence")
 TASKS = ("reviews", "json", "bfcl", "cranfield", "passages", "esci")
 LR_DECAYS = ("none", "linear")
 CONTROL_VARIATES = ("none", "kl", "optimal")
+CONSTRAINTS = ("schema", "contract")
 ON_COLLAPSE = ("none", "warn", "lower_lambda", "stop")
 SOURCES = ("synthetic", "clothing", "amazon2018", "amazon2023")
 DTYPES = ("float32", "bfloat16")
@@ -93,6 +94,7 @@ def defaults() -> ml_collections.ConfigDict:
             bootstrap=2000,
             examples=3,
             forgetting=False,  # also how each policy reads unrelated English: perplexity, and KL to the student's SFT
+            constrained="",  # "schema,contract" or one of them: each policy is decoded under these masks too
             expected=False,  # also the error of the expected scores, of every list (stages/expected.py)
         ),
         parallel=_parallel(),
@@ -196,6 +198,7 @@ def _opd() -> ml_collections.ConfigDict:
         b2=0.999,  # of AdamW
         moments="float32",  # in which AdamW keeps its moments; bfloat16: half the memory, rounded at random
         temperature=1.0,
+        constrained_rollouts="",  # schema or contract: sample under its masks, renormalised; empty: off
         clip=5.0,  # c of EC Eq. 3; inf: no clip
         ratio="teacher_student",
         advantage="base_relative",
@@ -597,6 +600,33 @@ def _validate_options(config: ml_collections.ConfigDict) -> None:
     )
 
 
+def _validate_constraints(config: ml_collections.ConfigDict) -> None:
+    opd, asked = config.opd, constraints(config)
+    for field in ("evaluation.constrained", "opd.constrained_rollouts"):
+        for name in asked[field]:
+            if name not in CONSTRAINTS:
+                raise unknown_name(field, str(name), CONSTRAINTS)
+    named = [field for field, names in asked.items() if "contract" in names]
+    _require(
+        not named or ranks_reviews(config),
+        f"{', '.join(named)}: 'contract' is of task.name='reviews', not of {task_name(config)!r}; take 'schema'",
+    )
+    _require(
+        not opd.constrained_rollouts or opd.control_variate == "none",
+        "opd.control_variate keeps the expected gradient only where the student itself samples, not under the masks of "
+        "opd.constrained_rollouts; leave one of them off",
+    )
+
+
+def constraints(config: ml_collections.ConfigDict | ml_collections.FrozenConfigDict) -> dict[str, tuple]:
+    """The names of constraints that a config asks for, by field."""
+    rollouts = config.opd.constrained_rollouts
+    return {
+        "evaluation.constrained": tuple(filter(None, config.evaluation.constrained.split(","))),
+        "opd.constrained_rollouts": (rollouts,) if rollouts else (),
+    }
+
+
 def _validate_guard(config: ml_collections.ConfigDict) -> None:
     """What sft.continued, the expected scores and the guards ask of the rest."""
     opd = config.opd
@@ -696,6 +726,7 @@ def validate(config: ml_collections.ConfigDict) -> ml_collections.FrozenConfigDi
     _validate_grid(config)
     _validate_data(config)
     _validate_combinations(config)
+    _validate_constraints(config)
     checked = config.copy_and_resolve_references()
     checked.task.k = config.task.k or (4 if is_embedded(config) else 8)
     if ranks_reviews(config):

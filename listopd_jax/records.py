@@ -95,6 +95,35 @@ class Planned(_OfPolicy):
     extra: dict[str, Any] = _extra()
 
 
+FREE, REPAIRED = "free", "_repaired"
+"""The decoding of a policy as it is; what the name of a decoding ends in whose answers its task has repaired."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Decoding(Record):
+    """One way to decode a policy: FREE, or under a constraint; other metrics of its task are in `extra`.
+
+    `ms_per_token`: the time of a batch over its longest answer, None for what only repairs another decoding.
+    """
+
+    decoding: str
+    ms_per_token: float | None = None
+    n: int | None = None
+    parse: float | None = None
+    useful: float | None = None
+    ended: float | None = None
+    failures: Counts = dataclasses.field(default_factory=dict)
+    intervals: Intervals = dataclasses.field(default_factory=dict)
+    extra: dict[str, Any] = _extra()
+
+    @classmethod
+    def of(cls, values: Mapping[str, Any]) -> Self:
+        """The record of values by their names in the file."""
+        known = {field.name for field in _fields(cls)}
+        fields = {name: value for name, value in values.items() if name in known}
+        return cls(**fields, extra={name: value for name, value in values.items() if name not in known})
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Result(_OfPolicy):
     """An evaluated policy, an entry of results.json: what task.metrics.summarize says of its answers.
@@ -119,6 +148,7 @@ class Result(_OfPolicy):
     failures: Counts = dataclasses.field(default_factory=dict)
     counted: Counts = dataclasses.field(default_factory=dict)  # metric -> lists in its mean
     intervals: Intervals = dataclasses.field(default_factory=dict)
+    decodings: tuple[Decoding, ...] = ()  # of evaluation.constrained
     extra: dict[str, Any] = _extra()
 
     @classmethod
@@ -130,9 +160,12 @@ class Result(_OfPolicy):
         return cls(**fields, extra={name: value for name, value in given.items() if name not in known})
 
     def to_json(self) -> dict[str, Any]:
-        """The JSON object; of a task that does not rank, without what only rankings have."""
+        """The JSON object; without decodings that were not asked for and, of a task that does not rank, rankings."""
         absent = {name for name in _OF_RANKINGS if self.counted and name not in self.counted}
-        return {k: v for k, v in super().to_json().items() if v is not None or k not in absent}
+        values = {k: v for k, v in super().to_json().items() if v is not None or k not in absent}
+        if not self.decodings:
+            del values["decodings"]
+        return values
 
     def metric(self, name: str) -> float | None:
         """A metric by its name in the file, e.g. ndcg@1; None too for one that the record does not have."""

@@ -43,12 +43,12 @@ def shared() -> pathlib.Path:
 
 SLOW_FILES = (
     "attention average benchmarks benchmarks_gpu benchmarks_served benchmarks_smoke bring_your_own "
-    "calibrate chat checkpoints collapse control_variate data_input data_prepare evaluate expected "
-    "export forecast forecast_command gain gather_kernel gguf grammar guard guard_targets hf_folders "
-    "job json_task label launch loop lora main models_check models_decoder models_hf opd_step "
-    "parallel parallel_hosts plan_compile plan_gpu recommend reference report report_parts rollout "
-    "rollout_drafts rollout_segments sft_continued sft_step simulate survival tasks tasks_ranking "
-    "theory_estimators trackers watch"
+    "calibrate chat checkpoints collapse constrained control_variate data_input data_prepare "
+    "evaluate expected export forecast forecast_command gain gather_kernel gguf grammar guard "
+    "guard_targets hf_folders job json_task label launch loop lora main models_check models_decoder "
+    "models_hf opd_step parallel parallel_hosts plan_compile plan_gpu recommend reference report "
+    "report_parts rollout rollout_drafts rollout_segments sft_continued sft_step simulate survival "
+    "tasks tasks_ranking theory_estimators trackers watch"
 ).split()
 """tests/test_NAME.py that take more than a few seconds each: not in `make quick`."""
 

@@ -27,6 +27,7 @@ from listopd_jax.ops.attention import Prompt, causal
 from listopd_jax.ops.attention_backends import BACKENDS, causal_attention
 from listopd_jax.ops.fused import fused_loss
 from listopd_jax.ops.gather_kernel import gather_logprobs
+from listopd_jax.ops.grammar import Grammar
 from listopd_jax.ops.head import token_logprobs
 from listopd_jax.ops.objective import Hyper, Variant
 from listopd_jax.ops.opd_loss import Frozen, Models
@@ -236,6 +237,27 @@ def test_drafts_change_no_token_over_devices(alone):
         )  # fmt: skip
     np.testing.assert_array_equal(rollout.tokens, alone[2].tokens)
     assert np.asarray(rollout.steps).sum() < 0.8 * alone[2].steps.sum()
+
+
+def test_masks_of_the_host_and_of_a_grammar_let_the_same_through_over_devices():
+    """Of tokens 0, 3, 6, … and the end."""
+    allowed = (np.arange(VOCAB) % 3 == 0) | (np.arange(VOCAB) == 1)
+    bits = np.packbits(np.pad(allowed, (0, -VOCAB % 32)), bitorder="little").view(np.uint32)
+    column = jnp.asarray(allowed.astype(np.int32))
+    grammar = Grammar(jnp.array([[0, 0], [0, 1]]), column, jnp.zeros((2, 2), bool))
+    ways = ({"masks": lambda rows, last: np.tile(bits, (len(rows), 1))}, {"constraint": grammar})
+
+    def wrote(mesh, way):
+        batch, params = put(opd_batch(3), batch_shardings, mesh), put(STUDENT, rollout_shardings, mesh)
+        models = (STUDENT_DEF,), (params,), jnp.ones((1, N))
+        rollout = generate(*models, *batch[:2], jax.random.key(1), **OPTIONS, **way)
+        return jax.tree.map(np.asarray, rollout)
+
+    one = wrote(None, ways[0])
+    assert allowed[one.tokens].all()
+    with use_mesh(mesh := mesh_of(2, 2, 2)):
+        for way in ways:
+            assert_close(wrote(mesh, way), one)
 
 
 @pytest.mark.parametrize("sizes", [(2, 2, 2), (1, 1, 8)], ids=str)

@@ -16,6 +16,7 @@ from markupsafe import Markup
 from listopd_jax.records import Example, Result
 from listopd_jax.report import findings, page, plots
 from listopd_jax.report.beside import beside_section
+from listopd_jax.report.constrained_section import constrained_section
 from listopd_jax.report.curves import opd_section, sft_section
 from listopd_jax.report.errors_section import errors_section
 from listopd_jax.report.findings import FAILURES, Findings, Policy
@@ -172,6 +173,7 @@ SECTIONS: tuple[Callable[[Inputs], Section | None], ...] = (
     contract_section,
     policies_section,
     failures_section,
+    constrained_section,
     errors_section,
     beside_section,
     prediction_section,

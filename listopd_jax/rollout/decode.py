@@ -8,27 +8,31 @@ shares one prompt cache.
 `decode` is one program with a cache of the whole budget. `generate` writes the same in segments: the cache grows with
 the completions, and rows that have ended leave the batch. The host reads three numbers after each segment and nothing
 in between. A row's random numbers are its own, so where it is computed does not change what it says.
+
+Completions may be constrained to what a grammar allows: by its tables on the device (`constraint`), or token by token
+by masks that the host makes (`masks`). The sampler is then its distribution over what is allowed, renormalised, and
+`logprobs` are of that.
 """
 
 import dataclasses
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float, Int, UInt32
 
 from listopd_jax.models.decoder import Decoder
-from listopd_jax.ops.grammar import START, Grammar, state_after, states
+from listopd_jax.ops.grammar import START, Grammar, allowed_tokens, state_after, states
 from listopd_jax.ops.guard import Guard
 from listopd_jax.ops.head import take_token
 from listopd_jax.parallel.compiler import ROLLOUT, BackendJit
 from listopd_jax.parallel.rules import constrain, context_mesh, row_multiple
 from listopd_jax.rollout.draft import draft
-from listopd_jax.rollout.sampling import categorical, mixed_logprobs, row_keys
+from listopd_jax.rollout.sampling import categorical, mixed_logprobs, row_keys, unpacked
 from listopd_jax.rollout.state import (
     Prompts,
     Rollout,
@@ -38,6 +42,7 @@ from listopd_jax.rollout.state import (
     can_shrink,
     fitting,
     grow,
+    last_tokens,
     longest,
     put_back,
     shrink,
@@ -51,6 +56,12 @@ CPU_PASS_TOKENS = 64  # that cost little more than one per row (benchmarks/RESUL
 LEAST_DRAFT = 3
 ROOM_MULTIPLE = 16  # tokens; XLA's GPU backend pads, by a copy, what its products read at odd widths
 LEAST_CAPACITY = 64  # tokens; a shorter cache is not worth a program
+
+Masks = Callable[[Int[np.ndarray, " R"], Int[np.ndarray, " R"] | None], UInt32[np.ndarray, "R W"]]
+"""(number of each row, its last token; None: it has none) → what it may write next, 32 tokens to a word.
+
+Asked of every row before its first token, and of those that are not done after each token, while there are any.
+"""
 
 
 class Settings(NamedTuple):
@@ -72,6 +83,7 @@ class Sampler:
 
     graphs, params: static half and parameters of each of m models. weights [m, n]: of the models in the mixture that
     completion j of a prompt is from. temperature: a scalar. guard: lowers the first of two weights (ops/guard.py).
+    constraint: what completions are constrained to, where there is no guard.
     """
 
     graphs: tuple[nnx.GraphDef, ...] = dataclasses.field(metadata={"static": True})
@@ -81,11 +93,12 @@ class Sampler:
     temperature: Any
     settings: Settings = dataclasses.field(metadata={"static": True})
     guard: Guard | None = None  # of a mixture of teacher and base
+    constraint: Grammar | None = None
 
     @property
     def grammar(self) -> Grammar | None:
-        """That of the guard."""
-        return None if self.guard is None else self.guard.grammar
+        """What the rows' states are of."""
+        return self.constraint if self.guard is None else self.guard.grammar
 
     @property
     def decoders(self) -> list[Decoder]:
@@ -108,9 +121,10 @@ def prefill(
     budgets: Int[Array, "B n"] | None,
     hint: Int[Array, "B H"],
     capacity: int,
+    allowed: UInt32[Array, "B n W"] | None = None,
 ) -> tuple[Prompts, State]:
     """Read the prompts and write the first token of every completion; caches for `capacity` tokens."""
-    decoders, rows = sampler.decoders, _unwritten(sampler, len(prompts), budgets)
+    decoders, rows = sampler.decoders, _unwritten(sampler, len(prompts), budgets, allowed)
     shape = rows.done.shape
     last, caches = zip(*(d.prefill(prompts, prompt_lengths) for d in decoders), strict=True)
     hiddens = [jnp.broadcast_to(h[:, None, None], (*shape, 1, h.shape[-1])) for h in last]
@@ -119,7 +133,9 @@ def prefill(
     return Prompts(prompt_lengths, hint, caches), State(own, rows)
 
 
-def _unwritten(sampler: Sampler, B: int, budgets: Int[Array, "B n"] | None) -> Rows:
+def _unwritten(
+    sampler: Sampler, B: int, budgets: Int[Array, "B n"] | None, allowed: UInt32[Array, "B n W"] | None
+) -> Rows:
     """The n completions of each of B prompts before their first token."""
     m, n = sampler.weights.shape
     T, pad = sampler.settings.max_tokens, sampler.settings.pad
@@ -134,7 +150,8 @@ def _unwritten(sampler: Sampler, B: int, budgets: Int[Array, "B n"] | None) -> R
     number = constrain(jnp.arange(B * n).reshape(B, n), "batch", None)
     weights = constrain(jnp.broadcast_to(sampler.weights.T, (B, n, m)), "batch", None, None)
     state = None if sampler.grammar is None else constrain(jnp.full((B, n), START), "batch", None)
-    return Rows(number, weights, budgets, constrain(budgets <= 0, "batch", None), none, empty, state)
+    done = constrain(budgets <= 0, "batch", None)
+    return Rows(number, weights, budgets, done, none, empty, state, allowed)
 
 
 def sample_tokens(
@@ -151,8 +168,9 @@ def sample_tokens(
     temperature = 1.0 if greedy else sampler.temperature
     state = None if rows.state is None else _states(sampler.grammar, rows.state, drafted)
     logp = mixed_logprobs(
-        sampler.decoders, hiddens, rows.weights[:, :, None], settings.vocab, temperature, sampler.guard, state
-    )
+        sampler.decoders, hiddens, rows.weights[:, :, None], settings.vocab, temperature, sampler.guard, state,
+        _allowed(sampler, rows, state),
+    )  # fmt: skip
     place = rows.rollout.lengths[..., None] + jnp.arange(logp.shape[2])
     keys = None if greedy else row_keys(sampler.key, place, rows.number[..., None])
     tokens = (jnp.argmax(logp, -1) if greedy else categorical(keys, logp)).astype(jnp.int32)
@@ -168,6 +186,15 @@ def _states(
 ) -> Int[Array, "B n D+1"]:
     """The grammar's state before and after each drafted token."""
     return states(grammar, state, jnp.pad(drafted, [(0, 0), (0, 0), (0, 1)]))
+
+
+def _allowed(
+    sampler: Sampler, rows: Rows, state: Int[Array, "B n S"] | None
+) -> Bool[Array, "B n S V"] | None:
+    """The tokens that may stand at each position; None where all may."""
+    if sampler.constraint is not None:
+        return allowed_tokens(sampler.constraint, state)
+    return None if rows.allowed is None else unpacked(rows.allowed, sampler.settings.vocab)[:, :, None]
 
 
 def _standing(
@@ -201,8 +228,13 @@ def _written(rows: Rows, tokens, logprobs, count: Int[Array, "B n"], settings: S
 
 
 def decode_until(sampler: Sampler, prompts: Prompts, state: State, least: int) -> State:
-    """Write tokens until all rows are done, the cache has no room for a step, or a smaller batch would do."""
+    """Write tokens until all rows are done, the cache has no room for a step, or a smaller batch would do.
+
+    One token, where the host says what may come next.
+    """
     size = draft_size(sampler.settings, state.rows.done.size)
+    if state.rows.allowed is not None:
+        return decode_step(sampler, prompts, state, size)
     room = state.caches[0].capacity - size  # of the tokens written the last is not yet cached
 
     def unfinished(state):
@@ -230,7 +262,7 @@ def decode_step(sampler: Sampler, prompts: Prompts, state: State, size: int) -> 
     """One pass of every model over the last token of each row and `size` drafts of the next, and what it confirms."""
     rows = state.rows
     lengths, steps = rows.rollout.lengths, rows.rollout.steps + ~rows.done
-    last = jnp.take_along_axis(rows.rollout.tokens, jnp.maximum(lengths - 1, 0)[..., None], axis=-1)
+    last = last_tokens(rows)[..., None]
     drafted, source = draft(prompts.hint, rows.rollout.tokens, lengths, rows.source, size)
     # Without drafts all rows that are not done have the same length, and one place in the cache is written.
     cached = jnp.maximum(lengths - 1, 0) if size else longest(rows) - 1
@@ -255,15 +287,16 @@ def decode(
     budgets: Int[Array, "B n"] | None = None,
     hint: Int[Array, "#B H"] | None = None,
     guard: Guard | None = None,
+    constraint: Grammar | None = None,
     **settings: Any,
 ) -> Rollout:
     """Write n completions for each prompt; stops early once every row has ended or spent its budget.
 
     `settings` (static): those of Settings. `budgets` (default `max_tokens`) bounds each row. `hint`: tokens like those
-    of an answer, that drafts may be copied from. `guard`: see Sampler. Row (b, j) of the result is a completion of
-    prompt b under the mixture weights[:, j], whatever is drafted.
+    of an answer, that drafts may be copied from. `guard`, `constraint`: see Sampler. Row (b, j) of the result is a
+    completion of prompt b under the mixture weights[:, j], whatever is drafted.
     """
-    sampler = Sampler(graphs, params, weights, key, temperature, Settings(**settings), guard)
+    sampler = Sampler(graphs, params, weights, key, temperature, Settings(**settings), guard, constraint)
     room = sampler.settings.max_tokens + sampler.settings.draft_tokens
     shared, state = prefill(
         sampler, prompts, prompt_lengths, budgets, _hints(hint, len(prompts)), capacity=room
@@ -282,10 +315,10 @@ def _hints(hint: Int[Array, "#B H"] | None, B: int) -> Int[Array, "B H"]:
 
 @functools.partial(BackendJit, options=ROLLOUT, static_argnames="capacity")
 def first_segment(
-    sampler: Sampler, prompts, prompt_lengths, budgets, hint, capacity: int
+    sampler: Sampler, prompts, prompt_lengths, budgets, hint, capacity: int, allowed=None
 ) -> tuple[Prompts, State]:
     """`prefill`, compiled."""
-    return prefill(sampler, prompts, prompt_lengths, budgets, hint, capacity)
+    return prefill(sampler, prompts, prompt_lengths, budgets, hint, capacity, allowed)
 
 
 @functools.partial(BackendJit, options=ROLLOUT, static_argnames="least", donate_argnames="state")
@@ -293,6 +326,21 @@ def segment(sampler: Sampler, prompts: Prompts, state: State, least: int) -> tup
     """`decode_until`, compiled; and what the host must know: the length of the `longest` row, and what is `alive`."""
     state = decode_until(sampler, prompts, state, least)
     return state, constrain(jnp.stack([longest(state.rows), *alive(state.rows.done)]), None)
+
+
+@jax.jit
+def _last(rows: Rows) -> Int[Array, "3 B n"]:
+    """Of each row its number, whether it is done, and its last token."""
+    return jnp.stack([rows.number, rows.done.astype(jnp.int32), last_tokens(rows)])
+
+
+def _told(state: State, masks: Masks) -> State:
+    """Each row that is not done is told what it may write next."""
+    number, done, last = np.asarray(_last(state.rows))
+    allowed, goes_on = np.zeros(state.rows.allowed.shape, np.uint32), done == 0
+    if goes_on.any():
+        allowed[goes_on] = masks(number[goes_on], last[goes_on])
+    return state._replace(rows=state.rows._replace(allowed=allowed))
 
 
 def capacities(max_tokens: int, multiple: int = 1) -> list[int]:
@@ -324,6 +372,8 @@ def generate(
     budgets: Int[Array, "B n"] | None = None,
     hint: Int[Array, "#B H"] | None = None,
     guard: Guard | None = None,
+    constraint: Grammar | None = None,
+    masks: Masks | None = None,
     **settings: Any,
 ) -> Rollout:
     """What `decode` writes, by few compiled programs in turn, shared by every λ, seed and evaluation.
@@ -331,18 +381,23 @@ def generate(
     After a segment the cache grows if it is full, and the batch is halved, in prompts or in completions per prompt, as
     often as the unfinished rows fit: a row that is done costs its share of each step until then and nothing after.
     Over a mesh rows stay on their devices, and nothing shrinks, nor does it for models so small that the programs
-    would cost more to compile than they save. Not traceable: the host looks at lengths.
+    would cost more to compile than they save. Not traceable: the host looks at lengths. With `masks` a segment is one
+    token, and nothing is drafted.
     """
-    sampler = Sampler(graphs, params, weights, key, jnp.float32(temperature), Settings(**settings), guard)
-    shape, drafts = (len(prompts), weights.shape[1]), sampler.settings.draft_tokens
+    options = Settings(**settings | ({} if masks is None else {"draft_tokens": 0}))
+    sampler = Sampler(graphs, params, weights, key, jnp.float32(temperature), options, guard, constraint)
+    shape, drafts = (len(prompts), weights.shape[1]), options.draft_tokens
     shrinks = context_mesh() is None and sum(x.size for x in jax.tree.leaves(params)) >= LEAST_PARAMETERS
     least = LEAST_ROWS if shrinks else shape[0] * shape[1]
-    sizes = cache_sizes(sampler.settings.max_tokens, drafts)
+    sizes = cache_sizes(options.max_tokens, drafts)
+    first = None if masks is None else masks(np.arange(shape[0] * shape[1]), None).reshape(*shape, -1)
     shared, state = first_segment(
-        sampler, prompts, prompt_lengths, budgets, _hints(hint, len(prompts)), sizes[0]
+        sampler, prompts, prompt_lengths, budgets, _hints(hint, len(prompts)), sizes[0], first
     )
     out = None  # rows that have left, once there are any
     while True:
+        if masks is not None:
+            state = _told(state, masks)
         state, seen = segment(sampler, shared, state, least)
         length, prompts_left, most = np.asarray(seen).tolist()
         if not most:

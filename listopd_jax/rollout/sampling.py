@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int, UInt32
 
 from listopd_jax.ops.guard import Guard, guarded
 from listopd_jax.ops.head import logits_of, slice_vocab
@@ -20,11 +20,13 @@ def mixed_logprobs(
     temperature,
     guard: Guard | None = None,
     state: Int[Array, "B n S"] | None = None,
+    allowed: Bool[Array, "B n S V"] | None = None,
 ) -> Float[Array, "B n S V"]:
     """log softmax(Σ_i w_i log π_i / temperature) for hidden states [B, n, S, D_i] of m decoders.
 
     Logits stand in for log π_i: they differ by a constant per row, which the softmax drops. With a guard the models are
-    teacher and base, λ and 1 − λ their weights; `state` is of its grammar.
+    teacher and base, λ and 1 − λ their weights; `state` is of its grammar. What is not `allowed` has no probability,
+    and the rest is renormalised.
     """
     logits = [
         slice_vocab(logits_of(h, d.head_weight()), vocab) for d, h in zip(decoders, hiddens, strict=True)
@@ -33,7 +35,14 @@ def mixed_logprobs(
         mixed = sum(weights[..., i, None] * z for i, z in enumerate(logits))
     else:
         mixed = guarded(*map(jax.nn.log_softmax, logits), weights[..., 0], guard, state).target
-    return jax.nn.log_softmax(mixed / temperature)
+    logits = mixed / temperature
+    return jax.nn.log_softmax(logits if allowed is None else jnp.where(allowed, logits, IMPOSSIBLE))
+
+
+def unpacked(bits: UInt32[Array, "*s W"], vocab: int) -> Bool[Array, "*s V"]:
+    """The mask of `vocab` tokens that is packed 32 to a word, the first token in the lowest bit."""
+    each = (bits[..., None] >> jnp.arange(32, dtype=jnp.uint32)) & 1
+    return each.reshape(*bits.shape[:-1], -1)[..., :vocab] != 0
 
 
 def row_keys(key: Array, place: Int[Array, "*#s"], rows: Int[Array, "*#s"]) -> Array:

@@ -4,7 +4,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float, Int, UInt32
 
 from listopd_jax.models.decoder import KVCache
 from listopd_jax.parallel.rules import CACHE, constrain
@@ -37,7 +37,8 @@ class Rows(NamedTuple):
     done: Bool[Array, "B n"]
     source: Int[Array, "B n"]  # where the next draft goes on copying (rollout/draft.py)
     rollout: Rollout
-    state: Int[Array, "B n"] | None = None  # in the grammar of the sampler's guard, where it has one
+    state: Int[Array, "B n"] | None = None  # in the sampler's grammar, where it has one
+    allowed: UInt32[Array, "B n W"] | None = None  # tokens that may come next (decode.Masks)
 
 
 class Prompts(NamedTuple):
@@ -53,6 +54,12 @@ class State(NamedTuple):
 
     caches: tuple[KVCache, ...]  # of each model, of the completions
     rows: Rows
+
+
+def last_tokens(rows: Rows) -> Int[Array, "B n"]:
+    """The last token of each row, which has one."""
+    last = jnp.maximum(rows.rollout.lengths - 1, 0)[..., None]
+    return jnp.take_along_axis(rows.rollout.tokens, last, axis=-1)[..., 0]
 
 
 def longest(rows: Rows) -> Int[Array, ""]:

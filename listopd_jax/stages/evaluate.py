@@ -12,8 +12,8 @@ from listopd_jax.lifecycle import reached
 from listopd_jax.metrics_log import progress
 from listopd_jax.ops.guard import Guard
 from listopd_jax.parallel.hosts import gather
-from listopd_jax.records import Result
-from listopd_jax.rollout.decode import generate
+from listopd_jax.records import Decoding, Result
+from listopd_jax.rollout.decode import Rollout, generate
 from listopd_jax.task.codec import Codec
 from listopd_jax.task.contract import Parsed
 from listopd_jax.task.metrics import summarize
@@ -43,18 +43,18 @@ def greedy_answers(
     judge: Callable[[str, int], Parsed],
     description: str = "greedy answers",
     guard: Guard | None = None,
+    constrain: Callable[[Sequence[int]], Mapping[str, Any]] = lambda rows: {},
 ) -> list[list[Answer]]:
     """For each of the n mixtures Σ_i weights[i, j] log π_i, its greedy answer to each prompt of `batches`, judged.
 
     One model with weight 1 is a policy; filler rows of weight 0 in a batch are left out. `decoding`: Job.decoding;
-    `judge`: Job.judge, of a text and a row. A guard lowers the λ of teacher and base at each position.
+    `judge`: Job.judge, of a text and a row. A guard lowers the λ of teacher and base at each position. `constrain`: the
+    options of Job.constraint for the rows of a batch.
     """
     answers: list[list[Answer]] = [[] for _ in range(weights.shape[1])]
     for number, batch in enumerate(progress(list(batches), description), 1):
-        rollout = generate(
-            graphdefs, params, weights, batch["prompt"], batch["prompt_length"], jax.random.key(0), greedy=True,
-            guard=guard, **decoding,
-        )  # fmt: skip
+        options = {"guard": guard, **decoding, **constrain(batch["index"].tolist())}
+        rollout = greedy_rollout(graphdefs, params, weights, batch, options)
         tokens, lengths = gather(rollout.tokens), gather(rollout.lengths)
         for row in np.flatnonzero(batch["weight"]):
             index = int(batch["index"][row])
@@ -66,6 +66,19 @@ def greedy_answers(
     return answers
 
 
+def greedy_rollout(
+    graphdefs: tuple[nnx.GraphDef, ...],
+    params: tuple[Any, ...],
+    weights: Float[Array, "m n"],
+    batch: Mapping[str, np.ndarray],
+    options: Mapping[str, Any],
+) -> Rollout:
+    """The greedy answers to the prompts of a batch; `options` are those of `generate`."""
+    return generate(
+        graphdefs, params, weights, batch["prompt"], batch["prompt_length"], jax.random.key(0), greedy=True, **options
+    )  # fmt: skip
+
+
 def result_record(
     task: Task, records: Sequence[Any], answers: Sequence[Answer], head: dict[str, Any], bootstrap: int
 ) -> Result:
@@ -74,9 +87,20 @@ def result_record(
     `records` are those that `index` counts. An answer may parse and go on to its budget all the same: the contract
     judges what it says, `ended` that it stops.
     """
+    return Result.of(head | _metrics(task, records, answers, bootstrap))
+
+
+def decoding_record(
+    task: Task, records: Sequence[Any], answers: Sequence[Answer], head: dict[str, Any], bootstrap: int
+) -> Decoding:
+    """The same of one way of decoding; `head`: its name, and what it takes."""
+    return Decoding.of(head | _metrics(task, records, answers, bootstrap))
+
+
+def _metrics(task: Task, records: Sequence[Any], answers: Sequence[Answer], bootstrap: int) -> dict[str, Any]:
     found = summarize(task, [(a.parsed, records[a.index]) for a in answers], bootstrap=bootstrap)
     ended = sum(a.ended for a in answers) / len(answers) if answers else None
-    return Result.of(head | found | {"ended": ended})
+    return found | {"ended": ended}
 
 
 def pick_examples(answers: Sequence[Answer], count: int) -> list[Answer]:

@@ -17,7 +17,15 @@ from flax import nnx
 from jaxtyping import Float
 
 from listopd_jax import files
-from listopd_jax.config import digest, guard_knows_contract, guard_text, is_small, noise_shares, to_json
+from listopd_jax.config import (
+    constraints,
+    digest,
+    guard_knows_contract,
+    guard_text,
+    is_small,
+    noise_shares,
+    to_json,
+)
 from listopd_jax.data import input as data_input
 from listopd_jax.data.chat import turn_ends
 from listopd_jax.data.tokenizer import (
@@ -51,6 +59,7 @@ from listopd_jax.stages.expected import Forced, forced_answers
 from listopd_jax.task.codec import Codec, vocab_of
 from listopd_jax.task.contract import Parsed
 from listopd_jax.task.protocol import Task
+from listopd_jax.task.schema_masks import Schema, SchemaMasks
 from listopd_jax.tasks.load import load_task
 from listopd_jax.trackers import Tracking
 from listopd_jax.train.loop import Saving
@@ -179,6 +188,47 @@ class Job:
         """The contract over the tokenizer's ids, on the device."""
         return Grammar(*map(jnp.asarray, self.codec.automaton(self.config.task.k)))
 
+    @functools.cached_property
+    def compact_grammar(self) -> Grammar:
+        """The same without white space, what `contract` constrains to."""
+        return Grammar(*map(jnp.asarray, self.codec.automaton(self.config.task.k, compact=True)))
+
+    @functools.cached_property
+    def schema_masks(self) -> SchemaMasks:
+        """What makes masks of the schemas of records."""
+        if jax.process_count() > 1:
+            raise UserError("constrained to 'schema': the masks are made by one process; run it on one host")
+        return SchemaMasks(self.codec.tokenizer, self.codec.vocab, self.codec.ends)
+
+    def schema_of(self, record: Any) -> Schema:
+        """The schema of a record; UserError if its task has none."""
+        schema = self.task.schema(record)
+        if schema is None:
+            raise UserError(
+                f"task {self.task.name}: has no schema for record {record.key}; define Task.schema, or leave 'schema' "
+                "out of evaluation.constrained and opd.constrained_rollouts"
+            )
+        return Schema(schema, f"record {record.key}")
+
+    def is_masked_away(self, record: Any) -> bool:
+        """Whether a record has a right answer that its schema's masks do not let through; UserError as `schema_of`."""
+        schema, answer = self.schema_of(record), self.task.answer(record)
+        tokens = [] if answer is None else self.codec.tokenizer.encode(answer, add_special_tokens=False)
+        kept = self.schema_masks.keeps(schema, tokens)
+        return answer is not None and not kept
+
+    def constraint(self, name: str, split: str, rows: Sequence[int], completions: int = 1) -> dict[str, Any]:
+        """The options of `generate` that keep `completions` of each record at `rows` of `split` to a constraint.
+
+        `name` is one of config.CONSTRAINTS, or "": no options.
+        """
+        if name == "contract":
+            return {"constraint": self.compact_grammar}
+        if name == "schema":
+            schemas = [self.schema_of(self.records[split][row]) for row in rows for _ in range(completions)]
+            return {"masks": self.schema_masks.rows(schemas)}
+        return {}
+
     @property
     def guard(self) -> Guard | None:
         """The guard of section `opd.guard`; None where it is off."""
@@ -302,7 +352,21 @@ def open_job(
     job = Job(config, workdir, models, task, codec, records, backend)
     # A checkpoint or template that does not fit shows now, not when its turn comes.
     _ = job.shapes, job.validation, job.guard
+    _check_constraints(job)
     return job
+
+
+def _check_constraints(job: Job) -> None:
+    """UserError if the config asks for a constraint that cannot be kept; a warning if right answers are masked away."""
+    asked = constraints(job.config)
+    for field, split in (("evaluation.constrained", "validation"), ("opd.constrained_rollouts", "train")):
+        if "contract" in asked[field]:
+            _ = job.compact_grammar
+        if "schema" in asked[field] and (masked := sum(map(job.is_masked_away, job.records[split]))):
+            logging.warning(
+                "%s: the schema masks %d of %d right answers of %s away: are their fields in the order of the schema?",
+                field, masked, len(job.records[split]), split,
+            )  # fmt: skip
 
 
 def models_of(config: Any) -> dict[str, Any]:

@@ -149,7 +149,9 @@ def train_opd(
         rows = hosts.global_batch({k: batch[k] for k in ("prompt", "prompt_length", "index")}, opd.batch_size)
         prompts, lengths = rows["prompt"], rows["prompt_length"]
         student = joined(shared.frozen.base, state.params)
-        rollout = sample(job, student, prompts, lengths, jax.random.fold_in(key, step))
+        masks = opd.constrained_rollouts
+        constrained = job.constraint(masks, "train", hosts.gather(rows["index"]).tolist(), opd.rollouts)
+        rollout = sample(job, student, prompts, lengths, jax.random.fold_in(key, step), **constrained)
         held = holds_contract(job, rollout, rows["index"])
         reward = contract_reward(held, opd.contract_reward) if opd.contract_reward else None
         sampled = OpdBatch(prompts, lengths, rollout._replace(steps=None), reward)
@@ -175,15 +177,18 @@ def opd_saving(config: Any, best: int | None = None) -> Saving:
     return saving(config, best, lambda_warmup_steps=config.opd.lambda_warmup_steps)
 
 
-def sample(job: Job, params: Any, prompts, lengths, key) -> Rollout:
-    """`opd.rollouts` completions of each prompt by the student, cut to the longest (in quarters of the budget)."""
+def sample(job: Job, params: Any, prompts, lengths, key, **constrained: Any) -> Rollout:
+    """`opd.rollouts` completions of each prompt by the student, cut to the longest (in quarters of the budget).
+
+    `constrained`: the options of Job.constraint.
+    """
     opd, decoding = job.config.opd, job.decoding
     params = cast(params, job.config.dtype.compute)
     if job.config.parallel.gather_rollout:
         params = decoding_copy(params)
     rollout = generate(
         (job.trained["student"],), (params,), jnp.ones((1, opd.rollouts)), prompts, lengths, key,
-        temperature=opd.temperature, **decoding,
+        temperature=opd.temperature, **decoding, **constrained,
     )  # fmt: skip
     return trim(rollout, decoding["max_tokens"])
 

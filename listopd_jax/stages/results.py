@@ -25,6 +25,7 @@ from listopd_jax.records import (
     read_results,
     write_records,
 )
+from listopd_jax.stages.constrained import decodings
 from listopd_jax.stages.evaluate import Answer, greedy_answers, pick_examples, result_record
 from listopd_jax.stages.expected import expected_scores
 from listopd_jax.stages.job import Job
@@ -49,11 +50,12 @@ def evaluated(workdir: pathlib.Path, run: Run) -> Result | None:
 
 
 def evaluate(job: Job, role: str, params: Any, run: Run, **besides: Any) -> Result:
-    """Evaluate the policy that `run` ended in; keep record and examples."""
-    params = _sampling_copy(job, params)
-    answers = greedy(job, role, params, f"{run.name} evaluated")
+    """Evaluate the policy that `run` ended in, constrained too where the job asks; keep record and examples."""
+    params, description = _sampling_copy(job, params), f"{run.name} evaluated"
+    answers = greedy(job, role, params, description)
     (means,) = expected(job, (job.graphs[role],), (params,), jnp.ones((1, 1)))
-    return keep(job, run, answers, expected=means, **besides)
+    under = decodings(job, role, params, answers, description)
+    return keep(job, run, answers, expected=means, decodings=under, **besides)
 
 
 def greedy(job: Job, role: str, params: Any, description: str) -> list[Answer]:
@@ -102,7 +104,7 @@ def keep(
 ) -> Result:
     """Put the record of `answers` into results.json and, if asked, some into examples.json; returns the record.
 
-    `expected` are the mean scores of the lists. `besides` are more fields of the record, JSON values.
+    `expected` are the mean scores of the lists. `besides` are more fields of the record.
     """
     evaluation, head = job.config.evaluation, _head(run) | besides
     if expected is not None:

@@ -43,9 +43,11 @@ class Codec:
             for i in range(self.vocab)
         ]
 
-    def automaton(self, k: int) -> Automaton:
-        """The contract of lists of `k` reviews over the ids of this tokenizer."""
-        return contract_automaton(self._pieces, self.ends, k)
+    def automaton(self, k: int, compact: bool = False) -> Automaton:
+        """The contract of lists of `k` reviews over the ids of this tokenizer; `compact`: without white space."""
+        blank = lambda piece: compact and any(map(str.isspace, piece))  # noqa: E731
+        pieces = [NO_TEXT if blank(piece) else piece for piece in self._pieces]
+        return contract_automaton(pieces, self.ends, k)
 
     def text(self, tokens: Sequence[int]) -> str:
         """The text of one completion, its closing EOS (one of `ends`) left out; other special tokens stay visible."""

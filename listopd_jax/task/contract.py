@@ -72,13 +72,13 @@ def strict_parse(text: str, ids: Sequence[str], field: str = "review_id") -> Par
     return _verdict(_records(text, field), ids)
 
 
-def repair_permutation(text: str, ids: Sequence[str]) -> Parsed:
+def repair_permutation(text: str, ids: Sequence[str], field: str = "review_id") -> Parsed:
     """`strict_parse` after EC's permutation repair: a baseline beside the strict figures.
 
     If exactly one id is missing and exactly one is named twice, the later of the two gets the missing id.
     Any other answer is judged as it is.
     """
-    records = _records(text, "review_id")
+    records = _records(text, field)
     names = [name for name, _ in records or ()]
     missing = set(ids) - set(names)
     if len(names) == len(ids) and len(missing) == 1 and set(names) < set(ids):

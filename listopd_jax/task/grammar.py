@@ -42,8 +42,8 @@ def contract_automaton(pieces: Sequence[str], ends: Collection[int], k: int) -> 
     """
     if k > MOST_REVIEWS:
         raise UserError(
-            f"task.k={k}: a guard that knows the contract knows lists of at most {MOST_REVIEWS} reviews; lower it, or "
-            "set opd.guard.scope='all', mask=False and structure=-1"
+            f"task.k={k}: the contract's automaton is of lists of at most {MOST_REVIEWS} reviews; lower it, or set "
+            "opd.guard.scope='all', mask=False and structure=-1, and constrain to 'schema' instead of 'contract'"
         )
     alphabet = {*_SPACE, *"".join(_PARTS), *"".join(review_ids(k)), *"".join(SCORES), "]"}
     walk = functools.partial(_walk, _reader(review_ids(k)))

@@ -68,6 +68,14 @@ class Task(abc.ABC):
     def score(self, parsed: Parsed, record: Any) -> Mapping[str, float]:
         """The metrics of one judged answer, failed ones too; what is left out or NaN is undefined."""
 
+    def schema(self, record: Any) -> Mapping[str, Any] | None:
+        """The JSON Schema that constrained decoding keeps an answer to; None: there is none."""
+        return None
+
+    def repair(self, text: str, record: Any) -> Parsed | None:
+        """`parse` after the task's own repair of an answer, reported beside the strict verdict; None: it has none."""
+        return None
+
     def token_classes(self, pieces: Sequence[str]) -> list[int]:
         """The role of each token of one completion, as indices into contract.TOKEN_CLASSES; "" is the end.
 

@@ -30,12 +30,13 @@ class Contract:
     `where` begins the UserError for a schema that is none, has a reference that leads out of it or nowhere, or a
     pattern that takes exponential time. With `by_path` a class is the path in the schema that failed, as in
     `price/minimum`; without, for schemas that differ from record to record, only the keyword.
+    `schema` is the schema.
     """
 
     def __init__(self, schema: Any, where: str, by_path: bool = True):
         if not isinstance(schema, dict):
             raise UserError(f"{where}: a JSON Schema is an object, this is {type(schema).__name__}; {_FIX}")
-        kind, self._by_path = _dialect(schema, where), by_path
+        kind, self.schema, self._by_path = _dialect(schema, where), schema, by_path
         resource = referencing.Resource.from_contents(
             schema, default_specification=referencing.jsonschema.DRAFT202012
         )

@@ -87,6 +87,10 @@ class Bfcl(FileTask):
         failure = record.contract.failure(call)
         return Parsed(OK, call["arguments"]) if failure == OK else Parsed(FAILURES.get(failure, failure))
 
+    def schema(self, record: Question) -> dict[str, Any]:
+        """That of a call of the function."""
+        return record.contract.schema
+
     def score(self, parsed: Parsed, record: Question) -> dict[str, float]:
         """Whether the call is right, and what share of the arguments is."""
         if not parsed.ok:

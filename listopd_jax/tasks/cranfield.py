@@ -22,7 +22,7 @@ Judgements = Mapping[int, Mapping[int, int]]  # query -> document -> label
 class Cranfield(Listwise, FileTask):
     """Lists of up to K/2 relevant abstracts and others; all lists of a query stay on one side."""
 
-    name, noun = "cranfield", "passage"
+    name, noun, best = "cranfield", "passage", BEST
     inputs = (*FileTask.inputs, "data.meta_path", "data.labels")
 
     def read(self, path: pathlib.Path) -> Iterator[ListExample]:

@@ -81,6 +81,10 @@ class JsonTask(FileTask):
         failure = record.contract.failure(value)
         return Parsed(OK, value) if failure == OK else Parsed(failure)
 
+    def schema(self, record: JsonRecord) -> dict[str, Any]:
+        """That of the line or of `task.schema`."""
+        return record.contract.schema
+
     def score(self, parsed: Parsed, record: JsonRecord) -> dict[str, float]:
         """Exact match and accuracies where there is a right answer; useful counts a failed answer as 0."""
         if record.answer is None:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from listopd_jax.data.reviews import first_words
-from listopd_jax.task.contract import FAILURES, Parsed, strict_parse, token_classes
+from listopd_jax.task.contract import FAILURES, Parsed, repair_permutation, strict_parse, token_classes
 from listopd_jax.task.corruptions import json_corruptions
 from listopd_jax.task.metrics import METRICS, list_metrics
 from listopd_jax.task.prompt import ListExample, render_answer, review_ids
@@ -18,6 +18,7 @@ class Listwise(Task):
     """Records are `ListExample`s; the value of an answer is the tuple of its scores in the order of the texts."""
 
     noun = "review"
+    best = 10  # the highest score that is asked for
     failures = FAILURES
     metrics = METRICS
     useful = "parse · NDCG@1"
@@ -36,6 +37,14 @@ class Listwise(Task):
     def parse(self, text: str, record: ListExample) -> Parsed:
         """EC's strict parse."""
         return strict_parse(text, review_ids(len(record.scores)), f"{self.noun}_id")
+
+    def schema(self, record: ListExample) -> dict[str, Any]:
+        """K objects, each with an id of the list and a whole score; that no id stands twice no schema can say."""
+        return list_schema(len(record.scores), f"{self.noun}_id", self.best)
+
+    def repair(self, text: str, record: ListExample) -> Parsed:
+        """EC's permutation repair."""
+        return repair_permutation(text, review_ids(len(record.scores)), f"{self.noun}_id")
 
     def score(self, parsed: Parsed, record: ListExample) -> dict[str, float]:
         """Ranking metrics of the scores against the labels."""
@@ -94,6 +103,18 @@ def deal_lists(
         scores = tuple(judged.get(i, 0) for i in chosen)
         key = f"q{name}.{start // (k // 2) + 1}"
         yield ListExample(key, name, query, tuple(texts[i] for i in chosen), scores)
+
+
+def list_schema(k: int, field: str, best: int) -> dict[str, Any]:
+    """The JSON Schema of a list of `k` scores from 0 to `best`, each with an id under `field`."""
+    score = {"type": "integer", "minimum": 0, "maximum": best}
+    item = {
+        "type": "object",
+        "properties": {field: {"enum": list(review_ids(k))}, "score": score},
+        "required": [field, "score"],
+        "additionalProperties": False,
+    }
+    return {"type": "array", "items": item, "minItems": k, "maxItems": k}
 
 
 def _by_words(record: ListExample, count: int) -> ListExample:
