@@ -7,7 +7,6 @@ lock one is `chosen`, by a rule that its code had before; the verdict is about t
 """
 
 import datetime
-import inspect
 import math
 import pathlib
 from collections.abc import Sequence
@@ -24,6 +23,7 @@ from listopd_jax.prereg.verdict import select
 from listopd_jax.records import PREDICTIONS, RESULTS, Prediction, read_predictions, read_results
 from listopd_jax.theory.cliff import table
 
+PREDICTORS = "ops/limit.py", "theory/predict.py"
 LEAST_GOAL, FLOORS = 0.05, 1.25
 
 
@@ -56,10 +56,8 @@ def make_curve_lock(workdir: pathlib.Path, config: Json) -> Json:
 
 def predictor_sha256() -> str:
     """Of the code that predicts."""
-    from listopd_jax.ops import limit
-    from listopd_jax.theory import predict
-
-    return files.json_sha256([inspect.getsource(module) for module in (limit, predict)])
+    package = pathlib.Path(__file__).resolve().parents[1]
+    return files.json_sha256([(package / name).read_text("utf-8") for name in PREDICTORS])
 
 
 def judge_curve(lock: Json, records: Any) -> Json:
