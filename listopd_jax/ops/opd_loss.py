@@ -37,6 +37,11 @@ class Frozen(NamedTuple):
     base: Any
     experts: tuple[Any, ...] = ()  # the teachers besides, where each row of a batch has its own
 
+    @property
+    def teachers(self) -> tuple[Any, ...]:
+        """All teachers."""
+        return self.teacher, *self.experts
+
 
 class Models(NamedTuple):
     """Something of each of the three or more models: a static half, a decoder, hidden states, a head."""
@@ -152,7 +157,9 @@ def _frozen_scores(
     def score(part):
         return _token_scores(part, *_frozen_distributions(part, heads, guard, vocab), variant)
 
-    needed = {name: rows[name] for name in ("hiddens", "token", "lam", "log_z", "state", "banned", "own_teacher")}
+    needed = {
+        name: rows[name] for name in ("hiddens", "token", "lam", "log_z", "state", "banned", "own_teacher")
+    }
     return map_positions(score, needed, chunk)
 
 

@@ -1,6 +1,7 @@
 """The OPD stage: sample from the student, score with teacher and base, update; one run for each λ and seed."""
 
 import functools
+import itertools
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -12,6 +13,7 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
 from listopd_jax.config import eval_budgets, guard_text
+from listopd_jax.data.input import FOR_TEACHERS, as_teachers_read
 from listopd_jax.models.build import cast, lora_of
 from listopd_jax.models.lora import joined, merged
 from listopd_jax.ops.grammar import Grammar
@@ -22,6 +24,7 @@ from listopd_jax.parallel.rules import decoding_copy
 from listopd_jax.rollout.decode import Rollout, generate
 from listopd_jax.rollout.state import trim
 from listopd_jax.stages.job import Job, base_of, saving
+from listopd_jax.stages.teachers import experts_of, teacher_roles
 from listopd_jax.task.codec import Codec
 from listopd_jax.train.collapse import Watch
 from listopd_jax.train.loop import Run, Saving, train
@@ -55,10 +58,12 @@ def opd_steps(job: Job) -> int:
 def preflight(job: Job, models: Mapping[str, Any]) -> None:
     """Look at the models, parameters by role, on the first batch of answers; UserError if they cannot be distilled."""
     batch, chunk, vocab = next(iter(job.evaluation_batches())), job.config.opd.head_chunk, job.codec.vocab
-    seen = {r: answer_logprobs(job.graphs[r], params, batch, vocab, chunk) for r, params in models.items()}
-    teacher = seen.pop("teacher")
-    for role, logprobs in seen.items():
-        check_models(teacher, logprobs, vocab, role)
+    teachers, seen = teacher_roles(models), {}
+    for role, params in models.items():
+        read = as_teachers_read(batch) if role in teachers else batch
+        seen[role] = answer_logprobs(job.graphs[role], params, read, vocab, chunk)
+    for teacher, other in itertools.product(teachers, [role for role in models if role not in teachers]):
+        check_models(seen[teacher], seen[other], vocab, other, teacher)
 
 
 def make_step(
@@ -77,7 +82,7 @@ def make_step(
     """
     base = graphs["base"] if "base" in graphs else base_of(graphs)
     return make_opd_step(
-        Models(student=graphs["student"], teacher=graphs["teacher"], base=base),
+        Models(graphs["student"], graphs["teacher"], base, experts_of(graphs)),
         tx,
         variant_of(opd),
         vocab=vocab,
@@ -146,13 +151,14 @@ def train_opd(
     key, steps = jax.random.key(run.seed), opd_steps(job)
 
     def update(state, batch, step):
-        rows = hosts.global_batch({k: batch[k] for k in ("prompt", "prompt_length", "index")}, opd.batch_size)
-        prompts, lengths = rows["prompt"], rows["prompt_length"]
+        names = ("prompt", "prompt_length", "index", *FOR_TEACHERS)
+        rows = hosts.global_batch({k: batch[k] for k in names if k in batch}, opd.batch_size)
+        prompts, lengths, *for_teachers = map(rows.get, ("prompt", "prompt_length", *FOR_TEACHERS))
         student = joined(shared.frozen.base, state.params)
         rollout = sample(job, student, prompts, lengths, jax.random.fold_in(key, step))
         held = holds_contract(job, rollout, rows["index"])
         reward = contract_reward(held, opd.contract_reward) if opd.contract_reward else None
-        sampled = OpdBatch(prompts, lengths, rollout._replace(steps=None), reward)
+        sampled = OpdBatch(prompts, lengths, rollout._replace(steps=None), reward, *for_teachers)
         hyper = hyper_at(opd, watch.lam(run.lam) if watch else run.lam, step)
         lr = jnp.float32(learning_rate(opd, step, steps))
         for _ in range(opd.updates_per_batch):

@@ -22,6 +22,7 @@ from listopd_jax.stages.job import REFERENCE, ROLES, Job, base_of, job_on_mesh
 from listopd_jax.stages.opd import Distillation, make_step, opd_runs, preflight, train_opd
 from listopd_jax.stages.results import evaluate, evaluated, summary, write_plan
 from listopd_jax.stages.sft import sft_run, train_sft
+from listopd_jax.stages.teachers import experts_of
 from listopd_jax.train.loop import Run
 from listopd_jax.train.optimizer import adamw
 
@@ -56,14 +57,14 @@ def planned(job: Job) -> list[Run]:
 
 
 def frozen_models(job: Job) -> Frozen:
-    """Teacher and base, trained or read, after a look at each; the base is the SFT student unless another is named."""
+    """Teachers and base, trained or read, after a look at each; the base is the SFT student unless another is named."""
     dtype = job.config.dtype.frozen
     order = ("student", "teacher") if job.config.sft.continued else ("teacher", "student")
     models = {role: cast(sft_stage(job, role), dtype) for role in order}
-    if REFERENCE in job.models:
-        models[REFERENCE] = initial_params(job.models[REFERENCE], job.shapes[REFERENCE], seed=0, dtype=dtype)
+    for role in (role for role in job.models if role not in ROLES):
+        models[role] = initial_params(job.models[role], job.shapes[role], seed=0, dtype=dtype)
     preflight(job, models)
-    return Frozen(models["teacher"], base_of(models))
+    return Frozen(models["teacher"], base_of(models), experts_of(models))
 
 
 def sft_stage(job: Job, role: str) -> Any:

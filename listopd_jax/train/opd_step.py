@@ -56,10 +56,10 @@ def make_opd_step(
 ) -> Callable:
     """A jitted step(state, frozen, batch: OpdBatch, hyper: Hyper, lr) → (state, metrics, per_token).
 
-    `graphs` are the static halves of the models, `frozen` the parameters of teachers and base. A student with an adapter
-    (of `lora`) has in its state the adapter alone; the rest of it are the arrays of the base. With `grid`, a step of G
-    independent students (λ, seeds) in one program: everything but `frozen`, which they share, has a leading axis G,
-    split along the mesh's `grid`. `pallas`, `grammar`: see `opd_loss`.
+    `graphs` are the static halves of the models, `frozen` the parameters of teachers and base. A student with an
+    adapter (of `lora`) has in its state the adapter alone; the rest of it are the arrays of the base. With `grid`, a
+    step of G independent students (λ, seeds) in one program: everything but `frozen`, which they share, has a leading
+    axis G, split along the mesh's `grid`. `pallas`, `grammar`: see `opd_loss`.
 
     metrics: scalars over completion tokens (loss, advantage_mean, guarded_fraction, ratio_max, clip_fraction,
     reverse_kl, entropy, sampler_trainer_gap, grad_norm). per_token: float32 arrays [B, n, T] of advantage, λ, student,
@@ -103,7 +103,9 @@ def _loss(graphs: Models, params, frozen: Frozen, batch: OpdBatch, weights, loss
     if batch.reward is not None:
         of_tokens["reward"] = jnp.broadcast_to(batch.reward[..., None], tokens.shape).reshape(-1)
     if batch.own_teacher is not None:
-        of_tokens["own_teacher"] = jnp.broadcast_to(batch.own_teacher[:, None, None], tokens.shape).reshape(-1)
+        of_tokens["own_teacher"] = jnp.broadcast_to(batch.own_teacher[:, None, None], tokens.shape).reshape(
+            -1
+        )
     loss, per_token = loss_function(hiddens, heads, *rows, hyper, **of_tokens)
     return loss, {k: v.reshape(tokens.shape) for k, v in per_token.items()}
 
