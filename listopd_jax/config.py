@@ -66,7 +66,7 @@ def defaults() -> ml_collections.ConfigDict:
         task=_task(),
         tokenizer=_tokenizer(),
         data=_data(),
-        teacher=_model(),
+        teacher=_teacher(),
         student=_model(),
         # the objective's base: weights as they are, with a merged adapter if one is named; empty: the student's SFT
         reference=_section(weights="", adapter=""),
@@ -156,6 +156,15 @@ def _model() -> ml_collections.ConfigDict:
         qk_norm=True,
         tied=True,
     )
+
+
+def _teacher() -> ml_collections.ConfigDict:
+    section = _model()
+    section.server = (
+        ""  # http(s)://HOST:PORT of a server that has the model in place of `weights`, as vLLM serves it
+    )
+    section.served_name = ""  # the model's name there
+    return section
 
 
 def _teachers() -> ml_collections.ConfigDict:
@@ -486,6 +495,47 @@ def teacher_routes(teachers: Any) -> dict[str, str]:
     return routes
 
 
+def _validate_server(config: ml_collections.ConfigDict) -> None:
+    """What a teacher that is served asks of the rest: its address is shown and kept, so it must hold no secret."""
+    teacher, opd = config.teacher, config.opd
+    _require(
+        bool(teacher.server) == bool(teacher.served_name),
+        "teacher.server and teacher.served_name (the model's name there): set both, or neither",
+    )
+    if not teacher.server:
+        return
+    _require(
+        re.fullmatch(r"https?://([\w.-]+|\[[0-9a-fA-F:.]+\])(:[0-9]{1,5})?(/[\w./-]*)?", teacher.server)
+        is not None,
+        "teacher.server: write http(s)://HOST:PORT, without user, password or query; a key goes into the environment "
+        "as LISTOPD_TEACHER_KEY",
+    )
+    _require(
+        not (teacher.weights or config.teachers.route),
+        "teacher.server is the only teacher of a run: leave teacher.weights and teachers.route out",
+    )
+    _require(
+        bool(config.tokenizer.path),
+        "tokenizer.path is empty: the teacher of teacher.server needs its tokenizer",
+    )
+    _require(
+        not config.sft.continued,
+        "sft.continued trains the teacher, which teacher.server only reads: drop one",
+    )
+    whole = {
+        "opd.estimator": opd.estimator == "full_vocab",
+        "opd.normalize": opd.normalize,
+        "opd.control_variate": opd.control_variate != "none",
+        "opd.on_collapse": opd.on_collapse != "none",
+        "opd.guard": bool(guard_text(opd.guard)),
+    }
+    for field in (field for field, used in whole.items() if used):
+        raise UserError(
+            f"{field} needs the teacher's whole distribution, and teacher.server gives one number a token: leave one "
+            "of them out"
+        )
+
+
 def _validate_teachers(config: ml_collections.ConfigDict) -> None:
     teachers, routes = config.teachers, teacher_routes(config.teachers)
     _require(
@@ -605,7 +655,8 @@ def _validate_guard(config: ml_collections.ConfigDict) -> None:
     """What sft.continued, the expected scores and the guards ask of the rest."""
     opd = config.opd
     _require(
-        not config.sft.continued or config.teacher == config.student,
+        not config.sft.continued
+        or config.teacher.to_dict() == config.student.to_dict() | {"server": "", "served_name": ""},
         "sft.continued trains the teacher on from the student's end: teacher and student must be the same section",
     )
     _require(
@@ -701,6 +752,7 @@ def validate(config: ml_collections.ConfigDict) -> ml_collections.FrozenConfigDi
     _validate_data(config)
     _validate_combinations(config)
     _validate_teachers(config)
+    _validate_server(config)
     checked = config.copy_and_resolve_references()
     checked.task.k = config.task.k or (4 if is_embedded(config) else 8)
     if ranks_reviews(config):
@@ -781,8 +833,19 @@ def _plain(value: Any) -> Any:
     return str(value) if isinstance(value, float) and math.isinf(value) else value
 
 
-MAY_CHANGE = ("opd.lambdas", "opd.seeds", "forecast.lambdas", "parallel.", "attention", "track.")
-"""Fields and sections that may differ between calls on one workdir: the grid may grow, devices and trackers change."""
+MAY_CHANGE = (
+    "opd.lambdas",
+    "opd.seeds",
+    "forecast.lambdas",
+    "parallel.",
+    "attention",
+    "track.",
+    "teacher.server",
+)
+"""Fields and sections that may differ between calls on one workdir: the grid may grow, devices and trackers change.
+
+A server may move; whether there is one, and for which model, `teacher.served_name` says.
+"""
 
 
 def fixed_fields(saved: dict[str, Any]) -> dict[str, Any]:

@@ -18,7 +18,7 @@ from listopd_jax.ops.fused import fused_loss
 from listopd_jax.ops.gather_kernel import gather_logprobs
 from listopd_jax.ops.grammar import Grammar
 from listopd_jax.ops.guard import Guard, Guarded, guarded
-from listopd_jax.ops.head import entropy_of, log_distribution, map_positions, take_token
+from listopd_jax.ops.head import entropy_of, log_distribution, map_positions, take_token, token_logprobs
 from listopd_jax.ops.objective import (
     Hyper,
     Variant,
@@ -73,6 +73,7 @@ def opd_loss(
     grammar: Grammar | None = None,
     states: Int[Array, " N"] | None = None,
     own_teacher: Int[Array, " N"] | None = None,
+    teacher: Float[Array, " N"] | None = None,
 ) -> tuple[Float[Array, ""], dict[str, Float[Array, " N"]]]:
     """Σ weight·loss over N completion positions (EC §2) and what is known of each; differentiable in the student's.
 
@@ -85,6 +86,7 @@ def opd_loss(
       pallas: score teacher and base by ops/gather_kernel.py, on a TPU, where no more than that is asked of them.
       reward: of each sampled token, added to its advantage.
       own_teacher: with experts, whose row it is: 0 the teacher's, i the i-th expert's.
+      teacher: log π_T of the tokens where that is all there is of a teacher: those of `hiddens` and `heads` are None.
     Returns the loss and, float32 [N]: advantage, ratio, lambda, entropy; student, teacher and base log-probabilities of
     the tokens; rollout; with Variant.flips, flip (`flipped`). They mean nothing where the weight is 0.
     """
@@ -103,11 +105,14 @@ def opd_loss(
         rows["banned"] = jnp.zeros(weights.shape, bool)
         if reward is not None:
             rows["reward"] = reward
-        # the kernel gives no distributions
-        looks_at_all_tokens = guard is not None or variant.normalize or variant.flips
-        if variant.control_variate:  # which needs those of all three models at one time
+        if variant.control_variate:  # which needs the distributions of all three models at one time
             rows["hiddens"] = frozen
-        elif pallas and not looks_at_all_tokens:
+        elif teacher is not None:
+            score = gather_logprobs if pallas else functools.partial(_logprobs, chunk=chunk)
+            rows |= {"teacher": teacher, "base": score(frozen.base, frozen_heads.base, tokens, vocab)}
+        elif (
+            pallas and guard is None and not (variant.normalize or variant.flips)
+        ):  # it gives no distributions
             rows["teacher"], rows["base"] = _teacher_and_base(
                 lambda h, w: gather_logprobs(h, w, tokens, vocab), frozen, frozen_heads, own_teacher
             )
@@ -115,6 +120,11 @@ def opd_loss(
             rows |= _frozen_scores(rows | {"hiddens": frozen}, frozen_heads, guard, variant, vocab, chunk)
     f = functools.partial(f, variant, vocab)
     return fused_loss(f, vocab, chunk, hiddens.student, heads.student, rows, (frozen_heads, hyper, guard))
+
+
+def _logprobs(hidden, head, tokens: Int[Array, " N"], vocab: int, chunk: int) -> Float[Array, " N"]:
+    """What `gather_logprobs` gives, by plain XLA."""
+    return token_logprobs(hidden, head, tokens, vocab, chunk)[0]
 
 
 def _guard(variant: Variant, hyper: Hyper, grammar: Grammar | None) -> Guard | None:

@@ -71,6 +71,10 @@ def shapes_of(config: Any) -> dict[str, ModelConfig]:
     """Dimensions of the models by role."""
     from listopd_jax.stages.job import models_of
 
+    if config.teacher.server:
+        raise UserError(
+            "teacher.server: a plan is of models on these devices; plan without it, less the teacher's memory"
+        )
     return {role: shape_of(model, vocabulary(config)) for role, model in models_of(config).items()}
 
 

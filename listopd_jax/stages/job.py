@@ -129,8 +129,6 @@ class Job:
     def for_teachers(self) -> dict[str, data_input.EncodedSplit]:
         """Both splits with what several teachers, and teachers with prompts of their own, need of each record."""
         splits = {"train": self.train, "validation": self.validation}
-        if "teacher" not in self.models:
-            return splits
         return {name: self._for_teachers(split, self.records[name]) for name, split in splits.items()}
 
     def _for_teachers(
@@ -260,13 +258,13 @@ class Job:
 
     def evaluation_batches(self, batch_size: int = 0) -> Iterator[dict[str, Any]]:
         """Every validation list once, `batch_size` (0: `evaluation.batch_size`) or a few more at a time."""
-        return self._evaluation_batches(self.for_teachers["validation"], batch_size)
+        return self._evaluation_batches(self.validation, batch_size)
 
     def by_teacher(self, batch_size: int = 0) -> Iterator[tuple[str, Iterator[dict[str, Any]]]]:
-        """`evaluation_batches` of each teacher's own lists, with its role; of those that have any."""
+        """`evaluation_batches` of each teacher's own lists, as it reads them, with its role; of those that have any."""
         split = self.for_teachers["validation"]
         if split.own_teacher is None:
-            yield "teacher", self.evaluation_batches(batch_size)
+            yield "teacher", self._evaluation_batches(split, batch_size)
             return
         for i, role in enumerate(teacher_roles(self.models)):
             rows = np.flatnonzero(split.own_teacher == i).astype(np.int32)
@@ -329,7 +327,7 @@ def open_job(config: ml_collections.FrozenConfigDict, workdir: pathlib.Path, **m
 
     `models` are config sections by role; if none is given, those of teacher, student and, if it is another, base.
     """
-    models = models or models_of(config)
+    whole, models = not models, models or models_of(config)
     backend = resolve(config.attention, jax.default_backend(), config.dtype.compute)
     task = load_task(config)
     with hosts.main_first():
@@ -349,15 +347,15 @@ def open_job(config: ml_collections.FrozenConfigDict, workdir: pathlib.Path, **m
     job = Job(config, workdir, models, task, codec, records, backend)
     # A checkpoint or template that does not fit shows now, not when its turn comes.
     _ = job.shapes, job.validation, job.guard
-    if config.teachers.route or config.teachers.max_prompt:
+    if whole and (config.teachers.route or config.teachers.max_prompt):
         _ = job.for_teachers
     return job
 
 
 def models_of(config: Any) -> dict[str, Any]:
-    """The config sections of a job's models by role; a reference only where it has weights, experts last."""
-    roles = (*ROLES, REFERENCE) if config.reference.weights else ROLES
-    return {role: config[role] for role in roles} | expert_sections(config)
+    """The config sections of a job's models by role: no teacher that is served, no reference without weights."""
+    there = {"teacher": not config.teacher.server, "student": True, REFERENCE: bool(config.reference.weights)}
+    return {role: config[role] for role, is_there in there.items() if is_there} | expert_sections(config)
 
 
 def writers_of(models: Mapping[str, Any]) -> dict[str, Any]:

@@ -19,9 +19,10 @@ from listopd_jax.stages.collapse import best_checkpoint, collapse_fields, watch_
 from listopd_jax.stages.forecast import forecast
 from listopd_jax.stages.forgetting import forgetting
 from listopd_jax.stages.job import REFERENCE, ROLES, Job, base_of, job_on_mesh
-from listopd_jax.stages.opd import Distillation, make_step, opd_runs, preflight, train_opd
+from listopd_jax.stages.opd import Distillation, connected, make_step, opd_runs, preflight, train_opd
 from listopd_jax.stages.results import evaluate, evaluated, summary, write_plan
 from listopd_jax.stages.sft import sft_run, train_sft
+from listopd_jax.stages.teacher_server import TeacherServer
 from listopd_jax.stages.teachers import experts_of
 from listopd_jax.train.loop import Run
 from listopd_jax.train.optimizer import adamw
@@ -36,14 +37,18 @@ def run_stages(config: Any, workdir: pathlib.Path) -> None:
 def _models_to_policies(job: Job) -> None:
     config = job.config
     write_plan(job.workdir, planned(job))
-    frozen = frozen_models(job)
-    calibrate_stage(job, frozen)
-    forecast(job, frozen)
+    server = connected(job)
+    frozen = frozen_models(job, server)
+    if server is None:
+        calibrate_stage(job, frozen)
+        forecast(job, frozen)
+    elif is_main():
+        print("no calibration, no forecast: teacher.server gives no whole distributions", file=sys.stderr)
     tx = adamw(config.optimizer, config.opd.b2, config.opd.moments)
     graphs = job.graphs | {"student": job.trained["student"], "base": base_of(job.graphs)}
     grammar = None if job.guard is None else job.guard.grammar
     step = make_step(config.opd, tx, graphs, vocab=job.codec.vocab, attention=job.attention, grammar=grammar)
-    shared = Distillation(student_again(job, frozen.base), frozen, tx, step)
+    shared = Distillation(student_again(job, frozen.base), frozen, tx, step, server)
     for seed in config.opd.seeds:
         for lam in config.opd.lambdas:
             distil(job, shared, lam, seed)
@@ -53,18 +58,20 @@ def planned(job: Job) -> list[Run]:
     """Every policy that the job trains and evaluates, in order."""
     opd = job.config.opd
     grid = [(lam, seed) for seed in opd.seeds for lam in opd.lambdas]
-    return [sft_run(job, role) for role in ROLES] + [run for point in grid for run in opd_runs(job, *point)]
+    return [sft_run(job, role) for role in ROLES if role in job.models] + [
+        run for point in grid for run in opd_runs(job, *point)
+    ]
 
 
-def frozen_models(job: Job) -> Frozen:
+def frozen_models(job: Job, server: TeacherServer | None = None) -> Frozen:
     """Teachers and base, trained or read, after a look at each; the base is the SFT student unless another is named."""
     dtype = job.config.dtype.frozen
     order = ("student", "teacher") if job.config.sft.continued else ("teacher", "student")
-    models = {role: cast(sft_stage(job, role), dtype) for role in order}
+    models = {role: cast(sft_stage(job, role), dtype) for role in order if role in job.models}
     for role in (role for role in job.models if role not in ROLES):
         models[role] = initial_params(job.models[role], job.shapes[role], seed=0, dtype=dtype)
-    preflight(job, models)
-    return Frozen(models["teacher"], base_of(models), experts_of(models))
+    preflight(job, models, server)
+    return Frozen(models.get("teacher"), base_of(models), experts_of(models))
 
 
 def sft_stage(job: Job, role: str) -> Any:

@@ -15,6 +15,7 @@ import optax
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
+from listopd_jax.models.decoder import Decoder
 from listopd_jax.models.lora import joined
 from listopd_jax.ops.grammar import START, Grammar, states
 from listopd_jax.ops.objective import Hyper, Variant, token_weights
@@ -30,7 +31,7 @@ class OpdBatch(NamedTuple):
     """Prompts, their n sampled completions, and a reward of each, to be added to the advantage of its tokens.
 
     With experts, `own_teacher` says whose row it is: 0 the teacher's, i the i-th expert's. Teachers read prompts of
-    their own where there are some.
+    their own where there are some. `teacher_logprobs` are those of a teacher that is no model here.
     """
 
     prompts: Int[Array, "B P"]
@@ -40,6 +41,7 @@ class OpdBatch(NamedTuple):
     own_teacher: Int[Array, " B"] | None = None
     teacher_prompts: Int[Array, "B Q"] | None = None
     teacher_prompt_lengths: Int[Array, " B"] | None = None
+    teacher_logprobs: Float[Array, "B n T"] | None = None
 
 
 def make_opd_step(
@@ -93,7 +95,7 @@ def _loss(graphs: Models, params, frozen: Frozen, batch: OpdBatch, weights, loss
     tokens = batch.rollout.tokens
     decoders = _decoders(graphs, joined(frozen.base, params), frozen)
     hiddens = _hiddens(decoders, batch)
-    heads = Models(*(d.head_weight() for d in decoders[:3]), tuple(d.head_weight() for d in decoders.experts))
+    heads = Models(*map(_head, decoders[:3]), tuple(map(_head, decoders.experts)))
     grammar = loss_function.keywords["grammar"]
     state = None if grammar is None else states(grammar, jnp.full(tokens.shape[:2], START), tokens)
     hiddens, state, *rows = jax.tree.map(
@@ -102,6 +104,8 @@ def _loss(graphs: Models, params, frozen: Frozen, batch: OpdBatch, weights, loss
     of_tokens = {"states": state}
     if batch.reward is not None:
         of_tokens["reward"] = jnp.broadcast_to(batch.reward[..., None], tokens.shape).reshape(-1)
+    if batch.teacher_logprobs is not None:
+        of_tokens["teacher"] = batch.teacher_logprobs.reshape(-1)
     if batch.own_teacher is not None:
         of_tokens["own_teacher"] = jnp.broadcast_to(batch.own_teacher[:, None, None], tokens.shape).reshape(
             -1
@@ -112,8 +116,13 @@ def _loss(graphs: Models, params, frozen: Frozen, batch: OpdBatch, weights, loss
 
 def _decoders(graphs: Models, student, frozen: Frozen) -> Models:
     """The models of static halves and parameters."""
-    first = map(nnx.merge, graphs[:3], (student, frozen.teacher, frozen.base))
-    return Models(*first, tuple(map(nnx.merge, graphs.experts, frozen.experts)))
+    teacher = None if graphs.teacher is None else nnx.merge(graphs.teacher, frozen.teacher)
+    experts = tuple(map(nnx.merge, graphs.experts, frozen.experts))
+    return Models(nnx.merge(graphs.student, student), teacher, nnx.merge(graphs.base, frozen.base), experts)
+
+
+def _head(decoder: Decoder | None) -> Float[Array, "V D"] | None:
+    return None if decoder is None else decoder.head_weight()
 
 
 def _hiddens(decoders: Models, batch: OpdBatch) -> Models:
@@ -123,7 +132,7 @@ def _hiddens(decoders: Models, batch: OpdBatch) -> Models:
     told = (batch.teacher_prompts, batch.teacher_prompt_lengths) if own else asked
     return Models(
         completion_hidden(decoders.student, *asked, tokens),
-        completion_hidden(decoders.teacher, *told, tokens),
+        None if decoders.teacher is None else completion_hidden(decoders.teacher, *told, tokens),
         completion_hidden(decoders.base, *asked, tokens),
         tuple(completion_hidden(expert, *told, tokens) for expert in decoders.experts),
     )
