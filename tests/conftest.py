@@ -47,7 +47,7 @@ SLOW_FILES = (
     "export forecast gain gather_kernel gguf grammar guard guard_targets hf_folders job json_task launch "
     "loop lora main models_check models_decoder models_hf opd_step parallel parallel_hosts plan_compile "
     "plan_gpu reference report report_parts rollout rollout_drafts rollout_segments sft_continued "
-    "sft_step simulate survival tasks teachers theory_estimators trackers watch"
+    "sft_step simulate survival tasks teacher_server teachers theory_estimators trackers watch"
 ).split()
 """tests/test_NAME.py that take more than a few seconds each: not in `make quick`."""
 

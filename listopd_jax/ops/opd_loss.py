@@ -91,9 +91,8 @@ def opd_loss(
     the tokens; rollout; with Variant.flips, flip (`flipped`). They mean nothing where the weight is 0.
     """
     frozen = hiddens.frozen
-    frozen_heads = jax.tree.map(
-        lambda w, h: w.astype(h.dtype), heads.frozen, frozen
-    )  # once, not in every chunk
+    # Once, not in every chunk.
+    frozen_heads = jax.tree.map(lambda w, h: w.astype(h.dtype), heads.frozen, frozen)
     rows = {"token": tokens, "rollout": rollout, "weight": weights, "lam": jnp.full_like(weights, hyper.lam)}
     rows |= {"state": states, "own_teacher": own_teacher}
     guard = _guard(variant, hyper, grammar)
@@ -101,10 +100,8 @@ def opd_loss(
         f, rows["hiddens"] = _full_vocab, frozen
     else:
         f = _sampled
-        rows["log_z"] = jnp.zeros_like(weights)
-        rows["banned"] = jnp.zeros(weights.shape, bool)
-        if reward is not None:
-            rows["reward"] = reward
+        rows |= {"log_z": jnp.zeros_like(weights), "banned": jnp.zeros(weights.shape, bool)}
+        rows |= {} if reward is None else {"reward": reward}
         if variant.control_variate:  # which needs the distributions of all three models at one time
             rows["hiddens"] = frozen
         elif teacher is not None:
