@@ -13,9 +13,10 @@ from test_opd_step import BASE, STUDENT, STUDENT_DEF, TEACHER, TEACHER_DEF, hype
 from test_reference import save_random
 
 from configs.fashion import tiny as tiny_config
-from listopd_jax.config import validate
+from listopd_jax.config import to_json, validate
 from listopd_jax.data.tokenizer import load_tokenizer, train_tokenizer
 from listopd_jax.errors import UserError
+from listopd_jax.files import write_json
 from listopd_jax.metrics_log import read_metrics
 from listopd_jax.models.config import num_params
 from listopd_jax.ops.objective import Variant
@@ -24,6 +25,7 @@ from listopd_jax.parallel.mesh import AXES, make_mesh
 from listopd_jax.plan.arithmetic import Layout, Load, memory_estimate, step_flops
 from listopd_jax.plan.compile import compile_update, state_memory
 from listopd_jax.plan.search import shapes_of
+from listopd_jax.report.write import write_report
 from listopd_jax.rollout.decode import Rollout
 from listopd_jax.stages.evaluate import greedy_answers
 from listopd_jax.stages.job import job_on_mesh, open_job
@@ -172,6 +174,13 @@ def config_of(models, route="", **fields):
 ROUTE = "hats=MODELS/hats,shoes=teacher"
 
 
+def reported(config, workdir):
+    """A whole run, to its report; the page."""
+    run_stages(config, workdir)
+    write_json(workdir / "config.json", {"config": to_json(config), "versions": {}, "notes": []})
+    return write_report(workdir).read_text()
+
+
 def left(workdir):
     """What a run leaves, but for its speed."""
     rows = [{k: v for k, v in row.items() if k != "tokens_per_second"} for row in read_metrics(workdir)]
@@ -187,7 +196,7 @@ def test_a_route_to_one_teacher_is_the_run_without_a_route(models, tmp_path):
 def test_calibration_and_forecast_read_each_record_with_its_own_teacher(models, tmp_path):
     """At λ = 1 the forecast is the greedy answer of the record's own teacher."""
     config = config_of(models, ROUTE)
-    run_stages(config, tmp_path)
+    assert f"The teacher {models}/hats alone, on its " in reported(config, tmp_path)
     rows, calibration, results = left(tmp_path)
     assert len(rows) == 2 and calibration["prompts"] == 7
     notes = [note for note in calibration["notes"] if "alone" in note]
@@ -231,7 +240,7 @@ def test_self_distillation_with_a_hint(models, tmp_path, capsys):
     with pytest.raises(UserError, match="student and teacher give the same log-probabilities"):
         run_stages(config_of(models, **same), tmp_path / "without")
     assert "teachers read the student's prompts" in capsys.readouterr().err
-    run_stages(config_of(models, **same, **{"teachers.max_prompt": 64}), tmp_path / "hint")
+    reported(config_of(models, **same, **{"teachers.max_prompt": 64}), tmp_path / "hint")
     rows, _, results = left(tmp_path / "hint")
     first = next(row for row in rows if "reverse_kl" in row)
     assert abs(first["reverse_kl"]) > 1e-3
