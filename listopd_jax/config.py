@@ -160,10 +160,8 @@ def _model() -> ml_collections.ConfigDict:
 
 def _teacher() -> ml_collections.ConfigDict:
     section = _model()
-    section.server = (
-        ""  # http(s)://HOST:PORT of a server that has the model in place of `weights`, as vLLM serves it
-    )
-    section.served_name = ""  # the model's name there
+    # http(s)://HOST:PORT of a server that has the model in place of `weights`, as vLLM serves it, and its name there
+    section.server = section.served_name = ""
     return section
 
 

@@ -310,6 +310,7 @@ def test_prompts_for_teachers_must_be_there_and_be_prompts(models, tmp_path):
             config_of(models, **{"data.path": str(tmp_path / "x.jsonl"), "teachers.max_prompt": 64}), tmp_path
         )
 
+    opened(lambda line: line if line["prompt"] == "order 3" else {k: line[k] for k in ("prompt", "answer")})
     with pytest.raises(UserError, match="teachers.max_prompt=64: no json record has a prompt for teachers"):
         opened(lambda line: {k: v for k, v in line.items() if k != "teacher_prompt"})
     with pytest.raises(

@@ -143,17 +143,13 @@ def teacher_prompts(
 ) -> tuple[Int32[np.ndarray, " _"], ...]:
     """The ids of what teachers read before the answers to the encoded `records`: their own prompts, or the same.
 
-    UserError if no record has one of its own, one ends in EOS, or one is above `max_prompt` tokens: none is cut.
+    UserError if one ends in EOS, or is above `max_prompt` tokens: none is cut.
     """
     own = {i: p for i, r in enumerate(records) if (p := task.teacher_prompt(r)) is not None}
-    if not own:
-        raise UserError(
-            f"teachers.max_prompt={max_prompt}: no {task.name} record has a prompt for teachers (teacher_prompt); give "
-            "some, or set it to 0"
-        )
     ids = {i: prompt_ids(p, tokenizer, chat_template, chat_date) for i, p in own.items()}
-    _check_open(next(iter(ids.values())), tokenizer, {tokenizer.eos_token_id, *ends}, chat_template)
     prompts = tuple(ids.get(i, prompt) for i, prompt in enumerate(split.prompts))
+    first = next(iter(ids.values()), prompts[0])
+    _check_open(first, tokenizer, {tokenizer.eos_token_id, *ends}, chat_template)
     longest = max(range(len(prompts)), key=lambda i: len(prompts[i]))
     if len(prompts[longest]) > max_prompt:
         raise UserError(

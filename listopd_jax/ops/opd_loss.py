@@ -107,9 +107,8 @@ def opd_loss(
         elif teacher is not None:
             score = gather_logprobs if pallas else functools.partial(_logprobs, chunk=chunk)
             rows |= {"teacher": teacher, "base": score(frozen.base, frozen_heads.base, tokens, vocab)}
-        elif (
-            pallas and guard is None and not (variant.normalize or variant.flips)
-        ):  # it gives no distributions
+        elif pallas and guard is None and not (variant.normalize or variant.flips):
+            # The kernel gives no distributions.
             rows["teacher"], rows["base"] = _teacher_and_base(
                 lambda h, w: gather_logprobs(h, w, tokens, vocab), frozen, frozen_heads, own_teacher
             )

@@ -14,7 +14,7 @@ import ml_collections
 import numpy as np
 from absl import logging
 from flax import nnx
-from jaxtyping import Float
+from jaxtyping import Float, Int32
 
 from listopd_jax import files
 from listopd_jax.config import digest, guard_knows_contract, guard_text, is_small, noise_shares, to_json
@@ -269,8 +269,14 @@ class Job:
         for i, role in enumerate(teacher_roles(self.models)):
             rows = np.flatnonzero(split.own_teacher == i).astype(np.int32)
             if rows.size:
-                batches = self._evaluation_batches(data_input.rows_of(split, rows), batch_size)
-                yield role, (batch | {"index": rows[batch["index"]]} for batch in batches)
+                yield role, self._batches_of_rows(split, rows, batch_size)
+
+    def _batches_of_rows(
+        self, split: data_input.EncodedSplit, rows: Int32[np.ndarray, " R"], batch_size: int
+    ) -> Iterator[dict[str, Any]]:
+        """Evaluation batches of some rows, which keep the numbers that they have in the split."""
+        for batch in self._evaluation_batches(data_input.rows_of(split, rows), batch_size):
+            yield batch | {"index": rows[batch["index"]]}
 
     def _evaluation_batches(
         self, split: data_input.EncodedSplit, batch_size: int
@@ -293,14 +299,17 @@ def _say_dropped_noise(task: Task, config: Any) -> None:
         print(f"task {task.name}: defines no {', '.join(dropped)}: dropped; it has {known}", file=sys.stderr)
 
 
-def _say_unread_prompts(task: Task, config: Any, records: Sequence[Any]) -> None:
-    """One line on stderr if records have prompts for teachers that the config does not ask for."""
-    if not config.teachers.max_prompt and any(task.teacher_prompt(record) is not None for record in records):
-        print(
-            f"task {task.name}: teachers read the student's prompts, not those of teacher_prompt: "
-            "teachers.max_prompt=0",
-            file=sys.stderr,
+def _look_at_teacher_prompts(task: Task, config: Any, records: Sequence[Any]) -> None:
+    """UserError if the config asks for prompts of teachers and there are none; one line on stderr if it leaves them."""
+    asked, given = config.teachers.max_prompt, any(task.teacher_prompt(r) is not None for r in records)
+    if asked and not given:
+        raise UserError(
+            f"teachers.max_prompt={asked}: no {task.name} record has a prompt for teachers (teacher_prompt); give "
+            "some, or set it to 0"
         )
+    if given and not asked:
+        text = "teachers read the student's prompts, not those of teacher_prompt: teachers.max_prompt=0"
+        print(f"task {task.name}: {text}", file=sys.stderr)
 
 
 def draft_tokens(config: Any) -> int:
@@ -341,7 +350,8 @@ def open_job(config: ml_collections.FrozenConfigDict, workdir: pathlib.Path, **m
         if hosts.is_main():
             refuse_other_inputs(workdir, **_digests(config, models))
             _say_dropped_noise(task, config)
-            _say_unread_prompts(task, config, splits.train)
+            if whole:
+                _look_at_teacher_prompts(task, config, [*splits.train, *splits.validation])
     codec = Codec(tokenizer, completion_ends(config, tokenizer, writers_of(models)), task.token_classes)
     records = {"train": splits.train, "validation": splits.validation}
     job = Job(config, workdir, models, task, codec, records, backend)
