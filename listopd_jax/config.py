@@ -41,6 +41,7 @@ DTYPES = ("float32", "bfloat16")
 REMATS = ("full", "attention", "dots", "none")
 ATTENTIONS = ("auto", "xla", "cudnn", "splash")
 LORA_TARGETS = tuple(f"{name}_proj" for name in PROJECTIONS)
+TEACHER = "teacher"  # in teachers.route: the model of that section
 SMALL_WIDTH = 128
 MOST_DRAFT_TOKENS = 64  # more cost more than they can save
 TOKENS_PER_OBJECT = 12  # of an answer, by the tokenizer that the embedded task trains (9 to 11)
@@ -66,10 +67,11 @@ def defaults() -> ml_collections.ConfigDict:
         task=_task(),
         tokenizer=_tokenizer(),
         data=_data(),
-        teacher=_model(),
+        teacher=_teacher(),
         student=_model(),
         # the objective's base: weights as they are, with a merged adapter if one is named; empty: the student's SFT
         reference=_section(weights="", adapter=""),
+        teachers=_teachers(),
         dtype=_section(compute="float32", frozen="float32"),
         remat="none",
         attention="auto",  # splash (and the Pallas kernel for frozen scores) on TPUs, cudnn on GPUs in 16 bit, else xla
@@ -161,6 +163,22 @@ def _model() -> ml_collections.ConfigDict:
         rope_theta=1e4,
         qk_norm=True,
         tied=True,
+    )
+
+
+def _teacher() -> ml_collections.ConfigDict:
+    section = _model()
+    # http(s)://HOST:PORT of a server that has the model in place of `weights`, as vLLM serves it, and its name there
+    section.server = section.served_name = ""
+    return section
+
+
+def _teachers() -> ml_collections.ConfigDict:
+    return _section(
+        field="",  # of a record: what it has there decides whose it is; empty: all are of section `teacher`
+        # "VALUE=WEIGHTS,VALUE=WEIGHTS": checkpoints as they are, as of teacher.weights; `teacher` is that section's
+        route="",
+        max_prompt=0,  # tokens of the prompts that the task gives teachers alone; 0: they read the student's
     )
 
 
@@ -380,6 +398,7 @@ sft.teacher.steps sft.teacher.epochs sft.teacher.warmup_steps sft.teacher.microb
 sft.student.steps sft.student.epochs sft.student.warmup_steps sft.student.microbatch
 opd.steps opd.epochs opd.microbatch opd.kl_to_base opd.entropy_bonus opd.lambda_warmup_steps opd.guard.margin
 opd.contract_reward opd.collapse.flips opd.eval_every opd.guard.floor
+teachers.max_prompt
 evaluation.max_lists evaluation.examples optimizer.weight_decay optimizer.max_grad_norm
 track.log_completions_every
 """.split()
@@ -504,6 +523,85 @@ def noise_shares(sft: Any, field: str = "sft") -> tuple[tuple[str, float], ...]:
         f"{field}.noise={sft.noise!r}: shares must not sum to more than 1, and no name stand twice",
     )
     return tuple(shares)
+
+
+def teacher_routes(teachers: Any) -> dict[str, str]:
+    """Value of `teachers.field` → weights of its teacher, or TEACHER; UserError for an entry that is none."""
+    pairs = [entry.partition("=") for entry in teachers.route.split(",")] if teachers.route else []
+    routes = {value.strip(): weights.strip() for value, _, weights in pairs}
+    _require(
+        all(routes) and all(routes.values()) and len(routes) == len(pairs),
+        f"teachers.route={teachers.route!r}: write VALUE=WEIGHTS, no value twice, e.g. 'hats=runs/hats,shoes=teacher'",
+    )
+    return routes
+
+
+def _validate_server(config: ml_collections.ConfigDict) -> None:
+    """What a teacher that is served asks of the rest: its address is shown and kept, so it must hold no secret."""
+    teacher, opd = config.teacher, config.opd
+    _require(
+        bool(teacher.server) == bool(teacher.served_name),
+        "teacher.server and teacher.served_name (the model's name there): set both, or neither",
+    )
+    if not teacher.server:
+        return
+    _require(
+        re.fullmatch(r"https?://([\w.-]+|\[[0-9a-fA-F:.]+\])(:[0-9]{1,5})?(/[\w./-]*)?", teacher.server)
+        is not None,
+        "teacher.server: write http(s)://HOST:PORT, without user, password or query; a key goes into the environment "
+        "as LISTOPD_TEACHER_KEY",
+    )
+    _require(
+        not (teacher.weights or config.teachers.route),
+        "teacher.server is the only teacher of a run: leave teacher.weights and teachers.route out",
+    )
+    _require(
+        bool(config.tokenizer.path),
+        "tokenizer.path is empty: the teacher of teacher.server needs its tokenizer",
+    )
+    _require(
+        not config.sft.continued,
+        "sft.continued trains the teacher, which teacher.server only reads: drop one",
+    )
+    whole = {
+        "opd.estimator": opd.estimator == "full_vocab",
+        "opd.recommend": opd.recommend,
+        "predict.anchors": bool(config.predict.anchors),
+        "opd.normalize": opd.normalize,
+        "opd.control_variate": opd.control_variate != "none",
+        "opd.on_collapse": opd.on_collapse != "none",
+        "opd.guard": bool(guard_text(opd.guard)),
+    }
+    for field in (field for field, used in whole.items() if used):
+        raise UserError(
+            f"{field} needs the teacher's whole distribution, and teacher.server gives one number a token: leave one "
+            "of them out"
+        )
+
+
+def _validate_teachers(config: ml_collections.ConfigDict) -> None:
+    teachers, routes = config.teachers, teacher_routes(config.teachers)
+    _require(
+        bool(teachers.field) == bool(routes),
+        f"teachers.field={teachers.field!r} and teachers.route={teachers.route!r}: set both, or neither",
+    )
+    _require(
+        not routes or TEACHER in routes.values(),
+        f"teachers.route={teachers.route!r}: no record is of section teacher; write VALUE={TEACHER} for its own, with "
+        "teacher.weights",
+    )
+    _require(
+        not routes or bool(config.tokenizer.path),
+        "tokenizer.path is empty: the checkpoints of teachers.route need their tokenizer",
+    )
+    _require(
+        not (routes and config.evaluation.expected),
+        "evaluation.expected reads all lists with one teacher, so not with teachers.route: leave one of them out",
+    )
+    _require(
+        not (teachers.max_prompt and (config.opd.recommend or config.predict.anchors)),
+        "opd.recommend and predict.anchors need a forecast, and there is none with teachers.max_prompt (prompts of the teachers' own)",
+    )
 
 
 def _validate_combinations(config: ml_collections.ConfigDict) -> None:
@@ -631,7 +729,8 @@ def _validate_guard(config: ml_collections.ConfigDict) -> None:
     """What sft.continued, the expected scores and the guards ask of the rest."""
     opd = config.opd
     _require(
-        not config.sft.continued or config.teacher == config.student,
+        not config.sft.continued
+        or config.teacher.to_dict() == config.student.to_dict() | {"server": "", "served_name": ""},
         "sft.continued trains the teacher on from the student's end: teacher and student must be the same section",
     )
     _require(
@@ -727,6 +826,8 @@ def validate(config: ml_collections.ConfigDict) -> ml_collections.FrozenConfigDi
     _validate_data(config)
     _validate_combinations(config)
     _validate_constraints(config)
+    _validate_teachers(config)
+    _validate_server(config)
     checked = config.copy_and_resolve_references()
     checked.task.k = config.task.k or (4 if is_embedded(config) else 8)
     if ranks_reviews(config):
@@ -758,9 +859,8 @@ def eval_budgets(opd: Any, steps: int) -> list[int]:
 def is_small(config: ml_collections.FrozenConfigDict) -> bool:
     """Whether all models are of a size at which compiling takes longer than running: made here, at most 128 wide."""
     models = (config.student, config.teacher)
-    made_here = (
-        all(not m.weights and m.architecture == "custom" for m in models) and not config.reference.weights
-    )
+    others = config.reference.weights or config.teachers.route
+    made_here = all(not m.weights and m.architecture == "custom" for m in models) and not others
     return made_here and all(m.hidden_size <= SMALL_WIDTH for m in models)
 
 
@@ -810,6 +910,19 @@ def _plain(value: Any) -> Any:
 
 MAY_CHANGE = ("opd.lambdas", "opd.seeds", "forecast.lambdas", "predict.", "parallel.", "attention", "track.")
 """Fields and sections that may differ between calls on one workdir: the grid may grow, devices and trackers change."""
+MAY_CHANGE = (
+    "opd.lambdas",
+    "opd.seeds",
+    "forecast.lambdas",
+    "parallel.",
+    "attention",
+    "track.",
+    "teacher.server",
+)
+"""Fields and sections that may differ between calls on one workdir: the grid may grow, devices and trackers change.
+
+A server may move; whether there is one, and for which model, `teacher.served_name` says.
+"""
 
 
 def fixed_fields(saved: dict[str, Any]) -> dict[str, Any]:

@@ -48,7 +48,7 @@ SLOW_FILES = (
     "guard_targets hf_folders job json_task label launch loop lora main models_check models_decoder "
     "models_hf opd_step parallel parallel_hosts plan_compile plan_gpu recommend reference report "
     "report_parts rollout rollout_drafts rollout_segments sft_continued sft_step simulate survival "
-    "tasks tasks_ranking theory_estimators trackers watch"
+    "tasks tasks_ranking teacher_server teachers theory_estimators trackers watch"
 ).split()
 """tests/test_NAME.py that take more than a few seconds each: not in `make quick`."""
 

@@ -359,7 +359,8 @@ def job_of(models, batch, workdir):
         codec=CODEC,
         decoding=DECODING,
         calls=calls,
-        evaluation_batches=batches,
+        models=graphs,
+        by_teacher=lambda: [("teacher", batches())],
     )
 
 

@@ -60,7 +60,7 @@ def dense(case, lam, clip, variant, beta=0.2, gamma=0.1):
     """The same in float64: all logits at once, gradients with respect to the student's logits by hand (EC Eq. 1-3)."""
     hiddens, heads, tokens, _, w = jax.tree.map(lambda x: np.asarray(x, np.float64), case)
     tokens, rows = np.asarray(case[2]), np.arange(len(w))
-    log_s, log_t, log_b = (log_softmax(h @ v[:VOCAB].T) for h, v in zip(hiddens, heads, strict=True))
+    log_s, log_t, log_b = (log_softmax(h @ v[:VOCAB].T) for h, v in zip(hiddens[:3], heads[:3], strict=True))
     s, t, b = (x[rows, tokens] for x in (log_s, log_t, log_b))
     p, entropy = np.exp(log_s), -(np.exp(log_s) * log_s).sum(-1)
     target = log_softmax(lam * log_t + (1 - lam) * log_b)

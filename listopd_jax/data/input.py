@@ -3,6 +3,8 @@
 A batch is a dict of arrays (B rows, P the bucket, T the split's answer width): prompt int32 [B,P] and answer int32
 [B,T], right-padded with the pad id; prompt_length and answer_length int32 [B] (the answer's counts its EOS); index
 int32 [B], the row in the split; weight float32 [B], 0 for the rows that only fill up the last evaluation batch.
+Where the split has them, FOR_TEACHERS too: own_teacher int32 [B], teacher_prompt int32 [B,Q], teacher_prompt_length
+int32 [B].
 """
 
 import dataclasses
@@ -28,6 +30,7 @@ from listopd_jax.rounding import round_up
 from listopd_jax.task.protocol import Prompt, Task
 
 WIDTH_MULTIPLE = 64  # of prompts
+FOR_TEACHERS = ("own_teacher", "teacher_prompt", "teacher_prompt_length")
 
 Batch = dict[str, np.ndarray]
 
@@ -44,11 +47,13 @@ NO_NOISE = AnswerNoise()
 
 @dataclasses.dataclass(frozen=True)
 class EncodedSplit:
-    """A split as ids."""
+    """A split as ids; of several teachers whose each record is, and where teachers read other prompts, those."""
 
     prompts: tuple[Int32[np.ndarray, " _"], ...]
     answers: tuple[Int32[np.ndarray, " _"], ...]
     pad_id: int
+    own_teacher: Int32[np.ndarray, " N"] | None = None
+    teacher_prompts: tuple[Int32[np.ndarray, " _"], ...] | None = None
 
     @functools.cached_property
     def prompt_lengths(self) -> Int32[np.ndarray, " N"]:
@@ -58,6 +63,11 @@ class EncodedSplit:
     def answer_width(self) -> int:
         """The longest answer, rounded up to a multiple of 16."""
         return round_up(max(map(len, self.answers)), 16)
+
+    def teacher_width(self, bucket: int) -> int:
+        """The width of teacher prompts in a batch of `bucket`: room for every record that may come there."""
+        lengths = np.array(list(map(len, self.teacher_prompts)))
+        return choose_buckets(lengths[self.prompt_lengths <= bucket], 1)[0]
 
 
 def encode_split(
@@ -111,9 +121,49 @@ def rows_of(split: EncodedSplit, rows: Sequence[int]) -> EncodedSplit:
     """The split with `rows` alone; itself if that are all."""
     if len(rows) == len(split.prompts):
         return split
-    return EncodedSplit(
-        tuple(split.prompts[i] for i in rows), tuple(split.answers[i] for i in rows), split.pad_id
-    )
+
+    def of_rows(ids):
+        return None if ids is None else tuple(ids[i] for i in rows)
+
+    own = None if split.own_teacher is None else split.own_teacher[np.asarray(rows)]
+    prompts, answers, others = map(of_rows, (split.prompts, split.answers, split.teacher_prompts))
+    return EncodedSplit(prompts, answers, split.pad_id, own, others)
+
+
+def teacher_prompts(
+    split: EncodedSplit,
+    task: Task,
+    records: Sequence[Any],
+    tokenizer: transformers.PreTrainedTokenizerBase,
+    *,
+    max_prompt: int,
+    chat_template: bool,
+    chat_date: str,
+    ends: Collection[int],
+) -> tuple[Int32[np.ndarray, " _"], ...]:
+    """The ids of what teachers read before the answers to the encoded `records`: their own prompts, or the same.
+
+    UserError if one ends in EOS, or is above `max_prompt` tokens: none is cut.
+    """
+    own = {i: p for i, r in enumerate(records) if (p := task.teacher_prompt(r)) is not None}
+    ids = {i: prompt_ids(p, tokenizer, chat_template, chat_date) for i, p in own.items()}
+    prompts = tuple(ids.get(i, prompt) for i, prompt in enumerate(split.prompts))
+    first = next(iter(ids.values()), prompts[0])
+    _check_open(first, tokenizer, {tokenizer.eos_token_id, *ends}, chat_template)
+    longest = max(range(len(prompts)), key=lambda i: len(prompts[i]))
+    if len(prompts[longest]) > max_prompt:
+        raise UserError(
+            f"{task.name} {records[longest].key}: the teacher's prompt takes {len(prompts[longest])} tokens, above "
+            f"teachers.max_prompt={max_prompt}; raise it or make the prompt shorter"
+        )
+    return prompts
+
+
+def as_teachers_read(batch: Batch) -> Batch:
+    """The batch with the prompts that teachers read."""
+    if "teacher_prompt" not in batch:
+        return batch
+    return batch | {"prompt": batch["teacher_prompt"], "prompt_length": batch["teacher_prompt_length"]}
 
 
 def prompt_ids(
@@ -330,7 +380,18 @@ def make_batch(
         "answer_length": np.array([len(a) for a in answers], np.int32),
         "index": rows.astype(np.int32),
         "weight": weight,
+        **_for_teachers(split, rows, bucket),
     }
+
+
+def _for_teachers(split: EncodedSplit, rows: np.ndarray, bucket: int) -> Batch:
+    """Those of FOR_TEACHERS that the split has."""
+    found = {} if split.own_teacher is None else {"own_teacher": split.own_teacher[rows]}
+    if split.teacher_prompts is not None:
+        prompts = [split.teacher_prompts[i] for i in rows]
+        found["teacher_prompt"] = _pad(prompts, split.teacher_width(bucket), split.pad_id)
+        found["teacher_prompt_length"] = np.array([len(p) for p in prompts], np.int32)
+    return found
 
 
 def _pad(sequences: Sequence[np.ndarray], width: int, pad_id: int) -> Int32[np.ndarray, "B width"]:

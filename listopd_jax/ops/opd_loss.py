@@ -7,6 +7,7 @@ by name. So does log Z, which those distributions and that λ give (`_token_scor
 """
 
 import functools
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -17,7 +18,7 @@ from listopd_jax.ops.fused import fused_loss
 from listopd_jax.ops.gather_kernel import gather_logprobs
 from listopd_jax.ops.grammar import Grammar
 from listopd_jax.ops.guard import Guard, Guarded, guarded
-from listopd_jax.ops.head import entropy_of, log_distribution, map_positions, take_token
+from listopd_jax.ops.head import entropy_of, log_distribution, map_positions, take_token, token_logprobs
 from listopd_jax.ops.objective import (
     Hyper,
     Variant,
@@ -34,19 +35,26 @@ class Frozen(NamedTuple):
 
     teacher: Any
     base: Any
+    experts: tuple[Any, ...] = ()  # the teachers besides, where each row of a batch has its own
+
+    @property
+    def teachers(self) -> tuple[Any, ...]:
+        """All teachers."""
+        return self.teacher, *self.experts
 
 
 class Models(NamedTuple):
-    """Something of each of the three models: a static half, a decoder, hidden states, a head."""
+    """Something of each of the three or more models: a static half, a decoder, hidden states, a head."""
 
     student: Any
     teacher: Any
     base: Any
+    experts: tuple[Any, ...] = ()
 
     @property
     def frozen(self) -> Frozen:
         """Without the student's."""
-        return Frozen(self.teacher, self.base)
+        return Frozen(self.teacher, self.base, self.experts)
 
 
 def opd_loss(
@@ -64,6 +72,8 @@ def opd_loss(
     reward: Float[Array, " N"] | None = None,
     grammar: Grammar | None = None,
     states: Int[Array, " N"] | None = None,
+    own_teacher: Int[Array, " N"] | None = None,
+    teacher: Float[Array, " N"] | None = None,
 ) -> tuple[Float[Array, ""], dict[str, Float[Array, " N"]]]:
     """Σ weight·loss over N completion positions (EC §2) and what is known of each; differentiable in the student's.
 
@@ -75,35 +85,42 @@ def opd_loss(
       grammar, states: what a guard of structure alone needs, and the state of each position.
       pallas: score teacher and base by ops/gather_kernel.py, on a TPU, where no more than that is asked of them.
       reward: of each sampled token, added to its advantage.
+      own_teacher: with experts, whose row it is: 0 the teacher's, i the i-th expert's.
+      teacher: log π_T of the tokens where that is all there is of a teacher: those of `hiddens` and `heads` are None.
     Returns the loss and, float32 [N]: advantage, ratio, lambda, entropy; student, teacher and base log-probabilities of
     the tokens; rollout; with Variant.flips, flip (`flipped`). They mean nothing where the weight is 0.
     """
     frozen = hiddens.frozen
-    frozen_heads = jax.tree.map(
-        lambda w, h: w.astype(h.dtype), heads.frozen, frozen
-    )  # once, not in every chunk
+    # Once, not in every chunk.
+    frozen_heads = jax.tree.map(lambda w, h: w.astype(h.dtype), heads.frozen, frozen)
     rows = {"token": tokens, "rollout": rollout, "weight": weights, "lam": jnp.full_like(weights, hyper.lam)}
-    rows["state"] = states
+    rows |= {"state": states, "own_teacher": own_teacher}
     guard = _guard(variant, hyper, grammar)
     if variant.estimator == "full_vocab":
         f, rows["hiddens"] = _full_vocab, frozen
     else:
         f = _sampled
-        rows["log_z"] = jnp.zeros_like(weights)
-        rows["banned"] = jnp.zeros(weights.shape, bool)
-        if reward is not None:
-            rows["reward"] = reward
-        # the kernel gives no distributions
-        looks_at_all_tokens = guard is not None or variant.normalize or variant.flips
-        if variant.control_variate:  # which needs those of all three models at one time
+        rows |= {"log_z": jnp.zeros_like(weights), "banned": jnp.zeros(weights.shape, bool)}
+        rows |= {} if reward is None else {"reward": reward}
+        if variant.control_variate:  # which needs the distributions of all three models at one time
             rows["hiddens"] = frozen
-        elif pallas and not looks_at_all_tokens:
-            scores = (gather_logprobs(h, w, tokens, vocab) for h, w in zip(frozen, frozen_heads, strict=True))
-            rows["teacher"], rows["base"] = scores
+        elif teacher is not None:
+            score = gather_logprobs if pallas else functools.partial(_logprobs, chunk=chunk)
+            rows |= {"teacher": teacher, "base": score(frozen.base, frozen_heads.base, tokens, vocab)}
+        elif pallas and guard is None and not (variant.normalize or variant.flips):
+            # The kernel gives no distributions.
+            rows["teacher"], rows["base"] = _teacher_and_base(
+                lambda h, w: gather_logprobs(h, w, tokens, vocab), frozen, frozen_heads, own_teacher
+            )
         else:
             rows |= _frozen_scores(rows | {"hiddens": frozen}, frozen_heads, guard, variant, vocab, chunk)
     f = functools.partial(f, variant, vocab)
     return fused_loss(f, vocab, chunk, hiddens.student, heads.student, rows, (frozen_heads, hyper, guard))
+
+
+def _logprobs(hidden, head, tokens: Int[Array, " N"], vocab: int, chunk: int) -> Float[Array, " N"]:
+    """What `gather_logprobs` gives, by plain XLA."""
+    return token_logprobs(hidden, head, tokens, vocab, chunk)[0]
 
 
 def _guard(variant: Variant, hyper: Hyper, grammar: Grammar | None) -> Guard | None:
@@ -113,9 +130,25 @@ def _guard(variant: Variant, hyper: Hyper, grammar: Grammar | None) -> Guard | N
     return guard if variant.guard or variant.mask or variant.floor or variant.structure >= 0 else None
 
 
+def _teacher_and_base(
+    f: Callable[[Any, Any], Array], hiddens: Frozen, heads: Frozen, own_teacher: Int[Array, " n"] | None
+) -> tuple[Array, Array]:
+    """`f` (of hidden states and a head) of each row's own teacher, and of the base.
+
+    Every teacher computes every row, so that shapes do not depend on whose rows a batch has.
+    """
+    teacher, base = f(hiddens.teacher, heads.teacher), f(hiddens.base, heads.base)
+    for i, expert in enumerate(zip(hiddens.experts, heads.experts, strict=True), 1):
+        own = (own_teacher == i).reshape(-1, *[1] * (teacher.ndim - 1))
+        teacher = jnp.where(own, f(*expert), teacher)
+    return teacher, base
+
+
 def _frozen_distributions(rows: dict[str, Any], heads: Frozen, guard: Guard | None, vocab: int):
     """log π_T and log π_B [c, vocab] of a chunk of rows, and the λ of each position [c]; what a guard makes of them."""
-    teacher, base = (log_distribution(h, w, vocab) for h, w in zip(rows["hiddens"], heads, strict=True))
+    teacher, base = _teacher_and_base(
+        lambda h, w: log_distribution(h, w, vocab), rows["hiddens"], heads, rows["own_teacher"]
+    )
     if guard is None:
         return teacher, base, rows["lam"], None
     found = guarded(teacher, base, rows["lam"], guard, rows["state"])
@@ -130,7 +163,9 @@ def _frozen_scores(
     def score(part):
         return _token_scores(part, *_frozen_distributions(part, heads, guard, vocab), variant)
 
-    needed = {name: rows[name] for name in ("hiddens", "token", "lam", "log_z", "state", "banned")}
+    needed = {
+        name: rows[name] for name in ("hiddens", "token", "lam", "log_z", "state", "banned", "own_teacher")
+    }
     return map_positions(score, needed, chunk)
 
 
@@ -202,7 +237,8 @@ def _full_vocab(variant: Variant, vocab: int, logits, rows, shared):
     loss, extra = full_vocab_loss(
         student, teacher, base, token, hyper, variant, lam=lam, target=target, allowed=allowed
     )
-    at = Models(*(take_token(x, token) for x in (student, teacher, base)))
-    scores = at._asdict() | {"entropy": entropy_of(student), "rollout": rows["rollout"], "lambda": lam}
+    at = {"student": student, "teacher": teacher, "base": base}
+    scores = {name: take_token(x, token) for name, x in at.items()}
+    scores |= {"entropy": entropy_of(student), "rollout": rows["rollout"], "lambda": lam}
     scores |= _flips(teacher, base, lam, found, variant)
     return jnp.where(rows["weight"] > 0, loss * rows["weight"], 0.0).sum(), extra | scores

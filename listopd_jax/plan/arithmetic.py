@@ -7,7 +7,7 @@ all-reduce.
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 from listopd_jax.models.config import Lora, ModelConfig, lora_params, num_params
@@ -153,17 +153,18 @@ def recomputed_flops(c: ModelConfig, load: Load, remat: str) -> float:
 
 def step_flops(
     student: ModelConfig, teacher: ModelConfig, load: Load, remat: str, base: ModelConfig | None = None,
-    adapted: bool = False,
+    adapted: bool = False, experts: Sequence[ModelConfig] = (),
 ) -> dict[str, float]:  # fmt: skip
     """FLOPs of one OPD step by part, over all devices; `base` has the student's shape unless another is given.
 
+    `experts` are further teachers, which read all rows too. All are taken to read the student's prompts.
     A student that is `adapted` has no gradients of its weights; its adapter's own products, some rank/width of the
     others, are left out.
     """
     return {
         "prefill": prompt_flops(student, load),
         "decode": completion_flops(student, load) + head_flops(student, load),
-        "teacher": forward_flops(teacher, load),
+        "teacher": sum(forward_flops(c, load) for c in (teacher, *experts)),
         "base": forward_flops(base or student, load),
         "student": (2 if adapted else 3) * forward_flops(student, load),
         "recomputed": recomputed_flops(student, load, remat),
@@ -188,11 +189,12 @@ def decode_bytes(c: ModelConfig, load: Load, tensor: int = 1, width: int = 2) ->
 
 
 def costs(
-    student: ModelConfig, teacher: ModelConfig, load: Load, layout: Layout, base: ModelConfig | None = None
-) -> dict[str, Cost]:
-    """The phases of one step on one device, in their order; for `base` see `step_flops`."""
+    student: ModelConfig, teacher: ModelConfig, load: Load, layout: Layout, base: ModelConfig | None = None,
+    experts: Sequence[ModelConfig] = (),
+) -> dict[str, Cost]:  # fmt: skip
+    """The phases of one step on one device, in their order; for `base` and `experts` see `step_flops`."""
     tensor, width = layout.sizes["tensor"], WIDTHS[layout.compute]
-    flops = step_flops(student, teacher, load, layout.remat, base, layout.lora is not None)
+    flops = step_flops(student, teacher, load, layout.remat, base, layout.lora is not None, experts)
     share = {part: f / (layout.rows * tensor) for part, f in flops.items()}
     copy = width * num_params(student) / tensor
     prompts = load.prompts / layout.rows
@@ -211,16 +213,18 @@ def costs(
             decode_bytes(student, load._replace(prompts=prompts), tensor, width),
             {"fsdp": _gathered(copy, layout) * (gathers - 1), "tensor": sent * completion_share},
         ),
-        "score": _score_cost(base or student, teacher, load, layout, share),
+        "score": _score_cost((base or student, teacher, *experts), load, layout, share),
         "update": _update_cost(student, load, layout, share),
     }
 
 
-def _score_cost(base, teacher, load: Load, layout: Layout, share: Mapping[str, float]) -> Cost:
-    """Teacher and base: both read their weights for the prompts and again for the completions of each microbatch."""
+def _score_cost(
+    models: Sequence[ModelConfig], load: Load, layout: Layout, share: Mapping[str, float]
+) -> Cost:
+    """Teachers and base: all read their weights for the prompts and again for the completions of each microbatch."""
     width, tensor = WIDTHS[layout.compute], layout.sizes["tensor"]
-    weights = 2 * _passes(load, layout) * width * (num_params(teacher) + num_params(base)) / tensor
-    sent = _activations(base, load, layout) + _activations(teacher, load, layout)
+    weights = 2 * _passes(load, layout) * width * sum(map(num_params, models)) / tensor
+    sent = sum(_activations(c, load, layout) for c in models)
     return Cost(
         share["teacher"] + share["base"], weights, {"fsdp": _gathered(weights, layout), "tensor": sent}
     )
@@ -287,8 +291,9 @@ def roofline(phases: Mapping[str, Cost], topology: Topology, sizes: Mapping[str,
 
 
 def memory_estimate(
-    student: ModelConfig, teacher: ModelConfig, load: Load, layout: Layout, base: ModelConfig | None = None
-) -> dict[str, float]:
+    student: ModelConfig, teacher: ModelConfig, load: Load, layout: Layout, base: ModelConfig | None = None,
+    experts: Sequence[ModelConfig] = (),
+) -> dict[str, float]:  # fmt: skip
     """Bytes on one device by kind, without a compiler: weights and cache exact, temporaries rough.
 
     `load` has the widths that programs are compiled for. Temporaries: three float32 arrays of attention scores at once
@@ -307,14 +312,15 @@ def memory_estimate(
         "parameters": F32 * trained / layout.shards,
         "optimizer": 2 * F32 * trained / layout.shards,
         **({"average": F32 * trained / layout.shards} if layout.average else {}),
-        "teacher": frozen * num_params(teacher) / layout.shards,
+        "teacher": frozen * sum(map(num_params, (teacher, *experts))) / layout.shards,
         "base": frozen * num_params(base or student) / layout.shards,
         "rollout copy": width * (trained if layout.rolls_out_base else own) / copies,
         "kv cache": prompts
         * (load.prompt + load.rollouts * (load.response + layout.drafts))
         * kv_bytes(student, tensor, width),
         "rollout temporaries": prefill_scores + _vocab_bytes(student, layout),
-        "update temporaries": 2 * F32 * trained / layout.shards + _pass_bytes(student, teacher, load, layout),
+        "update temporaries": 2 * F32 * trained / layout.shards
+        + _pass_bytes(student, (teacher, *experts), load, layout),
     }
 
 
@@ -324,22 +330,28 @@ def _vocab_bytes(c: ModelConfig, layout: Layout) -> float:
     return c.vocab_size * rows / layout.sizes["tensor"]
 
 
-def _pass_bytes(student: ModelConfig, teacher: ModelConfig, load: Load, layout: Layout) -> float:
+def _pass_bytes(student: ModelConfig, teachers: Sequence[ModelConfig], load: Load, layout: Layout) -> float:
     """Activations of one gradient pass: scores, what the layers store, gathered weights."""
     width, tensor = WIDTHS[layout.compute], layout.sizes["tensor"]
     prompts = (layout.microbatch or load.prompts) / layout.rows
     tokens = prompts * (load.prompt + load.rollouts * load.response)
     keys = load.prompt + load.response
     pairs = layout.keeps_scores * prompts * (load.prompt**2 + load.rollouts * load.response * keys)
-    heads = math.ceil(max(student.num_heads, teacher.num_heads) / tensor)
+    heads = math.ceil(max(c.num_heads for c in (student, *teachers)) / tensor)
     scores = 3 * F32 * heads * pairs
     mixed = student.num_heads * student.head_dim / tensor
     units = 3 * student.intermediate_size / tensor + 5 * mixed
     stored = {"full": 0.0, "attention": mixed, "dots": units, "none": 2 * units}[layout.remat]
-    layer = max(layer_weights(c) / c.num_layers for c in (student, teacher))
+    layer = max(layer_weights(c) / c.num_layers for c in (student, *teachers))
     kept = student.num_layers * tokens * width * (student.hidden_size + stored)
     head_gradient = 0 if layout.lora else F32 * student.vocab_size * student.hidden_size / tensor
-    return scores + kept + 2 * width * layer / tensor + head_gradient + _vocab_bytes(teacher, layout)
+    return (
+        scores
+        + kept
+        + 2 * width * layer / tensor
+        + head_gradient
+        + max(_vocab_bytes(c, layout) for c in teachers)
+    )
 
 
 def peak(memory: Mapping[str, float]) -> float:

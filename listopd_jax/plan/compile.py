@@ -47,6 +47,7 @@ from listopd_jax.rollout.decode import (
 )
 from listopd_jax.stages.job import base_of, draft_tokens
 from listopd_jax.stages.opd import hyper_at, make_step
+from listopd_jax.stages.teachers import experts_of
 from listopd_jax.train.opd_step import OpdBatch
 from listopd_jax.train.optimizer import TrainState, adamw
 from listopd_jax.train.sft_step import NONE, make_sft_step
@@ -107,7 +108,7 @@ def state_memory(
 ) -> dict[str, int]:
     """Bytes on one device of what rests there, by kind, and of the rollout's copy (but for the base) and cache."""
     state, frozen = _state(config, shapes, mesh)
-    trees = (state.params, state.opt_state, state.average, frozen.teacher, frozen.base)
+    trees = (state.params, state.opt_state, state.average, frozen.teachers, frozen.base)
     named = zip(RESTING, trees, strict=True)
     memory = {kind: _shard_bytes(tree) for kind, tree in named if tree is not None}
     copied = state.params if rolls_out_base else joined(frozen.base, state.params)
@@ -192,8 +193,18 @@ def compile_update(config: Any, shapes: Mapping[str, ModelConfig], vocab: int, m
     state, frozen = _state(config, shapes, mesh)
     scalars = jax.eval_shape(lambda: (hyper_at(config.opd, lam=1.0, step=0), jnp.float32(config.opd.lr)))
     with _target(config, mesh):
-        lowered = step.lower(state, frozen, OpdBatch(*_batch(config, mesh)), *_replicate(scalars, mesh))
+        batch = OpdBatch(*_batch(config, mesh), None, *_for_teachers(config, mesh))
+        lowered = step.lower(state, frozen, batch, *_replicate(scalars, mesh))
         return _compiled(lowered, "update", UPDATE, mesh)[0]
+
+
+def _for_teachers(config: Any, mesh: Mesh) -> tuple[Any, Any, Any]:
+    """Abstract choice of teacher, prompts of teachers and their lengths, each None where the configuration has none."""
+    rows, width = config.opd.batch_size, config.teachers.max_prompt
+    length = jax.ShapeDtypeStruct((rows,), jnp.int32)
+    own = (jax.ShapeDtypeStruct((rows, width), jnp.int32), length) if width else (None, None)
+    tree = (length if config.teachers.route else None, *own)
+    return rules.abstract(tree, rules.batch_shardings(tree, mesh))
 
 
 def _grammar(config: Any, vocab: int) -> Grammar | None:
@@ -277,13 +288,14 @@ def _optimizer(config: Any) -> optax.GradientTransformation:
 
 
 def _state(config: Any, shapes: Mapping[str, ModelConfig], mesh: Mesh) -> tuple[TrainState, Frozen]:
-    """Abstract student, optimizer, teacher and base, split as they rest."""
+    """Abstract student, optimizer, teachers and base, split as they rest."""
     student = _trained(shapes["student"], lora_of(config.student))
     teacher = abstract(shapes["teacher"], param_dtype=jnp.dtype(config.dtype.frozen))[1]
     base = abstract(base_of(shapes), param_dtype=jnp.dtype(config.dtype.frozen))[1]
+    experts = tuple(abstract(c, param_dtype=jnp.dtype(config.dtype.frozen))[1] for c in experts_of(shapes))
     average = student if config.opd.ema else None
     state = TrainState(student, jax.eval_shape(_optimizer(config).init, student), average)
-    trees = (state, Frozen(teacher, base))
+    trees = (state, Frozen(teacher, base, experts))
     return tuple(rules.abstract(tree, rules.state_shardings(tree, mesh)) for tree in trees)
 
 

@@ -71,6 +71,10 @@ def shapes_of(config: Any) -> dict[str, ModelConfig]:
     """Dimensions of the models by role."""
     from listopd_jax.stages.job import models_of
 
+    if config.teacher.server:
+        raise UserError(
+            "teacher.server: a plan is of models on these devices; plan without it, less the teacher's memory"
+        )
     return {role: shape_of(model, vocabulary(config)) for role, model in models_of(config).items()}
 
 
@@ -106,9 +110,11 @@ def make_plan(config: Any, topology: Topology, load: Load, compile_it: bool) -> 
     `compile_it` and there is a compiler for the topology, else an estimate, which says how to get the compiler.
     """
     from listopd_jax.stages.job import base_of
+    from listopd_jax.stages.teachers import experts_of
 
     shapes, layout = shapes_of(config), layout_of(config, topology)
     models = {"student": shapes["student"], "teacher": shapes["teacher"], "base": base_of(shapes)}
+    models |= {"experts": experts_of(shapes)}
     phases = arithmetic.costs(**models, load=load, layout=layout)
     floor = arithmetic.roofline(phases, topology, layout.sizes)
     flops = arithmetic.step_flops(**models, load=load, remat=layout.remat, adapted=layout.lora is not None)

@@ -5,6 +5,7 @@
     python -m listopd_jax.prereg verify  --lock=prereg.json [--config=runs/x/config.json]
     python -m listopd_jax.prereg verdict --lock=prereg.json --workdir=runs/x [--json]
     python -m listopd_jax.prereg curve   --workdir=runs/x --out=curve.json      # lock runs/x/predictions.json
+    python -m listopd_jax.prereg curves  locks/*.json --runs=runs --out=forecast.json  # verdicts on runs/PAIR
 
 A lock is a JSON file with grid, seeds, budget, window, pass rule (data, never code), the config's hash, the
 code revision and its own SHA-256 over canonical JSON. It is written once. The hash shows an accidental or
@@ -27,6 +28,7 @@ from listopd_jax import config as config_module
 from listopd_jax import files
 from listopd_jax.errors import Parser, UserError, exit_code
 from listopd_jax.prereg.curve import judge_curve, make_curve_lock
+from listopd_jax.prereg.curves import figures, judged_pairs
 from listopd_jax.prereg.lock import (
     CURVE,
     TEMPLATES,
@@ -77,6 +79,10 @@ def _parser() -> Parser:
     curve = commands.add_parser("curve", allow_abbrev=False, help="write a predicted curve, once")
     curve.add_argument("--workdir", required=True, type=pathlib.Path, help="folder with predictions.json")
     curve.add_argument("--out", required=True, help="the lock to write; must not exist")
+    curves = commands.add_parser("curves", allow_abbrev=False, help="judge several curves, as one JSON list")
+    curves.add_argument("locks", nargs="+", type=pathlib.Path, help="PAIR.json")
+    curves.add_argument("--runs", required=True, type=pathlib.Path, help="folder with PAIR/results.json")
+    curves.add_argument("--out", required=True, help="the file to write")
     verify = commands.add_parser("verify", allow_abbrev=False, help="is the lock, and the config, unchanged?")
     verify.add_argument("--lock", required=True)
     verify.add_argument("--config", help="a run's config.json")
@@ -154,6 +160,13 @@ def _curve(args: argparse.Namespace) -> tuple[str, int]:
     return _written(args.out, make_curve_lock(args.workdir, load_config(str(args.workdir / "config.json"))))
 
 
+def _curves(args: argparse.Namespace) -> tuple[str, int]:
+    judged = judged_pairs(args.locks, args.runs)
+    files.write_json(args.out, figures(judged, args.locks))
+    lines = [f"{pair}\n{_in_words(verdict)}" for pair, verdict in judged.items()]
+    return "\n".join([*lines, f"{args.out}: written"]), 0
+
+
 def _written(path: str, lock: Json) -> tuple[str, int]:
     write_lock(path, lock)
     return f"{path}: locked, SHA-256 {lock['sha256']}; commit it before the run", 0
@@ -227,11 +240,8 @@ def run(argv: Sequence[str]) -> tuple[str, int]:
     strange = [x for x in rest if not (args.command == "lock" and x.startswith("--config."))]
     if strange:
         raise UserError(f"{strange[0]!r} is not known; see --help")
-    if args.command == "lock":
-        return _lock(args, rest)
-    if args.command == "curve":
-        return _curve(args)
-    return _verify(args) if args.command == "verify" else _verdict(args)
+    commands = {"lock": lambda a: _lock(a, rest), "curve": _curve, "curves": _curves, "verify": _verify}
+    return commands.get(args.command, _verdict)(args)
 
 
 def main(argv: Sequence[str]) -> int:

@@ -24,6 +24,7 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
 from listopd_jax import files
+from listopd_jax.data.input import as_teachers_read
 from listopd_jax.metrics_log import progress
 from listopd_jax.ops.guard import flip_lambda
 from listopd_jax.ops.head import log_distribution, map_positions, take_token
@@ -44,6 +45,7 @@ from listopd_jax.rollout.scoring import completion_hidden
 from listopd_jax.rounding import ceil_div, round_up
 from listopd_jax.stages.evaluate import Answer
 from listopd_jax.stages.job import Job, base_of
+from listopd_jax.stages.teachers import teacher_roles
 from listopd_jax.task.codec import IS_STRUCTURAL, Codec
 from listopd_jax.task.contract import TOKEN_CLASSES
 from listopd_jax.theory.checks import Undefined
@@ -112,15 +114,16 @@ def measure(
 
     Args:
       graphs: static halves by role; the base's is `base_of` them.
-      batches: evaluation batches; filler rows (weight 0) are left out.
+      batches: evaluation batches, maybe with prompts of the teacher's own; filler rows (weight 0) are left out.
       decoding: how answers are written, Job.decoding.
       chunk: positions whose distributions over the vocabulary exist at one time.
     """
     models = (graphs["teacher"], base_of(graphs)), (params_teacher, params_base)
     parts = []
     for batch in progress(list(batches), "calibrate"):
+        read = as_teachers_read(batch)
         rollout = generate(
-            models[0][:1], models[1][:1], jnp.ones((1, 1)), batch["prompt"], batch["prompt_length"],
+            models[0][:1], models[1][:1], jnp.ones((1, 1)), read["prompt"], read["prompt_length"],
             jax.random.key(0), greedy=True, **decoding,
         )  # fmt: skip
         lengths = gather(rollout.lengths)
@@ -140,10 +143,13 @@ def along(
 ) -> list[Positions]:
     """Teacher and base, in this order, at every position of n answers to each prompt of `batch`, one pass of each.
 
-    Filler rows (weight 0) are left out. Each of the n has its own positions.
+    The teacher reads its own prompts, if `batch` has such. Filler rows (weight 0) are left out. Each of the n has its
+    own positions.
     """
-    prompts = jnp.asarray(batch["prompt"]), jnp.asarray(batch["prompt_length"])
-    seen = _look(graphdefs, params, *prompts, jnp.asarray(answers), vocab=codec.vocab, chunk=chunk)
+    prompts = [
+        (jnp.asarray(b["prompt"]), jnp.asarray(b["prompt_length"])) for b in (as_teachers_read(batch), batch)
+    ]
+    seen = _look(graphdefs, params, prompts, jnp.asarray(answers), vocab=codec.vocab, chunk=chunk)
     *numbers, modes = map(gather, seen)
     inside = (np.arange(answers.shape[-1]) < lengths[..., None]) & (batch["weight"] > 0)[:, None, None]
     index = np.broadcast_to(np.asarray(batch["index"])[:, None], lengths.shape)
@@ -184,16 +190,18 @@ def _classes(
 def _look(
     graphdefs: tuple[nnx.GraphDef, nnx.GraphDef],
     params: tuple[Any, Any],
-    prompts: Int[Array, "B P"],
-    prompt_lengths: Int[Array, " B"],
+    prompts: list[tuple[Int[Array, "B _"], Int[Array, " B"]]],
     answers: Int[Array, "B n T"],
     *,
     vocab: int,
     chunk: int,
 ) -> tuple[Float[Array, "B n T"], Float[Array, "B n T"], Float[Array, "B n T"], Int[Array, "B n T"]]:
-    """logit p, logit b and λ_flip of the teacher's modal token, and its id, at every answer position."""
+    """logit p, logit b and λ_flip of the teacher's modal token, and its id, at every answer position.
+
+    Each model reads prompts of its own.
+    """
     decoders = [nnx.merge(g, p) for g, p in zip(graphdefs, params, strict=True)]
-    hiddens = [completion_hidden(d, prompts, prompt_lengths, answers) for d in decoders]
+    hiddens = [completion_hidden(d, *read, answers) for d, read in zip(decoders, prompts, strict=True)]
     heads = [d.head_weight().astype(h.dtype) for d, h in zip(decoders, hiddens, strict=True)]
 
     def rows(hiddens):
@@ -253,17 +261,26 @@ def calibrate(
 
 
 def calibrate_stage(job: Job, frozen: Frozen) -> Calibration:
-    """Calibrate the pair on the validation lists and write workdir/calibration.json; only read it if it is there."""
+    """Calibrate on the validation lists and write workdir/calibration.json; only read it if it is there.
+
+    Each list is read with its own teacher.
+    """
     path, config = job.workdir / CALIBRATION, job.config
     saved = from_main(lambda: files.read_json(path) if path.exists() else None)
     if saved is not None:
         return Calibration.from_json(saved, str(path))
-    positions = measure(
-        job.graphs, frozen.teacher, frozen.base, job.evaluation_batches(), job.codec,
-        job.decoding, config.opd.head_chunk,
-    )  # fmt: skip
+    params = dict(zip(teacher_roles(job.models), frozen.teachers, strict=True))
+    measured = {
+        role: measure(
+            job.graphs | {"teacher": job.graphs[role]}, params[role], frozen.base, batches, job.codec, job.decoding,
+            config.opd.head_chunk,
+        )
+        for role, batches in job.by_teacher()
+    }  # fmt: skip
+    positions = Positions(*map(np.concatenate, zip(*measured.values(), strict=True)))
     found = calibrate(positions, config.opd.clip, bootstrap=config.evaluation.bootstrap, seed=config.seed)
-    notes, strip = found.notes + _objective_notes(config.opd), strip_of(positions, job.codec)
+    notes = found.notes + _objective_notes(config.opd) + _teacher_notes(measured, config.opd.clip)
+    strip = strip_of(positions, job.codec)
     found = dataclasses.replace(found, notes=notes, strip=strip)
     files.write_json(path, found.to_json())
     return found
@@ -276,16 +293,16 @@ def calibrate_forecasts(
 
     `answers` are those of one λ to every validation prompt, for each of `lambdas`; one pass of both models scores all.
     """
-    graphdefs, size = (job.graphs["teacher"], base_of(job.graphs)), job.config.forecast.batch_size
+    params = dict(zip(teacher_roles(job.models), frozen.teachers, strict=True))
     ids = [{answer.index: answer.tokens for answer in column} for column in answers]
     parts = []
-    for batch in progress(list(job.evaluation_batches(size)), "calibrate forecasts"):
-        written = [[column[index] for column in ids] for index in batch["index"].tolist()]
-        lengths = np.array([[len(tokens) for tokens in row] for row in written])
-        tokens = _padded(written, round_up(int(lengths.max()), ANSWER_STEP), job.codec.pad)
-        parts.append(
-            along(graphdefs, tuple(frozen), batch, tokens, lengths, job.codec, job.config.opd.head_chunk)
-        )
+    for role, batches in job.by_teacher(job.config.forecast.batch_size):
+        models = (job.graphs[role], base_of(job.graphs)), (params[role], frozen.base)
+        for batch in progress(list(batches), "calibrate forecasts"):
+            written = [[column[index] for column in ids] for index in batch["index"].tolist()]
+            lengths = np.array([[len(tokens) for tokens in row] for row in written])
+            tokens = _padded(written, round_up(int(lengths.max()), ANSWER_STEP), job.codec.pad)
+            parts.append(along(*models, batch, tokens, lengths, job.codec, job.config.opd.head_chunk))
     rows = [
         forecast_row(lam, joined(column))
         for lam, column in zip(lambdas, zip(*parts, strict=True), strict=True)
@@ -497,6 +514,20 @@ def _notes(prompts: int, with_kept: int, tau: float) -> list[str]:
     if 0 < with_kept < prompts:
         notes.append(
             f"{prompts - with_kept} prompts have no position with p ≥ {tau:g} and count in no mean of p or b."
+        )
+    return notes
+
+
+def _teacher_notes(measured: Mapping[str, Positions], clip: float) -> list[str]:
+    """Of several teachers, what each has on its own lists."""
+    if len(measured) == 1:
+        return []
+    notes = []
+    for role, positions in measured.items():
+        found = calibrate(positions, clip, bootstrap=0)
+        lam = "undefined" if found.lambda_typ_measured is None else f"{found.lambda_typ_measured:.3f}"
+        notes.append(
+            f"The {role} alone, on its {found.prompts} prompts: λ* (typical p, measured b) is {lam}."
         )
     return notes
 

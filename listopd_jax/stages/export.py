@@ -30,7 +30,14 @@ from listopd_jax.models.decoder import abstract
 from listopd_jax.models.hf import load_adapter, load_hf, read_eos_ids
 from listopd_jax.models.lora import abstract_adapter, merged, stacked
 from listopd_jax.records import RESULTS, Result, read_results
-from listopd_jax.stages.job import ROLES, completion_ends, refuse_other_inputs, saving, tokenizer_digest
+from listopd_jax.stages.job import (
+    completion_ends,
+    models_of,
+    refuse_other_inputs,
+    saving,
+    tokenizer_digest,
+    writers_of,
+)
 from listopd_jax.stages.opd import opd_saving
 from listopd_jax.task.codec import Codec, vocab_of
 from listopd_jax.train.checkpoints import Checkpoints
@@ -124,7 +131,7 @@ def _from_export(folder: pathlib.Path) -> Model:
 
 def _from_checkpoint(config: Any, digest: str, workdir: pathlib.Path, record: Result) -> Model:
     tokenizer = _tokenizer(config, workdir)
-    ends = completion_ends(config, tokenizer, {role: config[role] for role in ROLES})
+    ends = completion_ends(config, tokenizer, writers_of(models_of(config)))
     codec, role = Codec(tokenizer, ends), TRAINED[record.stage]
     shape = model_config(config[role], codec.vocab)
     if lora_of(config[role]) is None:

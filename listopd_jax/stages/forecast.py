@@ -5,17 +5,24 @@ by each of the two models, which may differ in size, and every λ continues from
 limit of long training only where the target is what the estimator converges to: see docs/theory.md for
 `teacher_student`, whose limit flips later, and for `no_base`, which has another target and is not forecast. With a
 guard every position is decoded at its own λ_t. Guarded everywhere, the target has the teacher's mode, and the forecast
-is the teacher's greedy answer at every λ; with scope "structure" it is not.
+is the teacher's greedy answer at every λ; with scope "structure" it is not. A teacher with prompts of its own is not
+forecast either: the two models would decode after two prompts.
 """
+
+import sys
+from collections.abc import Sequence
 
 import jax.numpy as jnp
 
 from listopd_jax.config import guard_text
+from listopd_jax.ops.guard import Guard
 from listopd_jax.ops.opd_loss import Frozen
+from listopd_jax.parallel.hosts import is_main
 from listopd_jax.stages.calibrate import calibrate_forecasts
-from listopd_jax.stages.evaluate import greedy_answers
+from listopd_jax.stages.evaluate import Answer, greedy_answers
 from listopd_jax.stages.job import Job, base_of
 from listopd_jax.stages.results import evaluated, expected, keep
+from listopd_jax.stages.teachers import teacher_roles
 from listopd_jax.train.loop import Run
 
 
@@ -32,11 +39,31 @@ def forecast(job: Job, frozen: Frozen) -> None:
     missing = [lam for lam in grid if evaluated(job.workdir, forecast_run(lam, guard)) is None]
     if config.opd.advantage != "base_relative" or not missing:
         return
-    lam, size = jnp.array(missing), config.forecast.batch_size
-    target = (job.graphs["teacher"], base_of(job.graphs)), tuple(frozen), jnp.stack([lam, 1 - lam])
-    batches, judge = job.evaluation_batches(size), job.judge("validation")
-    answers = greedy_answers(*target, batches, job.codec, job.decoding, judge, "forecast", job.guard)
-    scores = expected(job, *target, size, job.guard)
-    calibrate_forecasts(job, frozen, missing, answers)
-    for value, column, means in zip(missing, answers, scores, strict=True):
+    if config.teachers.max_prompt:
+        if is_main():
+            print("no forecast: teachers read prompts of their own (teachers.max_prompt)", file=sys.stderr)
+        return
+    columns = target_answers(job, frozen, missing, job.guard, "forecast")
+    scores = expected(job, *target_of(job, frozen, "teacher", missing), config.forecast.batch_size, job.guard)
+    calibrate_forecasts(job, frozen, missing, columns)
+    for value, column, means in zip(missing, columns, scores, strict=True):
         keep(job, forecast_run(value, guard), column, examples=False, expected=means)
+
+
+def target_answers(
+    job: Job, frozen: Frozen, lambdas: Sequence[float], guard: Guard | None, description: str
+) -> list[list[Answer]]:
+    """The judged answers of the target at each λ to every validation prompt, each prompt's with its own teacher."""
+    columns, judge = [[] for _ in lambdas], job.judge("validation")
+    for role, batches in job.by_teacher(job.config.forecast.batch_size):
+        target = target_of(job, frozen, role, lambdas)
+        found = greedy_answers(*target, batches, job.codec, job.decoding, judge, description, guard)
+        columns = [column + answers for column, answers in zip(columns, found, strict=True)]
+    return columns
+
+
+def target_of(job: Job, frozen: Frozen, role: str, lambdas: Sequence[float]) -> tuple:
+    """Static halves, parameters and weights [2, n] of the targets of a teacher at n λ."""
+    lam, params = jnp.array(lambdas), dict(zip(teacher_roles(job.models), frozen.teachers, strict=True))
+    graphs = job.graphs[role], base_of(job.graphs)
+    return graphs, (params[role], frozen.base), jnp.stack([lam, 1 - lam])

@@ -14,7 +14,7 @@ import ml_collections
 import numpy as np
 from absl import logging
 from flax import nnx
-from jaxtyping import Float
+from jaxtyping import Float, Int32
 
 from listopd_jax import files
 from listopd_jax.config import (
@@ -56,6 +56,7 @@ from listopd_jax.records import RESULTS
 from listopd_jax.rollout.decode import pass_tokens
 from listopd_jax.rounding import round_up
 from listopd_jax.stages.expected import Forced, forced_answers
+from listopd_jax.stages.teachers import expert_sections, own_teachers, teacher_roles
 from listopd_jax.task.codec import Codec, vocab_of
 from listopd_jax.task.contract import Parsed
 from listopd_jax.task.protocol import Task
@@ -74,6 +75,7 @@ INPUTS = {
     "teacher": "the files of teacher.weights",
     "student": "the files of student.weights",
     REFERENCE: "the files of reference.weights",
+    "teachers": "the files of teachers.route",
 }
 """What STAMP has the digests of."""
 
@@ -84,8 +86,8 @@ DRAFT_TOKENS = 8  # by default; an object of an answer has 10 to 28 tokens, most
 class Job:
     """Everything but parameters.
 
-    `models` are the config sections of its models by role, teacher, student and maybe reference; `records` those of the
-    task by split (train, validation); `attention` is never auto.
+    `models` are the config sections of its models by role, teacher, student and maybe reference and experts; `records`
+    those of the task by split (train, validation); `attention` is never auto.
     """
 
     config: ml_collections.FrozenConfigDict
@@ -131,6 +133,25 @@ class Job:
     def validation(self) -> data_input.EncodedSplit:
         """The records that policies are evaluated on: the first `evaluation.max_lists` (0: all)."""
         return self._encoded(self.records["validation"][: self.config.evaluation.max_lists or None])
+
+    @functools.cached_property
+    def for_teachers(self) -> dict[str, data_input.EncodedSplit]:
+        """Both splits with what several teachers, and teachers with prompts of their own, need of each record."""
+        splits = {"train": self.train, "validation": self.validation}
+        return {name: self._for_teachers(split, self.records[name]) for name, split in splits.items()}
+
+    def _for_teachers(
+        self, split: data_input.EncodedSplit, records: Sequence[Any]
+    ) -> data_input.EncodedSplit:
+        teachers, options = self.config.teachers, self.config.task
+        records = records[: len(split.prompts)]
+        own, prompts = own_teachers(self.task, records, teachers), None
+        if teachers.max_prompt:
+            prompts = data_input.teacher_prompts(
+                split, self.task, records, self.codec.tokenizer, max_prompt=teachers.max_prompt,
+                chat_template=options.chat_template, chat_date=options.chat_date, ends=self.codec.ends,
+            )  # fmt: skip
+        return dataclasses.replace(split, own_teacher=own, teacher_prompts=prompts)
 
     def _encoded(self, records: Sequence[Any]) -> data_input.EncodedSplit:
         """Records as ids."""
@@ -276,7 +297,7 @@ class Job:
 
     def opd_batches(self, seed: int) -> Any:
         """Endless shuffled batches of prompts for OPD."""
-        return self._train_batches(self.train, self.config.opd.batch_size, seed)
+        return self._train_batches(self.for_teachers["train"], self.config.opd.batch_size, seed)
 
     def _train_batches(self, split: data_input.EncodedSplit, batch_size: int, seed: int) -> Any:
         """Of each global batch, the rows that this host's devices hold."""
@@ -287,8 +308,31 @@ class Job:
 
     def evaluation_batches(self, batch_size: int = 0) -> Iterator[dict[str, Any]]:
         """Every validation list once, `batch_size` (0: `evaluation.batch_size`) or a few more at a time."""
+        return self._evaluation_batches(self.validation, batch_size)
+
+    def by_teacher(self, batch_size: int = 0) -> Iterator[tuple[str, Iterator[dict[str, Any]]]]:
+        """`evaluation_batches` of each teacher's own lists, as it reads them, with its role; of those that have any."""
+        split = self.for_teachers["validation"]
+        if split.own_teacher is None:
+            yield "teacher", self._evaluation_batches(split, batch_size)
+            return
+        for i, role in enumerate(teacher_roles(self.models)):
+            rows = np.flatnonzero(split.own_teacher == i).astype(np.int32)
+            if rows.size:
+                yield role, self._batches_of_rows(split, rows, batch_size)
+
+    def _batches_of_rows(
+        self, split: data_input.EncodedSplit, rows: Int32[np.ndarray, " R"], batch_size: int
+    ) -> Iterator[dict[str, Any]]:
+        """Evaluation batches of some rows, which keep the numbers that they have in the split."""
+        for batch in self._evaluation_batches(data_input.rows_of(split, rows), batch_size):
+            yield batch | {"index": rows[batch["index"]]}
+
+    def _evaluation_batches(
+        self, split: data_input.EncodedSplit, batch_size: int
+    ) -> Iterator[dict[str, Any]]:
         size = rules.round_up_rows(batch_size or self.config.evaluation.batch_size)
-        return data_input.evaluation_batches(self.validation, buckets=self.buckets, batch_size=size)
+        return data_input.evaluation_batches(split, buckets=self.buckets, batch_size=size)
 
 
 def known_noise(task: Task, sft: Any) -> tuple[tuple[str, float], ...]:
@@ -303,6 +347,19 @@ def _say_dropped_noise(task: Task, config: Any) -> None:
     if dropped:
         known = ", ".join(sorted(task.corruptions)) or "none"
         print(f"task {task.name}: defines no {', '.join(dropped)}: dropped; it has {known}", file=sys.stderr)
+
+
+def _look_at_teacher_prompts(task: Task, config: Any, records: Sequence[Any]) -> None:
+    """UserError if the config asks for prompts of teachers and there are none; one line on stderr if it leaves them."""
+    asked, given = config.teachers.max_prompt, any(task.teacher_prompt(r) is not None for r in records)
+    if asked and not given:
+        raise UserError(
+            f"teachers.max_prompt={asked}: no {task.name} record has a prompt for teachers (teacher_prompt); give "
+            "some, or set it to 0"
+        )
+    if given and not asked:
+        text = "teachers read the student's prompts, not those of teacher_prompt: teachers.max_prompt=0"
+        print(f"task {task.name}: {text}", file=sys.stderr)
 
 
 def draft_tokens(config: Any) -> int:
@@ -332,7 +389,7 @@ def open_job(
     `task` is that of the config unless given. `models` are config sections by role; if none is given, those of teacher,
     student and, if it is another, base.
     """
-    models = models or models_of(config)
+    whole, models = not models, models or models_of(config)
     backend = resolve(config.attention, jax.default_backend(), config.dtype.compute)
     task = task or load_task(config)
     with hosts.main_first():
@@ -346,13 +403,16 @@ def open_job(
         if hosts.is_main():
             refuse_other_inputs(workdir, **_digests(config, models))
             _say_dropped_noise(task, config)
-    writers = {role: model for role, model in models.items() if role != REFERENCE}
-    codec = Codec(tokenizer, completion_ends(config, tokenizer, writers), task.token_classes)
+            if whole:
+                _look_at_teacher_prompts(task, config, [*splits.train, *splits.validation])
+    codec = Codec(tokenizer, completion_ends(config, tokenizer, writers_of(models)), task.token_classes)
     records = {"train": splits.train, "validation": splits.validation}
     job = Job(config, workdir, models, task, codec, records, backend)
     # A checkpoint or template that does not fit shows now, not when its turn comes.
     _ = job.shapes, job.validation, job.guard
     _check_constraints(job)
+    if whole and (config.teachers.route or config.teachers.max_prompt):
+        _ = job.for_teachers
     return job
 
 
@@ -370,9 +430,14 @@ def _check_constraints(job: Job) -> None:
 
 
 def models_of(config: Any) -> dict[str, Any]:
-    """The config sections of a job's models by role; a reference only where it has weights."""
-    roles = (*ROLES, REFERENCE) if config.reference.weights else ROLES
-    return {role: config[role] for role in roles}
+    """The config sections of a job's models by role: no teacher that is served, no reference without weights."""
+    there = {"teacher": not config.teacher.server, "student": True, REFERENCE: bool(config.reference.weights)}
+    return {role: config[role] for role, is_there in there.items() if is_there} | expert_sections(config)
+
+
+def writers_of(models: Mapping[str, Any]) -> dict[str, Any]:
+    """Those of `models`, by role, of which answers are taken: all but a reference."""
+    return {role: model for role, model in models.items() if role != REFERENCE}
 
 
 def base_of(by_role: Mapping[str, Any]) -> Any:
@@ -402,7 +467,12 @@ def refuse_other_inputs(workdir: pathlib.Path, **digests: str | None) -> None:
 def _digests(config: ml_collections.FrozenConfigDict, models: Mapping[str, Any]) -> dict[str, str | None]:
     """What decides a run besides config and data: the bytes of the folders that the config names."""
     weights = {role: weights_digest(models[role]) for role in (*ROLES, REFERENCE) if role in models}
-    return {"tokenizer": tokenizer_digest(tokenizer_source(config.tokenizer.path)), **weights}
+    experts = {role: weights_digest(models[role]) for role in models if role in expert_sections(config)}
+    return {
+        "tokenizer": tokenizer_digest(tokenizer_source(config.tokenizer.path)),
+        "teachers": files.json_sha256(experts) if experts else None,
+        **weights,
+    }
 
 
 def tokenizer_digest(path: str) -> str | None:

@@ -1,6 +1,8 @@
 """The OPD stage: sample from the student, score with teacher and base, update; one run for each λ and seed."""
 
 import functools
+import itertools
+import sys
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -12,6 +14,7 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
 from listopd_jax.config import eval_budgets, guard_text
+from listopd_jax.data.input import FOR_TEACHERS, as_teachers_read
 from listopd_jax.models.build import cast, lora_of
 from listopd_jax.models.lora import joined, merged
 from listopd_jax.ops.grammar import Grammar
@@ -22,6 +25,14 @@ from listopd_jax.parallel.rules import decoding_copy
 from listopd_jax.rollout.decode import Rollout, generate
 from listopd_jax.rollout.state import trim
 from listopd_jax.stages.job import Job, base_of, saving
+from listopd_jax.stages.teacher_server import (
+    TeacherServer,
+    check_server,
+    of_answers,
+    of_completions,
+    repeated,
+)
+from listopd_jax.stages.teachers import experts_of, teacher_roles
 from listopd_jax.task.codec import Codec
 from listopd_jax.train.collapse import Watch
 from listopd_jax.train.loop import Run, Saving, train
@@ -37,6 +48,7 @@ class Distillation(NamedTuple):
     frozen: Frozen
     tx: optax.GradientTransformation
     step: Callable  # of `make_step`
+    server: TeacherServer | None = None  # that has the teacher
 
 
 def opd_runs(job: Job, lam: float, seed: int) -> list[Run]:
@@ -52,13 +64,51 @@ def opd_steps(job: Job) -> int:
     return opd.steps or job.steps(opd.epochs, opd.batch_size)
 
 
-def preflight(job: Job, models: Mapping[str, Any]) -> None:
+def preflight(job: Job, models: Mapping[str, Any], server: TeacherServer | None = None) -> None:
     """Look at the models, parameters by role, on the first batch of answers; UserError if they cannot be distilled."""
-    batch, chunk, vocab = next(iter(job.evaluation_batches())), job.config.opd.head_chunk, job.codec.vocab
-    seen = {r: answer_logprobs(job.graphs[r], params, batch, vocab, chunk) for r, params in models.items()}
-    teacher = seen.pop("teacher")
-    for role, logprobs in seen.items():
-        check_models(teacher, logprobs, vocab, role)
+    batch, chunk, vocab = first_batch(job), job.config.opd.head_chunk, job.codec.vocab
+    seen = {} if server is None else {"teacher": of_answers(server, batch)}
+    teachers = teacher_roles(models) or ["teacher"]
+    for role, params in models.items():
+        read = as_teachers_read(batch) if role in teachers else batch
+        seen[role] = answer_logprobs(job.graphs[role], params, read, vocab, chunk)
+    for teacher, other in itertools.product(teachers, [role for role in models if role not in teachers]):
+        check_models(seen[teacher], seen[other], vocab, other, teacher)
+
+
+def first_batch(job: Job) -> dict[str, np.ndarray]:
+    """The first evaluation batch, with what teachers read."""
+    _, batches = next(job.by_teacher())
+    return next(iter(batches))
+
+
+def connected(job: Job) -> TeacherServer | None:
+    """The server that has the teacher, after a look at its tokenizer and at whether it repeats itself; None if none."""
+    teacher = job.config.teacher
+    if not teacher.server:
+        return None
+    server, batch = (
+        TeacherServer(teacher.server.rstrip("/").removesuffix("/v1"), teacher.served_name),
+        first_batch(job),
+    )
+    asked = job.codec.text(batch["prompt"][0, : batch["prompt_length"][0]])
+    check_server(server, job.codec.tokenizer, [asked, job.task.hint(job.records["train"])])
+    apart = repeated(server, batch)
+    if hosts.is_main():
+        print(f"teacher.server: two identical requests differ by at most {apart:.2g} nats", file=sys.stderr)
+    return server
+
+
+def served_logprobs(
+    server: TeacherServer, batch: Mapping[str, np.ndarray], rollout: Rollout
+) -> Float[Array, "B n T"]:
+    """log π_T of the sampled tokens; `batch` has this host's rows, which it asks for."""
+    rows = hosts.local_rows(len(rollout.tokens))
+    tokens, lengths = (
+        hosts.gather(x)[slice(None) if rows is None else rows] for x in (rollout.tokens, rollout.lengths)
+    )
+    scores, _ = of_completions(server, batch, tokens, lengths)
+    return hosts.global_batch({"teacher": scores}, len(rollout.tokens))["teacher"]
 
 
 def make_step(
@@ -77,7 +127,7 @@ def make_step(
     """
     base = graphs["base"] if "base" in graphs else base_of(graphs)
     return make_opd_step(
-        Models(student=graphs["student"], teacher=graphs["teacher"], base=base),
+        Models(graphs["student"], graphs.get("teacher"), base, experts_of(graphs)),
         tx,
         variant_of(opd),
         vocab=vocab,
@@ -146,15 +196,17 @@ def train_opd(
     key, steps = jax.random.key(run.seed), opd_steps(job)
 
     def update(state, batch, step):
-        rows = hosts.global_batch({k: batch[k] for k in ("prompt", "prompt_length", "index")}, opd.batch_size)
-        prompts, lengths = rows["prompt"], rows["prompt_length"]
+        names = ("prompt", "prompt_length", "index", *FOR_TEACHERS)
+        rows = hosts.global_batch({k: batch[k] for k in names if k in batch}, opd.batch_size)
+        prompts, lengths, *for_teachers = map(rows.get, ("prompt", "prompt_length", *FOR_TEACHERS))
         student = joined(shared.frozen.base, state.params)
         masks = opd.constrained_rollouts
         constrained = job.constraint(masks, "train", hosts.gather(rows["index"]).tolist(), opd.rollouts)
         rollout = sample(job, student, prompts, lengths, jax.random.fold_in(key, step), **constrained)
         held = holds_contract(job, rollout, rows["index"])
         reward = contract_reward(held, opd.contract_reward) if opd.contract_reward else None
-        sampled = OpdBatch(prompts, lengths, rollout._replace(steps=None), reward)
+        served = served_logprobs(shared.server, batch, rollout) if shared.server else None
+        sampled = OpdBatch(prompts, lengths, rollout._replace(steps=None), reward, *for_teachers, served)
         hyper = hyper_at(opd, watch.lam(run.lam) if watch else run.lam, step)
         lr = jnp.float32(learning_rate(opd, step, steps))
         for _ in range(opd.updates_per_batch):

@@ -19,10 +19,12 @@ from listopd_jax.stages.before import before_training, recommended
 from listopd_jax.stages.collapse import best_checkpoint, collapse_fields, watch_of
 from listopd_jax.stages.forgetting import forgetting
 from listopd_jax.stages.job import REFERENCE, ROLES, Job, base_of, job_on_mesh
-from listopd_jax.stages.opd import Distillation, make_step, opd_runs, preflight, train_opd
+from listopd_jax.stages.opd import Distillation, connected, make_step, opd_runs, preflight, train_opd
 from listopd_jax.stages.predict import anchor_runs, predict
 from listopd_jax.stages.results import evaluate, evaluated, summary, write_plan
 from listopd_jax.stages.sft import sft_run, train_sft
+from listopd_jax.stages.teacher_server import TeacherServer
+from listopd_jax.stages.teachers import experts_of
 from listopd_jax.train.loop import Run
 from listopd_jax.train.optimizer import adamw
 
@@ -36,8 +38,13 @@ def run_stages(config: Any, workdir: pathlib.Path) -> None:
 def _models_to_policies(job: Job) -> None:
     config = job.config
     write_plan(job.workdir, planned(job, lambdas_of(job, recommended(job))))
-    frozen = frozen_models(job)
-    found = before_training(job, frozen)
+    server = connected(job)
+    frozen = frozen_models(job, server)
+    found = None
+    if server is None:
+        found = before_training(job, frozen)
+    elif is_main():
+        print("no calibration, no forecast: teacher.server gives no whole distributions", file=sys.stderr)
     if found is not None and is_main():
         print("\n".join(found.lines), file=sys.stderr)
     lambdas = lambdas_of(job, found)
@@ -52,6 +59,7 @@ def _models_to_policies(job: Job) -> None:
     predict(job, frozen)
     if config.predict.only:
         return
+    shared = Distillation(student_again(job, frozen.base), frozen, tx, step, server)
     for seed in config.opd.seeds:
         for lam in lambdas:
             distil(job, shared, opd_runs(job, lam, seed))
@@ -69,17 +77,18 @@ def planned(job: Job, lambdas: Sequence[float]) -> list[Run]:
     grid = [(lam, seed) for seed in job.config.opd.seeds for lam in lambdas]
     sweep = [run for point in grid for run in opd_runs(job, *point)]
     return [sft_run(job, role) for role in ROLES] + anchor_runs(job) + sweep
+    return [sft_run(job, role) for role in ROLES if role in job.models] + sweep
 
 
-def frozen_models(job: Job) -> Frozen:
-    """Teacher and base, trained or read, after a look at each; the base is the SFT student unless another is named."""
+def frozen_models(job: Job, server: TeacherServer | None = None) -> Frozen:
+    """Teachers and base, trained or read, after a look at each; the base is the SFT student unless another is named."""
     dtype = job.config.dtype.frozen
     order = ("student", "teacher") if job.config.sft.continued else ("teacher", "student")
-    models = {role: cast(sft_stage(job, role), dtype) for role in order}
-    if REFERENCE in job.models:
-        models[REFERENCE] = initial_params(job.models[REFERENCE], job.shapes[REFERENCE], seed=0, dtype=dtype)
-    preflight(job, models)
-    return Frozen(models["teacher"], base_of(models))
+    models = {role: cast(sft_stage(job, role), dtype) for role in order if role in job.models}
+    for role in (role for role in job.models if role not in ROLES):
+        models[role] = initial_params(job.models[role], job.shapes[role], seed=0, dtype=dtype)
+    preflight(job, models, server)
+    return Frozen(models.get("teacher"), base_of(models), experts_of(models))
 
 
 def sft_stage(job: Job, role: str) -> Any:

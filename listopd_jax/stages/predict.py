@@ -25,8 +25,8 @@ from listopd_jax.ops.guard import Guard
 from listopd_jax.ops.opd_loss import Frozen
 from listopd_jax.parallel.hosts import from_main, is_main
 from listopd_jax.records import PREDICTIONS, Prediction, read_predictions, write_records
-from listopd_jax.stages.evaluate import greedy_answers
-from listopd_jax.stages.job import Job, base_of
+from listopd_jax.stages.forecast import target_answers
+from listopd_jax.stages.job import Job
 from listopd_jax.stages.opd import opd_steps
 from listopd_jax.stages.results import evaluated
 from listopd_jax.theory.predict import Shape, Undetermined, closest, gaps, predicted
@@ -107,12 +107,7 @@ def _decoded(
     job: Job, frozen: Frozen, lambdas: Float[np.ndarray, " L"], guard: Guard | None
 ) -> Float[np.ndarray, " L"]:
     """The share of validation lists that parse at each λ."""
-    lam = jnp.asarray(lambdas, jnp.float32)
-    answers = greedy_answers(
-        (job.graphs["teacher"], base_of(job.graphs)), tuple(frozen), jnp.stack([lam, 1 - lam]),
-        job.evaluation_batches(job.config.forecast.batch_size), job.codec, job.decoding, job.judge("validation"),
-        "predict", guard,
-    )  # fmt: skip
+    answers = target_answers(job, frozen, lambdas.tolist(), guard, "predict")
     return np.array([np.mean([a.parsed.ok for a in column]) for column in answers])
 
 

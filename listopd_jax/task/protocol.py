@@ -76,6 +76,17 @@ class Task(abc.ABC):
         """`parse` after the task's own repair of an answer, reported beside the strict verdict; None: it has none."""
         return None
 
+    def teacher_prompt(self, record: Any) -> Prompt | None:
+        """What teachers are asked in place of `prompt` (a hint, examples, the answer); None: the same.
+
+        Read only where `teachers.max_prompt` says how long it may be.
+        """
+        return None
+
+    def fields(self, record: Any) -> Mapping[str, Any]:
+        """What `teachers.field` may name; by default the record's attributes."""
+        return getattr(record, "__dict__", {})
+
     def token_classes(self, pieces: Sequence[str]) -> list[int]:
         """The role of each token of one completion, as indices into contract.TOKEN_CLASSES; "" is the end.
 

@@ -65,6 +65,8 @@ class FileTask(Task):
                 raise UserError(f"{self.name}: two records have the key {record.key!r}; give each its own")
             keys.add(record.key)
             check_prompt(self.prompt(record), record.key)
+            if (own := self.teacher_prompt(record)) is not None:
+                check_prompt(own, f"{record.key}: the teacher's prompt")
 
     def _paths(self) -> dict[str, pathlib.Path]:
         """The files of `inputs` that the config names; UserError for one that is not there."""

@@ -1,9 +1,12 @@
 """JSON answers under a JSON Schema: any extraction, call or form, as JSON lines and without a line of Python.
 
 A line is {"prompt": text or "messages": […], "answer": value, "schema": {…}}; answer and schema are optional, and
-`task.schema` is the schema of the lines that have none. An answer holds the contract iff the whole text is strict JSON
-(task/strict_json.py) that the schema accepts. It is 'no_json', or fails by the part of the schema that it breaks: by
-its path in `task.schema`, by the keyword alone where every line has a schema of its own.
+`task.schema` is the schema of the lines that have none. "teacher_prompt", a text or messages, is read by teachers alone
+(`teachers.max_prompt`), and any field that is not ours may say whose the line is (`teachers.field`).
+
+An answer holds the contract iff the whole text is strict JSON (task/strict_json.py) that the schema accepts. It is
+'no_json', or fails by the part of the schema that it breaks: by its path in `task.schema`, by the keyword alone where
+every line has a schema of its own.
 """
 
 import dataclasses
@@ -22,7 +25,7 @@ from listopd_jax.task.schema import Contract
 from listopd_jax.task.strict_json import dumps, loads, same
 from listopd_jax.tasks.file_task import FileTask
 
-FIELDS = ("prompt", "messages", "answer", "schema")
+FIELDS = ("prompt", "messages", "answer", "schema", "teacher_prompt")
 MOST_FIELDS = 20  # top-level fields with an accuracy of their own
 
 
@@ -35,6 +38,8 @@ class JsonRecord:
     answer: Any
     contract: Contract
     side: str | None = None
+    teacher_prompt: Prompt | None = None
+    others: Mapping[str, Any] = dataclasses.field(default_factory=dict)  # the fields that are not ours
 
 
 class JsonTask(FileTask):
@@ -67,6 +72,14 @@ class JsonTask(FileTask):
     def prompt(self, record: JsonRecord) -> Prompt:
         """The prompt or messages as they stand in the line."""
         return record.prompt
+
+    def teacher_prompt(self, record: JsonRecord) -> Prompt | None:
+        """That of the line."""
+        return record.teacher_prompt
+
+    def fields(self, record: JsonRecord) -> Mapping[str, Any]:
+        """Those of the line that are not ours."""
+        return record.others
 
     def answer(self, record: JsonRecord) -> str | None:
         """Compact JSON."""
@@ -113,7 +126,9 @@ class JsonTask(FileTask):
         if answer is not None and (problem := contract.explain(answer)):
             raise UserError(f"{where}: 'answer' breaks its schema {problem}; {_answer_fix(answer)}")
         prompt = row["prompt"] if "prompt" in row else row["messages"]
-        return JsonRecord(key, prompt, answer, contract, _side(row, self.data.split_field, where))
+        side = _side(row, self.data.split_field, where)
+        others = {field: value for field, value in row.items() if field not in FIELDS}
+        return JsonRecord(key, prompt, answer, contract, side, row.get("teacher_prompt"), others)
 
     def _contract_of(self, row: dict[str, Any], where: str, contracts: dict[str, Contract]) -> Contract:
         """The contract of a line; equal schemas share one."""

@@ -15,6 +15,7 @@ import optax
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
+from listopd_jax.models.decoder import Decoder
 from listopd_jax.models.lora import joined
 from listopd_jax.ops.grammar import START, Grammar, states
 from listopd_jax.ops.objective import Hyper, Variant, token_weights
@@ -27,12 +28,20 @@ from listopd_jax.train.optimizer import TrainState, apply_gradients
 
 
 class OpdBatch(NamedTuple):
-    """Prompts, their n sampled completions, and a reward of each, to be added to the advantage of its tokens."""
+    """Prompts, their n sampled completions, and a reward of each, to be added to the advantage of its tokens.
+
+    With experts, `own_teacher` says whose row it is: 0 the teacher's, i the i-th expert's. Teachers read prompts of
+    their own where there are some. `teacher_logprobs` are those of a teacher that is no model here.
+    """
 
     prompts: Int[Array, "B P"]
     prompt_lengths: Int[Array, " B"]
     rollout: Rollout
     reward: Float[Array, "B n"] | None = None
+    own_teacher: Int[Array, " B"] | None = None
+    teacher_prompts: Int[Array, "B Q"] | None = None
+    teacher_prompt_lengths: Int[Array, " B"] | None = None
+    teacher_logprobs: Float[Array, "B n T"] | None = None
 
 
 def make_opd_step(
@@ -49,10 +58,10 @@ def make_opd_step(
 ) -> Callable:
     """A jitted step(state, frozen, batch: OpdBatch, hyper: Hyper, lr) → (state, metrics, per_token).
 
-    `graphs` are the static halves of the models, `frozen` the parameters of teacher and base. A student with an adapter
-    (of `lora`) has in its state the adapter alone; the rest of it are the arrays of the base. With `grid`, a step of G
-    independent students (λ, seeds) in one program: everything but `frozen`, which they share, has a leading axis G,
-    split along the mesh's `grid`. `pallas`, `grammar`: see `opd_loss`.
+    `graphs` are the static halves of the models, `frozen` the parameters of teachers and base. A student with an
+    adapter (of `lora`) has in its state the adapter alone; the rest of it are the arrays of the base. With `grid`, a
+    step of G independent students (λ, seeds) in one program: everything but `frozen`, which they share, has a leading
+    axis G, split along the mesh's `grid`. `pallas`, `grammar`: see `opd_loss`.
 
     metrics: scalars over completion tokens (loss, advantage_mean, guarded_fraction, ratio_max, clip_fraction,
     reverse_kl, entropy, sampler_trainer_gap, grad_norm). per_token: float32 arrays [B, n, T] of advantage, λ, student,
@@ -84,9 +93,9 @@ def make_opd_step(
 def _loss(graphs: Models, params, frozen: Frozen, batch: OpdBatch, weights, loss_function: Callable, hyper):
     """Weighted loss of one microbatch, differentiable in `params`, and per-token quantities [B, n, T]."""
     tokens = batch.rollout.tokens
-    decoders = Models(*map(nnx.merge, graphs, Models(joined(frozen.base, params), *frozen)))
-    hiddens = Models(*(completion_hidden(d, batch.prompts, batch.prompt_lengths, tokens) for d in decoders))
-    heads = Models(*(d.head_weight() for d in decoders))
+    decoders = _decoders(graphs, joined(frozen.base, params), frozen)
+    hiddens = _hiddens(decoders, batch)
+    heads = Models(*map(_head, decoders[:3]), tuple(map(_head, decoders.experts)))
     grammar = loss_function.keywords["grammar"]
     state = None if grammar is None else states(grammar, jnp.full(tokens.shape[:2], START), tokens)
     hiddens, state, *rows = jax.tree.map(
@@ -95,8 +104,38 @@ def _loss(graphs: Models, params, frozen: Frozen, batch: OpdBatch, weights, loss
     of_tokens = {"states": state}
     if batch.reward is not None:
         of_tokens["reward"] = jnp.broadcast_to(batch.reward[..., None], tokens.shape).reshape(-1)
+    if batch.teacher_logprobs is not None:
+        of_tokens["teacher"] = batch.teacher_logprobs.reshape(-1)
+    if batch.own_teacher is not None:
+        of_tokens["own_teacher"] = jnp.broadcast_to(batch.own_teacher[:, None, None], tokens.shape).reshape(
+            -1
+        )
     loss, per_token = loss_function(hiddens, heads, *rows, hyper, **of_tokens)
     return loss, {k: v.reshape(tokens.shape) for k, v in per_token.items()}
+
+
+def _decoders(graphs: Models, student, frozen: Frozen) -> Models:
+    """The models of static halves and parameters."""
+    teacher = None if graphs.teacher is None else nnx.merge(graphs.teacher, frozen.teacher)
+    experts = tuple(map(nnx.merge, graphs.experts, frozen.experts))
+    return Models(nnx.merge(graphs.student, student), teacher, nnx.merge(graphs.base, frozen.base), experts)
+
+
+def _head(decoder: Decoder | None) -> Float[Array, "V D"] | None:
+    return None if decoder is None else decoder.head_weight()
+
+
+def _hiddens(decoders: Models, batch: OpdBatch) -> Models:
+    """The states [B, n, T, D] that predict the completions; teachers read them after prompts of their own, if any."""
+    tokens, asked = batch.rollout.tokens, (batch.prompts, batch.prompt_lengths)
+    own = batch.teacher_prompts is not None
+    told = (batch.teacher_prompts, batch.teacher_prompt_lengths) if own else asked
+    return Models(
+        completion_hidden(decoders.student, *asked, tokens),
+        None if decoders.teacher is None else completion_hidden(decoders.teacher, *told, tokens),
+        completion_hidden(decoders.base, *asked, tokens),
+        tuple(completion_hidden(expert, *told, tokens) for expert in decoders.experts),
+    )
 
 
 def summarize(per_token: dict[str, Float[Array, "B n T"]], mask, hyper: Hyper) -> dict[str, Float[Array, ""]]:

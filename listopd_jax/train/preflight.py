@@ -36,13 +36,15 @@ def answer_logprobs(
     return gather(logprobs)[gather(mask)]
 
 
-def check_models(teacher: np.ndarray, other: np.ndarray, vocab: int, role: str = "student") -> None:
-    """Refuse to start from the log-probabilities that teacher and student, or reference, give the same right answers.
+def check_models(
+    teacher: np.ndarray, other: np.ndarray, vocab: int, role: str = "student", teacher_role: str = "teacher"
+) -> None:
+    """Refuse to start from the log-probabilities that a teacher and student, or reference, give the same right answers.
 
     Raises UserError if either is not finite or uniform over the vocabulary (blank weights), or if the two are the same
     model (nothing to distil, or to extrapolate from).
     """
-    for name, logprobs in (("teacher", teacher), (role, other)):
+    for name, logprobs in ((teacher_role, teacher), (role, other)):
         if not np.isfinite(logprobs).all():
             raise UserError(
                 f"{name}: log-probabilities are not finite on the first batch; its weights are broken"
@@ -53,7 +55,7 @@ def check_models(teacher: np.ndarray, other: np.ndarray, vocab: int, role: str =
             )
     if np.abs(teacher - other).max() < SAME:
         raise UserError(
-            f"{role} and teacher give the same log-probabilities everywhere: they are the same model"
+            f"{role} and {teacher_role} give the same log-probabilities everywhere: they are the same model"
         )
 
 
