@@ -600,7 +600,7 @@ def _validate_teachers(config: ml_collections.ConfigDict) -> None:
     )
     _require(
         not (teachers.max_prompt and (config.opd.recommend or config.predict.anchors)),
-        "opd.recommend and predict.anchors need a forecast, and there is none with teachers.max_prompt (prompts of the teachers' own)",
+        "opd.recommend and predict.anchors need a forecast, and with teachers.max_prompt there is none",
     )
 
 

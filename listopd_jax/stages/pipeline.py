@@ -40,29 +40,36 @@ def _models_to_policies(job: Job) -> None:
     write_plan(job.workdir, planned(job, lambdas_of(job, recommended(job))))
     server = connected(job)
     frozen = frozen_models(job, server)
-    found = None
-    if server is None:
-        found = before_training(job, frozen)
-    elif is_main():
-        print("no calibration, no forecast: teacher.server gives no whole distributions", file=sys.stderr)
-    if found is not None and is_main():
-        print("\n".join(found.lines), file=sys.stderr)
-    lambdas = lambdas_of(job, found)
+    lambdas = lambdas_of(job, _before(job, frozen, server))
     write_plan(job.workdir, planned(job, lambdas))
-    tx = adamw(config.optimizer, config.opd.b2, config.opd.moments)
-    graphs = job.graphs | {"student": job.trained["student"], "base": base_of(job.graphs)}
-    grammar = None if job.guard is None else job.guard.grammar
-    step = make_step(config.opd, tx, graphs, vocab=job.codec.vocab, attention=job.attention, grammar=grammar)
-    shared = Distillation(student_again(job, frozen.base), frozen, tx, step)
+    shared = distillation(job, frozen, server)
     for run in anchor_runs(job):
         distil(job, shared, [run])
     predict(job, frozen)
     if config.predict.only:
         return
-    shared = Distillation(student_again(job, frozen.base), frozen, tx, step, server)
     for seed in config.opd.seeds:
         for lam in lambdas:
             distil(job, shared, opd_runs(job, lam, seed))
+
+
+def _before(job: Job, frozen: Frozen, server: TeacherServer | None) -> Recommendation | None:
+    """What calibration and forecast recommend, said on stderr; None where a server gives no distributions."""
+    found = None if server else before_training(job, frozen)
+    lines = ["no calibration, no forecast: teacher.server gives no whole distributions"] if server else []
+    if is_main():
+        sys.stderr.writelines(line + "\n" for line in (found.lines if found else lines))
+    return found
+
+
+def distillation(job: Job, frozen: Frozen, server: TeacherServer | None) -> Distillation:
+    """What the runs of all λ and seeds share."""
+    config = job.config
+    tx = adamw(config.optimizer, config.opd.b2, config.opd.moments)
+    graphs = job.graphs | {"student": job.trained["student"], "base": base_of(job.graphs)}
+    grammar = None if job.guard is None else job.guard.grammar
+    step = make_step(config.opd, tx, graphs, vocab=job.codec.vocab, attention=job.attention, grammar=grammar)
+    return Distillation(student_again(job, frozen.base), frozen, tx, step, server)
 
 
 def lambdas_of(job: Job, found: Recommendation | None) -> tuple[float, ...]:
