@@ -84,6 +84,12 @@ def defaults() -> ml_collections.ConfigDict:
         opd=_opd(),
         rollout=_section(draft_tokens=-1),  # most per decode step; 0: none, -1: 8, none if is_small
         forecast=_section(lambdas=(), batch_size=8),  # lambdas besides opd.lambdas, decoded without training
+        predict=_section(  # the parse of trained students, before they are trained: predictions.json
+            anchors=(),  # lambdas of the runs that say how far training comes; (): no prediction
+            seeds=(1, 2),  # of these runs; none of opd.seeds
+            largest_gap=0.15,  # in parse, between neighbours of the grid of λ that is decoded
+            only=False,  # stop before the sweep, to lock the prediction (python -m listopd_jax.prereg curve)
+        ),
         evaluation=_section(
             batch_size=64,
             max_lists=0,
@@ -381,7 +387,7 @@ _POSITIVE = """
 task.max_prompt task.prompt_buckets data.vote_cap
 data.synthetic.reviews_per_product sft.teacher.batch_size sft.teacher.lr sft.student.batch_size sft.student.lr
 opd.batch_size opd.rollouts opd.updates_per_batch opd.lr opd.temperature opd.head_chunk
-opd.collapse.window opd.collapse.parse_drop opd.collapse.length_change
+opd.collapse.window opd.collapse.parse_drop opd.collapse.length_change predict.largest_gap
 forecast.batch_size evaluation.batch_size evaluation.bootstrap train.checkpoint_every train.keep_checkpoints
 parallel.timeout_s track.completions
 """.split()
@@ -466,6 +472,7 @@ def _validate_grid(config: ml_collections.ConfigDict) -> None:
     for x in seeds:
         _require(_is_seed(x), f"opd.seeds={seeds}: every seed is a whole number in [0, 2^32), not {x!r}")
     _require(len(set(lambdas)) == len(lambdas), f"opd.lambdas={lambdas}: a value stands twice")
+    _validate_anchors(config)
     _require(
         not config.opd.recommend or 1 in {*lambdas, *config.forecast.lambdas},
         "opd.recommend compares every λ with λ = 1: add 1.0 to forecast.lambdas",
@@ -475,6 +482,30 @@ def _validate_grid(config: ml_collections.ConfigDict) -> None:
         "opd.recommend is about the base-relative target, not opd.advantage='no_base'; set one of the two",
     )
     _require(len(set(seeds)) == len(seeds), f"opd.seeds={seeds}: a value stands twice")
+
+
+def _validate_anchors(config: ml_collections.ConfigDict) -> None:
+    anchors, seeds = config.predict.anchors, config.predict.seeds
+    for x in anchors:
+        _require(_is_lambda(x), f"predict.anchors={anchors}: every lambda is a number >= 0, not {x!r}")
+    for x in seeds:
+        _require(_is_seed(x), f"predict.seeds={seeds}: every seed is a whole number in [0, 2^32), not {x!r}")
+    for name, values in (("anchors", anchors), ("seeds", seeds)):
+        _require(len(set(values)) == len(values), f"predict.{name}={values}: a value stands twice")
+    if not anchors:
+        return
+    _require(
+        len(anchors) * len(seeds) >= 2, "predict: two anchor runs are needed; give more anchors or seeds"
+    )
+    shared = sorted(set(seeds) & set(config.opd.seeds))
+    _require(
+        not shared,
+        f"predict.seeds={seeds}: {shared} of opd.seeds too; a prediction must not see the runs that judge it",
+    )
+    _require(
+        config.opd.advantage == "base_relative" and config.opd.ratio != "aspo",
+        "predict.anchors: the limit of no_base and of ratio aspo is not known; set predict.anchors=()",
+    )
 
 
 def noise_shares(sft: Any, field: str = "sft") -> tuple[tuple[str, float], ...]:
@@ -535,6 +566,7 @@ def _validate_server(config: ml_collections.ConfigDict) -> None:
     whole = {
         "opd.estimator": opd.estimator == "full_vocab",
         "opd.recommend": opd.recommend,
+        "predict.anchors": bool(config.predict.anchors),
         "opd.normalize": opd.normalize,
         "opd.control_variate": opd.control_variate != "none",
         "opd.on_collapse": opd.on_collapse != "none",
@@ -567,8 +599,8 @@ def _validate_teachers(config: ml_collections.ConfigDict) -> None:
         "evaluation.expected reads all lists with one teacher, so not with teachers.route: leave one of them out",
     )
     _require(
-        not (teachers.max_prompt and config.opd.recommend),
-        "opd.recommend needs a forecast, and there is none where teachers read prompts of their own (teachers.max_prompt)",
+        not (teachers.max_prompt and (config.opd.recommend or config.predict.anchors)),
+        "opd.recommend and predict.anchors need a forecast, and with teachers.max_prompt there is none",
     )
 
 
@@ -876,6 +908,8 @@ def _plain(value: Any) -> Any:
     return str(value) if isinstance(value, float) and math.isinf(value) else value
 
 
+MAY_CHANGE = ("opd.lambdas", "opd.seeds", "forecast.lambdas", "predict.", "parallel.", "attention", "track.")
+"""Fields and sections that may differ between calls on one workdir: the grid may grow, devices and trackers change."""
 MAY_CHANGE = (
     "opd.lambdas",
     "opd.seeds",

@@ -1,5 +1,5 @@
-"""What a run leaves for others to read, field by field: runs.json, results.json, examples.json, calibration.json and
-recommendation.json.
+"""What a run leaves for others to read, field by field: runs.json, results.json, examples.json, calibration.json,
+recommendation.json and predictions.json.
 
 Whoever writes these files makes these records, and whoever reads them gets them back. A field that a file lacks (an
 older one) has its default; fields that are not known here (a newer one's) are kept in `extra` and written again. A
@@ -18,6 +18,7 @@ from listopd_jax import files
 from listopd_jax.errors import UserError
 
 RUNS, RESULTS, EXAMPLES, CALIBRATION = "runs.json", "results.json", "examples.json", "calibration.json"
+PREDICTIONS = "predictions.json"
 RECOMMENDATION = "recommendation.json"
 
 EVALUATE = "evaluate"
@@ -301,6 +302,28 @@ class Calibration(Record):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class Prediction(Record):
+    """The parse of trained students as a predictor gives it before they are trained, an entry of predictions.json.
+
+    `low` and `high`: a 90 % band for the mean over the sweep's seeds; None where the predictor has none.
+    """
+
+    predictor: str  # a name of stages.predict.PREDICTORS
+    lambdas: list[float] | None = None
+    parse: list[float] | None = None
+    low: list[float] | None = None
+    high: list[float] | None = None
+    steps: int | None = None  # of the runs it predicts
+    seeds: list[float] | None = None
+    anchors: int = 0  # runs that it looked at
+    seconds: float | None = None  # that it took here, besides its anchors
+    fit: dict[str, Any] = dataclasses.field(default_factory=dict)  # what it took from the anchors
+    why: str = ""
+    chosen: bool = False  # by the rule of stages.predict
+    extra: dict[str, Any] = _extra()
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Recommendation(Record):
     """What the forecasts recommend before any training, recommendation.json (recommend.py)."""
 
@@ -339,6 +362,11 @@ def read_calibration(path: str | os.PathLike) -> Calibration | None:
     """The record of a calibration.json; None if there is no such file."""
     value = _read(path, None)
     return None if value is None else Calibration.from_json(value, str(path))
+
+
+def read_predictions(path: str | os.PathLike) -> list[Prediction]:
+    """The records of a predictions.json; [] if there is no such file."""
+    return _entries(Prediction, _read(path, []), str(path), "prediction")
 
 
 def read_recommendation(path: str | os.PathLike) -> Recommendation | None:
@@ -396,6 +424,9 @@ _TYPES: Mapping[Any, tuple[Callable[[Any], bool], str]] = {
     float: (is_number, "be a finite number"),
     float | None: (lambda x: x is None or is_number(x), "be a finite number or null"),
     int | None: (lambda x: x is None or is_number(x), "be a finite number or null"),
+    int: (is_number, "be a finite number"),
+    bool: (lambda x: isinstance(x, bool), "be true or false"),
+    dict[str, Any]: (lambda x: isinstance(x, dict), "be an object"),
     list[str]: (lambda x: isinstance(x, list), "be a list"),
     list[float] | None: (lambda x: x is None or isinstance(x, list), "be a list or null"),
     dict[str, str]: (lambda x: isinstance(x, dict), "be an object"),

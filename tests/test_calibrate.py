@@ -360,7 +360,7 @@ def job_of(models, batch, workdir):
         decoding=DECODING,
         calls=calls,
         models=graphs,
-        by_teacher=lambda: [("teacher", batches())],
+        by_teacher=lambda size=0: [("teacher", batches())],
     )
 
 

@@ -12,6 +12,8 @@ Three more guards need no margin and go together with it. `mask` leaves teacher 
 contract allows next, the one guard that mends a teacher whose own mode breaks the list. `floor` = μ keeps the mode m
 ahead of each rival v on its own, log q_m/q_v = max(λΔ_T − (λ−1)Δ_B, min(Δ_B, μ)), and leaves λ to all other tokens.
 `structure` is a λ of its own for the positions that choose no score: the simple rule that the others must beat.
+
+`limit` is no guard: the target gives way to where the estimator with ratio `teacher_student` and clip `clip` ends.
 """
 
 import dataclasses
@@ -24,18 +26,19 @@ from jaxtyping import Array, Bool, Float, Int
 
 from listopd_jax.ops.grammar import Grammar, allowed_tokens, chooses_score, content_tokens
 from listopd_jax.ops.head import take_token
+from listopd_jax.ops.limit import teacher_student_limit
 
 IMPOSSIBLE = -1e9  # log-probability of what is masked; finite, since λ(−∞) + (1−λ)(−∞) is none
 
 
 @functools.partial(
     jax.tree_util.register_dataclass,
-    data_fields=["margin", "grammar"],
-    meta_fields=["fallback", "scope", "mask", "floor", "structure"],
+    data_fields=["margin", "grammar", "clip"],
+    meta_fields=["fallback", "scope", "mask", "floor", "structure", "limit"],
 )
 @dataclasses.dataclass(frozen=True)
 class Guard:
-    """What changes the target at a position, see the module; all but margin and fallback need the grammar.
+    """What changes the target at a position, see the module; scope, mask, floor and structure need the grammar.
 
     fallback "": no margin is kept. floor 0, structure below 0: off.
     """
@@ -47,6 +50,8 @@ class Guard:
     mask: bool = False
     floor: float = 0.0
     structure: float = -1.0
+    limit: bool = False
+    clip: Any = 0.0
 
 
 class Guarded(NamedTuple):
@@ -98,6 +103,8 @@ def guarded(
     if guard.fallback:
         lam = guarded_lambda(teacher, base, lam, guard.margin, guard.fallback, harmless)
     target = lam[..., None] * teacher + (1 - lam[..., None]) * base
+    if guard.limit:
+        target = teacher_student_limit(teacher, base, lam, guard.clip)
     if guard.floor:
         target = _floored(target, teacher, base, guard.floor, harmless)
     return Guarded(teacher, base, lam, target, allowed)

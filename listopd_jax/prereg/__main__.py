@@ -4,6 +4,8 @@
         --config=configs/fashion.py:paper --config.opd.lambdas="(1.18,1.2,1.22)" --grid=1.18,1.2,1.22
     python -m listopd_jax.prereg verify  --lock=prereg.json [--config=runs/x/config.json]
     python -m listopd_jax.prereg verdict --lock=prereg.json --workdir=runs/x [--json]
+    python -m listopd_jax.prereg curve   --workdir=runs/x --out=curve.json      # lock runs/x/predictions.json
+    python -m listopd_jax.prereg curves  locks/*.json --runs=runs --out=forecast.json  # verdicts on runs/PAIR
 
 A lock is a JSON file with grid, seeds, budget, window, pass rule (data, never code), the config's hash, the
 code revision and its own SHA-256 over canonical JSON. It is written once. The hash shows an accidental or
@@ -20,12 +22,15 @@ import json
 import math
 import pathlib
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 from listopd_jax import config as config_module
 from listopd_jax import files
 from listopd_jax.errors import Parser, UserError, exit_code
+from listopd_jax.prereg.curve import judge_curve, make_curve_lock
+from listopd_jax.prereg.curves import figures, judged_pairs
 from listopd_jax.prereg.lock import (
+    CURVE,
     TEMPLATES,
     Json,
     check_config,
@@ -71,6 +76,13 @@ def _parser() -> Parser:
     lock.add_argument("--seeds", type=_seeds, help="default: the config's opd.seeds")
     lock.add_argument("--steps", type=int, help="default: the config's opd.steps")
     lock.add_argument("--midpoint", type=float, default=cliff.MIDPOINT, help="parse level of the midpoint")
+    curve = commands.add_parser("curve", allow_abbrev=False, help="write a predicted curve, once")
+    curve.add_argument("--workdir", required=True, type=pathlib.Path, help="folder with predictions.json")
+    curve.add_argument("--out", required=True, help="the lock to write; must not exist")
+    curves = commands.add_parser("curves", allow_abbrev=False, help="judge several curves, as one JSON list")
+    curves.add_argument("locks", nargs="+", type=pathlib.Path, help="PAIR.json")
+    curves.add_argument("--runs", required=True, type=pathlib.Path, help="folder with PAIR/results.json")
+    curves.add_argument("--out", required=True, help="the file to write")
     verify = commands.add_parser("verify", allow_abbrev=False, help="is the lock, and the config, unchanged?")
     verify.add_argument("--lock", required=True)
     verify.add_argument("--config", help="a run's config.json")
@@ -141,8 +153,23 @@ def _lock(args: argparse.Namespace, overrides: Sequence[str]) -> tuple[str, int]
         midpoint=args.midpoint,
     )
     _check_not_run_yet(pathlib.Path(args.config), lock)
-    write_lock(args.out, lock)
-    return f"{args.out}: locked, SHA-256 {lock['sha256']}; commit it before the run", 0
+    return _written(args.out, lock)
+
+
+def _curve(args: argparse.Namespace) -> tuple[str, int]:
+    return _written(args.out, make_curve_lock(args.workdir, load_config(str(args.workdir / "config.json"))))
+
+
+def _curves(args: argparse.Namespace) -> tuple[str, int]:
+    judged = judged_pairs(args.locks, args.runs)
+    files.write_json(args.out, figures(judged, args.locks))
+    lines = [f"{pair}\n{_in_words(verdict)}" for pair, verdict in judged.items()]
+    return "\n".join([*lines, f"{args.out}: written"]), 0
+
+
+def _written(path: str, lock: Json) -> tuple[str, int]:
+    write_lock(path, lock)
+    return f"{path}: locked, SHA-256 {lock['sha256']}; commit it before the run", 0
 
 
 def _check_not_run_yet(config_path: pathlib.Path, lock: Json) -> None:
@@ -170,7 +197,8 @@ def _verdict(args: argparse.Namespace) -> tuple[str, int]:
     lock = read_lock(args.lock)
     saved = files.read_json(args.workdir / "config.json")
     check_config(lock, load_config(str(args.workdir / "config.json")), str(args.workdir / "config.json"))
-    result = judge(lock, files.read_json(args.workdir / RESULTS))
+    judged = judge_curve if lock.get("kind") == CURVE else judge
+    result = judged(lock, files.read_json(args.workdir / RESULTS))
     if saved.get("revision") != lock["code_revision"]:
         result["note"] = f"locked with code {lock['code_revision']}, run with {saved.get('revision')}"
     text = (
@@ -181,6 +209,8 @@ def _verdict(args: argparse.Namespace) -> tuple[str, int]:
 
 def _in_words(result: Json) -> str:
     lines = [f"{VERDICTS[result['verdict']][0]} (lock {result['lock_sha256'][:12]})"]
+    if "predictors" in result:
+        return "\n".join(lines + list(_predictors_in_words(result)))
     for check in result["checks"]:
         value = "none" if check["value"] is None else f"{check['value']:.4f}"
         interval = check.get("interval")
@@ -191,15 +221,27 @@ def _in_words(result: Json) -> str:
     return "\n".join(lines + ([f"  note  {result['note']}"] if "note" in result else []))
 
 
+def _predictors_in_words(result: Json) -> Iterator[str]:
+    yield f"  goal: RMSE ≤ {result['goal']:.3f}; the noise floor is {result['floor']:.3f}"
+    for found in result["predictors"]:
+        missed = "no curve" if found["rmse"] is None else f"RMSE {found['rmse']:.3f}"
+        band = (
+            ""
+            if found["inside"] is None
+            else f", {found['inside']} of {len(result['lambdas'])} means in its band"
+        )
+        word = "pass" if found["pass"] else "FAIL"
+        yield f"  {word}  {found['predictor']}{' (chosen)' if found['chosen'] else ''}: {missed}{band}; {found['why']}"
+
+
 def run(argv: Sequence[str]) -> tuple[str, int]:
     """What the command prints and its exit code; UserError for a user's mistake."""
     args, rest = _parser().parse_known_args(argv)
     strange = [x for x in rest if not (args.command == "lock" and x.startswith("--config."))]
     if strange:
         raise UserError(f"{strange[0]!r} is not known; see --help")
-    if args.command == "lock":
-        return _lock(args, rest)
-    return _verify(args) if args.command == "verify" else _verdict(args)
+    commands = {"lock": lambda a: _lock(a, rest), "curve": _curve, "curves": _curves, "verify": _verify}
+    return commands.get(args.command, _verdict)(args)
 
 
 def main(argv: Sequence[str]) -> int:

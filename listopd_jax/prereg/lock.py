@@ -47,6 +47,10 @@ TEMPLATES: dict[str, Json] = {
 }
 
 
+CURVE = "curve"
+"""The kind of a lock that holds predictions.json (listopd_jax.prereg.curve)."""
+
+
 def sha256(value: Any) -> str:
     """SHA-256 of the canonical JSON of `value`: sorted keys, no spaces, no NaN."""
     return files.json_sha256(value, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
@@ -153,23 +157,27 @@ def check_config(lock: Json, config: Json, where: str) -> None:
 
 def _check_lock(lock: Json, where: Any) -> None:
     """UserError unless the lock has every field, of its type, and a rule that the verdict can read."""
-    kinds = {"grid": list, "window": list, "seeds": list, "rule": list, "steps": int, "midpoint": float}
-    kinds |= {"config_sha256": str, "code_revision": str}
+    kinds = {"grid": list, "seeds": list, "steps": int, "config_sha256": str, "code_revision": str}
+    if lock.get("kind") == CURVE:
+        kinds |= {"predictions": list}
+    else:
+        kinds |= {"window": list, "rule": list, "midpoint": float}
     for name, kind in kinds.items():
         if not isinstance(lock.get(name), kind):
             raise UserError(f"{where}: field {name} is missing or no {kind.__name__}")
-    numbers = [*lock["grid"], *lock["window"], *lock["seeds"]]
+    window = lock.get("window", [0, 0])
+    numbers = [*lock["grid"], *window, *lock["seeds"]]
     if not all(isinstance(x, int | float) and math.isfinite(x) for x in numbers) or not lock["seeds"]:
         raise UserError(f"{where}: grid, window and seeds must be finite numbers, and there must be a seed")
-    if len(lock["window"]) != 2 or lock["window"][0] > lock["window"][1]:
-        raise UserError(f"{where}: window={lock['window']}: give two numbers, LOW,HIGH")
+    if len(window) != 2 or window[0] > window[1]:
+        raise UserError(f"{where}: window={window}: give two numbers, LOW,HIGH")
     if len(set(lock["grid"])) != len(lock["grid"]) or len(lock["grid"]) < 2:
         raise UserError(f"{where}: grid={lock['grid']}: give at least two different λ")
     if lock["grid"][0] < 0:
         raise UserError(
             f"{where}: grid={lock['grid']}: λ must be ≥ 0; give --grid for a threshold this large"
         )
-    for check in lock["rule"]:
+    for check in lock.get("rule", []):
         check_rule(check, where)
 
 

@@ -20,6 +20,7 @@ FLAT = 0.05  # range of NDCG@1 over λ below which the ranking counts as unmoved
 STAGES = {
     "sft_teacher": "SFT teacher",
     "sft_student": "SFT student",
+    "anchor": "anchor run",
     "forecast": "forecast",
     "opd": "OPD",
     EVALUATE: "checkpoint",

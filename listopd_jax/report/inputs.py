@@ -12,15 +12,18 @@ from listopd_jax.metrics_log import read_metrics
 from listopd_jax.records import (
     CALIBRATION,
     EXAMPLES,
+    PREDICTIONS,
     RECOMMENDATION,
     RESULTS,
     Calibration,
     Example,
+    Prediction,
     Recommendation,
     Result,
     is_number,
     read_calibration,
     read_examples,
+    read_predictions,
     read_recommendation,
     read_results,
 )
@@ -54,6 +57,7 @@ class Inputs:
     metrics: Sequence[_Json] = ()
     examples: Sequence[Example] = ()
     calibration: Calibration | None = None
+    predictions: Sequence[Prediction] = ()
     recommendation: Recommendation | None = None  # of the forecasts
     beside: Mapping[str, "Inputs"] = field(default_factory=dict)  # other runs to compare with, by name
 
@@ -98,8 +102,8 @@ def metric_columns(results: Sequence[Result]) -> dict[str, str]:
 
 
 def read_inputs(workdir: str | pathlib.Path) -> Inputs:
-    """Read config.json, data/report.json, results.json, metrics.jsonl, examples.json, calibration.json and
-    recommendation.json.
+    """Read config.json, data/report.json, results.json, metrics.jsonl, examples.json, calibration.json,
+    predictions.json and recommendation.json.
 
     Raises UserError if there is no such folder, or a file in it is broken.
     """
@@ -115,6 +119,7 @@ def read_inputs(workdir: str | pathlib.Path) -> Inputs:
         read_metrics(workdir),
         read_examples(workdir / EXAMPLES),
         read_calibration(workdir / CALIBRATION),
+        read_predictions(workdir / PREDICTIONS),
         read_recommendation(workdir / RECOMMENDATION),
     )
 

@@ -23,6 +23,7 @@ from listopd_jax.report.findings import FAILURES, Findings, Policy
 from listopd_jax.report.inputs import METRICS, Inputs
 from listopd_jax.report.page import Cell, Listing, Plot, Section, Table
 from listopd_jax.report.passage import passage_section
+from listopd_jax.report.prediction_section import prediction_section, prediction_series
 from listopd_jax.report.strip import strip_section
 from listopd_jax.report.threshold_section import predicted, threshold_section
 from listopd_jax.report.wording import (
@@ -175,6 +176,7 @@ SECTIONS: tuple[Callable[[Inputs], Section | None], ...] = (
     constrained_section,
     errors_section,
     beside_section,
+    prediction_section,
     threshold_section,
     strip_section,
     passage_section,
@@ -200,6 +202,7 @@ def _parse_plot(inputs: Inputs) -> Plot:
     series = [
         plots.Series("OPD", _points(found.opd, "parse"), plots.BLUE),
         plots.Series("forecast, untrained", _points(found.forecast, "parse"), plots.GREEN, "D"),
+        *prediction_series(inputs),
     ]
     shorter = findings.shorter_budgets(
         inputs.results

@@ -15,10 +15,11 @@ from collections.abc import Sequence
 import jax.numpy as jnp
 
 from listopd_jax.config import guard_text
+from listopd_jax.ops.guard import Guard
 from listopd_jax.ops.opd_loss import Frozen
 from listopd_jax.parallel.hosts import is_main
 from listopd_jax.stages.calibrate import calibrate_forecasts
-from listopd_jax.stages.evaluate import greedy_answers
+from listopd_jax.stages.evaluate import Answer, greedy_answers
 from listopd_jax.stages.job import Job, base_of
 from listopd_jax.stages.results import evaluated, expected, keep
 from listopd_jax.stages.teachers import teacher_roles
@@ -42,15 +43,23 @@ def forecast(job: Job, frozen: Frozen) -> None:
         if is_main():
             print("no forecast: teachers read prompts of their own (teachers.max_prompt)", file=sys.stderr)
         return
-    size, columns = config.forecast.batch_size, [[] for _ in missing]
-    for role, batches in job.by_teacher(size):
-        target, judge = target_of(job, frozen, role, missing), job.judge("validation")
-        found = greedy_answers(*target, batches, job.codec, job.decoding, judge, "forecast", job.guard)
-        columns = [column + answers for column, answers in zip(columns, found, strict=True)]
-    scores = expected(job, *target_of(job, frozen, "teacher", missing), size, job.guard)
+    columns = target_answers(job, frozen, missing, job.guard, "forecast")
+    scores = expected(job, *target_of(job, frozen, "teacher", missing), config.forecast.batch_size, job.guard)
     calibrate_forecasts(job, frozen, missing, columns)
     for value, column, means in zip(missing, columns, scores, strict=True):
         keep(job, forecast_run(value, guard), column, examples=False, expected=means)
+
+
+def target_answers(
+    job: Job, frozen: Frozen, lambdas: Sequence[float], guard: Guard | None, description: str
+) -> list[list[Answer]]:
+    """The judged answers of the target at each λ to every validation prompt, each prompt's with its own teacher."""
+    columns, judge = [[] for _ in lambdas], job.judge("validation")
+    for role, batches in job.by_teacher(job.config.forecast.batch_size):
+        target = target_of(job, frozen, role, lambdas)
+        found = greedy_answers(*target, batches, job.codec, job.decoding, judge, description, guard)
+        columns = [column + answers for column, answers in zip(columns, found, strict=True)]
+    return columns
 
 
 def target_of(job: Job, frozen: Frozen, role: str, lambdas: Sequence[float]) -> tuple:

@@ -20,6 +20,7 @@ from listopd_jax.stages.collapse import best_checkpoint, collapse_fields, watch_
 from listopd_jax.stages.forgetting import forgetting
 from listopd_jax.stages.job import REFERENCE, ROLES, Job, base_of, job_on_mesh
 from listopd_jax.stages.opd import Distillation, connected, make_step, opd_runs, preflight, train_opd
+from listopd_jax.stages.predict import anchor_runs, predict
 from listopd_jax.stages.results import evaluate, evaluated, summary, write_plan
 from listopd_jax.stages.sft import sft_run, train_sft
 from listopd_jax.stages.teacher_server import TeacherServer
@@ -39,23 +40,36 @@ def _models_to_policies(job: Job) -> None:
     write_plan(job.workdir, planned(job, lambdas_of(job, recommended(job))))
     server = connected(job)
     frozen = frozen_models(job, server)
-    found = None
-    if server is None:
-        found = before_training(job, frozen)
-    elif is_main():
-        print("no calibration, no forecast: teacher.server gives no whole distributions", file=sys.stderr)
-    if found is not None and is_main():
-        print("\n".join(found.lines), file=sys.stderr)
-    lambdas = lambdas_of(job, found)
+    lambdas = lambdas_of(job, _before(job, frozen, server))
     write_plan(job.workdir, planned(job, lambdas))
+    shared = distillation(job, frozen, server)
+    for run in anchor_runs(job):
+        distil(job, shared, [run])
+    predict(job, frozen)
+    if config.predict.only:
+        return
+    for seed in config.opd.seeds:
+        for lam in lambdas:
+            distil(job, shared, opd_runs(job, lam, seed))
+
+
+def _before(job: Job, frozen: Frozen, server: TeacherServer | None) -> Recommendation | None:
+    """What calibration and forecast recommend, said on stderr; None where a server gives no distributions."""
+    found = None if server else before_training(job, frozen)
+    lines = ["no calibration, no forecast: teacher.server gives no whole distributions"] if server else []
+    if is_main():
+        sys.stderr.writelines(line + "\n" for line in (found.lines if found else lines))
+    return found
+
+
+def distillation(job: Job, frozen: Frozen, server: TeacherServer | None) -> Distillation:
+    """What the runs of all λ and seeds share."""
+    config = job.config
     tx = adamw(config.optimizer, config.opd.b2, config.opd.moments)
     graphs = job.graphs | {"student": job.trained["student"], "base": base_of(job.graphs)}
     grammar = None if job.guard is None else job.guard.grammar
     step = make_step(config.opd, tx, graphs, vocab=job.codec.vocab, attention=job.attention, grammar=grammar)
-    shared = Distillation(student_again(job, frozen.base), frozen, tx, step, server)
-    for seed in config.opd.seeds:
-        for lam in lambdas:
-            distil(job, shared, lam, seed)
+    return Distillation(student_again(job, frozen.base), frozen, tx, step, server)
 
 
 def lambdas_of(job: Job, found: Recommendation | None) -> tuple[float, ...]:
@@ -69,6 +83,7 @@ def planned(job: Job, lambdas: Sequence[float]) -> list[Run]:
     """Every policy that the job trains and evaluates at `lambdas`, in order."""
     grid = [(lam, seed) for seed in job.config.opd.seeds for lam in lambdas]
     sweep = [run for point in grid for run in opd_runs(job, *point)]
+    return [sft_run(job, role) for role in ROLES] + anchor_runs(job) + sweep
     return [sft_run(job, role) for role in ROLES if role in job.models] + sweep
 
 
@@ -104,9 +119,8 @@ def student_again(job: Job, base: Any) -> Callable[[int], Any]:
     return lambda seed: train_sft(job, "student")
 
 
-def distil(job: Job, shared: Distillation, lam: float, seed: int) -> None:
-    """Train at λ and seed, evaluate at every budget, export at the last; of a run that collapses, see `on_collapse`."""
-    runs = opd_runs(job, lam, seed)
+def distil(job: Job, shared: Distillation, runs: Sequence[Run]) -> None:
+    """One training, evaluated at each budget of `runs`, exported at the last; if it collapses, see `on_collapse`."""
     for run in runs:
         if evaluated(job.workdir, run) is None:
             watch = watch_of(job.config.opd, run)

@@ -1,0 +1,77 @@
+"""Can the curve of trained students be predicted before they are trained? What docs/results/forecast.json comes from.
+
+    for pair in plain clean_teacher same wrong_teacher; do   # with --config.predict.only=True first, to lock
+        python -m listopd_jax.main --config=configs/forecast.py:$pair --workdir=runs/forecast/$pair
+    done
+
+Four pairs of teacher and base, each distilled at a grid of λ across its cliff with eight seeds, 1,000 held-out lists.
+`plain`: a teacher that truncates 22 % of its training answers. `clean_teacher`: one that never does. `same`: one that
+continues the base's own SFT run. `wrong_teacher`: one whose own greedy answers truncate some 42 % of the lists (EC's
+case). The learning rate falls to zero, so that seeds differ less. The predictions were locked before the runs:
+docs/locks/forecast/, docs/results.md.
+"""
+
+import ml_collections
+
+from configs.fashion import tiny
+from listopd_jax.errors import unknown_name
+
+SEEDS = (7, 13, 21, 42, 95, 101, 123, 202)
+PAIRS = {
+    "plain": dict(
+        teacher="truncate:0.22",
+        student="duplicate_id:0.5",
+        lambdas=(1.1, 1.15, 1.2, 1.25, 1.3, 1.4, 1.5),
+        anchors=(1.15, 1.3, 1.45),
+    ),
+    "clean_teacher": dict(
+        teacher="",
+        student="duplicate_id:0.5",
+        lambdas=(1.7, 2.0, 2.2, 2.4, 2.6, 3.0),
+        anchors=(1.8, 2.3, 2.8),
+    ),
+    "same": dict(
+        teacher="truncate:0.25",
+        student="duplicate_id:0.53",
+        lambdas=(1.1, 1.2, 1.3, 1.4, 1.6, 1.8),
+        anchors=(1.15, 1.35, 1.7),
+    ),
+    "wrong_teacher": dict(
+        teacher="truncate:0.49",
+        student="",
+        lambdas=(0.25, 0.5, 0.75, 1.0, 1.25, 1.5),
+        anchors=(0.4, 0.8, 1.2),
+    ),
+}
+
+
+def get_config(name: str = "plain") -> ml_collections.ConfigDict:
+    """The configuration of `name`, one of PAIRS."""
+    if name not in PAIRS:
+        raise unknown_name("pair", name, PAIRS)
+    pair, config = PAIRS[name], tiny()
+    config.preset = name
+    config.remat = "full"  # was faster than storing activations on a CPU
+    config.task.max_response = 64
+    config.tokenizer.vocab_size = 512
+    config.data.update(validation_share=0.36)
+    config.data.synthetic.products = 700
+    config.evaluation.update(max_lists=1000, bootstrap=200)
+    config.train.update(checkpoint_every=100, keep_checkpoints=1, export=False)
+    config.sft.teacher.update(steps=300, warmup_steps=30, noise=pair["teacher"])
+    config.sft.student.update(steps=200, warmup_steps=30, noise=pair["student"])
+    config.opd.update(
+        batch_size=8, rollouts=4, lr=1e-3, lr_decay="linear", steps=100, control_variate="optimal"
+    )
+    if name == "same":
+        config.teacher.num_layers = config.student.num_layers
+        config.sft.continued = True
+        config.sft.student.update(steps=100, warmup_steps=20)
+        config.sft.teacher.update(steps=60, seed=3)
+        config.opd.update(
+            estimator="full_vocab", ratio="none", control_variate="none", batch_size=16, rollouts=2
+        )
+    config.opd.update(lambdas=pair["lambdas"], seeds=SEEDS)
+    config.predict.anchors = pair["anchors"]
+    config.forecast.batch_size = 64
+    return config

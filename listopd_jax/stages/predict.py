@@ -1,0 +1,141 @@
+"""predictions.json: the parse curve of trained students, predicted before the sweep that shows it (docs/theory.md).
+
+Three predictors, each costlier than the one before:
+
+    nominal   greedy decoding from the target: the forecast
+    limit     greedy decoding from where the estimator in use ends (ops/limit.py), where that is not the target
+    anchors   one of these at the λ that N steps reach, with the spread of seeds; both come from the runs at
+              `predict.anchors`, whose seeds the sweep does not use (theory/predict.py)
+
+The rule, fixed beforehand: `anchors` is chosen; where they say too little, `limit`; where there is none, `nominal`.
+"""
+
+import dataclasses
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Float
+
+from listopd_jax.config import guard_text
+from listopd_jax.ops.guard import Guard
+from listopd_jax.ops.opd_loss import Frozen
+from listopd_jax.parallel.hosts import from_main, is_main
+from listopd_jax.records import PREDICTIONS, Prediction, read_predictions, write_records
+from listopd_jax.stages.forecast import target_answers
+from listopd_jax.stages.job import Job
+from listopd_jax.stages.opd import opd_steps
+from listopd_jax.stages.results import evaluated
+from listopd_jax.theory.predict import Shape, Undetermined, closest, gaps, predicted
+from listopd_jax.train.loop import Run
+
+ANCHOR = "anchor"
+WHY = {"nominal": "greedy decoding from the target", "limit": "greedy decoding from where the estimator ends"}
+COARSE, ROUNDS = 9, 2  # points of the grid at first, and how often it is refined
+
+
+def anchor_runs(job: Job) -> list[Run]:
+    """The runs that say how far N steps come; none of them is of the sweep."""
+    options, guard = job.config.predict, guard_text(job.config.opd.guard)
+    return [
+        Run(f"anchor_lambda{float(lam)}_seed{seed}", ANCHOR, float(lam), seed, opd_steps(job), guard)
+        for seed in options.seeds
+        for lam in options.anchors
+    ]
+
+
+def predict(job: Job, frozen: Frozen) -> None:
+    """Write predictions.json for the λ of the sweep from the evaluated anchors; what it holds already is left alone."""
+    anchors, lambdas = anchor_runs(job), sorted(map(float, job.config.opd.lambdas))
+    if not anchors or not lambdas:
+        return
+    path, made_from = job.workdir / PREDICTIONS, _made_from(job, anchors)
+    if from_main(lambda: [p.extra.get("made_from") for p in read_predictions(path)][:1]) == [made_from]:
+        return
+    began = time.monotonic()
+    shapes = {name: shape(job, frozen, estimator) for name, estimator in _decoded_with(job).items()}
+    seconds = round(time.monotonic() - began, 1)
+    found = [_of_shape(name, curve, lambdas) for name, curve in shapes.items()]
+    found.append(_of_anchors(job, shapes, anchors, lambdas))
+    about = {"steps": opd_steps(job), "seeds": list(job.config.opd.seeds), "lambdas": lambdas}
+    last = max(i for i, p in enumerate(found) if p.get("parse"))
+    records = [
+        Prediction(**p, **about, seconds=seconds, chosen=i == last, extra={"made_from": made_from})
+        for i, p in enumerate(found)
+    ]
+    write_records(path, records)
+    if is_main():
+        print(f"predicted parse: {_in_words(records[last])}", file=sys.stderr)
+
+
+def _made_from(job: Job, anchors: Sequence[Run]) -> dict[str, Any]:
+    opd = job.config.opd
+    return {"anchors": [run.name for run in anchors], "lambdas": list(opd.lambdas), "seeds": list(opd.seeds)}
+
+
+def _decoded_with(job: Job) -> dict[str, Guard | None]:
+    """Predictor -> what changes the target of its greedy answers: the job's guard, and the estimator's limit."""
+    opd, guard = job.config.opd, job.guard
+    if opd.estimator != "sampled" or opd.ratio != "teacher_student" or opd.normalize:
+        return {"nominal": guard}  # the limit is the target
+    limit = dataclasses.replace(guard or Guard(), limit=True, clip=jnp.float32(opd.clip))
+    return {"nominal": guard, "limit": limit}
+
+
+def shape(job: Job, frozen: Frozen, guard: Guard | None) -> Shape:
+    """The parse of greedy answers on a grid about the λ of sweep and anchors, finer where it changes."""
+    asked = [*job.config.opd.lambdas, *job.config.predict.anchors]
+    lambdas = np.linspace(
+        min(0.9, *asked), 1.5 * max(asked) - 0.5, COARSE
+    )  # runs may reach a larger λ's parse
+    found = Shape(lambdas, _decoded(job, frozen, lambdas, guard))
+    for _ in range(ROUNDS):
+        if (more := gaps(found, job.config.predict.largest_gap)).size:
+            joined = np.concatenate([found.lambdas, more])
+            parse, order = (
+                np.concatenate([found.parse, _decoded(job, frozen, more, guard)]),
+                np.argsort(joined),
+            )
+            found = Shape(joined[order], parse[order])
+    return found
+
+
+def _decoded(
+    job: Job, frozen: Frozen, lambdas: Float[np.ndarray, " L"], guard: Guard | None
+) -> Float[np.ndarray, " L"]:
+    """The share of validation lists that parse at each λ."""
+    answers = target_answers(job, frozen, lambdas.tolist(), guard, "predict")
+    return np.array([np.mean([a.parsed.ok for a in column]) for column in answers])
+
+
+def _of_shape(name: str, found: Shape, lambdas: Sequence[float]) -> dict[str, Any]:
+    grid = {"lambdas": found.lambdas.tolist(), "parse": found.parse.tolist()}
+    return {"predictor": name, "parse": found.at(np.array(lambdas)).tolist(), "fit": grid, "why": WHY[name]}
+
+
+def _of_anchors(
+    job: Job, shapes: Mapping[str, Shape], anchors: Sequence[Run], lambdas: Sequence[float]
+) -> dict[str, Any]:
+    """The prediction of the anchors; without a curve, and with the reason, where they say too little."""
+    parse = np.array([evaluated(job.workdir, run).parse for run in anchors])
+    head, lam = {"predictor": "anchors", "anchors": len(anchors)}, np.array([run.lam for run in anchors])
+    try:
+        name, found = closest(shapes, lam, parse)
+    except Undetermined as e:
+        return head | {"why": str(e)}
+    lists, seeds = len(job.validation.prompts), len(job.config.opd.seeds)
+    curve = predicted(shapes[name], found, np.array(lambdas), seeds=seeds, lists=lists)
+    at_1, slope = found.line.tolist()
+    why = f"{name} at λ = {at_1:.2f} + {slope:.2f}(λ − 1), which {opd_steps(job)} steps reach, ± {found.spread:.3f}"
+    fit = {"shape": name, "at_1": at_1, "slope": slope, "spread": found.spread, "freedom": found.freedom}
+    return head | {k: v.tolist() for k, v in curve._asdict().items()} | {"fit": fit, "why": why}
+
+
+def _in_words(record: Prediction) -> str:
+    places = zip(record.lambdas, record.parse, strict=True)
+    return (
+        ", ".join(f"{parse:.2f} at {lam:g}" for lam, parse in places) + f" ({record.predictor}: {record.why})"
+    )

@@ -1,0 +1,185 @@
+"""The predict stage on a planted pair, and locks of what it predicts."""
+
+import dataclasses
+import json
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+
+from listopd_jax.errors import UserError
+from listopd_jax.prereg import __main__ as prereg
+from listopd_jax.prereg.curve import judge_curve, make_curve_lock, noise_floor
+from listopd_jax.records import PREDICTIONS, Prediction, Result, read_predictions, write_records
+from listopd_jax.report.inputs import Inputs
+from listopd_jax.report.prediction_section import prediction_section, prediction_series
+from listopd_jax.stages import predict as stage
+
+LAMBDAS, SEEDS, STEPS = (1.1, 1.2, 1.3, 1.4, 1.6, 1.8), (7, 13), 100
+
+
+def target(lam):
+    """Parse of greedy answers from the target, and 0.05 further right from the limit."""
+    return 1 / (1 + np.exp((np.asarray(lam) - 1.25) / 0.04))
+
+
+def trained(lam):
+    return target(0.99 + 0.7 * (np.asarray(lam) - 1))
+
+
+@pytest.fixture
+def job(tmp_path, monkeypatch):
+    """What the stage reads of a job; models are stood in for by the planted curves."""
+    guard = SimpleNamespace(margin=0, mask=False, floor=0, structure=-1, scope="all", fallback="teacher")
+    opd = SimpleNamespace(
+        lambdas=LAMBDAS, seeds=SEEDS, steps=STEPS, guard=guard, estimator="sampled", ratio="teacher_student",
+        normalize=False, clip=5.0,
+    )  # fmt: skip
+    options = SimpleNamespace(anchors=(1.2, 1.4, 1.6), seeds=(1, 2), largest_gap=0.05)
+    decoded = []
+
+    def parse_at(job, frozen, lambdas, guard):
+        decoded.append(lambdas)
+        return target(lambdas - 0.05 * (guard is not None))
+
+    monkeypatch.setattr(stage, "_decoded", parse_at)
+    monkeypatch.setattr(
+        stage, "evaluated", lambda workdir, run: Result(stage=run.stage, parse=float(trained(run.lam)))
+    )
+    validation = SimpleNamespace(prompts=range(1000))
+    return SimpleNamespace(
+        workdir=tmp_path, config=SimpleNamespace(opd=opd, predict=options), guard=None, validation=validation,
+        decoded=decoded,
+    )  # fmt: skip
+
+
+def predictions(job):
+    return {p.predictor: p for p in read_predictions(job.workdir / PREDICTIONS)}
+
+
+def test_the_anchors_find_the_planted_curve(job, capsys):
+    stage.predict(job, None)
+    found = predictions(job)
+    assert list(found) == ["nominal", "limit", "anchors"] and [p.chosen for p in found.values()] == [
+        False,
+        False,
+        True,
+    ]
+    chosen = found["anchors"]
+    assert chosen.lambdas == list(LAMBDAS) and chosen.anchors == 6 and chosen.steps == STEPS
+    np.testing.assert_allclose(chosen.parse, trained(LAMBDAS), atol=0.02)
+    assert chosen.fit["slope"] == pytest.approx(0.7, abs=0.02)
+    np.testing.assert_allclose(found["nominal"].parse, target(LAMBDAS), atol=0.03)
+    assert "anchors" in capsys.readouterr().err
+
+
+def test_a_prediction_is_made_once_for_a_sweep(job):
+    stage.predict(job, None)
+    calls, before = len(job.decoded), (job.workdir / PREDICTIONS).read_bytes()
+    stage.predict(job, None)
+    assert len(job.decoded) == calls and (job.workdir / PREDICTIONS).read_bytes() == before
+    job.config.opd.lambdas = LAMBDAS[1:]
+    stage.predict(job, None)
+    assert predictions(job)["anchors"].lambdas == list(LAMBDAS[1:])
+
+
+def test_where_anchors_say_nothing_the_limit_is_chosen(job, monkeypatch):
+    monkeypatch.setattr(stage, "evaluated", lambda workdir, run: Result(stage=run.stage, parse=1.0))
+    stage.predict(job, None)
+    found = predictions(job)
+    assert found["limit"].chosen and found["anchors"].parse is None
+    assert "0 of 6 anchor runs" in found["anchors"].why
+
+
+def test_a_target_that_is_the_limit_is_decoded_once(job):
+    job.config.opd.estimator = "full_vocab"
+    stage.predict(job, None)
+    assert list(predictions(job)) == ["nominal", "anchors"]
+
+
+def test_without_anchors_nothing_is_predicted(job):
+    job.config.predict.anchors = ()
+    stage.predict(job, None)
+    assert not (job.workdir / PREDICTIONS).exists() and not job.decoded
+
+
+# --- locks ---
+
+CONFIG = {"opd": {"lambdas": list(LAMBDAS), "seeds": list(SEEDS), "steps": STEPS}}
+
+
+def sweep(shift, spread=0.02):
+    means = np.clip(trained(LAMBDAS) + shift, 0, 1)
+    signs = {seed: sign for seed, sign in zip(SEEDS, (1, -1), strict=True)}
+    return [
+        {
+            "stage": "opd",
+            "lambda": lam,
+            "seed": seed,
+            "steps": STEPS,
+            "parse": float(np.clip(y + s * spread, 0, 1)),
+        }
+        for seed, s in signs.items()
+        for lam, y in zip(LAMBDAS, means, strict=True)
+    ]
+
+
+@pytest.mark.parametrize(("shift", "verdict"), [(0.0, "pass"), (0.2, "fail")])
+def test_a_locked_curve_is_judged_by_its_rmse(job, shift, verdict):
+    stage.predict(job, None)
+    lock = make_curve_lock(job.workdir, CONFIG)
+    found = judge_curve(lock, sweep(shift))
+    assert found["verdict"] == verdict and found["goal"] == max(0.05, 1.25 * found["floor"])
+    by_name = {p["predictor"]: p for p in found["predictors"]}
+    if verdict == "pass":
+        assert by_name["nominal"]["rmse"] > 0.1 > by_name["anchors"]["rmse"]
+        assert by_name["anchors"]["inside"] >= 4
+
+
+def test_the_floor_is_the_error_of_means():
+    parse = np.array([[0.4, 0.9], [0.6, 0.9]])
+    assert noise_floor(parse) == pytest.approx(np.sqrt((0.02 / 2 + 0) / 2))
+
+
+def test_a_curve_is_locked_before_its_sweep_and_never_after(job, tmp_path, capsys):
+    (tmp_path / "config.json").write_text(json.dumps({"config": CONFIG}))
+    with pytest.raises(UserError, match="no prediction to lock"):
+        make_curve_lock(tmp_path, CONFIG)
+    stage.predict(job, None)
+    path = tmp_path / "lock.json"
+    assert prereg.main(["curve", f"--workdir={tmp_path}", f"--out={path}"]) == 0
+    assert prereg.main(["verify", f"--lock={path}", f"--config={tmp_path / 'config.json'}"]) == 0
+    (tmp_path / "results.json").write_text(json.dumps(sweep(0.0)))
+    assert prereg.main(["verdict", f"--lock={path}", f"--workdir={tmp_path}"]) == 0
+    assert "anchors (chosen): RMSE" in capsys.readouterr().out
+    with pytest.raises(UserError, match="holds 12 runs of the sweep"):
+        make_curve_lock(tmp_path, CONFIG)
+    changed = json.loads(path.read_text())
+    changed["predictions"][-1]["parse"][0] = 0.0
+    path.write_text(json.dumps(changed))
+    with pytest.raises(UserError, match="changed since it was locked"):
+        prereg.run(["verdict", f"--lock={path}", f"--workdir={tmp_path}"])
+
+
+# --- the report ---
+
+
+def test_the_report_shows_the_chosen_curve_beside_what_came(job):
+    stage.predict(job, None)
+    found = list(predictions(job).values())
+    results = [Result.from_json(r, "r") for r in sweep(0.0)]
+    section = prediction_section(Inputs(predictions=found, results=results))
+    assert [t.caption for t in section.tables] == ["Predictors", "Parse by anchors"]
+    assert [row[0].text for row in section.tables[0].rows] == ["nominal", "limit", "anchors, chosen"]
+    (series,) = prediction_series(Inputs(predictions=found))
+    assert series.name == "predicted (anchors)" and len(series.points) == len(LAMBDAS)
+    assert prediction_section(Inputs()) is None and prediction_series(Inputs()) == []
+
+
+def test_predictions_come_back_from_their_file(job):
+    record = Prediction(
+        predictor="limit", lambdas=[1.0], parse=[0.5], chosen=True, extra={"made_from": {"a": 1}}
+    )
+    write_records(job.workdir / PREDICTIONS, [record])
+    (back,) = read_predictions(job.workdir / PREDICTIONS)
+    assert back == record and back.extra == record.extra and dataclasses.asdict(back)["low"] is None
