@@ -908,12 +908,11 @@ def _plain(value: Any) -> Any:
     return str(value) if isinstance(value, float) and math.isinf(value) else value
 
 
-MAY_CHANGE = ("opd.lambdas", "opd.seeds", "forecast.lambdas", "predict.", "parallel.", "attention", "track.")
-"""Fields and sections that may differ between calls on one workdir: the grid may grow, devices and trackers change."""
 MAY_CHANGE = (
     "opd.lambdas",
     "opd.seeds",
     "forecast.lambdas",
+    "predict.",
     "parallel.",
     "attention",
     "track.",

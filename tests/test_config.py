@@ -139,6 +139,7 @@ def test_the_digest_is_of_what_may_not_change_in_a_workdir():
     """The grid may grow and the devices may be others."""
     a, b = fashion.get_config("tiny"), fashion.get_config("tiny")
     b.opd.lambdas, b.opd.seeds, b.forecast.lambdas, b.parallel.fsdp = (1.0, 9.0), (3, 4), (7.0,), 4
+    b.predict.update(anchors=(1.1, 1.2), only=True)
     assert config_module.digest(a) == config_module.digest(b)
     assert "opd.lambda_warmup_steps" in config_module.fixed_fields(config_module.to_json(a))
 
