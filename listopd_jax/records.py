@@ -308,7 +308,7 @@ class Prediction(Record):
     `low` and `high`: a 90 % band for the mean over the sweep's seeds; None where the predictor has none.
     """
 
-    predictor: str  # a name of stages.predict.PREDICTORS
+    predictor: str  # nominal, limit or anchors (stages/predict.py)
     lambdas: list[float] | None = None
     parse: list[float] | None = None
     low: list[float] | None = None
@@ -319,7 +319,7 @@ class Prediction(Record):
     seconds: float | None = None  # that it took here, besides its anchors
     fit: dict[str, Any] = dataclasses.field(default_factory=dict)  # what it took from the anchors
     why: str = ""
-    chosen: bool = False  # by the rule of stages.predict
+    chosen: bool = False  # by the rule of stages/predict.py
     extra: dict[str, Any] = _extra()
 
 

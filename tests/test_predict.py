@@ -97,6 +97,14 @@ def test_a_target_that_is_the_limit_is_decoded_once(job):
     assert list(predictions(job)) == ["nominal", "anchors"]
 
 
+@pytest.mark.parametrize("sweep", [LAMBDAS, (0.25, 0.5, 0.8), (1.0,)])
+def test_the_decoded_grid_holds_every_lambda_of_the_sweep(job, sweep):
+    job.config.opd.lambdas, job.config.predict.anchors = sweep, sweep[:1]
+    found = stage.shape(job, None, None).lambdas
+    assert found[0] <= min(sweep) and found[-1] >= max(sweep)
+    assert (np.diff(found) > 0).all()
+
+
 def test_without_anchors_nothing_is_predicted(job):
     job.config.predict.anchors = ()
     stage.predict(job, None)
