@@ -366,7 +366,13 @@ def read_calibration(path: str | os.PathLike) -> Calibration | None:
 
 def read_predictions(path: str | os.PathLike) -> list[Prediction]:
     """The records of a predictions.json; [] if there is no such file."""
-    return _entries(Prediction, _read(path, []), str(path), "prediction")
+    found = _entries(Prediction, _read(path, []), str(path), "prediction")
+    for i, record in enumerate(found):
+        columns = [x for x in (record.lambdas, record.parse, record.low, record.high) if x is not None]
+        fits = all(len(x) == len(record.lambdas or ()) and all(map(is_number, x)) for x in columns)
+        fits = fits and (record.low is None) == (record.high is None)
+        _require(fits, f"{path}: prediction {i}", "must have a number of each curve at each of 'lambdas'")
+    return found
 
 
 def read_recommendation(path: str | os.PathLike) -> Recommendation | None:
