@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import pathlib
 from types import SimpleNamespace
 
 import numpy as np
@@ -178,6 +179,29 @@ def test_a_curve_that_no_verdict_could_judge_is_not_locked(job, field, values):
     stage.predict(job, None)
     with pytest.raises(UserError, match="two"):
         make_curve_lock(job.workdir, CONFIG)
+
+
+def test_several_curves_are_judged_each_by_its_own_lock(job, tmp_path, capsys):
+    stage.predict(job, None)
+    lock = make_curve_lock(job.workdir, CONFIG)
+    for name in "ab":
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "results.json").write_text(json.dumps(sweep(0.0)))
+        (tmp_path / f"{name}.json").write_text(json.dumps(lock))
+    out = tmp_path / "out.json"
+    more = [f"--runs={tmp_path}", f"--out={out}"]
+    assert prereg.main(["curves", str(tmp_path / "a.json"), str(tmp_path / "b.json"), *more]) == 0
+    rows = json.loads(out.read_text())
+    assert {r["pair"] for r in rows} == {"a", "b"} and sum(r["chosen"] for r in rows) == 2
+    (tmp_path / "b" / "a.json").write_text(json.dumps(lock))
+    with pytest.raises(UserError, match="a second lock called a"):
+        prereg.main(["curves", str(tmp_path / "a.json"), str(tmp_path / "b" / "a.json"), *more])
+
+
+def test_a_threshold_is_no_curve(tmp_path):
+    lock = sorted((pathlib.Path(__file__).parents[1] / "docs/locks").rglob("clip_200.json"))[0]
+    with pytest.raises(UserError, match="is the lock of a threshold, not of a curve"):
+        prereg.main(["curves", str(lock), f"--runs={tmp_path}", f"--out={tmp_path / 'out.json'}"])
 
 
 # --- the report ---
