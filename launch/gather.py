@@ -1,8 +1,8 @@
 """python -m launch.gather --root=ROOT
 
-Make one run of a grid: ROOT/results.json, metrics.jsonl, examples.json, calibration.json, config.json and report.html,
-from the common stages and every point that is done, in the order and with the contents of a single run of them all.
-The same grid gives the same bytes.
+Make one run of a grid: ROOT/results.json, metrics.jsonl, examples.json, calibration.json, recommendation.json,
+config.json and report.html, from the common stages and every point that is done, in the order and with the contents of
+a single run of them all. The same grid gives the same bytes.
 
 A point that is missing or broken is named here and in the report; exit code 0: none, 1: some, 2: a mistake to fix.
 """
@@ -18,7 +18,7 @@ from launch import cli
 from launch.grid import COMMON, Grid, Point, read_grid
 from listopd_jax import files
 from listopd_jax.errors import UserError, exit_code
-from listopd_jax.records import CALIBRATION, EXAMPLES, RESULTS, Result, write_records
+from listopd_jax.records import CALIBRATION, EXAMPLES, RECOMMENDATION, RESULTS, Result, write_records
 from listopd_jax.report.inputs import Inputs, read_inputs
 from listopd_jax.report.write import write_report
 
@@ -101,6 +101,8 @@ def write(grid: Grid, gathered: Gathered) -> pathlib.Path:
     )
     if common.calibration is not None:
         files.write_json(root / CALIBRATION, common.calibration.to_json())
+    if common.recommendation is not None:
+        files.write_json(root / RECOMMENDATION, common.recommendation.to_json())
     if common.data:
         files.write_json(root / "data" / "report.json", common.data)
     return write_report(root)

@@ -464,7 +464,7 @@ def test_a_grid_of_processes_finds_what_one_run_finds(finished_job, tmp_path):
     ):
         result = run_command([sys.executable, "-m", *arguments])
         assert result.returncode == 0, result.stderr[-2000:]
-    for name in ("results.json", "examples.json", "calibration.json"):
+    for name in ("results.json", "examples.json", "calibration.json", "recommendation.json"):
         assert (root / name).read_bytes() == (finished_job / name).read_bytes(), name
 
     def rows(folder):
