@@ -345,8 +345,9 @@ def keyword_field(argv: Sequence[str]) -> str | None:
 
 def decimal_comma(argv: Sequence[str]) -> str | None:
     """One line for a λ that is written as 1,5 and may mean 1.5, or 1 and 5; None if there is none."""
+    fields = r"(?:opd|forecast)\.lambdas|predict\.anchors"
     for arg in argv:
-        if found := re.fullmatch(r"(--config\.(?:opd|forecast)\.lambdas)=([0-9]+),([0-9]+)", arg):
+        if found := re.fullmatch(rf"(--config\.(?:{fields}))=([0-9]+),([0-9]+)", arg):
             field, one, two = found.groups()
             return f"{arg}: one λ or two? Write {field}={one}.{two}, or {field}={one}.0,{two}.0"
     return None
@@ -492,10 +493,15 @@ def _validate_anchors(config: ml_collections.ConfigDict) -> None:
         _require(_is_seed(x), f"predict.seeds={seeds}: every seed is a whole number in [0, 2^32), not {x!r}")
     for name, values in (("anchors", anchors), ("seeds", seeds)):
         _require(len(set(values)) == len(values), f"predict.{name}={values}: a value stands twice")
+    _require(
+        bool(anchors) or not config.predict.only,
+        "predict.only=True stops after the prediction, and without predict.anchors there is none: give some",
+    )
     if not anchors:
         return
     _require(
-        len(anchors) * len(seeds) >= 2, "predict: two anchor runs are needed; give more anchors or seeds"
+        len(anchors) >= 2 and len(anchors) * len(seeds) >= 3,
+        f"predict.anchors={anchors}, predict.seeds={seeds}: three runs are needed, of two λ; give more",
     )
     shared = sorted(set(seeds) & set(config.opd.seeds))
     _require(
@@ -505,6 +511,15 @@ def _validate_anchors(config: ml_collections.ConfigDict) -> None:
     _require(
         config.opd.advantage == "base_relative" and config.opd.ratio != "aspo",
         "predict.anchors: the limit of no_base and of ratio aspo is not known; set predict.anchors=()",
+    )
+    _require(
+        not config.opd.recommend,
+        "predict.anchors predicts runs at all opd.lambdas, and opd.recommend trains at one: leave one of them out",
+    )
+    _require(
+        config.opd.on_collapse in ("none", "warn"),
+        f"predict.anchors predicts runs that keep their λ to the end, which opd.on_collapse={config.opd.on_collapse!r} "
+        "changes: leave one of them out",
     )
 
 
@@ -908,12 +923,11 @@ def _plain(value: Any) -> Any:
     return str(value) if isinstance(value, float) and math.isinf(value) else value
 
 
-MAY_CHANGE = ("opd.lambdas", "opd.seeds", "forecast.lambdas", "predict.", "parallel.", "attention", "track.")
-"""Fields and sections that may differ between calls on one workdir: the grid may grow, devices and trackers change."""
 MAY_CHANGE = (
     "opd.lambdas",
     "opd.seeds",
     "forecast.lambdas",
+    "predict.",
     "parallel.",
     "attention",
     "track.",

@@ -308,7 +308,7 @@ class Prediction(Record):
     `low` and `high`: a 90 % band for the mean over the sweep's seeds; None where the predictor has none.
     """
 
-    predictor: str  # a name of stages.predict.PREDICTORS
+    predictor: str  # nominal, limit or anchors (stages/predict.py)
     lambdas: list[float] | None = None
     parse: list[float] | None = None
     low: list[float] | None = None
@@ -319,7 +319,7 @@ class Prediction(Record):
     seconds: float | None = None  # that it took here, besides its anchors
     fit: dict[str, Any] = dataclasses.field(default_factory=dict)  # what it took from the anchors
     why: str = ""
-    chosen: bool = False  # by the rule of stages.predict
+    chosen: bool = False  # by the rule of stages/predict.py
     extra: dict[str, Any] = _extra()
 
 
@@ -366,7 +366,13 @@ def read_calibration(path: str | os.PathLike) -> Calibration | None:
 
 def read_predictions(path: str | os.PathLike) -> list[Prediction]:
     """The records of a predictions.json; [] if there is no such file."""
-    return _entries(Prediction, _read(path, []), str(path), "prediction")
+    found = _entries(Prediction, _read(path, []), str(path), "prediction")
+    for i, record in enumerate(found):
+        columns = [x for x in (record.lambdas, record.parse, record.low, record.high) if x is not None]
+        fits = all(len(x) == len(record.lambdas or ()) and all(map(is_number, x)) for x in columns)
+        fits = fits and (record.low is None) == (record.high is None)
+        _require(fits, f"{path}: prediction {i}", "must have a number of each curve at each of 'lambdas'")
+    return found
 
 
 def read_recommendation(path: str | os.PathLike) -> Recommendation | None:

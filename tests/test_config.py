@@ -88,6 +88,11 @@ def test_k_follows_the_source():
             {"teacher.num_kv_heads": 3},
             "teacher: model config: num_heads=4 must be a multiple of num_kv_heads=3",
         ),
+        ({"predict.only": True}, "without predict.anchors there is none"),
+        ({"predict.anchors": (1.2,)}, "three runs are needed, of two λ"),
+        ({"predict.anchors": (1.2, 1.4), "predict.seeds": (1,)}, "three runs are needed, of two λ"),
+        ({"predict.anchors": (1.2, 1.4), "opd.recommend": True}, "and opd.recommend trains at one"),
+        ({"predict.anchors": (1.2, 1.4), "opd.on_collapse": "stop"}, "which opd.on_collapse='stop' changes"),
         ({"remat": "some"}, "remat='some' is unknown"),
         ({"attention": "flash"}, "attention='flash' is unknown"),
     ],
@@ -139,6 +144,7 @@ def test_the_digest_is_of_what_may_not_change_in_a_workdir():
     """The grid may grow and the devices may be others."""
     a, b = fashion.get_config("tiny"), fashion.get_config("tiny")
     b.opd.lambdas, b.opd.seeds, b.forecast.lambdas, b.parallel.fsdp = (1.0, 9.0), (3, 4), (7.0,), 4
+    b.predict.update(anchors=(1.1, 1.2), only=True)
     assert config_module.digest(a) == config_module.digest(b)
     assert "opd.lambda_warmup_steps" in config_module.fixed_fields(config_module.to_json(a))
 

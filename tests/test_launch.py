@@ -88,6 +88,14 @@ def test_a_grid_has_its_own_lambdas_and_takes_no_recommendation(tmp_path):
         grid_at(tmp_path, recommend=True)
 
 
+def test_a_grid_predicts_nothing(tmp_path):
+    """Its common stages have no λ to predict, and each point has one."""
+    config = fashion.get_config("tiny")
+    config.predict.anchors = (1.2, 1.4)
+    with pytest.raises(UserError, match="predict.anchors: a point of a grid would predict its own λ alone"):
+        open_grid(tmp_path, ARGUMENTS, config_module.validate(config))
+
+
 def ran(grid, name):
     """How often the program ran for a stage."""
     return len((grid.workdir(name) / "runs").read_text())

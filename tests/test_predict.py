@@ -97,6 +97,14 @@ def test_a_target_that_is_the_limit_is_decoded_once(job):
     assert list(predictions(job)) == ["nominal", "anchors"]
 
 
+@pytest.mark.parametrize("sweep", [LAMBDAS, (0.25, 0.5, 0.8), (1.0,)])
+def test_the_decoded_grid_holds_every_lambda_of_the_sweep(job, sweep):
+    job.config.opd.lambdas, job.config.predict.anchors = sweep, sweep[:1]
+    found = stage.shape(job, None, None).lambdas
+    assert found[0] <= min(sweep) and found[-1] >= max(sweep)
+    assert (np.diff(found) > 0).all()
+
+
 def test_without_anchors_nothing_is_predicted(job):
     job.config.predict.anchors = ()
     stage.predict(job, None)
@@ -105,7 +113,7 @@ def test_without_anchors_nothing_is_predicted(job):
 
 # --- locks ---
 
-CONFIG = {"opd": {"lambdas": list(LAMBDAS), "seeds": list(SEEDS), "steps": STEPS}}
+CONFIG = {"opd": {"lambdas": list(LAMBDAS), "seeds": list(SEEDS), "steps": STEPS}, "predict": {"only": True}}
 
 
 def sweep(shift, spread=0.02):
@@ -149,9 +157,12 @@ def test_a_curve_is_locked_before_its_sweep_and_never_after(job, tmp_path, capsy
     path = tmp_path / "lock.json"
     assert prereg.main(["curve", f"--workdir={tmp_path}", f"--out={path}"]) == 0
     assert prereg.main(["verify", f"--lock={path}", f"--config={tmp_path / 'config.json'}"]) == 0
+    goes_on = {"config": CONFIG | {"predict": {"only": False}}, "revision": "another"}
+    (tmp_path / "config.json").write_text(json.dumps(goes_on))
     (tmp_path / "results.json").write_text(json.dumps(sweep(0.0)))
     assert prereg.main(["verdict", f"--lock={path}", f"--workdir={tmp_path}"]) == 0
-    assert "anchors (chosen): RMSE" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "anchors (chosen): RMSE" in said and "run with another" in said
     with pytest.raises(UserError, match="holds 12 runs of the sweep"):
         make_curve_lock(tmp_path, CONFIG)
     changed = json.loads(path.read_text())
@@ -159,6 +170,14 @@ def test_a_curve_is_locked_before_its_sweep_and_never_after(job, tmp_path, capsy
     path.write_text(json.dumps(changed))
     with pytest.raises(UserError, match="changed since it was locked"):
         prereg.run(["verdict", f"--lock={path}", f"--workdir={tmp_path}"])
+
+
+@pytest.mark.parametrize(("field", "values"), [("seeds", (7,)), ("lambdas", (1.3,))])
+def test_a_curve_that_no_verdict_could_judge_is_not_locked(job, field, values):
+    setattr(job.config.opd, field, values)
+    stage.predict(job, None)
+    with pytest.raises(UserError, match="two"):
+        make_curve_lock(job.workdir, CONFIG)
 
 
 # --- the report ---
@@ -183,3 +202,17 @@ def test_predictions_come_back_from_their_file(job):
     write_records(job.workdir / PREDICTIONS, [record])
     (back,) = read_predictions(job.workdir / PREDICTIONS)
     assert back == record and back.extra == record.extra and dataclasses.asdict(back)["low"] is None
+
+
+@pytest.mark.parametrize(
+    "broken",
+    [{"parse": [0.5]}, {"parse": [0.5, "high"]}, {"low": [0.1, 0.2]}, {"lambdas": None, "parse": [0.5]}],
+)
+def test_a_broken_prediction_is_one_line(tmp_path, broken):
+    record = {"predictor": "limit", "lambdas": [1.0, 1.2], "chosen": True} | broken
+    path = tmp_path / PREDICTIONS
+    path.write_text(json.dumps([record]))
+    with pytest.raises(
+        UserError, match="prediction 0: must have a number of each curve at each of 'lambdas'"
+    ):
+        read_predictions(path)

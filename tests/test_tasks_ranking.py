@@ -39,6 +39,11 @@ def number(text):
     return int(text.split()[1])
 
 
+def highest_score(task, record):
+    """The one that masks of the schema let through."""
+    return task.schema(record)["items"]["properties"]["score"]["maximum"]
+
+
 def test_a_collection_is_read_with_the_grades_of_its_qrels(tmp_path):
     fields, judged = collection(tmp_path)
     task, splits = opened("passages", tmp_path, **fields)
@@ -55,6 +60,7 @@ def test_a_collection_is_read_with_the_grades_of_its_qrels(tmp_path):
             prompt.startswith("Query: what is ") and "[Passage 8] id=r8 " in prompt and '"score":3' in prompt
         )
         assert task.parse(task.answer(record), record) == Parsed("ok", tuple(map(float, record.scores)))
+        assert highest_score(task, record) == 3
     dealt = [
         (int(r.product_id), number(t))
         for r in records(splits)
@@ -258,6 +264,7 @@ def test_products_are_read_with_their_labels_and_splits(tmp_path):
         prompt = task.prompt(record)
         assert "[Product 8] id=r8 us product B" in prompt and '"product_id":"r1"' in prompt
         assert task.parse(task.answer(record), record) == Parsed("ok", tuple(map(float, record.scores)))
+        assert highest_score(task, record) == 3
     assert task.settings == {"gain": "esci"}
     assert_ndcg(task, records(splits), lambda scores: [(0, 1, 10, 100)[s] for s in scores])
     failed = task.score(Parsed("k_minus_1"), splits.train[0])

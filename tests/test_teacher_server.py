@@ -172,7 +172,9 @@ def test_a_run_is_that_of_the_same_teacher_here(models, server, tmp_path, capsys
         for name in ("loss", "reverse_kl", "advantage_mean", "grad_norm", "ratio_max"):
             assert theirs[name] == pytest.approx(ours[name], rel=1e-3, abs=1e-5), name
     stages = {r["stage"] for r in json.loads((tmp_path / "served" / "results.json").read_text())}
-    assert stages == {"sft_student", "opd"} and not (tmp_path / "served" / "calibration.json").exists()
+    planned = {r["stage"] for r in json.loads((tmp_path / "served" / "runs.json").read_text())}
+    assert stages == planned == {"sft_student", "opd"}
+    assert not (tmp_path / "served" / "calibration.json").exists()
     said = capsys.readouterr().err
     assert "two identical requests differ by at most 0 nats" in said
     assert said.count("no calibration, no forecast: teacher.server gives no whole distributions") == 1

@@ -209,9 +209,8 @@ def _verdict(args: argparse.Namespace) -> tuple[str, int]:
 
 def _in_words(result: Json) -> str:
     lines = [f"{VERDICTS[result['verdict']][0]} (lock {result['lock_sha256'][:12]})"]
-    if "predictors" in result:
-        return "\n".join(lines + list(_predictors_in_words(result)))
-    for check in result["checks"]:
+    lines += _predictors_in_words(result) if "predictors" in result else []
+    for check in result.get("checks", ()):
         value = "none" if check["value"] is None else f"{check['value']:.4f}"
         interval = check.get("interval")
         value += f" [{interval[0]:.4f}, {interval[1]:.4f}]" if interval else ""

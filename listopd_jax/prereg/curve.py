@@ -18,7 +18,7 @@ from jaxtyping import Float
 from listopd_jax import config as config_module
 from listopd_jax import files
 from listopd_jax.errors import UserError
-from listopd_jax.prereg.lock import CURVE, Json, sha256
+from listopd_jax.prereg.lock import CURVE, Json, check_lock, config_sha256, sha256
 from listopd_jax.prereg.verdict import select
 from listopd_jax.records import PREDICTIONS, RESULTS, Prediction, read_predictions, read_results
 from listopd_jax.theory.cliff import table
@@ -47,10 +47,11 @@ def make_curve_lock(workdir: pathlib.Path, config: Json) -> Json:
         "steps": chosen.steps,
         "predictions": [r.to_json() for r in records],
         "predictor_sha256": predictor_sha256(),
-        "config_sha256": sha256(config),
+        "config_sha256": config_sha256(config, CURVE),
         "code_revision": config_module.code_revision(),
         "locked_at": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
     }
+    check_lock(lock, path)
     return lock | {"sha256": sha256(lock)}
 
 

@@ -56,6 +56,16 @@ def sha256(value: Any) -> str:
     return files.json_sha256(value, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
 
 
+def config_sha256(config: Json, kind: str | None = None) -> str:
+    """SHA-256 of the config that a lock of `kind` is of.
+
+    A curve is locked where `predict.only` stopped the run, which goes on without: both are one config to it.
+    """
+    if kind == CURVE and isinstance(config.get("predict"), dict):
+        config = config | {"predict": config["predict"] | {"only": True}}
+    return sha256(config)
+
+
 def predicted_lambda(threshold: str, p: float, b: float, c: float) -> float:
     """λ* by the closed form named `threshold`: "clip", "clip_base_neutral" or "flip". UserError if
     undefined.
@@ -105,11 +115,11 @@ def make_lock(
         "steps": steps,
         "midpoint": midpoint,
         "rule": plan["rule"],
-        "config_sha256": sha256(config),
+        "config_sha256": config_sha256(config),
         "code_revision": config_module.code_revision(),
         "locked_at": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
     }
-    _check_lock(lock, "the lock")
+    check_lock(lock, "the lock")
     _check_plan(lock, config)
     if not can_fail(lock):
         raise UserError(
@@ -143,19 +153,19 @@ def read_lock(path: str | os.PathLike) -> Json:
         raise UserError(
             f"{path}: changed since it was locked (its SHA-256 does not match); no verdict from it"
         )
-    _check_lock(content, path)
+    check_lock(content, path)
     return lock
 
 
 def check_config(lock: Json, config: Json, where: str) -> None:
     """UserError unless `config` is the one that was locked."""
-    if sha256(config) != lock["config_sha256"]:
+    if config_sha256(config, lock.get("kind")) != lock["config_sha256"]:
         raise UserError(
             f"{where}: the config is not the one that was locked (its SHA-256 differs); no verdict"
         )
 
 
-def _check_lock(lock: Json, where: Any) -> None:
+def check_lock(lock: Json, where: Any) -> None:
     """UserError unless the lock has every field, of its type, and a rule that the verdict can read."""
     kinds = {"grid": list, "seeds": list, "steps": int, "config_sha256": str, "code_revision": str}
     if lock.get("kind") == CURVE:
@@ -169,6 +179,10 @@ def _check_lock(lock: Json, where: Any) -> None:
     numbers = [*lock["grid"], *window, *lock["seeds"]]
     if not all(isinstance(x, int | float) and math.isfinite(x) for x in numbers) or not lock["seeds"]:
         raise UserError(f"{where}: grid, window and seeds must be finite numbers, and there must be a seed")
+    if lock.get("kind") == CURVE and len(lock["seeds"]) < 2:
+        raise UserError(
+            f"{where}: seeds={lock['seeds']}: two at least say how much seeds differ; set opd.seeds"
+        )
     if len(window) != 2 or window[0] > window[1]:
         raise UserError(f"{where}: window={window}: give two numbers, LOW,HIGH")
     if len(set(lock["grid"])) != len(lock["grid"]) or len(lock["grid"]) < 2:

@@ -83,8 +83,7 @@ def planned(job: Job, lambdas: Sequence[float]) -> list[Run]:
     """Every policy that the job trains and evaluates at `lambdas`, in order."""
     grid = [(lam, seed) for seed in job.config.opd.seeds for lam in lambdas]
     sweep = [run for point in grid for run in opd_runs(job, *point)]
-    return [sft_run(job, role) for role in ROLES] + anchor_runs(job) + sweep
-    return [sft_run(job, role) for role in ROLES if role in job.models] + sweep
+    return [sft_run(job, role) for role in ROLES if role in job.models] + anchor_runs(job) + sweep
 
 
 def frozen_models(job: Job, server: TeacherServer | None = None) -> Frozen:

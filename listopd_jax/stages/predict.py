@@ -88,9 +88,8 @@ def _decoded_with(job: Job) -> dict[str, Guard | None]:
 def shape(job: Job, frozen: Frozen, guard: Guard | None) -> Shape:
     """The parse of greedy answers on a grid about the λ of sweep and anchors, finer where it changes."""
     asked = [*job.config.opd.lambdas, *job.config.predict.anchors]
-    lambdas = np.linspace(
-        min(0.9, *asked), 1.5 * max(asked) - 0.5, COARSE
-    )  # runs may reach a larger λ's parse
+    most = max(asked) + 0.5 * abs(max(asked) - 1)  # runs may reach a larger λ's parse
+    lambdas = np.linspace(min(0.9, *asked), most, COARSE)
     found = Shape(lambdas, _decoded(job, frozen, lambdas, guard))
     for _ in range(ROUNDS):
         if (more := gaps(found, job.config.predict.largest_gap)).size:

@@ -35,7 +35,7 @@ _SIDES = {"train": "train", "test": "validation"}
 class Esci(Listwise, FileTask):
     """Lists of the products judged for one query, at least two labels in each."""
 
-    name, noun = "esci", "product"
+    name, noun, best = "esci", "product", max(LABELS.values())
     inputs = (*FileTask.inputs, "data.meta_path")
 
     def __init__(self, data: Any, options: Any):

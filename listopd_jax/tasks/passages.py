@@ -50,7 +50,7 @@ class Judgement(NamedTuple):
 class Passages(Listwise, FileTask):
     """Lists of up to K/2 relevant passages and others; all lists of a query stay on one side."""
 
-    name, noun = "passages", "passage"
+    name, noun, best = "passages", "passage", BEST
     inputs = (*FileTask.inputs, "data.meta_path", "data.labels")
 
     def read(self, path: pathlib.Path) -> Iterator[ListExample]:
