@@ -180,6 +180,30 @@ def test_a_curve_that_no_verdict_could_judge_is_not_locked(job, field, values):
         make_curve_lock(job.workdir, CONFIG)
 
 
+def test_several_curves_are_one_list_beside_what_needs_no_predictor(job, tmp_path):
+    stage.predict(job, None)
+    locks = []
+    for pair, shift in (("near", 0.0), ("far", 0.2)):
+        locks.append(tmp_path / f"{pair}.json")
+        locks[-1].write_text(json.dumps(make_curve_lock(job.workdir, CONFIG)))
+        (tmp_path / pair).mkdir()
+        (tmp_path / pair / "results.json").write_text(json.dumps(sweep(shift)))
+    out = tmp_path / "forecast.json"
+    assert prereg.main(["curves", *map(str, locks), f"--runs={tmp_path}", f"--out={out}"]) == 0
+    rows = {(r["pair"], r["predictor"]): r for r in json.loads(out.read_text())}
+    assert (
+        rows["near", "anchors"]["chosen"]
+        and rows["near", "anchors"]["pass"]
+        and not rows["far", "anchors"]["pass"]
+    )
+    assert (
+        rows["near", "anchors"]["rmse"]
+        < rows["near", "nominal"]["rmse"]
+        < rows["near", "best_constant"]["rmse"]
+    )
+    assert rows["near", "logistic_of_far"]["baseline"] and rows["near", "logistic_of_far"]["rmse"] > 0.1
+
+
 # --- the report ---
 
 
