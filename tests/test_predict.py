@@ -181,27 +181,43 @@ def test_a_curve_that_no_verdict_could_judge_is_not_locked(job, field, values):
         make_curve_lock(job.workdir, CONFIG)
 
 
-def test_several_curves_are_judged_each_by_its_own_lock(job, tmp_path, capsys):
+def test_several_curves_are_one_list_beside_what_needs_no_predictor(job, tmp_path):
     stage.predict(job, None)
-    lock = make_curve_lock(job.workdir, CONFIG)
-    for name in "ab":
-        (tmp_path / name).mkdir()
-        (tmp_path / name / "results.json").write_text(json.dumps(sweep(0.0)))
-        (tmp_path / f"{name}.json").write_text(json.dumps(lock))
-    out = tmp_path / "out.json"
-    more = [f"--runs={tmp_path}", f"--out={out}"]
-    assert prereg.main(["curves", str(tmp_path / "a.json"), str(tmp_path / "b.json"), *more]) == 0
-    rows = json.loads(out.read_text())
-    assert {r["pair"] for r in rows} == {"a", "b"} and sum(r["chosen"] for r in rows) == 2
-    (tmp_path / "b" / "a.json").write_text(json.dumps(lock))
-    with pytest.raises(UserError, match="a second lock called a"):
-        prereg.main(["curves", str(tmp_path / "a.json"), str(tmp_path / "b" / "a.json"), *more])
+    locks = []
+    for pair, shift in (("near", 0.0), ("far", 0.2)):
+        locks.append(tmp_path / f"{pair}.json")
+        locks[-1].write_text(json.dumps(make_curve_lock(job.workdir, CONFIG)))
+        (tmp_path / pair).mkdir()
+        (tmp_path / pair / "results.json").write_text(json.dumps(sweep(shift)))
+    out = tmp_path / "forecast.json"
+    assert prereg.main(["curves", *map(str, locks), f"--runs={tmp_path}", f"--out={out}"]) == 0
+    rows = {(r["pair"], r["predictor"]): r for r in json.loads(out.read_text())}
+    assert (
+        rows["near", "anchors"]["chosen"]
+        and rows["near", "anchors"]["pass"]
+        and not rows["far", "anchors"]["pass"]
+    )
+    assert (
+        rows["near", "anchors"]["rmse"]
+        < rows["near", "nominal"]["rmse"]
+        < rows["near", "best_constant"]["rmse"]
+    )
+    assert rows["near", "logistic_of_far"]["baseline"] and rows["near", "logistic_of_far"]["rmse"] > 0.1
 
 
-def test_a_threshold_is_no_curve(tmp_path):
-    lock = sorted((pathlib.Path(__file__).parents[1] / "docs/locks").rglob("clip_200.json"))[0]
+def test_two_locks_of_one_name_and_the_lock_of_a_threshold_are_one_line(job, tmp_path):
+    stage.predict(job, None)
+    paths = [tmp_path / "pair.json", tmp_path / "pair" / "pair.json"]
+    paths[1].parent.mkdir()
+    (tmp_path / "pair" / "results.json").write_text(json.dumps(sweep(0.0)))
+    for path in paths:
+        path.write_text(json.dumps(make_curve_lock(job.workdir, CONFIG)))
+    more = [f"--runs={tmp_path}", f"--out={tmp_path / 'out.json'}"]
+    with pytest.raises(UserError, match="a second lock called pair"):
+        prereg.main(["curves", *map(str, paths), *more])
+    threshold = sorted((pathlib.Path(__file__).parents[1] / "docs/locks").rglob("clip_200.json"))[0]
     with pytest.raises(UserError, match="is the lock of a threshold, not of a curve"):
-        prereg.main(["curves", str(lock), f"--runs={tmp_path}", f"--out={tmp_path / 'out.json'}"])
+        prereg.main(["curves", str(threshold), *more])
 
 
 # --- the report ---
