@@ -84,6 +84,15 @@ def test_a_prediction_is_made_once_for_a_sweep(job):
     assert predictions(job)["anchors"].lambdas == list(LAMBDAS[1:])
 
 
+def test_a_prediction_stays_once_its_sweep_has_begun(job):
+    stage.predict(job, None)
+    before = (job.workdir / PREDICTIONS).read_bytes()
+    (job.workdir / "results.json").write_text(json.dumps(sweep(0.0)[:1]))
+    job.config.opd.lambdas, job.config.predict.anchors = (*LAMBDAS, 2.0), (1.2, 1.3)
+    stage.predict(job, None)
+    assert (job.workdir / PREDICTIONS).read_bytes() == before
+
+
 def test_where_anchors_say_nothing_the_limit_is_chosen(job, monkeypatch):
     monkeypatch.setattr(stage, "evaluated", lambda workdir, run: Result(stage=run.stage, parse=1.0))
     stage.predict(job, None)
