@@ -54,12 +54,15 @@ if not lambdas:
     write("results.json", new)
 else:
     write("results.json", read("results.json") + new)
-rows = (workdir / "metrics.jsonl").open("a")
+rows, said = ((workdir / name).open("a") for name in ("metrics.jsonl", "completions.jsonl"))
 for r in new:
     if r["stage"] != "forecast":
         head = {k: r[k] for k in ("run", "stage", "lambda", "seed")}
         rows.write(json.dumps(head | {"step": 1, "loss": 0.5}) + chr(10))
+        if r["stage"] == "opd":
+            said.write(json.dumps(head | {"step": 1, "output": "[]"}) + chr(10))
 rows.close()
+said.close()
 (workdir / "report.html").write_text("done")
 """
 
@@ -295,7 +298,7 @@ def test_sigterm_stops_what_runs_and_starts_no_more(tmp_path):
 def gathered(grid):
     return gather.gather(grid), {
         name: (grid.root / name).read_bytes()
-        for name in ("results.json", "metrics.jsonl", "config.json", "report.html")
+        for name in ("results.json", "metrics.jsonl", "completions.jsonl", "config.json", "report.html")
     }
 
 
@@ -311,6 +314,8 @@ def test_a_grid_gathers_into_the_records_of_one_run_and_always_the_same_bytes(fi
     assert [(r["lambda"], r["seed"]) for r in records[9:]] == [(1.0, 7), (1.5, 7), (1.0, 8), (1.5, 8)]
     rows = [json.loads(line) for line in (finished.root / "metrics.jsonl").read_text().splitlines()]
     assert [row["stage"] for row in rows] == ["sft_teacher", "sft_student", *["opd"] * 4]
+    said = [json.loads(line) for line in (finished.root / "completions.jsonl").read_text().splitlines()]
+    assert [(row["lambda"], row["seed"]) for row in said] == [(1.0, 7), (1.5, 7), (1.0, 8), (1.5, 8)]
     saved = json.loads((finished.root / "config.json").read_text())
     assert saved["config"]["opd"]["lambdas"] == [1.0, 1.5] and saved["notes"] == []
     first = gathered(finished)[1]
@@ -464,7 +469,7 @@ def test_a_grid_of_processes_finds_what_one_run_finds(finished_job, tmp_path):
     ):
         result = run_command([sys.executable, "-m", *arguments])
         assert result.returncode == 0, result.stderr[-2000:]
-    for name in ("results.json", "examples.json", "calibration.json"):
+    for name in ("results.json", "examples.json", "calibration.json", "recommendation.json"):
         assert (root / name).read_bytes() == (finished_job / name).read_bytes(), name
 
     def rows(folder):
