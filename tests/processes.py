@@ -27,7 +27,10 @@ SHARE = {"JAX_COMPILATION_CACHE_DIR": programs_folder(), "JAX_PERSISTENT_CACHE_M
 
 FORKS = multiprocessing.get_context("forkserver")
 FORKS.set_forkserver_preload(
-    ["pytest", "grain", "listopd_jax.main", "listopd_jax.stages.pipeline", "listopd_jax.report.write"]
+    [
+        "pytest", "grain", "transformers.models.auto.tokenization_auto",
+        "listopd_jax.main", "listopd_jax.stages.pipeline", "listopd_jax.report.write",
+    ]  # fmt: skip
 )
 
 NO_LAMBDA = (
