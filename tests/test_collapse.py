@@ -236,9 +236,7 @@ def test_a_stopped_job_run_again_changes_nothing(stopped):
 
 def test_lambda_is_lowered_where_the_same_run_collapses(exported, tmp_path):
     """With a reward for the contract and a control variate."""
-    distilled(
-        exported, tmp_path, on_collapse="lower_lambda", contract_reward=0.5, control_variate="optimal"
-    )
+    distilled(exported, tmp_path, on_collapse="lower_lambda", contract_reward=0.5, control_variate="optimal")
     (record,) = opd_records(tmp_path)
     assert record.extra["collapsed_at"] and 1 < record.extra["lambda_end"] < 3
     scales = {r["lambda_scale"] for r in read_metrics(tmp_path) if r["stage"] == "opd"}

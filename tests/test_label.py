@@ -11,7 +11,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from judge_server import serving
-from processes import NO_LAMBDA, run_main, start_main
+from processes import start_main
+from test_evaluate import settings
 
 pytest.importorskip("httpx2", reason="needs the extra label")
 pytest.importorskip("tenacity", reason="needs the extra label")
@@ -24,6 +25,7 @@ from listopd_jax.label.bill import estimate
 from listopd_jax.label.cache import digest, open_cache
 from listopd_jax.label.judges import PROVIDERS, Reply, Settings, check, retry_after
 from listopd_jax.label.questions import questions, score_of
+from listopd_jax.stages.job import open_job
 
 KEY = "sk-very-secret"
 REVIEWS = [Review(f"u{i}", "p", "A dress", f"review number {i}", 0) for i in range(12)]
@@ -423,7 +425,9 @@ def test_a_run_trains_on_the_labels(tmp_path):
     job = open_job(settings(**{"data.labels": f"{tmp_path}/labels.jsonl"}), tmp_path / "run")
     report = json.loads((tmp_path / "run" / "data" / "report.json").read_text())
     assert report["labels"] == "file labels.jsonl" and report["read"]["usable"] == 6 * 8
-    assert job.splits == 1
+    for record in (*job.records["train"], *job.records["validation"]):
+        asked_for = (f"Product: {record.title}\nReview: {text}" for text in record.reviews)
+        assert record.scores == tuple(by_length(text, 1) for text in asked_for)
 
 
 @pytest.mark.parametrize(
