@@ -3,13 +3,11 @@
 import dataclasses
 import json
 import pathlib
-import shutil
 from unittest.mock import Mock
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from processes import SMALL, run_main
 from small import small_config, start_from
 
 from listopd_jax import config as config_module
@@ -159,17 +157,15 @@ def test_a_run_trains_at_what_was_recommended_and_a_resumed_one_at_the_same(
     )
     pipeline.run_stages(config, tmp_path)
     assert (tmp_path / "recommendation.json").read_bytes() == first, "though the forecasts now say 2"
+    assert "\n".join(json.loads(first)["lines"]) in capsys.readouterr().err
     assert {r.lam for r in read_runs(tmp_path / "runs.json") if r.stage == "opd"} == {1.0}
     assert [call.args[2:] for call in distil.call_args_list] == [(1.0, 0), (1.0, 0)]
 
 
-def test_a_plain_run_has_its_recommendation_and_trains_its_own_lambdas(finished_job, tmp_path):
+def test_a_plain_run_has_its_recommendation_and_trains_its_own_lambdas(finished_job):
     found = json.loads((finished_job / "recommendation.json").read_text())
     assert found["lambda"] == 1.0 and len(found["lines"]) == 3
     assert {r.lam for r in read_results(finished_job / "results.json") if r.stage == "opd"} == {1.0, 2.0}
-    workdir = shutil.copytree(finished_job, tmp_path / "job")
-    ended = run_main(workdir, *SMALL)
-    assert ended.returncode == 0 and "\n".join(found["lines"]) in ended.stderr
 
 
 def test_before_distillation_the_report_says_what_the_forecasts_recommend():
