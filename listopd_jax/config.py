@@ -14,6 +14,7 @@ import pathlib
 import re
 import shutil
 import subprocess
+import urllib.parse
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -455,6 +456,15 @@ def _is_date(text: str) -> bool:
         return False
 
 
+def _is_address(text: str) -> bool:
+    """Whether `text` is that of a server, without user, password or query."""
+    form = r"https?://([\w.-]+|\[[0-9a-fA-F:.]+\])(:[0-9]{1,5})?(/[\w./-]*)?"
+    try:
+        return re.fullmatch(form, text) is not None and urllib.parse.urlsplit(text).port != 0
+    except ValueError:  # no such port or IPv6 address
+        return False
+
+
 def _validate_grid(config: ml_collections.ConfigDict) -> None:
     lambdas, seeds = config.opd.lambdas, config.opd.seeds
     for x in config.forecast.lambdas:
@@ -561,8 +571,7 @@ def _validate_server(config: ml_collections.ConfigDict) -> None:
     if not teacher.server:
         return
     _require(
-        re.fullmatch(r"https?://([\w.-]+|\[[0-9a-fA-F:.]+\])(:[0-9]{1,5})?(/[\w./-]*)?", teacher.server)
-        is not None,
+        _is_address(teacher.server),
         "teacher.server: write http(s)://HOST:PORT, without user, password or query; a key goes into the environment "
         "as LISTOPD_TEACHER_KEY",
     )

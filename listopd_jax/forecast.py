@@ -37,6 +37,11 @@ FLAGS = {
     "task.max_response": "--max-tokens",
     "task.max_prompt": "--max-prompt",
     "forecast.lambdas": "--lambdas",
+    "forecast.batch_size": "--batch-size",
+    "evaluation.batch_size": "--batch-size",
+    "dtype.compute": "--dtype",
+    "dtype.frozen": "--dtype",
+    "opd.clip": "--clip",
     "--workdir": "--out",
 }
 """What stands for a field of a config on this command's line, in messages too."""

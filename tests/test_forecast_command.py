@@ -142,7 +142,7 @@ def bare(folder):
         (None, {"max_prompt": "1"}, "above --max-prompt=1"),
         (None, {"lambdas": "1,x"}, "argument --lambdas"),
         (None, {"lambdas": "-1"}, "--lambdas=(-1.0, 1.0): every lambda is a number >= 0"),
-        (None, {"clip": "1"}, "the clip c must be > 1"),
+        (None, {"clip": "1"}, "--clip=1.0: the clip c must be > 1"),
         (None, {"out": "out", "clip": "3"}, "out/config.json: this workdir holds a run with "),
         (None, {"techer": "x"}, "--techer"),
     ],

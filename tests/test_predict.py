@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import pathlib
 from types import SimpleNamespace
 
 import numpy as np
@@ -81,6 +82,15 @@ def test_a_prediction_is_made_once_for_a_sweep(job):
     job.config.opd.lambdas = LAMBDAS[1:]
     stage.predict(job, None)
     assert predictions(job)["anchors"].lambdas == list(LAMBDAS[1:])
+
+
+def test_a_prediction_stays_once_its_sweep_has_begun(job):
+    stage.predict(job, None)
+    before = (job.workdir / PREDICTIONS).read_bytes()
+    (job.workdir / "results.json").write_text(json.dumps(sweep(0.0)[:1]))
+    job.config.opd.lambdas, job.config.predict.anchors = (*LAMBDAS, 2.0), (1.2, 1.3)
+    stage.predict(job, None)
+    assert (job.workdir / PREDICTIONS).read_bytes() == before
 
 
 def test_where_anchors_say_nothing_the_limit_is_chosen(job, monkeypatch):
@@ -202,6 +212,21 @@ def test_several_curves_are_one_list_beside_what_needs_no_predictor(job, tmp_pat
         < rows["near", "best_constant"]["rmse"]
     )
     assert rows["near", "logistic_of_far"]["baseline"] and rows["near", "logistic_of_far"]["rmse"] > 0.1
+
+
+def test_two_locks_of_one_name_and_the_lock_of_a_threshold_are_one_line(job, tmp_path):
+    stage.predict(job, None)
+    paths = [tmp_path / "pair.json", tmp_path / "pair" / "pair.json"]
+    paths[1].parent.mkdir()
+    (tmp_path / "pair" / "results.json").write_text(json.dumps(sweep(0.0)))
+    for path in paths:
+        path.write_text(json.dumps(make_curve_lock(job.workdir, CONFIG)))
+    more = [f"--runs={tmp_path}", f"--out={tmp_path / 'out.json'}"]
+    with pytest.raises(UserError, match="a second lock called pair"):
+        prereg.main(["curves", *map(str, paths), *more])
+    threshold = sorted((pathlib.Path(__file__).parents[1] / "docs/locks").rglob("clip_200.json"))[0]
+    with pytest.raises(UserError, match="is the lock of a threshold, not of a curve"):
+        prereg.main(["curves", str(threshold), *more])
 
 
 # --- the report ---

@@ -129,6 +129,20 @@ def test_what_is_refused_for_good_is_asked_once_and_the_key_is_not_shown(server,
         client(server).logprobs([[5] * 90], [[5] * 20])
 
 
+@pytest.mark.parametrize("key", ["open sesame", "sesame\nX-Other: 1", "s\u00e9same"])
+def test_a_key_that_cannot_stand_in_a_header_is_one_line_and_not_shown(server, batch, monkeypatch, key):
+    monkeypatch.setenv(KEY, key)
+    with pytest.raises(UserError, match=f"{KEY}: holds a character that no key has") as error:
+        asked_of(server, batch)
+    assert "same" not in str(error.value)
+
+
+def test_a_key_is_read_without_the_line_break_of_its_file(server, batch, monkeypatch):
+    monkeypatch.setenv(KEY, "sesame\n")
+    asked_of(server, batch)
+    assert {headers["Authorization"] for _, headers, _ in server.asked} == {"Bearer sesame"}
+
+
 # --- before a run
 
 
@@ -207,6 +221,8 @@ def test_a_server_may_move_but_is_another_teacher(models, server):
             "a key goes into the environment as LISTOPD_TEACHER_KEY",
         ),
         ({"teacher.server": "host:1"}, "teacher.server: write http"),
+        ({"teacher.server": "http://host:99999"}, "teacher.server: write http"),
+        ({"teacher.server": "http://[:::]:1"}, "teacher.server: write http"),
         ({"teacher.served_name": ""}, "set both, or neither"),
         ({"teacher.weights": "x"}, "teacher.server is the only teacher"),
         (

@@ -81,6 +81,18 @@ def test_the_stage_is_read_off_the_files(tmp_path, done, trained, calibrated, sa
     assert entry(path)["state"] == "stopped"
 
 
+@pytest.mark.parametrize(
+    ("done", "steps", "said"),
+    [(2, 0, "forecasting"), (2, 3, "training anchor run, λ\u00a0=\u00a01.2, seed 1")],
+)
+def test_anchor_runs_come_after_the_forecast(tmp_path, done, steps, said):
+    anchor = Planned(run="anchor_lambda1.2_seed1", stage="anchor", lam=1.2, seed=1, steps=6)
+    path = workdir(tmp_path / "run", plan=[*SFT, anchor, opd(1.0)], done=done, trained=[(anchor, steps)])
+    (path / CALIBRATION).write_text("{}")
+    with locked(path):
+        assert entry(path)["stage"] == said
+
+
 def test_a_run_is_done_when_all_is_evaluated_and_the_report_is_there(tmp_path):
     path = workdir(tmp_path / "run", done=4)
     (path / "report.html").write_text("<p>report</p>")

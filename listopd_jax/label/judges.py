@@ -11,6 +11,7 @@ import email.utils
 import importlib.util
 import os
 import re
+import urllib.parse
 from collections.abc import Mapping
 from typing import Any
 
@@ -192,12 +193,19 @@ def check(settings: Settings) -> None:
         raise unknown_name("--judge", provider, [f"{name}:MODEL" for name in PROVIDERS])
     if not model:
         raise UserError(f"--judge={settings.judge}: names no model; write {provider}:MODEL")
-    if settings.base_url and not re.match(r"https?://[^/]", settings.base_url):
+    if settings.base_url and not _is_address(settings.base_url):
         raise UserError("--base_url: is no address; it begins with https:// or http://")
     if settings.response_format not in FORMATS:
         raise unknown_name("--response_format", settings.response_format, FORMATS)
     for library in ("httpx2", "tenacity"):
         _require(library, library)
+
+
+def _is_address(url: str) -> bool:
+    try:
+        return re.match(r"https?://[^/]", url) is not None and urllib.parse.urlsplit(url).port != 0
+    except ValueError:  # no such port or IPv6 address
+        return False
 
 
 def retry_after(value: str) -> float:

@@ -13,16 +13,28 @@ from jaxtyping import Float
 from scipy import optimize, special
 
 from listopd_jax import files
+from listopd_jax.errors import UserError
 from listopd_jax.prereg.curve import judge_curve, rmse
-from listopd_jax.prereg.lock import Json, read_lock
+from listopd_jax.prereg.lock import CURVE, Json, read_lock
 from listopd_jax.records import RESULTS
 
 Judged = Mapping[str, Json]  # pair -> verdict of its lock
 
 
 def judged_pairs(locks: list[pathlib.Path], runs: pathlib.Path) -> Judged:
-    """Pair -> verdict; the lock of a pair is PAIR.json, its records are in runs/PAIR/results.json."""
-    return {p.stem: judge_curve(read_lock(p), files.read_json(runs / p.stem / RESULTS)) for p in locks}
+    """Pair -> verdict; the lock of a pair is PAIR.json, its records are in runs/PAIR/results.json.
+
+    UserError for two locks of one pair, or a lock of another kind.
+    """
+    found = {}
+    for path in locks:
+        lock = read_lock(path)
+        if lock.get("kind") != CURVE:
+            raise UserError(f"{path}: is the lock of a threshold, not of a curve; judge it with `verdict`")
+        if path.stem in found:
+            raise UserError(f"{path}: a second lock called {path.stem}; give one for each pair")
+        found[path.stem] = judge_curve(lock, files.read_json(runs / path.stem / RESULTS))
+    return found
 
 
 def figures(judged: Judged, locks: list[pathlib.Path]) -> list[dict[str, Any]]:

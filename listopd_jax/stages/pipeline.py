@@ -20,7 +20,7 @@ from listopd_jax.stages.collapse import best_checkpoint, collapse_fields, watch_
 from listopd_jax.stages.forgetting import forgetting
 from listopd_jax.stages.job import REFERENCE, ROLES, Job, base_of, job_on_mesh
 from listopd_jax.stages.opd import Distillation, connected, make_step, opd_runs, preflight, train_opd
-from listopd_jax.stages.predict import anchor_runs, predict
+from listopd_jax.stages.predict import ANCHOR, anchor_runs, predict
 from listopd_jax.stages.results import evaluate, evaluated, summary, write_plan
 from listopd_jax.stages.sft import sft_run, train_sft
 from listopd_jax.stages.teacher_server import TeacherServer
@@ -30,7 +30,7 @@ from listopd_jax.train.optimizer import adamw
 
 
 def run_stages(config: Any, workdir: pathlib.Path) -> None:
-    """prepare → SFT teacher and student → calibrate, forecast, recommend → OPD for each λ and seed, each evaluated."""
+    """prepare → SFT → calibrate, forecast, recommend → anchors, predict → OPD for each λ and seed, each evaluated."""
     with job_on_mesh(config, workdir) as job:
         _models_to_policies(job)
 
@@ -119,7 +119,10 @@ def student_again(job: Job, base: Any) -> Callable[[int], Any]:
 
 
 def distil(job: Job, shared: Distillation, runs: Sequence[Run]) -> None:
-    """One training, evaluated at each budget of `runs`, exported at the last; if it collapses, see `on_collapse`."""
+    """One training, evaluated at each budget of `runs`, exported at the last; if it collapses, see `on_collapse`.
+
+    Anchors are not exported.
+    """
     for run in runs:
         if evaluated(job.workdir, run) is None:
             watch = watch_of(job.config.opd, run)
@@ -128,7 +131,8 @@ def distil(job: Job, shared: Distillation, runs: Sequence[Run]) -> None:
             if watch and watch.stopped:
                 besides["checkpoint"], params = best_checkpoint(job, shared, run)
             start = None if REFERENCE in job.models else shared.frozen.base
-            finish(job, "student", params, run, run is runs[-1], start, **besides)
+            export = run is runs[-1] and run.stage != ANCHOR  # an anchor only says how far training comes
+            finish(job, "student", params, run, export, start, **besides)
 
 
 def most_useful(workdir: pathlib.Path, runs: Sequence[Run]) -> int | None:

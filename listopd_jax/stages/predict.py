@@ -24,7 +24,14 @@ from listopd_jax.config import guard_text
 from listopd_jax.ops.guard import Guard
 from listopd_jax.ops.opd_loss import Frozen
 from listopd_jax.parallel.hosts import from_main, is_main
-from listopd_jax.records import PREDICTIONS, Prediction, read_predictions, write_records
+from listopd_jax.records import (
+    PREDICTIONS,
+    RESULTS,
+    Prediction,
+    read_predictions,
+    read_results,
+    write_records,
+)
 from listopd_jax.stages.forecast import target_answers
 from listopd_jax.stages.job import Job
 from listopd_jax.stages.opd import opd_steps
@@ -48,12 +55,16 @@ def anchor_runs(job: Job) -> list[Run]:
 
 
 def predict(job: Job, frozen: Frozen) -> None:
-    """Write predictions.json for the λ of the sweep from the evaluated anchors; what it holds already is left alone."""
+    """Write predictions.json for the λ of the sweep from the evaluated anchors; what it holds already is left alone.
+
+    Other λ, seeds or anchors are another prediction, but none takes the place of one whose sweep has begun.
+    """
     anchors, lambdas = anchor_runs(job), sorted(map(float, job.config.opd.lambdas))
     if not anchors or not lambdas:
         return
     path, made_from = job.workdir / PREDICTIONS, _made_from(job, anchors)
-    if from_main(lambda: [p.extra.get("made_from") for p in read_predictions(path)][:1]) == [made_from]:
+    before = from_main(lambda: [p.extra.get("made_from") for p in read_predictions(path)][:1])
+    if before == [made_from] or (before and from_main(lambda: _has_begun(job))):
         return
     began = time.monotonic()
     shapes = {name: shape(job, frozen, estimator) for name, estimator in _decoded_with(job).items()}
@@ -69,6 +80,11 @@ def predict(job: Job, frozen: Frozen) -> None:
     write_records(path, records)
     if is_main():
         print(f"predicted parse: {_in_words(records[last])}", file=sys.stderr)
+
+
+def _has_begun(job: Job) -> bool:
+    """Whether a run of the sweep is evaluated."""
+    return any(r.stage == "opd" for r in read_results(job.workdir / RESULTS))
 
 
 def _made_from(job: Job, anchors: Sequence[Run]) -> dict[str, Any]:

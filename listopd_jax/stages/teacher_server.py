@@ -12,6 +12,7 @@ import http.client
 import itertools
 import json
 import os
+import re
 import time
 import urllib.parse
 from collections.abc import Callable, Mapping, Sequence
@@ -99,7 +100,7 @@ class TeacherServer:
         kind = http.client.HTTPSConnection if secure else http.client.HTTPConnection
         connection = kind(url.hostname, url.port, timeout=self.timeout)
         headers = {"Content-Type": "application/json"}
-        if key := os.environ.get(KEY):
+        if key := _key():
             headers["Authorization"] = f"Bearer {key}"
         sent = None if body is None else json.dumps({"model": self.model, **body})
         try:
@@ -124,6 +125,14 @@ class TeacherServer:
             raise Retry("an answer that is no JSON") from e
 
 
+def _key() -> str:
+    """The server's key, "" if there is none; UserError, which does not show it, if it cannot stand in a header."""
+    key = os.environ.get(KEY, "").strip()
+    if not re.fullmatch(r"[!-~]*", key):
+        raise UserError(f"{KEY}: holds a character that no key has; copy the key again")
+    return key
+
+
 def _seconds(text: str | None) -> float:
     """A Retry-After in seconds; 0 for none, or a date."""
     return float(text) if text and text.isascii() and text.isdigit() else 0.0
@@ -131,7 +140,7 @@ def _seconds(text: str | None) -> float:
 
 def _shown(text: bytes) -> str:
     """The start of what a server says, as one line without the key."""
-    said = text[:2000].decode("utf-8", "replace").replace(os.environ.get(KEY) or "\0", "***")
+    said = text[:2000].decode("utf-8", "replace").replace(_key() or "\0", "***")
     return " ".join("".join(c if c.isprintable() else " " for c in said).split())[:200]
 
 

@@ -34,6 +34,8 @@ CURVES = {
     "sft": {"loss": "SFT loss", "entropy": "Entropy", "grad_norm": "Gradient norm"},
 }
 """Metrics and their names, by the stage that begins as the key does."""
+DISTILLED = ("anchor", "opd")
+"""The stages that come after calibration and forecast, and have runs of several seeds."""
 POINTS = 120  # of a curve; longer ones are means of neighbouring steps
 COMPLETIONS = 8  # shown, the newest
 MAX_TEXT = 4000  # characters of a completion or prompt
@@ -116,11 +118,8 @@ def _stage(whole: Workdir, current: Mapping[str, Any] | None) -> str:
         return "writing the report"
     if current["step"] >= current["steps"]:
         return f"evaluating {current['label']}"
-    if (
-        current["stage"] == "opd"
-        and not current["step"]
-        and not any(r["stage"] == "opd" for r in whole.metrics)
-    ):
+    begun = any(row["stage"] in DISTILLED for row in whole.metrics)
+    if current["stage"] in DISTILLED and not current["step"] and not begun:
         return "forecasting" if whole.calibrated else "calibrating"
     return f"training {current['label']}"
 
@@ -235,7 +234,7 @@ def _label(row: Mapping[str, Any]) -> str:
     """A run as people call it, from a row of its logs: OPD, λ = 1.2, seed 0."""
     stage, lam, seed = str(row.get("stage")), row.get("lambda"), row.get("seed")
     name = policy_name(stage, lam if is_number(lam) else None, None)
-    return visible(f"{name}, seed {seed}" if stage == "opd" else name)
+    return visible(f"{name}, seed {seed}" if stage in DISTILLED else name)
 
 
 def _result(record: Result) -> dict[str, Any]:
