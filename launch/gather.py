@@ -1,8 +1,8 @@
 """python -m launch.gather --root=ROOT
 
-Make one run of a grid: ROOT/results.json, metrics.jsonl, examples.json, calibration.json, recommendation.json,
-config.json and report.html, from the common stages and every point that is done, in the order and with the contents of
-a single run of them all. The same grid gives the same bytes.
+Make one run of a grid: ROOT/results.json, metrics.jsonl, completions.jsonl, examples.json, calibration.json,
+recommendation.json, config.json and report.html, from the common stages and every point that is done, in the order and
+with the contents of a single run of them all. The same grid gives the same bytes.
 
 A point that is missing or broken is named here and in the report; exit code 0: none, 1: some, 2: a mistake to fix.
 """
@@ -18,6 +18,7 @@ from launch import cli
 from launch.grid import COMMON, Grid, Point, read_grid
 from listopd_jax import files
 from listopd_jax.errors import UserError, exit_code
+from listopd_jax.metrics_log import COMPLETIONS, FILE, read_metrics
 from listopd_jax.records import CALIBRATION, EXAMPLES, RECOMMENDATION, RESULTS, Result, write_records
 from listopd_jax.report.inputs import Inputs, read_inputs
 from listopd_jax.report.write import write_report
@@ -28,6 +29,7 @@ class Gathered(NamedTuple):
 
     inputs: list[Inputs]
     missing: dict[str, str]
+    completions: list[dict[str, Any]]  # that were logged
 
 
 def main(argv: Sequence[str]) -> int:
@@ -50,13 +52,14 @@ def gather(grid: Grid) -> Gathered:
     if not (common / "report.html").exists():
         raise UserError(f"{common}: nothing to gather, the common stages are {stands}")
     shared = read_inputs(common)
-    found, missing = [shared], {} if grid.done(COMMON) else {COMMON: str(stands)}
+    found, missing, completions = [shared], {} if grid.done(COMMON) else {COMMON: str(stands)}, []
     for point in grid.points:
         try:
             found.append(read_point(grid, point, shared))
+            completions += _rows_of(point, read_metrics(grid.workdir(point.name), COMPLETIONS))
         except UserError as e:
             missing[point.name] = str(e)
-    return Gathered(found, missing)
+    return Gathered(found, missing, completions)
 
 
 def read_point(grid: Grid, point: Point, shared: Inputs) -> Inputs:
@@ -70,15 +73,24 @@ def read_point(grid: Grid, point: Point, shared: Inputs) -> Inputs:
             f"{workdir}: resumes from other models than {grid.workdir(COMMON)} has; delete it and launch again"
         )
 
-    mine = ("opd", *point)
-    results = [r for r in inputs.results if r.identity[:3] == mine]
-    examples = [e for e in inputs.examples if e.identity[:3] == mine]
-    metrics = [row for row in inputs.metrics if tuple(map(row.get, ("stage", "lambda", "seed"))) == mine]
+    results = [r for r in inputs.results if r.identity[:3] == _mine(point)]
+    examples = [e for e in inputs.examples if e.identity[:3] == _mine(point)]
+    metrics = _rows_of(point, inputs.metrics)
     if not results:
         raise UserError(
             f"{workdir / RESULTS}: has no record of this point; delete {workdir} and launch again"
         )
     return Inputs(inputs.config, {}, results, metrics, examples)
+
+
+def _mine(point: Point) -> tuple[str, float, int]:
+    """Stage, λ and seed of what a point alone has."""
+    return ("opd", *point)
+
+
+def _rows_of(point: Point, rows: Sequence[Any]) -> list[Any]:
+    """Those of the rows of a log that are the point's."""
+    return [row for row in rows if tuple(map(row.get, ("stage", "lambda", "seed"))) == _mine(point)]
 
 
 def _models(inputs: Inputs) -> list[Result]:
@@ -96,13 +108,11 @@ def write(grid: Grid, gathered: Gathered) -> pathlib.Path:
     files.write_json(root / "config.json", describe(grid, gathered))
     write_records(root / RESULTS, all_of(lambda x: x.results))
     write_records(root / EXAMPLES, all_of(lambda x: x.examples))
-    files.write_text(
-        root / "metrics.jsonl", "".join(json.dumps(row) + "\n" for row in all_of(lambda x: x.metrics))
-    )
-    if common.calibration is not None:
-        files.write_json(root / CALIBRATION, common.calibration.to_json())
-    if common.recommendation is not None:
-        files.write_json(root / RECOMMENDATION, common.recommendation.to_json())
+    for name, rows in ((FILE, all_of(lambda x: x.metrics)), (COMPLETIONS, gathered.completions)):
+        files.write_text(root / name, "".join(json.dumps(row) + "\n" for row in rows))
+    for name, record in ((CALIBRATION, common.calibration), (RECOMMENDATION, common.recommendation)):
+        if record is not None:
+            files.write_json(root / name, record.to_json())
     if common.data:
         files.write_json(root / "data" / "report.json", common.data)
     return write_report(root)

@@ -196,9 +196,9 @@ def check_traffic(program, fsdp, tensor, updates):
         assert reduces
 
 
-@pytest.mark.parametrize("sizes", ROWS_BY_TENSOR, ids=str)
+@pytest.mark.parametrize("sizes", [s for s in ROWS_BY_TENSOR if s != (2, 4, 1)], ids=str)
 def test_opd_step_is_that_of_one_device(alone, sizes):
-    """On one of the meshes in microbatches, which take rows of every device."""
+    """On one of the meshes in microbatches, which take rows of every device. (2, 4, 1) is SFT's and the adapter's."""
     mesh = mesh_of(*sizes)
     with use_mesh(mesh):
         (state, metrics), program = opd(mesh, microbatch=2 if sizes == (1, 2, 4) else 8)
@@ -355,7 +355,7 @@ def adapted_alone():
     return [result for result, _ in adapted(None)]
 
 
-@pytest.mark.parametrize("sizes", [(2, 4, 1), (2, 2, 2), (1, 2, 4)], ids=str)
+@pytest.mark.parametrize("sizes", [(2, 4, 1), (1, 2, 4)], ids=str)
 def test_steps_of_an_adapter_are_those_of_one_device(sizes, adapted_alone):
     mesh = mesh_of(*sizes)
     with use_mesh(mesh):

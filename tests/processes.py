@@ -27,7 +27,14 @@ SHARE = {"JAX_COMPILATION_CACHE_DIR": programs_folder(), "JAX_PERSISTENT_CACHE_M
 
 FORKS = multiprocessing.get_context("forkserver")
 FORKS.set_forkserver_preload(
-    ["pytest", "grain", "listopd_jax.main", "listopd_jax.stages.pipeline", "listopd_jax.report.write"]
+    [
+        "pytest",
+        "grain",
+        "transformers.models.auto.tokenization_auto",
+        "listopd_jax.main",
+        "listopd_jax.stages.pipeline",
+        "listopd_jax.report.write",
+    ]  # fmt: skip
 )
 
 NO_LAMBDA = (
@@ -36,7 +43,7 @@ NO_LAMBDA = (
     "--config.evaluation.bootstrap=50 --config.sft.teacher.steps=4 --config.sft.student.steps=3 "
     "--config.sft.teacher.batch_size=4 --config.sft.student.batch_size=4 --config.opd.batch_size=4 "
     "--config.opd.steps=3 --config.opd.eval_steps=2, --config.train.checkpoint_every=1 "
-    "--config.task.max_response=64 --config.forecast.lambdas=1.5 --config.forecast.batch_size=6 "
+    "--config.task.max_response=64 --config.forecast.lambdas=1.5, --config.forecast.batch_size=6 "
     "--config.track.log_completions_every=2 --config.track.completions=3"
 ).split()
 """A whole job of seconds, but for its λ: the flags of a tuple add up when they are given twice."""

@@ -165,19 +165,40 @@ def job_config(**opd):
         config[role].update(hidden_size=32, intermediate_size=64, num_layers=1, num_heads=2, num_kv_heads=1)
         config.sft[role].update(steps=steps, batch_size=16, lr=1e-2, warmup_steps=5)
         config.sft[role].noise = truncated
-    config.opd.update(lambdas=(3.0,), steps=10, batch_size=8, rollouts=2, lr=3e-3, **opd)
+    config.opd.update({"lambdas": (3.0,), "steps": 10, "batch_size": 8, "rollouts": 2, "lr": 3e-3} | opd)
     config.opd.collapse.window = 3
-    config.train.update(checkpoint_every=1, keep_checkpoints=3, export=True)
+    config.train.update(checkpoint_every=100, keep_checkpoints=3, export=True)
     return config
 
 
 @pytest.fixture(scope="module")
-def stopped(tmp_path_factory):
+def exported(tmp_path_factory):
+    """A folder with the models that all distillation here is of; of their training only the end is saved."""
+    workdir = tmp_path_factory.mktemp("pair")
+    run_stages(validate(job_config(lambdas=())), workdir)
+    return workdir / "export"
+
+
+def distilled(exported, workdir, **opd):
+    """The config of a run that distils those models and saves every step, run in `workdir`."""
+    config = job_config(**opd)
+    for role in ("teacher", "student"):
+        config[role].weights = str(exported / f"sft_{role}")
+        config.sft[role].update(steps=0, epochs=0.0)
+    config.tokenizer.path = str(exported / "sft_teacher")
+    config.train.checkpoint_every = 1
+    config = validate(config)
+    run_stages(config, workdir)
+    return config
+
+
+@pytest.fixture(scope="module")
+def stopped(exported, tmp_path_factory):
     """The config and the workdir of a run that stops when it collapses."""
     workdir = tmp_path_factory.mktemp("stopped")
-    config = validate(job_config(on_collapse="stop", eval_steps=(2,), ema=0.5, lr_decay="linear"))
-    run_stages(config, workdir)
-    return config, workdir
+    return distilled(
+        exported, workdir, on_collapse="stop", eval_steps=(2,), ema=0.5, lr_decay="linear"
+    ), workdir
 
 
 def opd_records(workdir):
@@ -213,16 +234,9 @@ def test_a_stopped_job_run_again_changes_nothing(stopped):
     assert before == ((workdir / RESULTS).read_bytes(), (workdir / "metrics.jsonl").read_bytes())
 
 
-def test_lambda_is_lowered_where_the_same_run_collapses(stopped, tmp_path):
-    """With a reward for the contract and a control variate, on the models of the run that stops."""
-    _, before = stopped
-    options = dict(on_collapse="lower_lambda", contract_reward=0.5, control_variate="optimal")
-    config = job_config(**options)
-    for role in ("teacher", "student"):
-        config[role].weights = str(before / "export" / f"sft_{role}")
-        config.sft[role].update(steps=0, epochs=0.0)
-    config.tokenizer.path = str(before / "export" / "sft_teacher")
-    run_stages(validate(config), tmp_path)
+def test_lambda_is_lowered_where_the_same_run_collapses(exported, tmp_path):
+    """With a reward for the contract and a control variate."""
+    distilled(exported, tmp_path, on_collapse="lower_lambda", contract_reward=0.5, control_variate="optimal")
     (record,) = opd_records(tmp_path)
     assert record.extra["collapsed_at"] and 1 < record.extra["lambda_end"] < 3
     scales = {r["lambda_scale"] for r in read_metrics(tmp_path) if r["stage"] == "opd"}

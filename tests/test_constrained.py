@@ -11,17 +11,18 @@ import jsonschema
 import numpy as np
 import pytest
 from flax import nnx
-from processes import NO_LAMBDA, command, run_command
+from small import small_config, start_from
 from test_evaluate import save_random, settings
 from test_rollout import chi_square_pvalue, tiny
 from test_tasks import opened
 
 from listopd_jax.data.tokenizer import load_tokenizer, train_tokenizer
 from listopd_jax.errors import UserError
+from listopd_jax.metrics_log import read_metrics
 from listopd_jax.ops.grammar import DEAD, START, Grammar, allowed_tokens, states
 from listopd_jax.records import FREE, Decoding, Result, read_results
 from listopd_jax.report.inputs import Inputs
-from listopd_jax.report.write import render
+from listopd_jax.report.write import render, write_report
 from listopd_jax.rollout import decode as module
 from listopd_jax.rollout.decode import generate
 from listopd_jax.rollout.sampling import unpacked
@@ -29,6 +30,7 @@ from listopd_jax.rollout.scoring import completion_hidden
 from listopd_jax.stages.checkpoint import evaluate_checkpoint
 from listopd_jax.stages.job import open_job
 from listopd_jax.stages.opd import sample
+from listopd_jax.stages.pipeline import run_stages
 from listopd_jax.task.codec import Codec
 from listopd_jax.task.contract import strict_parse
 from listopd_jax.task.prompt import render_answer, review_ids
@@ -425,21 +427,19 @@ def test_a_task_without_a_schema_says_so(tmp_path, monkeypatch):
         open_job(settings(**{"evaluation.constrained": "schema"}), tmp_path)
 
 
-def test_a_whole_job_is_trained_and_evaluated_under_masks(tmp_path):
+def test_a_whole_job_is_trained_and_evaluated_under_masks(finished_job, tmp_path):
     """Of models that have hardly learnt anything every answer keeps the schema."""
-    flags = ["--config.opd.lambdas=1.0,", "--config.opd.constrained_rollouts=schema"]
-    result = run_command(
-        command(tmp_path / "job", *NO_LAMBDA, *flags, "--config.evaluation.constrained=schema")
-    )
-    assert result.returncode == 0, result.stderr[-3000:]
-    steps = [json.loads(line) for line in (tmp_path / "job" / "metrics.jsonl").read_text().splitlines()]
-    assert all(row["ended"] == 1 for row in steps if row.get("stage") == "opd")
-    trained = [r for r in read_results(tmp_path / "job" / "results.json") if r.stage != "forecast"]
+    fields = {"opd.constrained_rollouts": "schema", "evaluation.constrained": "schema", "opd.lambdas": (1.0,)}
+    fields |= {"opd.advantage": "no_base"}  # nothing to forecast
+    run_stages(small_config(**start_from(finished_job), **fields), tmp_path)
+    steps = read_metrics(tmp_path)
+    assert [row["ended"] for row in steps if row["stage"] == "opd"] == [1, 1, 1]
+    trained = read_results(tmp_path / "results.json")
     for record in trained:
         under = next(d for d in record.decodings if d.decoding == "schema")
         assert under.ended == 1 and under.failures["ok"] + under.failures["duplicate_id"] == under.n
-    assert len(trained) == 4
-    assert "Constrained decoding" in (tmp_path / "job" / "report.html").read_text()
+    assert [record.stage for record in trained] == ["sft_teacher", "sft_student", "opd", "opd"]
+    assert "Constrained decoding" in write_report(tmp_path).read_text()
 
 
 def test_the_report_has_a_row_a_decoding_and_trusts_none_of_them():

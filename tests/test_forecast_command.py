@@ -7,9 +7,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from processes import run_main
 
+from configs import fashion
 from listopd_jax import forecast as module
+from listopd_jax.config import validate
 from listopd_jax.data.tokenizer import train_tokenizer
 from listopd_jax.errors import UserError, exit_code
 from listopd_jax.models import hf
@@ -17,6 +18,7 @@ from listopd_jax.models.config import ModelConfig
 from listopd_jax.models.decoder import abstract
 from listopd_jax.records import read_calibration, read_recommendation, read_results
 from listopd_jax.report.write import write_report
+from listopd_jax.stages.pipeline import run_stages
 
 SCHEMA = {"type": "object", "properties": {"n": {"type": "integer"}}, "required": ["n"]}
 LINES = [{"prompt": f"say {i}", "answer": {"n": i}, "fold": "validation"} for i in range(5)]
@@ -57,17 +59,17 @@ def arguments(folder, **other):
 
 def test_it_finds_what_the_stages_of_a_run_find(made, tmp_path):
     (tmp_path / "lines.jsonl").write_text("".join(json.dumps(line) + "\n" for line in LINES + OTHERS))
-    flags = [
-        f"--config.teacher.weights={made / 'teacher'}", f"--config.student.weights={made / 'base'}",
-        f"--config.tokenizer.path={made / 'teacher'}", f"--config.data.path={tmp_path / 'lines.jsonl'}",
-        "--config.data.split_field=fold", "--config.task.name=json", f"--config.task.schema={made / 'schema.json'}",
-        "--config.task.max_response=12", "--config.sft.teacher.steps=0", "--config.sft.teacher.epochs=0",
-        "--config.sft.student.steps=0", "--config.sft.student.epochs=0", "--config.sft.teacher.noise=",
-        "--config.sft.student.noise=", "--config.train.export=False", "--config.evaluation.batch_size=3",
-        "--config.forecast.batch_size=3", "--config.opd.lambdas=()", "--config.forecast.lambdas=(1.0,1.5,3.0)",
-    ]  # fmt: skip
-    ended = run_main(tmp_path / "run", *flags, config="configs/fashion.py:tiny")
-    assert ended.returncode == 0, ended.stderr[-2000:]
+    config = fashion.tiny()
+    config.update_from_flattened_dict({
+        "teacher.weights": str(made / "teacher"), "student.weights": str(made / "base"),
+        "tokenizer.path": str(made / "teacher"), "data.path": str(tmp_path / "lines.jsonl"),
+        "data.split_field": "fold", "task.name": "json", "task.schema": str(made / "schema.json"),
+        "task.max_response": 12, "sft.teacher.steps": 0, "sft.teacher.epochs": 0.0,
+        "sft.student.steps": 0, "sft.student.epochs": 0.0, "sft.teacher.noise": "",
+        "sft.student.noise": "", "train.export": False, "evaluation.batch_size": 3,
+        "forecast.batch_size": 3, "opd.lambdas": (), "forecast.lambdas": LAMBDAS,
+    })  # fmt: skip
+    run_stages(validate(config), tmp_path / "run")
     run, own = (
         [r for r in read_results(f / "results.json") if r.stage == "forecast"]
         for f in (tmp_path / "run", made / "out")

@@ -11,7 +11,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from judge_server import serving
-from processes import NO_LAMBDA, run_main, start_main
+from processes import start_main
+from test_evaluate import settings
 
 pytest.importorskip("httpx2", reason="needs the extra label")
 pytest.importorskip("tenacity", reason="needs the extra label")
@@ -24,6 +25,7 @@ from listopd_jax.label.bill import estimate
 from listopd_jax.label.cache import digest, open_cache
 from listopd_jax.label.judges import PROVIDERS, Reply, Settings, check, retry_after
 from listopd_jax.label.questions import questions, score_of
+from listopd_jax.stages.job import open_job
 
 KEY = "sk-very-secret"
 REVIEWS = [Review(f"u{i}", "p", "A dress", f"review number {i}", 0) for i in range(12)]
@@ -416,15 +418,16 @@ def test_a_kill_loses_at_most_the_requests_in_flight(tmp_path):
 
 
 def test_a_run_trains_on_the_labels(tmp_path):
+    """What it prepares, trains on and judges by, is what the judge said."""
     with serving(by_length) as server:
-        flags = (f for f in NO_LAMBDA if f.startswith("--config.data."))
-        ended = label(tmp_path, server.url, "--config.data.synthetic.reviews_per_product=16", *flags)
+        ended = label(tmp_path, server.url, "--config.data.synthetic.products=6")
     assert ended.returncode == 0, ended.stderr
-    labels = f"--config.data.labels={tmp_path}/labels.jsonl"
-    ended = run_main(tmp_path / "run", *NO_LAMBDA, "--config.opd.lambdas=1.0,", labels)
-    assert ended.returncode == 0, ended.stderr
+    job = open_job(settings(**{"data.labels": f"{tmp_path}/labels.jsonl"}), tmp_path / "run")
     report = json.loads((tmp_path / "run" / "data" / "report.json").read_text())
-    assert report["labels"] == "file labels.jsonl" and report["read"]["usable"] == 12 * 16
+    assert report["labels"] == "file labels.jsonl" and report["read"]["usable"] == 6 * 8
+    for record in (*job.records["train"], *job.records["validation"]):
+        asked_for = (f"Product: {record.title}\nReview: {text}" for text in record.reviews)
+        assert record.scores == tuple(by_length(text, 1) for text in asked_for)
 
 
 @pytest.mark.parametrize(

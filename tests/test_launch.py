@@ -10,7 +10,7 @@ import sys
 import time
 
 import pytest
-from processes import REPO, SMALL, run_command
+from processes import NO_LAMBDA, REPO, run_command
 
 from configs import fashion
 from launch import cli, gather, local, point
@@ -54,12 +54,15 @@ if not lambdas:
     write("results.json", new)
 else:
     write("results.json", read("results.json") + new)
-rows = (workdir / "metrics.jsonl").open("a")
+rows, said = ((workdir / name).open("a") for name in ("metrics.jsonl", "completions.jsonl"))
 for r in new:
     if r["stage"] != "forecast":
         head = {k: r[k] for k in ("run", "stage", "lambda", "seed")}
         rows.write(json.dumps(head | {"step": 1, "loss": 0.5}) + chr(10))
+        if r["stage"] == "opd":
+            said.write(json.dumps(head | {"step": 1, "output": "[]"}) + chr(10))
 rows.close()
+said.close()
 (workdir / "report.html").write_text("done")
 """
 
@@ -295,7 +298,7 @@ def test_sigterm_stops_what_runs_and_starts_no_more(tmp_path):
 def gathered(grid):
     return gather.gather(grid), {
         name: (grid.root / name).read_bytes()
-        for name in ("results.json", "metrics.jsonl", "config.json", "report.html")
+        for name in ("results.json", "metrics.jsonl", "completions.jsonl", "config.json", "report.html")
     }
 
 
@@ -311,6 +314,8 @@ def test_a_grid_gathers_into_the_records_of_one_run_and_always_the_same_bytes(fi
     assert [(r["lambda"], r["seed"]) for r in records[9:]] == [(1.0, 7), (1.5, 7), (1.0, 8), (1.5, 8)]
     rows = [json.loads(line) for line in (finished.root / "metrics.jsonl").read_text().splitlines()]
     assert [row["stage"] for row in rows] == ["sft_teacher", "sft_student", *["opd"] * 4]
+    said = [json.loads(line) for line in (finished.root / "completions.jsonl").read_text().splitlines()]
+    assert [(row["lambda"], row["seed"]) for row in said] == [(1.0, 7), (1.5, 7), (1.0, 8), (1.5, 8)]
     saved = json.loads((finished.root / "config.json").read_text())
     assert saved["config"]["opd"]["lambdas"] == [1.0, 1.5] and saved["notes"] == []
     first = gathered(finished)[1]
@@ -456,19 +461,25 @@ def test_states_are_listed(finished, capsys):
 
 @pytest.mark.slow
 def test_a_grid_of_processes_finds_what_one_run_finds(finished_job, tmp_path):
-    """The same records, to the last digit, and the same rows but for the clock."""
+    """At one of its λ, the same records, to the last digit, and the same rows but for the clock."""
     root = tmp_path / "grid"
+    flags = [*NO_LAMBDA, "--config.opd.lambdas=2.0,", "--config.forecast.lambdas=1.0,"]
     for arguments in (
-        ["launch.local", "--config=configs/fashion.py:tiny", f"--root={root}", "--processes=2", *SMALL],
+        ["launch.local", "--config=configs/fashion.py:tiny", f"--root={root}", "--processes=2", *flags],
         ["launch.gather", f"--root={root}"],
     ):
         result = run_command([sys.executable, "-m", *arguments])
         assert result.returncode == 0, result.stderr[-2000:]
-    for name in ("results.json", "examples.json", "calibration.json", "recommendation.json"):
+    for name in ("calibration.json", "recommendation.json"):
         assert (root / name).read_bytes() == (finished_job / name).read_bytes(), name
 
-    def rows(folder):
-        lines = map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
-        return [{k: v for k, v in row.items() if k != "tokens_per_second"} for row in lines]
+    def of_both(rows):
+        """Those of the stages that the grid has too, without the clock."""
+        kept = [row for row in rows if (row["stage"], row["lambda"]) != ("opd", 1.0)]
+        return json.dumps([{k: v for k, v in row.items() if k != "tokens_per_second"} for row in kept])
 
-    assert rows(root) == rows(finished_job)
+    for name in ("results.json", "examples.json"):
+        ours, whole = (json.loads((folder / name).read_text()) for folder in (root, finished_job))
+        assert json.dumps(ours) == of_both(whole) and len(ours) < len(whole), name
+    ours, whole = (map(json.loads, (f / "metrics.jsonl").open()) for f in (root, finished_job))
+    assert of_both(ours) == of_both(whole)

@@ -28,7 +28,7 @@ def test_programs_on_eight_devices_are_those_of_one():
         XLA_FLAGS=flags,
     )
     assert result.returncode == 0, result.stdout[-5000:] + result.stderr[-2000:]
-    assert re.search(r"\b32 passed", result.stdout), result.stdout
+    assert re.search(r"\b30 passed", result.stdout), result.stdout
 
 
 def parallel(**sizes):

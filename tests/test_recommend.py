@@ -3,12 +3,12 @@
 import dataclasses
 import json
 import pathlib
-import shutil
+from unittest.mock import Mock
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from processes import NO_LAMBDA, SMALL, run_main
+from small import small_config, start_from
 
 from listopd_jax import config as config_module
 from listopd_jax.errors import UserError
@@ -16,6 +16,7 @@ from listopd_jax.recommend import CONTRACT_HOLDS, PARSE_LOST, Option, Setting, c
 from listopd_jax.records import Calibration, FlipRow, ForecastFlips, Result, read_results, read_runs, results
 from listopd_jax.report.inputs import Inputs
 from listopd_jax.report.recommendation import recommendation
+from listopd_jax.stages import pipeline
 
 DOCS = pathlib.Path(__file__).parents[1] / "docs" / "results"
 
@@ -139,15 +140,14 @@ def test_past_a_cliff_that_gains_nothing_no_guard_is_named():
 # ---- in a run
 
 
-def test_a_run_trains_at_what_was_recommended_and_a_resumed_one_at_the_same(tmp_path):
-    flags = [
-        *NO_LAMBDA,
-        "--config.opd.lambdas=2.0,",
-        "--config.forecast.lambdas=1.0",
-        "--config.opd.recommend=True",
-    ]
-    stopped = run_main(tmp_path, *flags, LISTOPD_SIGNAL_AT="SIGKILL opd_lambda1.0_seed0 step 2")
-    assert stopped.returncode == -9 and "recommended: λ = 1, " in stopped.stderr
+def test_a_run_trains_at_what_was_recommended_and_a_resumed_one_at_the_same(
+    finished_job, tmp_path, monkeypatch, capsys
+):
+    fields = {"opd.recommend": True, "opd.lambdas": (2.0,), "forecast.lambdas": (1.0,)}
+    config = small_config(**start_from(finished_job), **fields)
+    monkeypatch.setattr(pipeline, "distil", distil := Mock())
+    pipeline.run_stages(config, tmp_path)
+    assert "recommended: λ = 1, " in capsys.readouterr().err
     first = (tmp_path / "recommendation.json").read_bytes()
     rows = read_results(tmp_path / "results.json")
     (tmp_path / "results.json").write_text(
@@ -155,21 +155,17 @@ def test_a_run_trains_at_what_was_recommended_and_a_resumed_one_at_the_same(tmp_
             [r.to_json() | ({"parse": 0.9, "useful": None} if r.stage == "forecast" else {}) for r in rows]
         )
     )
-    ended = run_main(tmp_path, *flags)
-    assert ended.returncode == 0, ended.stderr[-2000:]
+    pipeline.run_stages(config, tmp_path)
     assert (tmp_path / "recommendation.json").read_bytes() == first, "though the forecasts now say 2"
+    assert "\n".join(json.loads(first)["lines"]) in capsys.readouterr().err
     assert {r.lam for r in read_runs(tmp_path / "runs.json") if r.stage == "opd"} == {1.0}
-    trained = {r.lam for r in read_results(tmp_path / "results.json") if r.stage == "opd"}
-    assert trained == {1.0}
+    assert [call.args[2:] for call in distil.call_args_list] == [(1.0, 0), (1.0, 0)]
 
 
-def test_a_plain_run_has_its_recommendation_and_trains_its_own_lambdas(finished_job, tmp_path):
+def test_a_plain_run_has_its_recommendation_and_trains_its_own_lambdas(finished_job):
     found = json.loads((finished_job / "recommendation.json").read_text())
     assert found["lambda"] == 1.0 and len(found["lines"]) == 3
     assert {r.lam for r in read_results(finished_job / "results.json") if r.stage == "opd"} == {1.0, 2.0}
-    workdir = shutil.copytree(finished_job, tmp_path / "job")
-    ended = run_main(workdir, *SMALL)
-    assert ended.returncode == 0 and "\n".join(found["lines"]) in ended.stderr
 
 
 def test_before_distillation_the_report_says_what_the_forecasts_recommend():

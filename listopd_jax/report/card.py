@@ -19,7 +19,8 @@ tags:
 
 FIELDS = (
     "task.name task.file task.schema data.source data.path data.labels task.k task.max_review_words task.chat_template "
-    "student.weights student.architecture teacher.weights teacher.architecture teacher.served_name reference.weights "
+    "student.weights student.architecture student.lora.rank student.lora.alpha student.lora.targets "
+    "teacher.weights teacher.architecture teacher.served_name reference.weights "
     "teachers.field teachers.route teachers.max_prompt"
 ).split()
 SFT_FIELDS = "lr batch_size noise".split()
