@@ -16,6 +16,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from listopd_jax.errors import Parser, exit_code, positive
+from listopd_jax.files import not_written
 
 THINGS = "lamp chair kettle tent bicycle drum camera jacket ladder mirror".split()
 PASSAGES = (
@@ -77,9 +78,12 @@ def main(argv: Sequence[str]) -> None:
     parser.add_argument("--queries", default=400, type=positive)
     parser.add_argument("--seed", default=0, type=int)
     args = parser.parse_args(argv)
-    args.out.mkdir(parents=True, exist_ok=True)
-    for write in (write_passages, write_products):
-        write(args.out, args.queries, random.Random(args.seed))
+    try:
+        args.out.mkdir(parents=True, exist_ok=True)
+        for write in (write_passages, write_products):
+            write(args.out, args.queries, random.Random(args.seed))
+    except OSError as e:
+        raise not_written(args.out, e, "another --out") from e
     print(args.out)
 
 
