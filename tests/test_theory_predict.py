@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+from scipy import special
 
 from listopd_jax.theory.predict import Shape, Undetermined, closest, gaps, predicted, reach
 
@@ -85,3 +86,14 @@ def test_the_spread_of_seeds_flattens_the_mean():
     noisy = steady._replace(spread=0.1)
     one, two = (predicted(SHAPE, r, lam, seeds=8, lists=LISTS).parse for r in (steady, noisy))
     assert two[0] < one[0] and two[1] > one[1]
+
+
+def test_a_curve_that_does_not_come_to_the_anchors_is_not_used():
+    """All of them would stand at its end, in perfect agreement."""
+    grid = np.linspace(0.9, 2.5, 9)
+    far, near = (Shape(grid, special.expit((at - grid) / width)) for at, width in ((3.2, 0.3), (1.6, 0.1)))
+    lambdas = np.repeat([1.55, 1.65, 1.8], 2)
+    parse = np.clip(near.at(lambdas) + np.tile([0.03, -0.03], 3), 0, 1)
+    assert closest({"far": far, "near": near}, lambdas, parse)[0] == "near"
+    with pytest.raises(Undetermined, match="does not come to the parse of every anchor"):
+        closest({"far": far}, lambdas, parse)

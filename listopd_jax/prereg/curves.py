@@ -15,7 +15,7 @@ from scipy import optimize, special
 from listopd_jax import files
 from listopd_jax.errors import UserError
 from listopd_jax.prereg.curve import judge_curve, rmse
-from listopd_jax.prereg.lock import CURVE, Json, read_lock
+from listopd_jax.prereg.lock import CURVE, Json, check_config, read_lock
 from listopd_jax.records import RESULTS
 
 Judged = Mapping[str, Json]  # pair -> verdict of its lock
@@ -24,7 +24,7 @@ Judged = Mapping[str, Json]  # pair -> verdict of its lock
 def judged_pairs(locks: list[pathlib.Path], runs: pathlib.Path) -> Judged:
     """Pair -> verdict; the lock of a pair is PAIR.json, its records are in runs/PAIR/results.json.
 
-    UserError for two locks of one pair, or a lock of another kind.
+    UserError for two locks of one pair, a lock of another kind, or a run whose config.json is not the locked one.
     """
     found = {}
     for path in locks:
@@ -33,6 +33,9 @@ def judged_pairs(locks: list[pathlib.Path], runs: pathlib.Path) -> Judged:
             raise UserError(f"{path}: is the lock of a threshold, not of a curve; judge it with `verdict`")
         if path.stem in found:
             raise UserError(f"{path}: a second lock called {path.stem}; give one for each pair")
+        saved = runs / path.stem / "config.json"
+        if saved.exists():
+            check_config(lock, files.read_json(saved).get("config", {}), str(saved))
         found[path.stem] = judge_curve(lock, files.read_json(runs / path.stem / RESULTS))
     return found
 

@@ -76,7 +76,8 @@ def gaps(shape: Shape, largest: float) -> Float[np.ndarray, " G"]:
 def reach(shape: Shape, lambdas: Float[np.ndarray, " A"], parse: Float[np.ndarray, " A"]) -> Reach:
     """a, s and σ from anchors at `lambdas` that had `parse`, by least squares in the effective λ.
 
-    Undetermined if fewer than three anchors are informative, or all of these have one λ.
+    Undetermined if fewer than three anchors are informative, or all of these have one λ, or one of them has a parse
+    that the curve does not come to: it would stand at the curve's end, wherever that is.
     """
     low, high = INFORMATIVE
     told = (parse >= low) & (parse <= high)
@@ -85,6 +86,8 @@ def reach(shape: Shape, lambdas: Float[np.ndarray, " A"], parse: Float[np.ndarra
             f"{told.sum()} of {len(parse)} anchor runs have a parse between {low:g} and {high:g}; three are needed, of "
             "two λ: move the anchors to where the curve falls"
         )
+    if parse[told].min() < shape.parse[-1] or parse[told].max() > shape.parse.max():
+        raise Undetermined("the curve does not come to the parse of every anchor run")
     design = _design(lambdas[told])
     place = shape.where(parse[told])
     line, *_ = np.linalg.lstsq(design, place)
@@ -97,7 +100,14 @@ def closest(
     shapes: Mapping[str, Shape], lambdas: Float[np.ndarray, " A"], parse: Float[np.ndarray, " A"]
 ) -> tuple[str, Reach]:
     """The curve from which the anchors stray least, and their `reach` on it; Undetermined if there is none."""
-    found = {name: reach(shape, lambdas, parse) for name, shape in shapes.items()}
+    found, why = {}, ""
+    for name, shape in shapes.items():
+        try:
+            found[name] = reach(shape, lambdas, parse)
+        except Undetermined as e:
+            why = str(e)
+    if not found:
+        raise Undetermined(why)
     name = min(found, key=lambda name: found[name].spread)
     return name, found[name]
 
