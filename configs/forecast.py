@@ -33,8 +33,8 @@ PAIRS = {
     "same": dict(
         teacher="truncate:0.25",
         student="duplicate_id:0.53",
-        lambdas=(1.1, 1.2, 1.3, 1.4, 1.6, 1.8),
-        anchors=(1.15, 1.35, 1.7),
+        lambdas=(1.08, 1.11, 1.14, 1.17, 1.2, 1.25),
+        anchors=(1.1, 1.15, 1.2),
     ),
     "wrong_teacher": dict(
         teacher="truncate:0.49",
