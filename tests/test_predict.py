@@ -34,7 +34,7 @@ def job(tmp_path, monkeypatch):
     guard = SimpleNamespace(margin=0, mask=False, floor=0, structure=-1, scope="all", fallback="teacher")
     opd = SimpleNamespace(
         lambdas=LAMBDAS, seeds=SEEDS, steps=STEPS, guard=guard, estimator="sampled", ratio="teacher_student",
-        normalize=False, clip=5.0,
+        normalize=False, clip=5.0, kl_to_base=0.0, entropy_bonus=0.0, contract_reward=0.0,
     )  # fmt: skip
     options = SimpleNamespace(anchors=(1.2, 1.4, 1.6), seeds=(1, 2), largest_gap=0.05)
     decoded = []

@@ -57,29 +57,42 @@ def anchor_runs(job: Job) -> list[Run]:
 def predict(job: Job, frozen: Frozen) -> None:
     """Write predictions.json for the λ of the sweep from the evaluated anchors; what it holds already is left alone.
 
-    Other λ, seeds or anchors are another prediction, but none takes the place of one whose sweep has begun.
+    Other λ, seeds or anchors are another prediction, but there is none once the sweep has begun.
     """
-    anchors, lambdas = anchor_runs(job), sorted(map(float, job.config.opd.lambdas))
-    if not anchors or not lambdas:
+    anchors, path = anchor_runs(job), job.workdir / PREDICTIONS
+    if not anchors or not job.config.opd.lambdas:
         return
-    path, made_from = job.workdir / PREDICTIONS, _made_from(job, anchors)
+    made_from = _made_from(job, anchors)
     before = from_main(lambda: [p.extra.get("made_from") for p in read_predictions(path)][:1])
-    if before == [made_from] or (before and from_main(lambda: _has_begun(job))):
+    if before == [made_from]:
         return
-    began = time.monotonic()
-    shapes = {name: shape(job, frozen, estimator) for name, estimator in _decoded_with(job).items()}
-    seconds = round(time.monotonic() - began, 1)
-    found = [_of_shape(name, curve, lambdas) for name, curve in shapes.items()]
-    found.append(_of_anchors(job, shapes, anchors, lambdas))
-    about = {"steps": opd_steps(job), "seeds": list(job.config.opd.seeds), "lambdas": lambdas}
-    last = max(i for i, p in enumerate(found) if p.get("parse"))
+    if from_main(lambda: _has_begun(job)):
+        if is_main():
+            print("no new prediction: runs of the sweep are evaluated already", file=sys.stderr)
+        return
     records = [
-        Prediction(**p, **about, seconds=seconds, chosen=i == last, extra={"made_from": made_from})
-        for i, p in enumerate(found)
+        dataclasses.replace(p, extra={"made_from": made_from}) for p in _predictions(job, frozen, anchors)
     ]
     write_records(path, records)
     if is_main():
-        print(f"predicted parse: {_in_words(records[last])}", file=sys.stderr)
+        print(f"predicted parse: {_in_words(next(p for p in records if p.chosen))}", file=sys.stderr)
+
+
+def _predictions(job: Job, frozen: Frozen, anchors: Sequence[Run]) -> list[Prediction]:
+    """What each predictor says of the sweep; the last that has a curve is chosen."""
+    lambdas, began = sorted(map(float, job.config.opd.lambdas)), time.monotonic()
+    shapes = {name: shape(job, frozen, estimator) for name, estimator in _decoded_with(job).items()}
+    seconds = round(time.monotonic() - began, 1)
+    found = [_of_shape(job, name, curve, lambdas) for name, curve in shapes.items()]
+    found.append(_of_anchors(job, shapes, anchors, lambdas))
+    about = {
+        "steps": opd_steps(job),
+        "seeds": list(job.config.opd.seeds),
+        "lambdas": lambdas,
+        "seconds": seconds,
+    }
+    last = max(i for i, p in enumerate(found) if p.get("parse"))
+    return [Prediction(**p, **about, chosen=i == last) for i, p in enumerate(found)]
 
 
 def _has_begun(job: Job) -> bool:
@@ -126,9 +139,11 @@ def _decoded(
     return np.array([np.mean([a.parsed.ok for a in column]) for column in answers])
 
 
-def _of_shape(name: str, found: Shape, lambdas: Sequence[float]) -> dict[str, Any]:
+def _of_shape(job: Job, name: str, found: Shape, lambdas: Sequence[float]) -> dict[str, Any]:
     grid = {"lambdas": found.lambdas.tolist(), "parse": found.parse.tolist()}
-    return {"predictor": name, "parse": found.at(np.array(lambdas)).tolist(), "fit": grid, "why": WHY[name]}
+    left_out = [x for x in ("kl_to_base", "entropy_bonus", "contract_reward") if getattr(job.config.opd, x)]
+    why = WHY[name] + (f", without {', '.join(left_out)}" if left_out else "")
+    return {"predictor": name, "parse": found.at(np.array(lambdas)).tolist(), "fit": grid, "why": why}
 
 
 def _of_anchors(
