@@ -60,7 +60,7 @@ setup(
         "Topic :: Scientific/Engineering :: Artificial Intelligence",
     ],
     python_requires=">=3.11",
-    packages=find_packages(include=["listopd_jax", "listopd_jax.*", "configs", "launch"]),
+    packages=find_packages(include=["listopd_jax", "listopd_jax.*", "configs", "configs.*", "launch"]),
     package_data={
         "listopd_jax.report": ["*.jinja", "*.js"],
         "listopd_jax.watch": ["*.html", "*.css", "*.js"],

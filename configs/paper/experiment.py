@@ -1,0 +1,63 @@
+"""What the files of this folder have in common: arms of one experiment, at two scales."""
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import ml_collections
+import numpy as np
+
+from configs import fashion
+from listopd_jax.errors import UserError, unknown_name
+
+STEPS = {"tiny": 50, "paper": 42}  # of one budget
+SEEDS = {"tiny": (0, 1, 2), "paper": (42,)}
+FIVE = (7, 13, 21, 42, 95)  # EC's
+
+Curve = Mapping[float, Sequence[float]]  # λ -> parse of each seed
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Experiment:
+    """What EC did and saw, and when our runs agree with it.
+
+    arms: name -> config fields by their dotted names, besides `shared`. agrees: of arm -> curve.
+    """
+
+    ec: str
+    lambdas: tuple[float, ...]
+    agrees: Callable[[Mapping[str, Curve]], bool]
+    arms: Mapping[str, Mapping[str, Any]] = dataclasses.field(default_factory=lambda: {"plain": {}})
+    shared: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    budget: float = 1.0  # of EC's 42 steps
+    seeds: tuple[int, ...] = ()  # (): those of the scale
+
+    def get_config(self, choice: str = "tiny") -> ml_collections.ConfigDict:
+        """The config of SCALE or SCALE,ARM; the first arm where none is named."""
+        scale, _, arm = choice.partition(",")
+        arm = arm or next(iter(self.arms))
+        for what, name, known in (("scale", scale, STEPS), ("arm", arm, self.arms)):
+            if name not in known:
+                raise unknown_name(what, name, known)
+        config = {"tiny": fashion.tiny, "paper": fashion.paper}[scale]()
+        config.preset = choice
+        config.train.export = False
+        config.forecast.lambdas = ()
+        steps = round(self.budget * STEPS[scale])
+        if steps > STEPS[scale]:
+            config.opd.eval_steps = (STEPS[scale],)
+        config.opd.update(lambdas=self.lambdas, steps=steps, seeds=self.seeds or SEEDS[scale])
+        config.update_from_flattened_dict({**self.shared, **self.arms[arm]})
+        return config
+
+
+def mean(curve: Curve, lam: float) -> float:
+    """The mean parse at λ over the seeds; UserError if it was not run."""
+    if lam not in curve:
+        raise UserError(f"no run at λ = {lam:g}; let the matrix go on")
+    return float(np.mean(curve[lam]))
+
+
+def falls(curve: Curve, holds: float, breaks: float) -> bool:
+    """Whether the contract holds (parse ≥ .8) at λ = `holds` and is broken (< .5) at `breaks`."""
+    return mean(curve, holds) >= 0.8 and mean(curve, breaks) < 0.5

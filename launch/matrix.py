@@ -1,0 +1,166 @@
+"""python -m launch.matrix --root=runs/matrix --out=docs/matrix.md [--only=clip,no_base]
+
+Run the paper's experiments (configs/paper) at tiny scale, one arm after another, and write what EC saw beside what we
+saw. Teacher and base are trained once and shared. What is done is left alone; Ctrl-C and SIGTERM let the run save and
+stop, and the same command resumes. The table is written anew after each call, also of what is done by then.
+
+Exit code 0: all done; 1: some failed; 2: a mistake to fix; 130 or 143: stopped.
+"""
+
+import importlib
+import pathlib
+import pkgutil
+import sys
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+import configs.paper
+from configs.paper.experiment import Curve, Experiment
+from launch import cli
+from launch.local import run_all
+from listopd_jax import files
+from listopd_jax.errors import UserError, exit_code, unknown_name
+from listopd_jax.records import RESULTS, read_results
+from listopd_jax.report.wording import markdown
+from listopd_jax.theory.cliff import t_half_width
+
+MODELS = "models"  # the folder of the run that trains teacher and base
+HEAD = ("experiment", "arm", "λ", "seeds", "parse, 95 % t interval")
+
+
+class Arm(NamedTuple):
+    """One job of the matrix."""
+
+    experiment: str
+    name: str
+
+    @property
+    def folder(self) -> str:
+        """Below the matrix's root."""
+        return f"{self.experiment}/{self.name}"
+
+
+def main(argv: Sequence[str]) -> int:
+    """Parse, run what is not done, write the table."""
+    parser = cli.parser("launch.matrix", __doc__)
+    parser.add_argument("--root", required=True, type=pathlib.Path, help="folder of the matrix")
+    parser.add_argument("--out", required=True, type=pathlib.Path, help="the Markdown file to write")
+    parser.add_argument("--only", default="", help="experiments, as NAME,NAME; default: all")
+    args = parser.parse_args(argv)
+    chosen = select(args.only)
+    code = run(args.root, chosen)
+    files.write_text(args.out, page(args.root, chosen))
+    print(args.out)
+    return code
+
+
+def select(only: str = "") -> dict[str, Experiment]:
+    """The experiments of configs/paper by name, or those of `only`."""
+    names = [m.name for m in pkgutil.iter_modules(configs.paper.__path__) if m.name != "experiment"]
+    asked = [name for name in only.split(",") if name] or names
+    for name in asked:
+        if name not in names:
+            raise unknown_name("experiment", name, names)
+    return {name: importlib.import_module(f"configs.paper.{name}").EXPERIMENT for name in asked}
+
+
+def run(
+    root: pathlib.Path, chosen: Mapping[str, Experiment], program: Sequence[str] = ("-m", "listopd_jax.main")
+) -> int:
+    """Train the models, then every arm; the exit code of `launch.local`."""
+    logs = root / "logs"
+    if not done(root, MODELS):
+        code = run_all({MODELS: [sys.executable, *program, *_models_arguments(root)]}, 1, logs)
+        if code:
+            return code
+    waiting = [arm for arm in arms(chosen) if not done(root, arm.folder)]
+    commands = {
+        arm.folder.replace("/", "_"): [sys.executable, *program, *_arguments(root, arm)] for arm in waiting
+    }
+    return run_all(commands, 1, logs)
+
+
+def arms(chosen: Mapping[str, Experiment]) -> list[Arm]:
+    """All arms, experiment by experiment."""
+    return [Arm(name, arm) for name, experiment in chosen.items() for arm in experiment.arms]
+
+
+def done(root: pathlib.Path, folder: str) -> bool:
+    """Whether the job there came to its end: the report is the last that it writes."""
+    return (root / folder / "report.html").exists()
+
+
+def _models_arguments(root: pathlib.Path) -> list[str]:
+    return [
+        "--config=configs/paper/lambda_sweep.py:tiny", f"--workdir={root / MODELS}", "--config.opd.lambdas=()",
+        "--config.train.export=True",
+    ]  # fmt: skip
+
+
+def _arguments(root: pathlib.Path, arm: Arm) -> list[str]:
+    """Those of an arm, whose teacher and base are the exported ones."""
+    export = root / MODELS / "export"
+    given = {f"{role}.weights": export / f"sft_{role}" for role in ("teacher", "student")}
+    given |= {f"sft.{role}.{name}": 0 for role in ("teacher", "student") for name in ("steps", "epochs")}
+    given["tokenizer.path"] = export / "sft_teacher"
+    return [
+        f"--config=configs/paper/{arm.experiment}.py:tiny,{arm.name}",
+        f"--workdir={root / arm.folder}",
+        *(f"--config.{name}={value}" for name, value in given.items()),
+    ]
+
+
+# --- the table ---
+
+
+def page(root: pathlib.Path, chosen: Mapping[str, Experiment]) -> str:
+    """The matrix in Markdown: what EC saw, what we saw, whether they agree; then every number."""
+    seen = {name: {arm: curve(root / name / arm) for arm in e.arms} for name, e in chosen.items()}
+    verdicts = [(name, e.ec, verdict(e, seen[name])) for name, e in chosen.items()]
+    rows = [row for arm in arms(chosen) for row in _rows(arm, seen[arm.experiment][arm.name])]
+    return (
+        "\n\n".join(
+            [
+                "# The paper's experiments, at tiny scale",
+                "Models of 0.2 million parameters on the embedded task (`configs/paper`), made by",
+                f"    python -m launch.matrix --root={root} --out=docs/matrix.md",
+                markdown(("experiment", "EC saw", "ours agrees"), verdicts),
+                markdown(HEAD, rows) if rows else "Nothing has run yet.",
+            ]
+        )
+        + "\n"
+    )
+
+
+def curve(workdir: pathlib.Path) -> Curve:
+    """λ -> parse of each seed at the last step of the runs in `workdir`; {} if it has none yet."""
+    records = [r for r in read_results(workdir / RESULTS) if r.stage == "opd" and r.parse is not None]
+    last = max((r.steps for r in records), default=0)
+    lambdas = sorted({r.lam for r in records if r.steps == last})
+    return {lam: [r.parse for r in records if (r.lam, r.steps) == (lam, last)] for lam in lambdas}
+
+
+def verdict(experiment: Experiment, seen: Mapping[str, Curve]) -> str:
+    """Yes or no, by the experiment's own rule; what is missing where it cannot be asked yet."""
+    try:
+        return "yes" if experiment.agrees(seen) else "**no**"
+    except UserError as e:
+        return f"open: {e}"
+
+
+def _rows(arm: Arm, seen: Curve) -> list[tuple[str, ...]]:
+    return [
+        (arm.experiment, arm.name, f"{lam:g}", str(len(parse)), _interval(parse))
+        for lam, parse in seen.items()
+    ]
+
+
+def _interval(parse: Sequence[float]) -> str:
+    half = t_half_width(np.array(parse), 0.95)
+    return f"{np.mean(parse):.3f}" + ("" if half is None else f" ± {half:.3f}")
+
+
+if __name__ == "__main__":
+    sys.exit(exit_code(main, sys.argv[1:]))

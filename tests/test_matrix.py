@@ -1,0 +1,89 @@
+"""The paper's experiments as configs, and their table."""
+
+import json
+import math
+
+import pytest
+
+from launch import matrix
+from listopd_jax import config as config_module
+from listopd_jax.errors import UserError
+
+EXPERIMENTS = matrix.select()
+
+
+@pytest.mark.parametrize("scale", ["tiny", "paper"])
+@pytest.mark.parametrize("name", EXPERIMENTS)
+def test_every_arm_is_a_config_at_both_scales(name, scale):
+    experiment = EXPERIMENTS[name]
+    for arm in experiment.arms:
+        config = config_module.validate(experiment.get_config(f"{scale},{arm}"))
+        assert (
+            config.opd.lambdas == experiment.lambdas and config.opd.steps >= {"tiny": 50, "paper": 42}[scale]
+        )
+    assert f"configs/paper/{name}.py:tiny" in matrix.importlib.import_module(f"configs.paper.{name}").__doc__
+
+
+def test_an_arm_changes_its_field_and_unknown_ones_are_named():
+    clip = EXPERIMENTS["clip"]
+    assert [clip.get_config(f"tiny,{arm}").opd.clip for arm in clip.arms] == [1.5, 2.0, 5.0, math.inf]
+    assert EXPERIMENTS["budget"].get_config("paper").opd.steps == 196
+    assert EXPERIMENTS["budget"].get_config("paper").opd.eval_steps == (42,)
+    with pytest.raises(UserError, match="arm"):
+        clip.get_config("tiny,1.6")
+    with pytest.raises(UserError, match="scale"):
+        clip.get_config("tinny")
+    with pytest.raises(UserError, match="experiment"):
+        matrix.select("clipp")
+
+
+def results(folder, curve, steps=50):
+    folder.mkdir(parents=True)
+    records = [
+        {"stage": "opd", "lambda": lam, "seed": seed, "steps": n, "parse": parse if n == steps else 1.0}
+        for lam, seeds in curve.items()
+        for seed, parse in enumerate(seeds)
+        for n in (steps // 2, steps)
+    ]
+    (folder / "results.json").write_text(json.dumps(records))
+
+
+def test_the_table_has_what_is_done_and_says_what_is_open(tmp_path):
+    chosen = matrix.select("no_base,clip")
+    results(tmp_path / "no_base" / "plain", {lam: [0.9, 1.0] for lam in (1.0, 1.15, 1.25, 1.4)})
+    page = matrix.page(tmp_path, chosen)
+    assert "| no_base | plain | 1.4 | 2 | 0.950 ± 0.635 |" in page, "of the last steps alone"
+    rows = {line.split(" | ")[0].removeprefix("| "): line for line in page.splitlines()}
+    assert rows["clip"].endswith("| open: no run at λ = 1.15; let the matrix go on |")
+    assert "agrees" in page and [line for line in page.splitlines() if line.startswith("| no_base | parse")][
+        0
+    ].endswith("| yes |")
+
+
+def test_a_cliff_without_the_base_disagrees_with_ec(tmp_path):
+    chosen = matrix.select("no_base")
+    results(tmp_path / "no_base" / "plain", {1.0: [1.0], 1.15: [1.0], 1.25: [1.0], 1.4: [0.1]})
+    assert "| **no** |" in matrix.page(tmp_path, chosen)
+
+
+PRETENDER = """
+import pathlib, sys
+workdir = pathlib.Path(next(a for a in sys.argv if a.startswith("--workdir=")).partition("=")[2])
+workdir.mkdir(parents=True, exist_ok=True)
+with (workdir / "calls").open("a") as f:
+    f.write(" ".join(sys.argv[1:]) + chr(10))
+(workdir / "report.html").write_text("done")
+"""
+
+
+def test_models_are_trained_once_and_what_is_done_stays(tmp_path):
+    program = tmp_path / "pretender.py"
+    program.write_text(PRETENDER)
+    root, chosen = tmp_path / "root", matrix.select("temperature,no_base")
+    for _ in range(2):
+        assert matrix.run(root, chosen, [str(program)]) == 0
+    calls = {path.parent.relative_to(root).as_posix(): path.read_text() for path in root.rglob("calls")}
+    assert sorted(calls) == ["models", "no_base/plain", "temperature/0.5", "temperature/1"]
+    assert all(text.count("\n") == 1 for text in calls.values())
+    assert f"--config.teacher.weights={root}/models/export/sft_teacher" in calls["temperature/1"]
+    assert "--config=configs/paper/temperature.py:tiny,0.5" in calls["temperature/0.5"]
