@@ -159,7 +159,8 @@ def test_a_run_trains_at_what_was_recommended_and_a_resumed_one_at_the_same(
     assert (tmp_path / "recommendation.json").read_bytes() == first, "though the forecasts now say 2"
     assert "\n".join(json.loads(first)["lines"]) in capsys.readouterr().err
     assert {r.lam for r in read_runs(tmp_path / "runs.json") if r.stage == "opd"} == {1.0}
-    assert [call.args[2:] for call in distil.call_args_list] == [(1.0, 0), (1.0, 0)]
+    trained = [{(run.lam, run.seed) for run in call.args[2]} for call in distil.call_args_list]
+    assert trained == [{(1.0, 0)}, {(1.0, 0)}]
 
 
 def test_a_plain_run_has_its_recommendation_and_trains_its_own_lambdas(finished_job):
