@@ -69,17 +69,17 @@ def select(only: str = "") -> dict[str, Experiment]:
 def run(
     root: pathlib.Path, chosen: Mapping[str, Experiment], program: Sequence[str] = ("-m", "listopd_jax.main")
 ) -> int:
-    """Train the models, then every arm; the exit code of `launch.local`."""
+    """Train the models, then every arm; the exit code of `launch.local`, 1 too if a job stopped before its end."""
     logs = root / "logs"
     if not done(root, MODELS):
         code = run_all({MODELS: [sys.executable, *program, *_models_arguments(root)]}, 1, logs)
-        if code:
-            return code
+        if code or not done(root, MODELS):
+            return code or 1
     waiting = [arm for arm in arms(chosen) if not done(root, arm.folder)]
     commands = {
         arm.folder.replace("/", "_"): [sys.executable, *program, *_arguments(root, arm)] for arm in waiting
     }
-    return run_all(commands, 1, logs)
+    return run_all(commands, 1, logs) or int(not all(done(root, arm.folder) for arm in waiting))
 
 
 def arms(chosen: Mapping[str, Experiment]) -> list[Arm]:

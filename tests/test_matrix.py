@@ -87,3 +87,14 @@ def test_models_are_trained_once_and_what_is_done_stays(tmp_path):
     assert all(text.count("\n") == 1 for text in calls.values())
     assert f"--config.teacher.weights={root}/models/export/sft_teacher" in calls["temperature/1"]
     assert "--config=configs/paper/temperature.py:tiny,0.5" in calls["temperature/0.5"]
+
+
+@pytest.mark.parametrize("stops", ["models", "1"])
+def test_a_job_that_stops_before_its_end_is_not_done(tmp_path, stops):
+    """Who is told to stop saves, and exits with 0."""
+    program, root = tmp_path / "pretender.py", tmp_path / "root"
+    program.write_text(
+        PRETENDER.replace('(workdir / "report', f'workdir.name == "{stops}" or (workdir / "report')
+    )
+    assert matrix.run(root, matrix.select("temperature"), [str(program)]) == 1
+    assert (root / "temperature" / "0.5").exists() == (stops != "models"), "no arm without its models"
