@@ -516,7 +516,7 @@ def _validate_anchors(config: ml_collections.ConfigDict) -> None:
     shared = sorted(set(seeds) & set(config.opd.seeds))
     _require(
         not shared,
-        f"predict.seeds={seeds}: {shared} of opd.seeds too; a prediction must not see the runs that judge it",
+        f"predict.seeds={seeds}: {shared} are in opd.seeds too; a prediction must not see the runs that judge it",
     )
     _require(
         config.opd.advantage == "base_relative" and config.opd.ratio != "aspo",
