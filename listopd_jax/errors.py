@@ -80,12 +80,18 @@ def mistake(e: UserError | PermissionError) -> str:
     return denied(e.filename) if isinstance(e, PermissionError) else str(e)
 
 
+def print_error(text: str) -> None:
+    """One line on stderr, in one write: what other threads say at that moment does not land in it."""
+    sys.stderr.write(f"error: {text}\n")
+    sys.stderr.flush()
+
+
 def exit_code(main: Callable[[Sequence[str]], int | None], argv: Sequence[str]) -> int:
     """What `main(argv)` returns (None: 0); 2 for a UserError, whose line goes to stderr, and 130 for Ctrl-C."""
     try:
         return main(argv) or 0
     except (UserError, PermissionError) as e:
-        print(f"error: {mistake(e)}", file=sys.stderr)
+        print_error(mistake(e))
         return 2
     except KeyboardInterrupt:
         return 130

@@ -19,7 +19,7 @@ from ml_collections import config_flags
 
 from listopd_jax import config as config_module
 from listopd_jax import files, trackers
-from listopd_jax.errors import Interrupted, UserError, mistake
+from listopd_jax.errors import Interrupted, UserError, mistake, print_error
 from listopd_jax.lifecycle import interruptible, locked, quiet_libraries
 from listopd_jax.parallel import compiler, hosts
 from listopd_jax.records import EVALUATE, RESULTS, json_name, read_results
@@ -57,7 +57,7 @@ def command(
         ):  # fmt: skip
             report = work(config, workdir, argv)
     except (UserError, PermissionError) as e:
-        print(f"error: {mistake(e)}", file=sys.stderr)
+        print_error(mistake(e))
         return hosts.leave(2, mistake(e))
     except Interrupted as e:
         print(e, file=sys.stderr)

@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 
 from listopd_jax import files
-from listopd_jax.errors import Interrupted, UserError
+from listopd_jax.errors import Interrupted, UserError, print_error
 
 CLUSTERS = (
     "SLURM_NTASKS",
@@ -133,7 +133,7 @@ def _start(setting: dict[str, Any], timeout: int) -> None:
 
 
 def _late(setting: dict[str, Any], timeout: int) -> None:
-    print(f"error: {_not_joined(setting, f'waited {timeout} s')}", file=sys.stderr)
+    print_error(_not_joined(setting, f"waited {timeout} s"))
     _exit(2)
 
 
@@ -192,9 +192,8 @@ def _follow(line: socket.socket, peer: int) -> None:
         return
     if is_main():
         _tell(news, besides=line)
-    print(
-        f"error: process {news['process']} of {_count} {news['text']}; the same command resumes from what is saved",
-        file=sys.stderr,
+    print_error(
+        f"process {news['process']} of {_count} {news['text']}; the same command resumes from what is saved"
     )
     _exit(news["code"])
 

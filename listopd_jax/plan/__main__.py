@@ -16,7 +16,7 @@ from absl import flags
 from ml_collections import config_flags
 
 from listopd_jax import config as config_module
-from listopd_jax.errors import UserError
+from listopd_jax.errors import UserError, print_error
 from listopd_jax.lifecycle import say
 from listopd_jax.plan.arithmetic import Load
 from listopd_jax.plan.chips import Topology, known, parse_topology
@@ -53,7 +53,7 @@ def main(argv: list[str]) -> int:
         config, topology, load = parse(argv)
         plan = plan_of(config, topology, load)
     except UserError as e:
-        print(f"error: {e}", file=sys.stderr)
+        print_error(str(e))
         return 2
     except KeyboardInterrupt:
         return 130
