@@ -1,0 +1,73 @@
+"""Which guard keeps the contract at λ = 2, and at what price? The experiment behind docs/results/guards.json.
+
+    for pair in right wrong; do
+        for arm in one plain structure everywhere mask mask_structure floor per_class one_sampled contract_reward; do
+            python -m listopd_jax.main --config=configs/guards.py:${pair}_$arm --workdir=runs/guards/${pair}_$arm
+        done
+    done
+    python -m listopd_jax.report.guards runs/guards --out=docs/results/guards.json
+
+`right` is the pair of configs/gain.py: the teacher's greedy answers keep the contract. `wrong` is a teacher whose own
+greedy answers break 45 % of the lists (EC's: some 42 %), with a base that breaks none. `one` trains each pair and
+distils it at λ = 1; run it before the arms that load its models. The contract reward is about sampled tokens, so it
+stands beside a λ = 1 of its own, `one_sampled`. Seeds and held-out lists are those of configs/gain.py.
+"""
+
+from typing import Any
+
+import ml_collections
+
+from configs import forecast, gain
+from listopd_jax.errors import unknown_name
+
+RUNS = "runs/guards"
+PAIRS = ("right", "wrong")
+SAMPLED = {"estimator": "sampled", "ratio": "none", "control_variate": "optimal"}
+MARGIN = {"margin": 1.25, "fallback": "base"}
+ARMS: dict[str, dict[str, Any]] = {
+    "one": {"lambdas": (1.0,)},
+    "plain": {},
+    "structure": {"guard": {**MARGIN, "scope": "structure"}},
+    "everywhere": {"guard": MARGIN},
+    "mask": {"guard": {"mask": True}},
+    "mask_structure": {"guard": {**MARGIN, "scope": "structure", "mask": True}},
+    "floor": {"guard": {"floor": 4.0, "scope": "structure"}},
+    "per_class": {"guard": {"structure": 1.0}},
+    "one_sampled": {"lambdas": (1.0,), **SAMPLED},
+    "contract_reward": {"contract_reward": 1.0, **SAMPLED},
+}
+
+
+def get_config(name: str = "right_one") -> ml_collections.ConfigDict:
+    """The configuration of `name`, PAIR_ARM."""
+    pair, _, arm = name.partition("_")
+    if pair not in PAIRS or arm not in ARMS:
+        raise unknown_name("arm", name, [f"{pair}_{arm}" for pair in PAIRS for arm in ARMS])
+    config = gain.get_config("same") if pair == "right" else _wrong()
+    config.preset = name
+    config.forecast.lambdas = (1.0, 2.0)
+    config.train.export = arm == "one"
+    config.opd.update(lambdas=(gain.LAMBDA,), steps=gain.STEPS, eval_steps=())
+    config.opd.update(ARMS[arm])
+    if arm != "one":
+        _load(config, pair)
+    return config
+
+
+def _wrong() -> ml_collections.ConfigDict:
+    """The teacher of configs/forecast.py that breaks lists, in the setting of configs/gain.py."""
+    config, sft = gain.get_config("independent"), forecast.get_config("wrong_teacher").sft
+    for role in ("teacher", "student"):
+        config[role].weights = ""
+        config.sft[role].update(sft[role])
+    config.tokenizer.path = ""
+    return config
+
+
+def _load(config: ml_collections.ConfigDict, pair: str) -> None:
+    """The models that arm `one` of the pair has trained."""
+    for role in ("teacher", "student"):
+        config[role].weights = f"{RUNS}/{pair}_one/export/sft_{role}"
+        config.sft[role].update(steps=0, epochs=0.0)
+    config.sft.continued = False
+    config.tokenizer.path = f"{RUNS}/{pair}_one/export/sft_teacher"
