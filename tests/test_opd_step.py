@@ -213,6 +213,7 @@ def test_metrics_are_what_their_names_say(batch, frozen_logps, whole):
     np.testing.assert_allclose(per_token["advantage"][MASK], advantage, atol=1e-4)
     expected = {
         "advantage_mean": advantage.mean(),
+        "log_ratio_variance": (teacher - base).var(),
         "ratio_max": min(5, np.exp(teacher - student).max()),
         "clip_fraction": (np.exp(teacher - student) >= 5).mean(),
         "reverse_kl": (student - teacher).mean(),

@@ -63,8 +63,8 @@ def make_opd_step(
     step of G independent students (λ, seeds) in one program: everything but `frozen`, which they share, has a leading
     axis G, split along the mesh's `grid`. `pallas`, `grammar`: see `opd_loss`.
 
-    metrics: scalars over completion tokens (loss, advantage_mean, guarded_fraction, ratio_max, clip_fraction,
-    reverse_kl, entropy, sampler_trainer_gap, grad_norm). per_token: float32 arrays [B, n, T] of advantage, λ, student,
+    metrics: scalars over completion tokens (loss, advantage_mean, log_ratio_variance, guarded_fraction, ratio_max,
+    clip_fraction, reverse_kl, entropy, sampler_trainer_gap, grad_norm). per_token: float32 arrays [B, n, T] of advantage, λ, student,
     teacher and base log-probs, and flip with Variant.flips, 0 after the end.
     """
 
@@ -146,8 +146,11 @@ def summarize(per_token: dict[str, Float[Array, "B n T"]], mask, hyper: Hyper) -
         return jnp.where(mask, x, 0).sum() / count
 
     gap = jnp.abs(per_token["student"] - per_token["rollout"])
+    log_ratio = per_token["teacher"] - per_token["base"]
     return {
         "advantage_mean": mean(per_token["advantage"]),
+        # (λ − 1)² times this is the variance that RIDE (2609.36484) holds responsible for collapse.
+        "log_ratio_variance": mean((log_ratio - mean(log_ratio)) ** 2),
         "guarded_fraction": mean(per_token["lambda"] != hyper.lam),
         "ratio_max": jnp.where(mask, per_token["ratio"], 0).max(),
         "clip_fraction": mean(per_token["ratio"] >= hyper.clip * (1 - 1e-6)),

@@ -1,0 +1,67 @@
+"""Experiments that tell accounts of the cliff apart (docs/results.md, "Decisive experiments").
+
+    for arm in no_base_none no_base_teacher_student natural decay variance_plain variance_clean_teacher; do
+        python -m listopd_jax.main --config=configs/decisive.py:$arm --workdir=runs/decisive/$arm
+    done
+
+`no_base_*`: λ log π_T without a base at λ = 2, with ratio `none` and with that of EC. Is it the advantage that ruins
+the scores, or where this ratio ends (docs/theory.md)? `natural`: one SFT run at 100 and 200 steps and no planted noise.
+Does a list break by itself? `decay`: plain distillation, λ = 1, of a teacher that breaks 45 % of its lists. Does parse
+fall to the teacher's with the steps? `variance_*`: the variance of log π_T/π_B, which RIDE (2609.36484) blames for
+collapse, on two pairs of configs/forecast.py, to set beside their parse curves.
+"""
+
+import ml_collections
+
+from configs import forecast, gain
+from listopd_jax.errors import unknown_name
+
+ARMS = (
+    "no_base_none",
+    "no_base_teacher_student",
+    "natural",
+    "decay",
+    "variance_plain",
+    "variance_clean_teacher",
+)
+
+
+def get_config(name: str = "natural") -> ml_collections.ConfigDict:
+    """The configuration of `name`, one of ARMS."""
+    if name not in ARMS:
+        raise unknown_name("arm", name, ARMS)
+    if name == "natural":
+        config = _natural()
+    elif name == "decay":
+        config = _of_pair("wrong_teacher")
+        config.opd.update(lambdas=(1.0,), steps=400, eval_steps=(25, 50, 100, 200), lr=4e-4, lr_decay="none")
+    elif name.startswith("variance"):
+        config = _of_pair(name.removeprefix("variance_"))
+        config.opd.update(lambdas=(1.0,), seeds=(1,), steps=20)
+        config.evaluation.max_lists = 64
+    else:
+        config = _of_pair("plain")
+        ratio = name.removeprefix("no_base_")
+        config.opd.update(advantage="no_base", ratio=ratio, control_variate="none", lambdas=(2.0,))
+        config.evaluation.expected = True
+    config.preset = name
+    return config
+
+
+def _of_pair(pair: str) -> ml_collections.ConfigDict:
+    """A pair of configs/forecast.py without anchors and forecasts."""
+    config = forecast.get_config(pair)
+    config.predict.anchors = ()
+    config.forecast.lambdas = ()
+    return config
+
+
+def _natural() -> ml_collections.ConfigDict:
+    """The pair of configs/gain.py, without noise and with a teacher of 200 steps."""
+    config = gain.get_config("same")
+    for role in ("teacher", "student"):
+        config.sft[role].update(steps=100, noise="")
+    config.forecast.lambdas = ()
+    config.train.export = False
+    config.opd.update(lambdas=(1.0, 2.0, 3.0, 4.0, 6.0), steps=gain.STEPS, eval_steps=())
+    return config
