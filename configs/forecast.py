@@ -41,8 +41,8 @@ PAIRS = {
     "wrong_teacher": dict(
         teacher="truncate:0.49",
         student="",
-        lambdas=(0.25, 0.5, 0.75, 1.0, 1.25, 1.5),
-        anchors=(0.4, 0.8, 1.2),
+        lambdas=(0.92, 0.95, 0.98, 1.0, 1.03, 1.06, 1.1),
+        anchors=(0.94, 1.0, 1.06),
         anchor_seeds=(1, 2, 3, 4),
     ),
 }
