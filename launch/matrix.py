@@ -77,7 +77,12 @@ def run(
             return code or 1
     waiting = [arm for arm in arms(chosen) if not done(root, arm.folder)]
     commands = {
-        arm.folder.replace("/", "_"): [sys.executable, *program, *_arguments(root, arm)] for arm in waiting
+        arm.folder.replace("/", "_"): [
+            sys.executable,
+            *program,
+            *_arguments(root, arm, chosen[arm.experiment]),
+        ]
+        for arm in waiting
     }
     return run_all(commands, 1, logs) or int(not all(done(root, arm.folder) for arm in waiting))
 
@@ -99,11 +104,13 @@ def _models_arguments(root: pathlib.Path) -> list[str]:
     ]  # fmt: skip
 
 
-def _arguments(root: pathlib.Path, arm: Arm) -> list[str]:
-    """Those of an arm, whose teacher and base are the exported ones."""
-    export = root / MODELS / "export"
-    given = {f"{role}.weights": export / f"sft_{role}" for role in ("teacher", "student")}
-    given |= {f"sft.{role}.{name}": 0 for role in ("teacher", "student") for name in ("steps", "epochs")}
+def _arguments(root: pathlib.Path, arm: Arm, experiment: Experiment) -> list[str]:
+    """Those of an arm, whose teacher and base are the exported ones but for those that it trains itself."""
+    export, given = root / MODELS / "export", {}
+    for role, source in {"teacher": experiment.teacher, "student": "student"}.items():
+        if role not in experiment.own:
+            given |= {f"{role}.weights": export / f"sft_{source}"}
+            given |= {f"sft.{role}.{name}": 0 for name in ("steps", "epochs")}
     given["tokenizer.path"] = export / "sft_teacher"
     return [
         f"--config=configs/paper/{arm.experiment}.py:tiny,{arm.name}",

@@ -223,6 +223,8 @@ def _opd() -> ml_collections.ConfigDict:
         advantage="base_relative",
         normalize=False,  # subtract log Z of the target from the advantage: every ratio then ends at the target
         estimator="sampled",
+        jsd=1.0,  # of full_vocab: 1 the reverse KL, 0 the forward KL, between them GKD's Jensen–Shannon divergence
+        on_policy=1.0,  # share of steps on the student's own completions; the others are on the right answers (GKD)
         control_variate="none",  # kl or optimal: of sampled tokens; the same gradient on average, less noise
         contract_reward=0.0,  # weight of "the list parses", less the prompt's mean, in the advantage; 0: off
         aggregate="token",
@@ -439,6 +441,8 @@ def _validate_fields(values: dict[str, Any]) -> None:
         _require(_is_seed(values[field]), f"{field}={values[field]}: must be in [0, 2^32)")
     for field in _SHARES:
         _require(0 <= values[field] < 1, f"{field}={values[field]}: must be in [0, 1)")
+    for field in ("opd.jsd", "opd.on_policy"):
+        _require(0 <= values[field] <= 1, f"{field}={values[field]}: must be in [0, 1]")
 
 
 def _is_lambda(x: Any) -> bool:
@@ -697,6 +701,20 @@ def _validate_options(config: ml_collections.ConfigDict) -> None:
         opd.estimator == "sampled" or (opd.control_variate == "none" and opd.contract_reward == 0),
         "opd.control_variate and opd.contract_reward are about sampled tokens, which opd.estimator='full_vocab' does "
         "without: leave both off",
+    )
+    _require(
+        opd.estimator == "full_vocab" or (opd.jsd == 1 and opd.on_policy == 1),
+        f"opd.jsd={opd.jsd:g}, opd.on_policy={opd.on_policy:g}: other divergences and other data than the student's "
+        "own ask for exact gradients; set opd.estimator='full_vocab' and opd.ratio='none'",
+    )
+    _require(
+        opd.jsd == 1 or not opd.guard.mask,
+        f"opd.jsd={opd.jsd:g}: opd.guard.mask is for the reverse KL; set opd.jsd=1.0 or opd.guard.mask=False",
+    )
+    _require(
+        opd.on_policy == 1 or opd.on_collapse == "none",
+        f"opd.on_policy={opd.on_policy:g}: opd.on_collapse watches the student's own completions at every step; set "
+        "one of the two back to its default",
     )
     on_policy = opd.updates_per_batch == 1 and opd.temperature == 1 and opd.ppo_clip == 0
     _require(

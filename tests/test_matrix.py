@@ -89,6 +89,31 @@ def test_models_are_trained_once_and_what_is_done_stays(tmp_path):
     assert "--config=configs/paper/temperature.py:tiny,0.5" in calls["temperature/0.5"]
 
 
+def test_an_arm_may_train_a_model_of_its_own_or_have_another_teacher(tmp_path):
+    def given(name):
+        (arm, *_), experiment = matrix.arms({name: EXPERIMENTS[name]}), EXPERIMENTS[name]
+        flags = matrix._arguments(tmp_path, arm, experiment)
+        return {k.removeprefix("--config."): v for k, _, v in (flag.partition("=") for flag in flags)}
+
+    export = f"{tmp_path}/models/export"
+    plain, size, larger, itself = map(given, ("no_base", "size", "teacher_size", "self_distillation"))
+    weights = {f"{role}.weights": f"{export}/sft_{role}" for role in ("teacher", "student")}
+    assert weights.items() <= plain.items() and plain["sft.student.steps"] == "0"
+    assert "student.weights" not in size and "sft.student.steps" not in size and "teacher.weights" in size
+    assert "teacher.weights" not in larger and "student.weights" in larger
+    assert itself["teacher.weights"] == itself["student.weights"] == f"{export}/sft_student"
+    assert all("tokenizer.path" in flags for flags in (plain, size, larger, itself))
+
+
+def test_sizes_are_those_of_their_names():
+    from configs.paper import size, teacher_size
+
+    assert [size.get_config(f"tiny,{arm}").student.num_layers for arm in size.LAYERS] == [1, 2, 4]
+    assert [teacher_size.get_config(f"tiny,{arm}").teacher.num_layers for arm in size.LAYERS] == [1, 3, 5]
+    assert size.get_config("paper,small").student.weights == "Qwen/Qwen3-0.6B"
+    assert teacher_size.get_config("paper").teacher.weights == "Qwen/Qwen3-1.7B"
+
+
 @pytest.mark.parametrize("stops", ["models", "1"])
 def test_a_job_that_stops_before_its_end_is_not_done(tmp_path, stops):
     """Who is told to stop saves, and exits with 0."""

@@ -116,6 +116,17 @@ def test_full_vocab_is_trl_gkd_reverse_kl_to_the_extrapolated_target(torch, case
     assert_same(ours(case, hyper(lam), Variant("none", kind, "full_vocab")), theirs, student)
 
 
+@pytest.mark.parametrize("beta", [0.0, 0.1, 0.5, 0.9])
+@pytest.mark.parametrize("lam", [1.0, 1.25])
+def test_other_divergences_are_trl_gkd(torch, case, beta, lam):
+    gkd = pytest.importorskip("trl.experimental.gkd.gkd_trainer", reason="needs trl, the oracle")
+    student, logp, _, labels, _ = torch_case(torch, case)
+    target = lam * logp[1] + (1 - lam) * logp[2]
+    theirs = gkd.GKDTrainer.generalized_jsd_loss(student, target, labels, beta=beta)
+    variant = Variant("none", estimator="full_vocab", jsd=beta)
+    assert_same(ours(case, hyper(lam), variant), theirs, student)
+
+
 def test_sampled_at_lambda_1_is_trl_iw_opd_without_weights(torch, case):
     iw_opd = pytest.importorskip("trl.experimental.iw_opd.iw_opd_trainer", reason="needs trl, the oracle")
     student, logp, tokens, labels, _ = torch_case(torch, case)

@@ -21,7 +21,8 @@ Curve = Mapping[float, Sequence[float]]  # λ -> parse of each seed
 class Experiment:
     """What EC did and saw, and when our runs agree with it.
 
-    arms: name -> config fields by their dotted names, besides `shared`. agrees: of arm -> curve.
+    arms: name -> config fields by their dotted names, besides `shared`. agrees: of arm -> curve. The matrix trains
+    teacher and base once for all; an arm trains those of `own` itself, and its teacher is the SFT model of `teacher`.
     """
 
     ec: str
@@ -31,6 +32,8 @@ class Experiment:
     shared: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     budget: float = 1.0  # of EC's 42 steps
     seeds: tuple[int, ...] = ()  # (): those of the scale
+    own: tuple[str, ...] = ()
+    teacher: str = "teacher"
 
     def get_config(self, choice: str = "tiny") -> ml_collections.ConfigDict:
         """The config of SCALE or SCALE,ARM; the first arm where none is named."""

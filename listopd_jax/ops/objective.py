@@ -13,6 +13,8 @@ not the tilt of whole sequences by (π_T/π_B)^λ. With a ratio other than 1 the
 `no_base` can lose the teacher's mode (docs/theory.md §2). `normalize` (ours) subtracts the position's log Z from A_t: A
 is then log target − log π_S, which vanishes at the target, and the limit is the target for every ratio.
 
+`jsd` < 1 takes the exact divergence of GKD (arXiv:2306.13649) in place of the reverse KL, see `divergence`.
+
 `control_variate` subtracts from ρA a number of the position that does not depend on the sampled token, so that the
 expected gradient is the same. `kl`: the mean of ρA under the student; where the ratio is 1, −KL(π_S‖target), up to
 log Z (vOPD, arXiv:2605.07865). `optimal` (ours): the mean in which token v counts π_S(v)·‖e_v − π_S‖², its share of the
@@ -58,6 +60,7 @@ class Variant(NamedTuple):
     structure: float = -1.0
     normalize: bool = False  # whether log Z is subtracted from the advantage of sampled tokens
     control_variate: str = ""  # kl or optimal: what is subtracted from their weight; empty: nothing
+    jsd: float = 1.0  # β of `divergence`, for full_vocab
     flips: bool = False  # whether `flipped` is known of each position
 
 
@@ -178,25 +181,41 @@ def _extrapolated(teacher, base, lam, kind: str) -> Float[Array, "*s V"]:
     return lam * teacher + (1 - lam) * base if kind == "base_relative" else lam * teacher
 
 
+def divergence(student, target, beta: float) -> Float[Array, "*s"]:
+    """GKD's generalised Jensen–Shannon divergence (arXiv:2306.13649, Eq. 5) of log-distributions [*s, V].
+
+    With the mixture m = β·target + (1−β)·π_S it is β KL(target‖m) + (1−β) KL(π_S‖m). The ends stand for their limits
+    as trl has them: β = 1 is the reverse KL(π_S‖target), β = 0 the forward KL(target‖π_S).
+    """
+    if beta == 1:
+        return _kl(student, target)
+    if beta == 0:
+        return _kl(target, student)
+    mixture = jnp.logaddexp(student + jnp.log1p(-beta), target + jnp.log(beta))
+    return beta * _kl(target, mixture) + (1 - beta) * _kl(student, mixture)
+
+
+def _kl(p, q) -> Float[Array, "*s"]:
+    return (jnp.exp(p) * (p - q)).sum(-1)
+
+
 def full_vocab_loss(
     student, teacher, base, tokens, hyper: Hyper, variant: Variant, *, lam, target=None, allowed=None
 ):
     """Exact per-position loss KL(π_S‖target) + β KL(π_S‖π_B) − γ H(π_S) from log-distributions [*s, V].
 
-    Zero variance given the visited prefix. `lam` is one for all or one for each position; `target`, log-probabilities
-    [*s, V], stands in for the one that λ gives; what is not `allowed` has the advantage BANNED. Returns (loss [*s],
-    {"advantage", "ratio"}): the advantage of the visited `tokens`, for the same metrics as the sampled estimator; the
+    With Variant.jsd below 1 its `divergence` takes the place of the first term. Zero variance given the visited prefix.
+    `lam` is one for all or one for each position; `target`, log-probabilities [*s, V], stands in for the one that λ
+    gives; what is not `allowed` has the advantage BANNED. Returns (loss [*s], {"advantage", "ratio"}): the advantage
+    of the visited `tokens` against the target of the reverse KL, for the same metrics as the sampled estimator; the
     ratio is 1.
     """
-    p = jnp.exp(student)
     if target is None:
         target = target_log_distribution(teacher, base, jnp.asarray(lam)[..., None], variant.advantage)
     if allowed is not None:
         target = jnp.where(allowed, target, jax.lax.stop_gradient(student) + BANNED)
-    loss = (p * (student - target)).sum(-1)
-    loss = (
-        loss + hyper.kl_to_base * (p * (student - base)).sum(-1) - hyper.entropy_bonus * entropy_of(student)
-    )
+    loss = divergence(student, target, variant.jsd)
+    loss = loss + hyper.kl_to_base * _kl(student, base) - hyper.entropy_bonus * entropy_of(student)
     at = [jax.lax.stop_gradient(take_token(x, tokens)) for x in (student, teacher, base)]
     adv = advantage(*at, lam, variant.advantage)
     return loss, {"advantage": adv, "ratio": jnp.ones_like(adv)}

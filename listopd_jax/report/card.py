@@ -25,7 +25,8 @@ FIELDS = (
 ).split()
 SFT_FIELDS = "lr batch_size noise".split()
 OPD_FIELDS = (
-    "ratio advantage normalize estimator control_variate contract_reward aggregate clip ppo_clip guard.margin "
+    "ratio advantage normalize estimator jsd on_policy control_variate contract_reward aggregate clip ppo_clip "
+    "guard.margin "
     "guard.fallback guard.scope guard.mask guard.floor guard.structure on_collapse collapse.window collapse.parse_drop "
     "collapse.length_change collapse.flips collapse.lower lr lr_decay ema batch_size rollouts "
     "temperature updates_per_batch kl_to_base "

@@ -411,9 +411,21 @@ def open_job(
     # A checkpoint or template that does not fit shows now, not when its turn comes.
     _ = job.shapes, job.validation, job.guard
     _check_constraints(job)
+    if whole and config.opd.on_policy < 1:
+        _check_all_answered(job)
     if whole and (config.teachers.route or config.teachers.max_prompt):
         _ = job.for_teachers
     return job
+
+
+def _check_all_answered(job: Job) -> None:
+    """UserError if a training record has no right answer, since OPD is to train on them."""
+    records = job.records["train"]
+    if without := sum(job.task.answer(record) is None for record in records):
+        raise UserError(
+            f"opd.on_policy={job.config.opd.on_policy:g}: {without} of {len(records)} training records have no right "
+            "answer to train on; give answers, or set opd.on_policy=1.0"
+        )
 
 
 def _check_constraints(job: Job) -> None:

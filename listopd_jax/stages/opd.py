@@ -152,6 +152,7 @@ def variant_of(opd: Any) -> Variant:
         floor=opd.guard.floor,
         structure=opd.guard.structure,
         normalize=opd.normalize,
+        jsd=opd.jsd,
         control_variate="" if opd.control_variate == "none" else opd.control_variate,
         flips=opd.on_collapse != "none",
     )
@@ -199,11 +200,14 @@ def train_opd(
         names = ("prompt", "prompt_length", "index", *FOR_TEACHERS)
         rows = hosts.global_batch({k: batch[k] for k in names if k in batch}, opd.batch_size)
         prompts, lengths, *for_teachers = map(rows.get, ("prompt", "prompt_length", *FOR_TEACHERS))
-        student = joined(shared.frozen.base, state.params)
-        masks = opd.constrained_rollouts
-        constrained = job.constraint(masks, "train", hosts.gather(rows["index"]).tolist(), opd.rollouts)
-        rollout = sample(job, student, prompts, lengths, jax.random.fold_in(key, step), **constrained)
-        held = holds_contract(job, rollout, rows["index"])
+        student, own = joined(shared.frozen.base, state.params), is_on_policy(run.seed, step, opd.on_policy)
+        if own:
+            masks = opd.constrained_rollouts
+            constrained = job.constraint(masks, "train", hosts.gather(rows["index"]).tolist(), opd.rollouts)
+            rollout = sample(job, student, prompts, lengths, jax.random.fold_in(key, step), **constrained)
+        else:
+            rollout = right_answers(job, batch)
+        held = holds_contract(job, rollout, rows["index"]) if own else None
         reward = contract_reward(held, opd.contract_reward) if opd.contract_reward else None
         served = served_logprobs(shared.server, batch, rollout) if shared.server else None
         sampled = OpdBatch(prompts, lengths, rollout._replace(steps=None), reward, *for_teachers, served)
@@ -213,10 +217,13 @@ def train_opd(
             state, metrics, per_token = shared.step(state, shared.frozen, sampled, hyper, lr)
         if opd.ema:
             state = with_average(state, jnp.float32(average_rate(step, opd.ema)))
-        tokens = {"tokens": int(rollout.lengths.sum()) + opd.rollouts * int(lengths.sum())}
-        tokens["tokens_per_decode_step"] = tokens_per_decode_step(rollout)
+        count = {"tokens": int(rollout.lengths.sum()) + opd.rollouts * int(lengths.sum())}
+        if not own:  # nothing was sampled, so nothing is known of samples
+            del metrics["sampler_trainer_gap"]
+            return state, metrics | count
+        count["tokens_per_decode_step"] = tokens_per_decode_step(rollout)
         contract = contract_metrics(job.codec, rollout, per_token, held)
-        return state, metrics | tokens | contract | logged_completions(job, sampled, rows["index"], step + 1)
+        return state, metrics | count | contract | logged_completions(job, sampled, rows["index"], step + 1)
 
     initial, batches = functools.partial(initial_state, job, shared, run.seed), job.opd_batches(run.seed)
     saving = opd_saving(config, best)
@@ -243,6 +250,23 @@ def sample(job: Job, params: Any, prompts, lengths, key, **constrained: Any) -> 
         temperature=opd.temperature, **decoding, **constrained,
     )  # fmt: skip
     return trim(rollout, decoding["max_tokens"])
+
+
+def is_on_policy(seed: int, step: int, share: float) -> bool:
+    """Whether a step is on the student's own completions: a coin of its own for every step (GKD, arXiv:2306.13649)."""
+    return share == 1 or bool(np.random.default_rng((seed, step)).random() < share)
+
+
+def right_answers(job: Job, batch: Mapping[str, np.ndarray]) -> Rollout:
+    """The right answers of this host's rows in place of completions: the first of each prompt, the others are empty."""
+    opd, size = job.config.opd, job.decoding["max_tokens"]
+    shape = (len(batch["answer"]), opd.rollouts)
+    tokens = np.full((*shape, size), job.codec.pad, np.int32)
+    lengths = np.zeros(shape, np.int32)
+    width = min(size, batch["answer"].shape[1])
+    tokens[:, 0, :width], lengths[:, 0] = batch["answer"][:, :width], batch["answer_length"]
+    rows = {"tokens": tokens, "lengths": lengths, "logprobs": np.zeros((*shape, size), np.float32)}
+    return trim(Rollout(**hosts.global_batch(rows, opd.batch_size)), size)
 
 
 def tokens_per_decode_step(rollout: Rollout) -> float:

@@ -64,8 +64,8 @@ def make_opd_step(
     axis G, split along the mesh's `grid`. `pallas`, `grammar`: see `opd_loss`.
 
     metrics: scalars over completion tokens (loss, advantage_mean, log_ratio_variance, guarded_fraction, ratio_max,
-    clip_fraction, reverse_kl, entropy, sampler_trainer_gap, grad_norm). per_token: float32 arrays [B, n, T] of advantage, λ, student,
-    teacher and base log-probs, and flip with Variant.flips, 0 after the end.
+    clip_fraction, reverse_kl, entropy, sampler_trainer_gap, grad_norm). per_token: float32 arrays [B, n, T] of
+    advantage, λ, student, teacher and base log-probs, and flip with Variant.flips, 0 after the end.
     """
 
     loss_function = functools.partial(
