@@ -27,9 +27,11 @@ def typechecked(f):
 
 
 def jaxtyped_where_shapes_are(typechecker):
-    """jaxtyping's decorator for the functions whose annotations have shapes: each call of another it would only slow."""
+    """jaxtyping's decorator, for functions whose annotations have shapes; others it would only slow down."""
     decorate = jaxtyped(typechecker=typechecker)
-    return lambda f: decorate(f) if isinstance(f, type) or any(map(has_shape, f.__annotations__.values())) else f
+    return lambda f: (
+        decorate(f) if isinstance(f, type) or any(map(has_shape, f.__annotations__.values())) else f
+    )
 
 
 jaxtyping.jaxtyped = jaxtyped_where_shapes_are  # what the import hook decorates with
