@@ -145,17 +145,17 @@ def sft(mesh):
     return three_steps(mesh, step, (put(sft_batch(opd_batch(3)), batch_shardings, mesh),))
 
 
-KEY, ONES, HINT = jax.random.key(1), np.ones((1, N), np.float32), np.zeros((B, 0), np.int32)
 OPTIONS = {"max_tokens": 6, "vocab": VOCAB, "eos": (1,), "pad": 0}
 
 
 def written(mesh):
     """What the student writes, and the compiled programs: of the first token, and of the others."""
     batch = put(opd_batch(3), batch_shardings, mesh)
-    models = (STUDENT_DEF,), (put(STUDENT, rollout_shardings, mesh),), ONES
-    arguments = *batch[:2], None, HINT, OPTIONS["max_tokens"]
-    rollout = jax.tree.map(np.asarray, generate(*models, *batch[:2], KEY, **OPTIONS))
-    sampler = Sampler(*models, KEY, np.float32(1), Settings(**OPTIONS))
+    models = (STUDENT_DEF,), (put(STUDENT, rollout_shardings, mesh),), jnp.ones((1, N))
+    hint = jnp.zeros((B, 0), jnp.int32)
+    key, arguments = jax.random.key(1), (*batch[:2], None, hint, OPTIONS["max_tokens"])
+    rollout = jax.tree.map(np.asarray, generate(*models, *batch[:2], key, **OPTIONS))
+    sampler = Sampler(*models, key, jnp.float32(1), Settings(**OPTIONS))
     first = first_segment.lower(sampler, *arguments).compile()
     others = segment.lower(sampler, *first_segment(sampler, *arguments), least=B * N).compile()
     return rollout, first.as_text() + others.as_text()
@@ -237,7 +237,7 @@ def test_drafts_change_no_token_over_devices(alone):
     with use_mesh(mesh):
         batch, params = put(opd_batch(3), batch_shardings, mesh), put(STUDENT, rollout_shardings, mesh)
         rollout = generate(
-            (STUDENT_DEF,), (params,), ONES, *batch[:2], KEY, **OPTIONS,
+            (STUDENT_DEF,), (params,), jnp.ones((1, N)), *batch[:2], jax.random.key(1), **OPTIONS,
             hint=alone[2].tokens[:, 0], draft_tokens=3,
         )  # fmt: skip
     np.testing.assert_array_equal(rollout.tokens, alone[2].tokens)
@@ -254,8 +254,8 @@ def test_masks_of_the_host_and_of_a_grammar_let_the_same_through_over_devices():
 
     def wrote(mesh, way):
         batch, params = put(opd_batch(3), batch_shardings, mesh), put(STUDENT, rollout_shardings, mesh)
-        models = (STUDENT_DEF,), (params,), ONES
-        rollout = generate(*models, *batch[:2], KEY, **OPTIONS, **way)
+        models = (STUDENT_DEF,), (params,), jnp.ones((1, N))
+        rollout = generate(*models, *batch[:2], jax.random.key(1), **OPTIONS, **way)
         return jax.tree.map(np.asarray, rollout)
 
     one = wrote(None, ways[0])
@@ -297,9 +297,9 @@ def test_a_cache_that_grows_writes_the_same_tokens(alone, monkeypatch):
         rollout = generate(
             (STUDENT_DEF,),
             (params,),
-            ONES,
+            jnp.ones((1, N)),
             *batch[:2],
-            KEY,
+            jax.random.key(1),
             budgets=budgets,
             **OPTIONS,
         )
@@ -393,14 +393,14 @@ def test_a_grid_step_is_its_points_one_by_one(alone):
         for _ in range(3):
             state, metrics, _ = step(state, frozen, batch, stacked[1], np.stack([LR, LR]))
         students = TrainState(put(twice.params, state_shardings, mesh), None).params
-        keys = jnp.stack([KEY, jax.random.key(2)])
-        rollouts = generate_grid(STUDENT_DEF, students, ONES, *batch[:2], keys, **OPTIONS)
+        keys = jnp.stack([jax.random.key(1), jax.random.key(2)])
+        rollouts = generate_grid(STUDENT_DEF, students, jnp.ones((1, N)), *batch[:2], keys, **OPTIONS)
     second, _ = opd(None, seed=4, hyper=points[1])
     for i, one in enumerate((alone[0], second)):
         assert_close(jax.tree.map(lambda x, i=i: np.asarray(x)[i], (state, metrics)), one)
     np.testing.assert_array_equal(np.asarray(rollouts.tokens)[0], alone[2].tokens)
     batch = opd_batch(4)
-    other = generate((STUDENT_DEF,), (STUDENT,), ONES, *batch[:2], jax.random.key(2), **OPTIONS)
+    other = generate((STUDENT_DEF,), (STUDENT,), jnp.ones((1, N)), *batch[:2], jax.random.key(2), **OPTIONS)
     np.testing.assert_array_equal(np.asarray(rollouts.tokens)[1], other.tokens)
 
 
