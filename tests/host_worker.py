@@ -1,4 +1,4 @@
-"""One of two processes, for test_parallel_hosts.py: `host_worker.py WHAT`, with jax's address in the environment."""
+"""One of two processes, for test_parallel_hosts.py: `main` with what it does, and jax's address in the environment."""
 
 import os
 import signal
@@ -40,7 +40,8 @@ def wait(victim: int, how: int) -> None:
         time.sleep(0.05)
 
 
-def main(what: str, *arguments: str) -> int:
+def main(argv: list[str]) -> int:
+    _, what, *arguments = argv
     parallel = defaults().parallel
     if what == "agree" and arguments:
         parallel.timeout_s = int(arguments[0])
@@ -51,7 +52,3 @@ def main(what: str, *arguments: str) -> int:
         print(f"error: {e}", file=sys.stderr)
         return hosts.leave(2, str(e))
     return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main(*sys.argv[1:]))

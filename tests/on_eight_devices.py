@@ -115,10 +115,15 @@ def put(tree, shardings, mesh):
     return jax.device_put(tree, None if mesh is None else shardings(tree, mesh))
 
 
-def three_steps(mesh, step, arguments, start=None):
-    """State and metrics after three steps from `start` or the student, and the compiled program."""
-    start = STUDENT if start is None else start
-    state = put(init_state(jax.tree.map(jnp.copy, start), TX), state_shardings, mesh)
+def start_of(params):
+    """The state of `init_state`, made on the host: on each mesh, each of its operations would be compiled anew."""
+    zeros = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), jax.eval_shape(TX.init, params))
+    return TrainState(jax.tree.map(np.copy, params), zeros, None)
+
+
+def three_steps(mesh, step, arguments, start=STUDENT):
+    """State and metrics after three steps from `start`, and the compiled program."""
+    state = put(start_of(start), state_shardings, mesh)
     program = step.lower(state, *arguments, LR).compile()
     for _ in range(3):
         state, metrics, *_ = program(state, *arguments, LR)

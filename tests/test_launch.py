@@ -276,16 +276,16 @@ def test_n_at_a_time_and_1_if_any_failed(tmp_path):
 
 
 def test_sigterm_stops_what_runs_and_starts_no_more(tmp_path):
-    commands = {name: [sys.executable, "-c", WAITS] for name in "abc"}
+    waits = WAITS.replace("print('up'", "print('up', file=sys.stderr")  # into its log
+    commands = {name: [sys.executable, "-c", waits] for name in "abc"}
     code = f"import pathlib; from launch import local; print('go', flush=True); print(local.run_all({commands!r}, 2, "
     code += f"pathlib.Path({str(tmp_path)!r})))"
     process = subprocess.Popen(
         [sys.executable, "-c", code], cwd=REPO, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )
     assert process.stdout.readline() == "go\n"
-    while not (tmp_path / "b.log").exists():
+    while sum("up" in log.read_text() for log in tmp_path.glob("*.log")) < 2:
         time.sleep(0.05)
-    time.sleep(0.5)
     process.terminate()
     out, err = process.communicate(timeout=60)
     assert out == "143\n" and not (tmp_path / "c.log").exists()

@@ -4,12 +4,10 @@ import json
 import os
 import re
 import socket
-import subprocess
 import sys
-import time
 
 import pytest
-from processes import NO_LAMBDA, REPO, command, start_main
+from processes import NO_LAMBDA, command, start_main
 
 from listopd_jax.config import defaults
 from listopd_jax.errors import UserError
@@ -25,23 +23,19 @@ def addresses():
     return [shared | {"JAX_PROCESS_ID": str(i)} for i in (0, 1)]
 
 
-def start_two(command, devices=1, ids=(0, 1)):
-    """The command as processes `ids` of a job of two, each with `devices` CPU devices."""
+def start_two(folder, *arguments, devices=1, ids=(0, 1)):
+    """host_worker.py as processes `ids` of a job of two, each with `devices` CPU devices; what they say is in files."""
     flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={devices}"
-    shared, told = {"XLA_FLAGS": flags, "PYTHONPATH": str(REPO)}, addresses()
-    return [
-        subprocess.Popen(
-            [sys.executable, *command], cwd=REPO, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-            env=os.environ | shared | told[i],
-        )
-        for i in ids
-    ]  # fmt: skip
+    told, command = addresses(), [sys.executable, "-m", "host_worker", *arguments]
+    folders = [folder / str(i) for i in ids]
+    for one in folders:
+        one.mkdir()
+    return [start_main(one, command, XLA_FLAGS=flags, **told[i]) for one, i in zip(folders, ids, strict=True)]
 
 
 def finish(processes, limit=300):
     """How each ended, see `without_greetings`."""
-    ends = [p.communicate(timeout=limit) for p in processes]
-    return [without_greetings(p.returncode, *end) for p, end in zip(processes, ends, strict=True)]
+    return [without_greetings(*process.end(limit)) for process in processes]
 
 
 def without_greetings(code, *texts):
@@ -60,20 +54,18 @@ def run_two_mains(arguments, folder, of_second):
     return [without_greetings(*fork.end(1200)) for fork in forks]
 
 
-def test_rows_values_and_writing_are_shared_out():
-    for i, (code, out, errors) in enumerate(finish(start_two(["tests/host_worker.py", "agree"], devices=2))):
+def test_rows_values_and_writing_are_shared_out(tmp_path):
+    for i, (code, out, errors) in enumerate(finish(start_two(tmp_path, "agree", devices=2))):
         assert code == 0, errors
         assert out == [f"process {i} read {[[0, 1, 2, 3], [4, 5, 6, 7]][i]}"]
 
 
 @pytest.mark.parametrize("victim", [0, 1])
-def test_a_killed_process_ends_the_other_with_one_line(victim):
-    processes = start_two(["tests/host_worker.py", "wait", str(victim), "kill"])
-    while processes[victim].stdout.readline() != "going\n":
-        assert processes[victim].poll() is None
-    began = time.monotonic()
-    ends = finish(processes)
-    assert time.monotonic() - began < 60
+def test_a_killed_process_ends_the_other_with_one_line(victim, tmp_path):
+    processes = start_two(tmp_path, "wait", str(victim), "kill")
+    processes[victim].end(300)
+    ends = finish(processes, limit=60)  # the other hears of it at once, long before jax would
+    assert ends[victim][1] == ["going"]
     assert ends[victim][0] == -9
     code, _, errors = ends[1 - victim]
     assert code == 1
@@ -82,8 +74,8 @@ def test_a_killed_process_ends_the_other_with_one_line(victim):
     assert len(errors) == 1 or victim == 0
 
 
-def test_a_mistake_on_one_ends_the_other():
-    first, second = finish(start_two(["tests/host_worker.py", "wait", "1", "mistake"]))
+def test_a_mistake_on_one_ends_the_other(tmp_path):
+    first, second = finish(start_two(tmp_path, "wait", "1", "mistake"))
     assert (first[0], second[0]) == (2, 2)
     assert second[2] == ["error: field=3: is wrong"]
     assert first[2] == [
@@ -92,8 +84,8 @@ def test_a_mistake_on_one_ends_the_other():
 
 
 @pytest.mark.parametrize("number", [0, 1])
-def test_who_waits_in_vain_is_told(number):
-    ((code, _, errors),) = finish(start_two(["tests/host_worker.py", "agree", "2"], ids=[number]))
+def test_who_waits_in_vain_is_told(number, tmp_path):
+    ((code, _, errors),) = finish(start_two(tmp_path, "agree", "2", ids=[number]))
     assert code == 2 and len(errors) == 1
     assert re.fullmatch(
         r"error: parallel: not all processes met at the coordinator \S+ \(waited 2 s\).*", errors[0]

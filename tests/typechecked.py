@@ -11,6 +11,7 @@ import numpy as np
 from beartype import BeartypeConf, beartype
 
 jaxtyping.Array = jax.Array | np.ndarray  # before the package imports it
+jaxtyped = jaxtyping.jaxtyped
 
 
 def has_shape(hint: Any) -> bool:
@@ -23,3 +24,14 @@ def typechecked(f):
     """`f`, checked where its annotations have shapes; doubles may stand for anything else."""
     f.__annotations__ = {name: hint for name, hint in f.__annotations__.items() if has_shape(hint)}
     return beartype(conf=BeartypeConf(is_pep484_tower=True))(f)
+
+
+def jaxtyped_where_shapes_are(typechecker):
+    """jaxtyping's decorator, for functions whose annotations have shapes; others it would only slow down."""
+    decorate = jaxtyped(typechecker=typechecker)
+    return lambda f: (
+        decorate(f) if isinstance(f, type) or any(map(has_shape, f.__annotations__.values())) else f
+    )
+
+
+jaxtyping.jaxtyped = jaxtyped_where_shapes_are  # what the import hook decorates with
