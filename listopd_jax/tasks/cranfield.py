@@ -4,8 +4,9 @@
 title. A query in cranqrel is a position in cran.qry, not the number that stands there. Grades are 1 (a complete answer)
 to 4 (of minimum interest) and become labels 4 to 1; what is judged −1 or not at all has label 0.
 
-225 queries are too few to learn from what a query has to do with a text. `data.synthetic_queries` adds that many lists
-to the training ones, whose queries are made of words of the abstracts (tasks/synthetic_queries.py).
+225 queries are too few to learn from what a query has to do with a text. With `data.synthetic_queries` the training
+lists are that many whose queries are made of words of the abstracts (tasks/synthetic_queries.py); the judged ones that
+are not held out are then left aside.
 """
 
 import pathlib
@@ -45,14 +46,14 @@ class Cranfield(Listwise, FileTask):
             yield from deal_lists(str(number), query, of, others, texts, self.options.k, self.data.seed)
 
     def divided(self, records: Sequence[ListExample]) -> dict[str, list[ListExample]]:
-        """The lists by side; synthetic ones are for training, and none of an abstract relevant to a held-out query."""
+        """The lists by side; synthetic ones, if any, have no abstract that is relevant to a held-out query."""
         split, count = super().divided(records), self.data.synthetic_queries
         if count:
             queries = {record.product_id for record in split["validation"]}
             held_out = set(_relevant(record for record in records if record.product_id in queries))
             texts = dict.fromkeys(filter(None, self._texts(self.data.path).values()))  # each once
             free = [text for text in texts if text not in held_out]
-            split["train"] += synthetic_lists(free, count, self.options.k, self.data.seed)
+            split["train"] = list(synthetic_lists(free, count, self.options.k, BEST, self.data.seed))
         return split
 
     def group(self, record: ListExample) -> str:
@@ -66,7 +67,7 @@ class Cranfield(Listwise, FileTask):
 
     def _report(self, paths: dict[str, pathlib.Path], split: dict[str, list[Any]]) -> dict[str, Any]:
         report, count = super()._report(paths, split), self.data.synthetic_queries
-        said = [f"{count} training lists have synthetic queries: nobody has judged them"] if count else []
+        said = ["the training lists have synthetic queries: nobody has judged them"] if count else []
         return report | {"notes": report["notes"] + said}
 
     def _texts(self, path: str | pathlib.Path) -> dict[int, str]:

@@ -14,39 +14,42 @@ from listopd_jax.task.prompt import ListExample
 
 COMMON = 100  # the most frequent words of the texts, which say nothing about relevance
 FILLERS = 5  # of them in a query
-LABELS = (2, 3, 4)
+TAKEN = 3  # words of each relevant text in a query
 
 _WORD = re.compile(r"[a-z]{3,}")
 
 
-def synthetic_lists(texts: Sequence[str], count: int, k: int, seed: int) -> Iterator[ListExample]:
+def synthetic_lists(texts: Sequence[str], count: int, k: int, best: int, seed: int) -> Iterator[ListExample]:
     """`count` lists of `k` of the `texts`, which are all different; the same for the same arguments.
+
+    Half of the texts of a list are relevant, with label `best`, the others are not, with label 0: so a model that is
+    unsure does not say 0 of all, as it learns to where most are 0.
 
     UserError if fewer than `k` texts have words enough.
     """
     common, own = _vocabulary(texts)
-    rich = {text: words for text, words in own.items() if len(words) >= max(LABELS)}
+    rich = {text: words for text, words in own.items() if len(words) >= TAKEN}
     if len(rich) < k:
         raise UserError(
-            f"data.synthetic_queries={count}: {len(rich)} texts have {max(LABELS)} uncommon words, too few for lists "
+            f"data.synthetic_queries={count}: {len(rich)} texts have {TAKEN} uncommon words, too few for lists "
             f"of task.k={k}; raise task.max_review_words"
         )
     rng = random.Random(f"{seed} synthetic queries")
     for number in range(1, count + 1):
-        yield _one_list(f"synthetic{number}", rich, common, k, rng)
+        yield _one_list(f"synthetic{number}", rich, common, k, best, rng)
 
 
 def _one_list(
-    key: str, own: Mapping[str, Sequence[str]], common: Sequence[str], k: int, rng: random.Random
+    key: str, own: Mapping[str, Sequence[str]], common: Sequence[str], k: int, best: int, rng: random.Random
 ) -> ListExample:
-    """One to k/2 texts have a label, which says how many of their words are in the query; the others have 0."""
+    """Words of the relevant texts and common ones are the query, all in a random order."""
     chosen = rng.sample(list(own), k)
-    labels = {text: rng.choice(LABELS) for text in chosen[: rng.randint(1, k // 2)]}
-    query = [word for text, label in labels.items() for word in rng.sample(own[text], label)]
+    relevant = set(chosen[: k // 2])
+    query = [word for text in chosen[: k // 2] for word in rng.sample(own[text], TAKEN)]
     query += rng.sample(common, min(FILLERS, len(common)))
     rng.shuffle(query)
     rng.shuffle(chosen)
-    scores = tuple(labels.get(text, 0) for text in chosen)
+    scores = tuple(best * (text in relevant) for text in chosen)
     return ListExample(key, key, f"{' '.join(query)} .", tuple(chosen), scores)
 
 
