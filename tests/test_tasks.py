@@ -229,7 +229,7 @@ def test_synthetic_lists_depend_on_the_seed_alone():
 @pytest.mark.parametrize(
     ("fields", "says"),
     [
-        ({"task.max_review_words": 2}, "data.synthetic_queries=9: 0 texts have 3 uncommon words, too few"),
+        ({"task.max_review_words": 2}, "4 texts have 3 uncommon words, too few for lists of task.k=8"),
         ({"data.synthetic_queries": -1}, "data.synthetic_queries=-1: must be >= 0"),
         (
             {"task.name": "bfcl"},
