@@ -139,7 +139,7 @@ def _data() -> ml_collections.ConfigDict:
         max_lists=0,  # 0: all
         validation_share=0.1,
         split_field="",  # of task json: the field that says "train" or "validation"; empty: at random, by `seed`
-        synthetic_queries=0,  # of task cranfield: training lists, with queries of the abstracts' words; 0: the judged
+        synthetic_queries=0,  # of task cranfield: training lists besides, with queries of the abstracts' words
         seed=0,
         verify=True,
         synthetic=_section(products=500, reviews_per_product=16, noise=0.5, notes=()),

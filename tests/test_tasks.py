@@ -14,7 +14,7 @@ from listopd_jax.task.contract import TOKEN_CLASSES, Parsed
 from listopd_jax.tasks.bfcl import accepts, json_schema
 from listopd_jax.tasks.cranfield import BEST, read_judgements, read_sections
 from listopd_jax.tasks.load import load_task
-from listopd_jax.tasks.synthetic_queries import TAKEN, synthetic_lists
+from listopd_jax.tasks.synthetic_queries import synthetic_lists
 
 
 def opened(name, folder, **fields):
@@ -178,23 +178,23 @@ def with_synthetic(shared, tmp_path_factory):
 def test_synthetic_lists_are_for_training_alone(passages, with_synthetic):
     _, plain = passages
     task, splits = with_synthetic
-    assert splits.validation == plain.validation and len(splits.train) == 300
+    assert splits.validation == plain.validation and splits.train[:-300] == plain.train
     assert splits.report["fingerprint"] != plain.report["fingerprint"]
-    assert "the training lists have synthetic queries: nobody has judged them" in splits.report["notes"]
-    for record in splits.train:
+    assert "300 training lists have synthetic queries: nobody has judged them" in splits.report["notes"]
+    for record in splits.train[-300:]:
         assert task.prompt(record).startswith(f"Query: {record.title} Below are 8 passages.")
-        assert len(set(record.reviews)) == 8 and sorted(record.scores) == [0] * 4 + [BEST] * 4
+        assert len(set(record.reviews)) == 8 and sorted(record.scores) == [0] * 4 + [2, 2, 4, 4]
         for text, label in zip(record.reviews, record.scores, strict=True):
             shared = set(record.title.split()) & set(re.findall("[a-z]+", text.lower()))
-            assert not label or len(shared) >= TAKEN
-    first = [record.scores[0] for record in splits.train]
+            assert len(shared) >= label
+    first = [record.scores[0] for record in splits.train[-300:]]
     assert 0.4 < np.mean([score > 0 for score in first]) < 0.6, "the place of a passage says nothing"
 
 
 def test_nothing_of_a_held_out_query_is_in_a_synthetic_list(with_synthetic):
     """Neither a text that is relevant to it, in whichever of its lists, nor the query."""
     _, splits = with_synthetic
-    shown = {text for record in splits.train for text in record.reviews}
+    shown = {text for record in splits.train[-300:] for text in record.reviews}
     relevant = {
         text
         for record in splits.validation
@@ -202,14 +202,14 @@ def test_nothing_of_a_held_out_query_is_in_a_synthetic_list(with_synthetic):
         if score
     }
     assert shown.isdisjoint(relevant) and len(shown) > 500
-    assert {r.title for r in splits.train}.isdisjoint({r.title for r in splits.validation})
+    assert {r.title for r in splits.train[-300:]}.isdisjoint({r.title for r in splits.validation})
 
 
 def test_lists_of_a_held_out_query_that_max_lists_drops_are_held_out_too(shared, tmp_path):
     fields = {"data.synthetic_queries": 300, "data.max_lists": 20}
     _, few = cranfield(shared, tmp_path / "few", **fields)
     _, whole = cranfield(shared, tmp_path / "whole")
-    queries, shown = {r.product_id for r in few.validation}, {t for r in few.train for t in r.reviews}
+    queries, shown = {r.product_id for r in few.validation}, {t for r in few.train[-300:] for t in r.reviews}
     lists = [r for r in (*whole.train, *whole.validation) if r.product_id in queries]
     assert len(few.validation) == 2 < len(lists)
     assert not any(t in shown for r in lists for t, s in zip(r.reviews, r.scores, strict=True) if s)
@@ -229,7 +229,7 @@ def test_synthetic_lists_depend_on_the_seed_alone():
 @pytest.mark.parametrize(
     ("fields", "says"),
     [
-        ({"task.max_review_words": 2}, "4 texts have 3 uncommon words, too few for lists of task.k=8"),
+        ({"task.max_review_words": 2}, "0 texts have 4 uncommon words, too few for lists of task.k=8"),
         ({"data.synthetic_queries": -1}, "data.synthetic_queries=-1: must be >= 0"),
         (
             {"task.name": "bfcl"},

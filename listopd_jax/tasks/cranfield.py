@@ -4,9 +4,8 @@
 title. A query in cranqrel is a position in cran.qry, not the number that stands there. Grades are 1 (a complete answer)
 to 4 (of minimum interest) and become labels 4 to 1; what is judged −1 or not at all has label 0.
 
-225 queries are too few to learn from what a query has to do with a text. With `data.synthetic_queries` the training
-lists are that many whose queries are made of words of the abstracts (tasks/synthetic_queries.py); the judged ones that
-are not held out are then left aside.
+225 queries are too few to learn from what a query has to do with a text. `data.synthetic_queries` adds that many lists
+to the training ones, whose queries are made of words of the abstracts (tasks/synthetic_queries.py).
 """
 
 import pathlib
@@ -53,7 +52,7 @@ class Cranfield(Listwise, FileTask):
             held_out = set(_relevant(record for record in records if record.product_id in queries))
             texts = dict.fromkeys(filter(None, self._texts(self.data.path).values()))  # each once
             free = [text for text in texts if text not in held_out]
-            split["train"] = list(synthetic_lists(free, count, self.options.k, BEST, self.data.seed))
+            split["train"] += synthetic_lists(free, count, self.options.k, BEST, self.data.seed)
         return split
 
     def group(self, record: ListExample) -> str:
@@ -67,7 +66,7 @@ class Cranfield(Listwise, FileTask):
 
     def _report(self, paths: dict[str, pathlib.Path], split: dict[str, list[Any]]) -> dict[str, Any]:
         report, count = super()._report(paths, split), self.data.synthetic_queries
-        said = ["the training lists have synthetic queries: nobody has judged them"] if count else []
+        said = [f"{count} training lists have synthetic queries: nobody has judged them"] if count else []
         return report | {"notes": report["notes"] + said}
 
     def _texts(self, path: str | pathlib.Path) -> dict[int, str]:

@@ -14,7 +14,7 @@ from listopd_jax.task.prompt import ListExample
 
 COMMON = 100  # the most frequent words of the texts, which say nothing about relevance
 FILLERS = 5  # of them in a query
-TAKEN = 3  # words of each relevant text in a query
+GRADES = (1.0, 0.5)  # shares of the best label: half of the relevant texts have the one, half the other
 
 _WORD = re.compile(r"[a-z]{3,}")
 
@@ -22,16 +22,16 @@ _WORD = re.compile(r"[a-z]{3,}")
 def synthetic_lists(texts: Sequence[str], count: int, k: int, best: int, seed: int) -> Iterator[ListExample]:
     """`count` lists of `k` of the `texts`, which are all different; the same for the same arguments.
 
-    Half of the texts of a list are relevant, with label `best`, the others are not, with label 0: so a model that is
-    unsure does not say 0 of all, as it learns to where most are 0.
+    Half of the texts of a list are relevant, with labels of GRADES of `best`; each gives as many of its words to the
+    query as its label is.
 
     UserError if fewer than `k` texts have words enough.
     """
     common, own = _vocabulary(texts)
-    rich = {text: words for text, words in own.items() if len(words) >= TAKEN}
+    rich = {text: words for text, words in own.items() if len(words) >= best}
     if len(rich) < k:
         raise UserError(
-            f"data.synthetic_queries={count}: {len(rich)} texts have {TAKEN} uncommon words, too few for lists "
+            f"data.synthetic_queries={count}: {len(rich)} texts have {best} uncommon words, too few for lists "
             f"of task.k={k}; raise task.max_review_words"
         )
     rng = random.Random(f"{seed} synthetic queries")
@@ -44,12 +44,12 @@ def _one_list(
 ) -> ListExample:
     """Words of the relevant texts and common ones are the query, all in a random order."""
     chosen = rng.sample(list(own), k)
-    relevant = set(chosen[: k // 2])
-    query = [word for text in chosen[: k // 2] for word in rng.sample(own[text], TAKEN)]
+    labels = {text: int(best * GRADES[i % len(GRADES)]) for i, text in enumerate(chosen[: k // 2])}
+    query = [word for text, label in labels.items() for word in rng.sample(own[text], label)]
     query += rng.sample(common, min(FILLERS, len(common)))
     rng.shuffle(query)
     rng.shuffle(chosen)
-    scores = tuple(best * (text in relevant) for text in chosen)
+    scores = tuple(labels.get(text, 0) for text in chosen)
     return ListExample(key, key, f"{' '.join(query)} .", tuple(chosen), scores)
 
 
