@@ -139,6 +139,7 @@ def _data() -> ml_collections.ConfigDict:
         max_lists=0,  # 0: all
         validation_share=0.1,
         split_field="",  # of task json: the field that says "train" or "validation"; empty: at random, by `seed`
+        synthetic_queries=0,  # of task cranfield: training lists besides, with queries of the abstracts' words
         seed=0,
         verify=True,
         synthetic=_section(products=500, reviews_per_product=16, noise=0.5, notes=()),
@@ -398,6 +399,7 @@ parallel.timeout_s track.completions
 
 _NOT_NEGATIVE = """
 task.max_review_words data.max_broken data.max_reviews_per_product data.max_lists data.synthetic.noise
+data.synthetic_queries
 sft.teacher.steps sft.teacher.epochs sft.teacher.warmup_steps sft.teacher.microbatch
 sft.student.steps sft.student.epochs sft.student.warmup_steps sft.student.microbatch
 opd.steps opd.epochs opd.microbatch opd.kl_to_base opd.entropy_bonus opd.lambda_warmup_steps opd.guard.margin
@@ -835,6 +837,10 @@ def _validate_data(config: ml_collections.ConfigDict) -> None:
     _require(data.max_broken <= 1, f"data.max_broken={data.max_broken}: a share from 0 to 1")
     _require(data.validation_share > 0, "data.validation_share=0.0: policies are evaluated on held-out lists")
     _require(data.max_lists != 1, "data.max_lists=1: must be 0 (all) or at least 2")
+    _require(
+        not data.synthetic_queries or task_name(config) == "cranfield",
+        f"data.synthetic_queries is of task.name='cranfield', not of {task_name(config)!r}; set it to 0",
+    )
     _require(data.synthetic.products >= 2, f"data.synthetic.products={data.synthetic.products}: must be >= 2")
 
 

@@ -89,7 +89,8 @@ def test_shares_are_of_all_answers_and_in_the_order_of_the_config():
 
 
 def record(stage, lam=None, **failures):
-    return Result(stage=stage, lam=lam, seed=0, steps=5, parse=0.5, failures={"ok": 50, **failures})
+    found = {"parse": 0.5, "useful": 0.4, "failures": {"ok": 50, **failures}}
+    return Result(stage=stage, lam=lam, seed=0, steps=5, **found)
 
 
 def test_the_report_says_which_errors_transfer():
@@ -107,8 +108,15 @@ def test_the_report_says_which_errors_transfer():
     assert [[cell.text.replace("\u00a0", " ") for cell in row] for row in table.rows] == [
         ["duplicate id", "40 %", "0 %", "45 %", "50 %"],
         ["no JSON", "10 %", "50 %", "5 %", "0 %"],
+        ["useful", "0.400", "0.400", "0.400", "0.400"],
     ]
     assert "duplicate id: 45" in section.plots[0].svg
+
+
+def test_errors_that_keep_the_contract_show_in_what_answers_are_worth():
+    config = {"config": {"sft": {"teacher": {"noise": "wrong_digit:0.3"}}}}
+    section = errors_section(Inputs(config=config, results=[record("sft_teacher"), record("opd", 1.5)]))
+    assert [row[0].text for row in section.tables[0].rows] == ["useful"] and not section.plots
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,7 @@
 """The tasks that are shipped besides reviews and json: what they make of the published files, and of broken ones."""
 
 import json
+import re
 import shutil
 
 import numpy as np
@@ -11,8 +12,9 @@ from listopd_jax import config as config_module
 from listopd_jax.errors import UserError
 from listopd_jax.task.contract import TOKEN_CLASSES, Parsed
 from listopd_jax.tasks.bfcl import accepts, json_schema
-from listopd_jax.tasks.cranfield import read_judgements, read_sections
+from listopd_jax.tasks.cranfield import BEST, read_judgements, read_sections
 from listopd_jax.tasks.load import load_task
+from listopd_jax.tasks.synthetic_queries import synthetic_lists
 
 
 def opened(name, folder, **fields):
@@ -124,9 +126,18 @@ def test_a_mistake_in_the_questions_is_one_line(tmp_path, row, possible, says):
 
 @pytest.fixture(scope="module")
 def passages(shared, tmp_path_factory):
+    return cranfield(shared, tmp_path_factory.mktemp("cran"))
+
+
+def cranfield(shared, out, **fields):
     folder = shared / "data" / "cranfield"
     files = {"data.path": "cran.all.1400", "data.meta_path": "cran.qry", "data.labels": "cranqrel"}
-    return opened("cranfield", tmp_path_factory.mktemp("cran"), **{k: folder / v for k, v in files.items()})
+    return opened("cranfield", out, **{k: folder / v for k, v in files.items()}, **fields)
+
+
+def word(number):
+    """A word of letters."""
+    return "word" + "".join(chr(ord("a") + int(digit)) for digit in str(number))
 
 
 def test_the_collection_is_read_as_it_is_published(shared):
@@ -157,6 +168,79 @@ def test_lists_are_of_one_query_and_have_a_ranking(passages):
         assert not task.parse(task.answer(record).replace("passage", "review"), record).ok
     first = [record.scores[0] for record in splits.train]
     assert 0.2 < np.mean([score > 0 for score in first]) < 0.6, "the place of a passage says nothing"
+
+
+@pytest.fixture(scope="module")
+def with_synthetic(shared, tmp_path_factory):
+    return cranfield(shared, tmp_path_factory.mktemp("synthetic"), **{"data.synthetic_queries": 300})
+
+
+def test_synthetic_lists_are_for_training_alone(passages, with_synthetic):
+    _, plain = passages
+    task, splits = with_synthetic
+    assert splits.validation == plain.validation and splits.train[:-300] == plain.train
+    assert splits.report["fingerprint"] != plain.report["fingerprint"]
+    assert "300 training lists have synthetic queries: nobody has judged them" in splits.report["notes"]
+    for record in splits.train[-300:]:
+        assert task.prompt(record).startswith(f"Query: {record.title} Below are 8 passages.")
+        assert len(set(record.reviews)) == 8 and sorted(record.scores) == [0] * 4 + [2, 2, 4, 4]
+        for text, label in zip(record.reviews, record.scores, strict=True):
+            shared = set(record.title.split()) & set(re.findall("[a-z]+", text.lower()))
+            assert len(shared) >= label
+    first = [record.scores[0] for record in splits.train[-300:]]
+    assert 0.4 < np.mean([score > 0 for score in first]) < 0.6, "the place of a passage says nothing"
+
+
+def test_nothing_of_a_held_out_query_is_in_a_synthetic_list(with_synthetic):
+    """Neither a text that is relevant to it, in whichever of its lists, nor the query."""
+    _, splits = with_synthetic
+    shown = {text for record in splits.train[-300:] for text in record.reviews}
+    relevant = {
+        text
+        for record in splits.validation
+        for text, score in zip(record.reviews, record.scores, strict=True)
+        if score
+    }
+    assert shown.isdisjoint(relevant) and len(shown) > 500
+    assert {r.title for r in splits.train[-300:]}.isdisjoint({r.title for r in splits.validation})
+
+
+def test_lists_of_a_held_out_query_that_max_lists_drops_are_held_out_too(shared, tmp_path):
+    fields = {"data.synthetic_queries": 300, "data.max_lists": 20}
+    _, few = cranfield(shared, tmp_path / "few", **fields)
+    _, whole = cranfield(shared, tmp_path / "whole")
+    queries, shown = {r.product_id for r in few.validation}, {t for r in few.train[-300:] for t in r.reviews}
+    lists = [r for r in (*whole.train, *whole.validation) if r.product_id in queries]
+    assert len(few.validation) == 2 < len(lists)
+    assert not any(t in shown for r in lists for t, s in zip(r.reviews, r.scores, strict=True) if s)
+
+
+def test_synthetic_lists_depend_on_the_seed_alone():
+    texts = [f"the flow of {' and '.join(map(word, range(i, i + 4)))}" for i in range(0, 800, 4)]
+    lists = list(synthetic_lists(texts, 20, 4, BEST, seed=1))
+    assert (
+        lists
+        == list(synthetic_lists(texts, 20, 4, BEST, seed=1))
+        != list(synthetic_lists(texts, 20, 4, BEST, seed=2))
+    )
+    assert len({record.key for record in lists}) == 20
+
+
+@pytest.mark.parametrize(
+    ("fields", "says"),
+    [
+        ({"task.max_review_words": 2}, "0 texts have 4 uncommon words, too few for lists of task.k=8"),
+        ({"data.synthetic_queries": -1}, "data.synthetic_queries=-1: must be >= 0"),
+        (
+            {"task.name": "bfcl"},
+            "data.synthetic_queries is of task.name='cranfield', not of 'bfcl'; set it to 0",
+        ),
+    ],
+)
+def test_a_mistake_about_synthetic_queries_is_one_line(shared, tmp_path, fields, says):
+    with pytest.raises(UserError) as error:
+        cranfield(shared, tmp_path, **{"data.synthetic_queries": 9} | fields)
+    assert says in str(error.value) and "\n" not in str(error.value)
 
 
 def test_ndcg_is_trec_evals(passages):

@@ -9,7 +9,7 @@ from listopd_jax.report import plots
 from listopd_jax.report.findings import FAILURES, OK, Policy
 from listopd_jax.report.inputs import Inputs
 from listopd_jax.report.page import Cell, Plot, Section, Table
-from listopd_jax.report.wording import label, number, percent
+from listopd_jax.report.wording import decimal, label, number, percent
 
 MOST_CLASSES = 6  # drawn; the table has all
 _COLOURS = (plots.ORANGE, plots.BLUE, plots.GREEN, plots.PURPLE, plots.INK, plots.MUTED)
@@ -17,21 +17,23 @@ _MARKERS = "osD^vX"
 
 
 def errors_section(inputs: Inputs) -> Section | None:
-    """A table and a plot; None unless a teacher was given errors by design and policies were distilled from it."""
+    """A table, and a plot if answers fail; None unless there are policies that come from a teacher with such errors.
+
+    An error may leave the contract alone, as a wrong digit does: that is in the row of what answers are worth.
+    """
     planted, found = planted_noise(inputs, "teacher"), inputs.found
     if not planted or found.teacher is None or not found.opd:
         return None
     policies = [policy for policy in (found.teacher, found.student, *found.opd) if policy is not None]
     classes = _classes(policies)
-    if not classes:
-        return None
     said = ", ".join(f"{name} in {share}" for name, share in planted)
     lead = (
         f"The teacher’s training answers have errors by design: {said}. Below, the share of its greedy answers in each "
-        "failure class, that of the student before distillation, and that of the student distilled at each λ."
+        "failure class, that of the student before distillation, and that of the student distilled at each λ. Errors "
+        "that keep the contract show in ‘useful’ alone."
     )
     return Section(
-        "errors", "Which teacher errors transfer", lead, plots=[_plot(found.opd, classes)],
+        "errors", "Which teacher errors transfer", lead, plots=[_plot(found.opd, classes)] if classes else (),
         tables=[_table(policies, classes)], layout="beside",
     )  # fmt: skip
 
@@ -59,11 +61,13 @@ def _name(failure: str) -> str:
 
 
 def _table(policies: Sequence[Policy], classes: Sequence[str]) -> Table:
-    """One row a failure class, one column a policy."""
+    """One row a failure class and one for what answers are worth, one column a policy."""
     shares = [policy.failure_shares() for policy in policies]
     names = [policy.name if policy.lam is None else f"λ = {number(policy.lam)}" for policy in policies]
     rows = [(Cell(_name(c)), *(Cell(percent(of.get(c, 0.0))) for of in shares)) for c in classes]
-    return Table("Share of answers", ("failure class", *names), rows)
+    worth = [policy.mean("useful") for policy in policies]
+    rows.append((Cell("useful"), *(Cell(decimal(x)) for x in worth)))
+    return Table("Share of answers, and useful", ("failure class", *names), rows)
 
 
 def _plot(opd: Sequence[Policy], classes: Sequence[str]) -> Plot:

@@ -3,16 +3,21 @@
 `data.path` is cran.all.1400, `data.meta_path` cran.qry, `data.labels` cranqrel. An abstract (`.W`) begins with its
 title. A query in cranqrel is a position in cran.qry, not the number that stands there. Grades are 1 (a complete answer)
 to 4 (of minimum interest) and become labels 4 to 1; what is judged −1 or not at all has label 0.
+
+225 queries are too few to learn from what a query has to do with a text. `data.synthetic_queries` adds that many lists
+to the training ones, whose queries are made of words of the abstracts (tasks/synthetic_queries.py).
 """
 
 import pathlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any
 
 from listopd_jax.data.reviews import clean_text, first_words
 from listopd_jax.errors import UserError
 from listopd_jax.task.prompt import ListExample, render_list
 from listopd_jax.tasks.file_task import FileTask
 from listopd_jax.tasks.listwise import Listwise, deal_lists
+from listopd_jax.tasks.synthetic_queries import synthetic_lists
 
 BEST = 4  # the label of grade 1
 
@@ -32,13 +37,23 @@ class Cranfield(Listwise, FileTask):
                 raise UserError(
                     f"data.{name} is empty: give cran.qry as data.meta_path, cranqrel as data.labels"
                 )
-        documents, queries = read_sections(path, "W"), read_sections(self.data.meta_path, "W")
-        judged = read_judgements(self.data.labels, len(queries), documents)
-        texts = {i: first_words(text, self.options.max_review_words) for i, text in documents.items()}
+        texts, queries = self._texts(path), read_sections(self.data.meta_path, "W")
+        judged = read_judgements(self.data.labels, len(queries), texts)
         for number, query in enumerate(queries.values(), 1):
             of = judged.get(number, {})
             others = [i for i, text in texts.items() if text and i not in of]
             yield from deal_lists(str(number), query, of, others, texts, self.options.k, self.data.seed)
+
+    def divided(self, records: Sequence[ListExample]) -> dict[str, list[ListExample]]:
+        """The lists by side; synthetic ones, if any, have no abstract that is relevant to a held-out query."""
+        split, count = super().divided(records), self.data.synthetic_queries
+        if count:
+            queries = {record.product_id for record in split["validation"]}
+            held_out = set(_relevant(record for record in records if record.product_id in queries))
+            texts = dict.fromkeys(filter(None, self._texts(self.data.path).values()))  # each once
+            free = [text for text in texts if text not in held_out]
+            split["train"] += synthetic_lists(free, count, self.options.k, BEST, self.data.seed)
+        return split
 
     def group(self, record: ListExample) -> str:
         """The query."""
@@ -48,6 +63,16 @@ class Cranfield(Listwise, FileTask):
         """The query, one line an abstract, and the form of the answer."""
         head = f"Query: {record.title} Below are {len(record.reviews)} passages. Score each 0-{BEST} for relevance."
         return render_list(head, self.noun, record.reviews, example=BEST)
+
+    def _report(self, paths: dict[str, pathlib.Path], split: dict[str, list[Any]]) -> dict[str, Any]:
+        report, count = super()._report(paths, split), self.data.synthetic_queries
+        said = [f"{count} training lists have synthetic queries: nobody has judged them"] if count else []
+        return report | {"notes": report["notes"] + said}
+
+    def _texts(self, path: str | pathlib.Path) -> dict[int, str]:
+        """Number → the words of each abstract that stand in a list."""
+        documents = read_sections(path, "W")
+        return {i: first_words(text, self.options.max_review_words) for i, text in documents.items()}
 
 
 def read_sections(path: str | pathlib.Path, wanted: str) -> dict[int, str]:
@@ -86,6 +111,11 @@ def read_judgements(path: str | pathlib.Path, queries: int, documents: Mapping[i
         if grade > 0 and documents[document]:
             judged.setdefault(query, {})[document] = BEST + 1 - grade
     return judged
+
+
+def _relevant(records: Iterable[ListExample]) -> Iterator[str]:
+    for record in records:
+        yield from (t for t, score in zip(record.reviews, record.scores, strict=True) if score > 0)
 
 
 def _lines(path: str | pathlib.Path) -> Sequence[str]:

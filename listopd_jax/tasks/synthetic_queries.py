@@ -1,0 +1,62 @@
+"""Training lists whose queries are made of the texts' own words, where the real queries are too few to learn from.
+
+The idea is that of the inverse cloze task (Lee et al. 2019, arXiv:1906.00300): a text is relevant to a query that was
+taken from it. Such a list teaches to compare a query with texts; nobody has judged it.
+"""
+
+import random
+import re
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+
+from listopd_jax.errors import UserError
+from listopd_jax.task.prompt import ListExample
+
+COMMON = 100  # the most frequent words of the texts, which say nothing about relevance
+FILLERS = 5  # of them in a query
+GRADES = (1.0, 0.5)  # shares of the best label: half of the relevant texts have the one, half the other
+
+_WORD = re.compile(r"[a-z]{3,}")
+
+
+def synthetic_lists(texts: Sequence[str], count: int, k: int, best: int, seed: int) -> Iterator[ListExample]:
+    """`count` lists of `k` of the `texts`, which are all different; the same for the same arguments.
+
+    Half of the texts of a list are relevant, with labels of GRADES of `best`; each gives as many of its words to the
+    query as its label is.
+
+    UserError if fewer than `k` texts have words enough.
+    """
+    common, own = _vocabulary(texts)
+    rich = {text: words for text, words in own.items() if len(words) >= best}
+    if len(rich) < k:
+        raise UserError(
+            f"data.synthetic_queries={count}: {len(rich)} texts have {best} uncommon words, too few for lists "
+            f"of task.k={k}; raise task.max_review_words"
+        )
+    rng = random.Random(f"{seed} synthetic queries")
+    for number in range(1, count + 1):
+        yield _one_list(f"synthetic{number}", rich, common, k, best, rng)
+
+
+def _one_list(
+    key: str, own: Mapping[str, Sequence[str]], common: Sequence[str], k: int, best: int, rng: random.Random
+) -> ListExample:
+    """Words of the relevant texts and common ones are the query, all in a random order."""
+    chosen = rng.sample(list(own), k)
+    labels = {text: int(best * GRADES[i % len(GRADES)]) for i, text in enumerate(chosen[: k // 2])}
+    query = [word for text, label in labels.items() for word in rng.sample(own[text], label)]
+    query += rng.sample(common, min(FILLERS, len(common)))
+    rng.shuffle(query)
+    rng.shuffle(chosen)
+    scores = tuple(labels.get(text, 0) for text in chosen)
+    return ListExample(key, key, f"{' '.join(query)} .", tuple(chosen), scores)
+
+
+def _vocabulary(texts: Sequence[str]) -> tuple[list[str], dict[str, list[str]]]:
+    """The common words of the texts, and the other words of each."""
+    words = {text: sorted(set(_WORD.findall(text.lower()))) for text in texts}
+    texts_with = Counter(word for of in words.values() for word in of)
+    common = sorted(texts_with, key=lambda word: (-texts_with[word], word))[:COMMON]
+    without = set(common)
+    return common, {text: [word for word in of if word not in without] for text, of in words.items()}
