@@ -48,7 +48,7 @@ ROWS = st.lists(st.tuples(st.floats(0, 1), st.none() | st.floats(0, 1)), min_siz
 def test_the_smallest_about_as_useful_as_the_most_useful(cases):
     options = [Option(1 + i, useful, useful - width) for i, (useful, width) in enumerate(cases)]
     best = max(options, key=lambda o: o.useful)
-    chosen = options[int(choose(options[::-1])) - 1]
+    chosen = options[int(choose(options[::-1]).lam) - 1]
     assert chosen.useful >= best.low and all(o.useful < best.low for o in options if o.lam < chosen.lam)
     assert choose([o._replace(useful=None) for o in options]) is None
 
