@@ -23,7 +23,6 @@ from listopd_jax.errors import UserError
 COMMON, RECORD = "common", "grid.json"
 GUARDED, PLAIN = "lambdas", "plain_lambdas"
 """The fields of λ that sections opd and forecast have: under opd.guard, if it is on, and without it."""
-GRIDS = tuple(f"{section}.{kind}" for section in ("opd", "forecast") for kind in (GUARDED, PLAIN))
 
 
 class Point(NamedTuple):
@@ -80,11 +79,12 @@ class Grid:
     def main_arguments(self, name: str) -> list[str]:
         """The arguments of listopd_jax.main for the common stages or for a point."""
         if name == COMMON:
-            own = {f"forecast.{kind}": lambdas or "()" for kind, lambdas in self.forecasts.items()}
+            own = {f"forecast.{kind}": lambdas for kind, lambdas in self.forecasts.items()}
         else:
             lam, seed, plain = self.point(name)
             own = {f"opd.{PLAIN if plain else GUARDED}": (lam,), "opd.seeds": (seed,)}
-        own = dict.fromkeys(GRIDS, "()") | own
+        grids = [f"{section}.{kind}" for kind in self.forecasts for section in ("opd", "forecast")]
+        own = dict.fromkeys(grids, ()) | own
         # a tuple given twice is appended to, so what was given for these fields goes
         given = [x for x in self.arguments if x.split("=")[0].removeprefix("--config.") not in own]
         mine = [f"--config.{field}={value}".replace(" ", "") for field, value in own.items()]
@@ -134,6 +134,8 @@ def make_grid(root: pathlib.Path, arguments: Sequence[str], config: dict[str, An
         kind: tuple(sorted({float(lam) for section in (opd, more) for lam in section.get(kind, ())}))
         for kind in (GUARDED, PLAIN)
     }
+    if not forecasts[PLAIN]:  # nothing to leave out of a stage's arguments
+        del forecasts[PLAIN]
     return Grid(root, tuple(arguments), config, points, forecasts)
 
 

@@ -13,7 +13,9 @@ from listopd_jax.report.page import Cell, Section, Table
 from listopd_jax.report.wording import at, decimal, interval, percent
 
 Interval = dict[str, float | None]  # mean, low, high
-CONTROLS = "How much of it is only a larger step, and what an independent teacher does, docs/results.md asks of eight seeds."
+CONTROLS = (
+    "Controls with eight seeds, λ = 1 trained twice as long and an independent teacher: docs/results.md."
+)
 
 
 def guarded_section(inputs: Inputs) -> Section | None:

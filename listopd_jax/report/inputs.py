@@ -82,7 +82,7 @@ class Inputs:
         return metric_columns(self.results)
 
     def halves(self) -> dict[str, "Inputs"]:
-        """Where there are policies without a guard and under one, each kind as a run: plain, guarded; else "", the run."""
+        """Policies without a guard and under one, each kind as a run: plain, guarded; of one kind: "", the run."""
         if not self.found.guarded:
             return {"": self}
         return {name: self._only(on) for name, on in (("plain", False), ("guarded", True))}
