@@ -106,9 +106,9 @@ EMBEDDED_NOTES = (
 )
 DEMO_NOTES = (
     EMBEDDED_NOTES[0],
-    "The teacher continues the student's own SFT run, from 100 steps to 160, so the student makes the teacher's errors, "
-    "only larger: what extrapolation can improve. In those 60 steps a quarter of its training answers stops after K-1 "
-    "objects (EC's SFT teacher cuts about 42 % of its lists), so extrapolation breaks the contract, too.",
+    "The teacher continues the student's own SFT run, from 100 steps to 160, so the student makes the teacher's "
+    "errors, only larger: what extrapolation can improve. In those 60 steps a quarter of its training answers stops "
+    "after K-1 objects (EC's SFT teacher cuts about 42 % of its lists), so extrapolation breaks the contract, too.",
     "A little more than half of the student's training answers (sft.student.noise) repeat an id in the last "
     "object, the other failure that EC reports of SFT students: the headroom to lift.",
     "Plain lambda = 1 and 2, and lambda = 2 under a guard of the structure, which leaves the scores to extrapolation. "
