@@ -453,6 +453,7 @@ _TYPES: Mapping[Any, tuple[Callable[[Any], bool], str]] = {
     bool: (lambda x: isinstance(x, bool), "be true or false"),
     dict[str, Any]: (lambda x: isinstance(x, dict), "be an object"),
     list[str]: (lambda x: isinstance(x, list), "be a list"),
+    list[float]: (lambda x: isinstance(x, list), "be a list"),
     list[float] | None: (lambda x: x is None or isinstance(x, list), "be a list or null"),
     dict[str, str]: (lambda x: isinstance(x, dict), "be an object"),
     Counts: (_maps_to(lambda x: is_number(x) and x >= 0), "map names to counts"),
