@@ -23,7 +23,7 @@ from listopd_jax.stages.opd import opd_saving
 from listopd_jax.stages.pipeline import run_stages
 from listopd_jax.train.loop import Run, checkpoint_folder, open_checkpoints
 
-GUARD = "margin=1.25 fallback=base scope=structure"
+GUARD = "fallback=base margin=1.25 scope=structure"
 
 
 def settings(**fields):
