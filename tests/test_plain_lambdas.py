@@ -6,9 +6,11 @@ import json
 import jax
 import numpy as np
 import pytest
+from processes import REPO
 from test_report import Page, record, sweep, workdir
 from test_report import read as records_of
 
+from configs.fashion import get_config
 from launch.grid import COMMON, make_grid
 from listopd_jax import config as config_module
 from listopd_jax.errors import UserError
@@ -237,3 +239,19 @@ def test_beside_other_runs_each_kind_is_a_run_of_its_own(tmp_path):
         "plain": [1.0, 2.0],
         "guarded": [2.0],
     }
+
+
+# ---- the demo
+
+
+def test_the_demo_as_measured_keeps_under_the_guard_what_plain_training_loses():
+    records = read_results(REPO / "docs" / "results" / "demo.json")
+    policies = {(r.lam, bool(r.guard)): r for r in records if r.stage == "opd"}
+    opd = config_module.validate(get_config("demo")).opd
+    assert policies.keys() == {(lam, False) for lam in opd.plain_lambdas} | {
+        (lam, True) for lam in opd.lambdas
+    }
+    one, plain, guard = (policies[at] for at in ((1.0, False), (2.0, False), (2.0, True)))
+    base = next(r for r in records if r.stage == "sft_student")
+    assert plain.parse < one.parse - 0.3 and guard.parse > one.parse - 0.02 and base.parse < one.parse - 0.2
+    assert guard.expected_mae < one.expected_mae and {r.guard for r in (one, plain)} == {""}

@@ -373,7 +373,7 @@ def _forecast(found: Findings) -> str:
     broken = [p for p in found.forecast if p.mean("parse") < CONTRACT_HOLDS]
     says = f"breaks at {at(broken[0].lam)}" if broken else f"holds up to {at(found.forecast[-1].lam)}"
     kept = min((p.mean("parse") for p in found.guarded_forecast), default=None)
-    guarded = "" if kept is None else f", and under the guard parses {percent(kept)} or more at every λ"
+    guarded = "" if kept is None else f", and that under the guard at least {percent(kept)} parse at every λ"
     return (
         f"Before training, greedy decoding from the extrapolated target said that the contract {says}{guarded}; over "
         f"the λ that were trained, its parse rate is off by {percent(error)} (root mean square)."
