@@ -11,7 +11,7 @@ BIN := $(VENV)/bin
 
 demo: $(VENV)/.run
 	@echo "The demo takes 4 to 7 minutes on two cores. Stop it whenever you like: the same command continues."
-	$(BIN)/python -m listopd_jax.main --config=configs/fashion.py --workdir=$(WORKDIR)
+	$(BIN)/python -m listopd_jax.main --config=configs/fashion.py:demo --workdir=$(WORKDIR)
 
 test: $(VENV)/.test lint
 	$(BIN)/python -m pytest -q --durations=20

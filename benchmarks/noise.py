@@ -113,7 +113,7 @@ def shared_of(job: Job, frozen: Frozen) -> Distillation:
     opd, optimizer = job.config.opd, job.config.optimizer
     tx = adamw(optimizer, opd.b2, opd.moments)
     step = make_step(opd, tx, job.graphs, vocab=job.codec.vocab, attention=job.attention)
-    return Distillation(student_again(job, frozen.base), frozen, tx, step)
+    return Distillation(student_again(job, frozen.base), frozen, tx, {"": step})
 
 
 # --- the gradient ---

@@ -1,8 +1,8 @@
 """python -m launch.gather --root=ROOT
 
-Make one run of a grid: ROOT/results.json, metrics.jsonl, completions.jsonl, examples.json, calibration.json,
-recommendation.json, config.json and report.html, from the common stages and every point that is done, in the order and
-with the contents of a single run of them all. The same grid gives the same bytes.
+Make one run of a grid: ROOT/results.json, metrics.jsonl, completions.jsonl, examples.json, errors.json,
+calibration.json, recommendation.json, config.json and report.html, from the common stages and every point that is done,
+in the order and with the contents of a single run of them all. The same grid gives the same bytes.
 
 A point that is missing or broken is named here and in the report; exit code 0: none, 1: some, 2: a mistake to fix.
 """
@@ -19,7 +19,7 @@ from launch.grid import COMMON, Grid, Point, read_grid
 from listopd_jax import files
 from listopd_jax.errors import UserError, exit_code
 from listopd_jax.metrics_log import COMPLETIONS, FILE, read_metrics
-from listopd_jax.records import CALIBRATION, EXAMPLES, RECOMMENDATION, RESULTS, Result, write_records
+from listopd_jax.records import CALIBRATION, ERRORS, EXAMPLES, RECOMMENDATION, RESULTS, Result, write_records
 from listopd_jax.report.inputs import Inputs, read_inputs
 from listopd_jax.report.write import write_report
 
@@ -75,17 +75,18 @@ def read_point(grid: Grid, point: Point, shared: Inputs) -> Inputs:
 
     results = [r for r in inputs.results if r.identity[:3] == _mine(point)]
     examples = [e for e in inputs.examples if e.identity[:3] == _mine(point)]
+    errors = [e for e in inputs.errors if e.identity[:3] == _mine(point)]
     metrics = _rows_of(point, inputs.metrics)
     if not results:
         raise UserError(
             f"{workdir / RESULTS}: has no record of this point; delete {workdir} and launch again"
         )
-    return Inputs(inputs.config, {}, results, metrics, examples)
+    return Inputs(inputs.config, {}, results, metrics, examples, errors=errors)
 
 
 def _mine(point: Point) -> tuple[str, float, int]:
     """Stage, λ and seed of what a point alone has."""
-    return ("opd", *point)
+    return ("opd", point.lam, point.seed)
 
 
 def _rows_of(point: Point, rows: Sequence[Any]) -> list[Any]:
@@ -108,6 +109,8 @@ def write(grid: Grid, gathered: Gathered) -> pathlib.Path:
     files.write_json(root / "config.json", describe(grid, gathered))
     write_records(root / RESULTS, all_of(lambda x: x.results))
     write_records(root / EXAMPLES, all_of(lambda x: x.examples))
+    if errors := all_of(lambda x: x.errors):
+        write_records(root / ERRORS, errors)
     for name, rows in ((FILE, all_of(lambda x: x.metrics)), (COMPLETIONS, gathered.completions)):
         files.write_text(root / name, "".join(json.dumps(row) + "\n" for row in rows))
     for name, record in ((CALIBRATION, common.calibration), (RECOMMENDATION, common.recommendation)):

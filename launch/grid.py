@@ -6,8 +6,8 @@
     ROOT/logs/NAME.log          what the runs printed (NAME.host3.log: those on host 3)
     ROOT/status/NAME.json       how the last of them ended
 
-The points are opd.lambdas × opd.seeds of the configuration. What is done is read off the workdirs, never off the
-status: a workdir has a report.html if and only if its run came to its end.
+The points are opd.lambdas (and opd.plain_lambdas) × opd.seeds of the configuration. What is done is read off the
+workdirs, never off the status: a workdir has a report.html if and only if its run came to its end.
 """
 
 import dataclasses
@@ -21,18 +21,21 @@ from listopd_jax import files
 from listopd_jax.errors import UserError
 
 COMMON, RECORD = "common", "grid.json"
+GUARDED, PLAIN = "lambdas", "plain_lambdas"
+"""The fields of λ that sections opd and forecast have: under opd.guard, if it is on, and without it."""
 
 
 class Point(NamedTuple):
-    """One λ and one seed."""
+    """One λ and one seed; `plain`: without the guard that the others have."""
 
     lam: float
     seed: int
+    plain: bool = False
 
     @property
     def name(self) -> str:
         """What it is called in folders and commands, e.g. lambda1.2_seed7."""
-        return f"lambda{self.lam}_seed{self.seed}"
+        return f"lambda{self.lam}{'_plain' if self.plain else ''}_seed{self.seed}"
 
 
 class State(NamedTuple):
@@ -53,7 +56,9 @@ class Grid:
     arguments: tuple[str, ...]
     config: dict[str, Any]
     points: tuple[Point, ...]  # every λ of every seed, in the order in which one run would train them
-    forecasts: tuple[float, ...]  # every λ that the common stages forecast
+    forecasts: dict[
+        str, tuple[float, ...]
+    ]  # every λ that the common stages forecast, by its field of section forecast
 
     @property
     def names(self) -> list[str]:
@@ -74,10 +79,12 @@ class Grid:
     def main_arguments(self, name: str) -> list[str]:
         """The arguments of listopd_jax.main for the common stages or for a point."""
         if name == COMMON:
-            own = {"opd.lambdas": "()", "forecast.lambdas": self.forecasts}
+            own = {f"forecast.{kind}": lambdas for kind, lambdas in self.forecasts.items()}
         else:
-            lam, seed = self.point(name)
-            own = {"opd.lambdas": (lam,), "opd.seeds": (seed,), "forecast.lambdas": "()"}
+            lam, seed, plain = self.point(name)
+            own = {f"opd.{PLAIN if plain else GUARDED}": (lam,), "opd.seeds": (seed,)}
+        grids = [f"{section}.{kind}" for kind in self.forecasts for section in ("opd", "forecast")]
+        own = dict.fromkeys(grids, ()) | own
         # a tuple given twice is appended to, so what was given for these fields goes
         given = [x for x in self.arguments if x.split("=")[0].removeprefix("--config.") not in own]
         mine = [f"--config.{field}={value}".replace(" ", "") for field, value in own.items()]
@@ -95,7 +102,8 @@ class Grid:
             return True
         path = self.workdir(COMMON) / "config.json"
         try:
-            return set(files.read_json(path)["config"]["forecast"]["lambdas"]) >= set(self.forecasts)
+            saved = files.read_json(path)["config"]["forecast"]
+            return all(set(saved[kind]) >= set(lambdas) for kind, lambdas in self.forecasts.items())
         except (KeyError, TypeError) as e:
             raise UserError(f"{path}: not the record of a run; choose another --root") from e
 
@@ -119,10 +127,16 @@ class Grid:
 
 def make_grid(root: pathlib.Path, arguments: Sequence[str], config: dict[str, Any]) -> Grid:
     """The grid that a configuration, as JSON, describes."""
-    lambdas, seeds = [float(lam) for lam in config["opd"]["lambdas"]], config["opd"]["seeds"]
-    forecasts = sorted({*lambdas, *map(float, config["forecast"]["lambdas"])})
-    points = tuple(Point(lam, seed) for seed in seeds for lam in lambdas)
-    return Grid(root, tuple(arguments), config, points, tuple(forecasts))
+    opd, more = config["opd"], config["forecast"]
+    lambdas = [(float(lam), kind == PLAIN) for kind in (PLAIN, GUARDED) for lam in opd.get(kind, ())]
+    points = tuple(Point(lam, seed, plain) for seed in opd["seeds"] for lam, plain in lambdas)
+    forecasts = {
+        kind: tuple(sorted({float(lam) for section in (opd, more) for lam in section.get(kind, ())}))
+        for kind in (GUARDED, PLAIN)
+    }
+    if not forecasts[PLAIN]:  # nothing to leave out of a stage's arguments
+        del forecasts[PLAIN]
+    return Grid(root, tuple(arguments), config, points, forecasts)
 
 
 def open_grid(root: pathlib.Path, arguments: Sequence[str], config: Any, record: bool = True) -> Grid:

@@ -7,6 +7,7 @@ combinations.
 
 import contextlib
 import datetime
+import itertools
 import json
 import keyword
 import math
@@ -84,7 +85,11 @@ def defaults() -> ml_collections.ConfigDict:
         optimizer=_section(b1=0.9, weight_decay=0.0, max_grad_norm=1.0),
         opd=_opd(),
         rollout=_section(draft_tokens=-1),  # most per decode step; 0: none, -1: 8, none if is_small
-        forecast=_section(lambdas=(), batch_size=8),  # lambdas besides opd.lambdas, decoded without training
+        forecast=_section(  # lambdas besides those of opd, decoded without training
+            lambdas=(),
+            plain_lambdas=(),  # the same besides opd.plain_lambdas
+            batch_size=8,
+        ),
         predict=_section(  # the parse of trained students, before they are trained: predictions.json
             anchors=(),  # lambdas of the runs that say how far training comes; (): no prediction
             seeds=(1, 2),  # of these runs; none of opd.seeds
@@ -204,6 +209,7 @@ def _sft() -> ml_collections.ConfigDict:
 def _opd() -> ml_collections.ConfigDict:
     return _section(
         lambdas=(1.0, 1.05, 1.1, 1.15, 1.2, 1.25),  # (): stop after the forecast, as launch/ does once a grid
+        plain_lambdas=(),  # trained without the guard too: the same run shows what `guard` keeps and what it costs
         recommend=False,  # forecast them, and train at the one λ that the forecasts recommend (docs/forecast.md)
         seeds=(0,),
         steps=0,  # 0: as many as `epochs` give
@@ -349,7 +355,7 @@ def keyword_field(argv: Sequence[str]) -> str | None:
 
 def decimal_comma(argv: Sequence[str]) -> str | None:
     """One line for a λ that is written as 1,5 and may mean 1.5, or 1 and 5; None if there is none."""
-    fields = r"(?:opd|forecast)\.lambdas|predict\.anchors"
+    fields = r"(?:opd|forecast)\.(?:plain_)?lambdas|predict\.anchors"
     for arg in argv:
         if found := re.fullmatch(rf"(--config\.(?:{fields}))=([0-9]+),([0-9]+)", arg):
             field, one, two = found.groups()
@@ -473,22 +479,26 @@ def _is_address(text: str) -> bool:
 
 def _validate_grid(config: ml_collections.ConfigDict) -> None:
     lambdas, seeds = config.opd.lambdas, config.opd.seeds
-    for x in config.forecast.lambdas:
-        _require(
-            _is_lambda(x),
-            f"forecast.lambdas={config.forecast.lambdas}: every lambda is a number >= 0, not {x!r}",
-        )
     _require(len(seeds) > 0, "opd.seeds is empty: give at least one seed, e.g. (0,)")
     eval_steps = config.opd.eval_steps
     _require(
         all(isinstance(n, int) and n > 0 for n in eval_steps) and sorted(set(eval_steps)) == list(eval_steps),
         f"opd.eval_steps={eval_steps}: give ascending numbers of steps, e.g. (60,)",
     )
-    for x in lambdas:
-        _require(_is_lambda(x), f"opd.lambdas={lambdas}: every lambda is a number >= 0, not {x!r}")
+    for section, name in itertools.product(("forecast", "opd"), ("lambdas", "plain_lambdas")):
+        field, values = f"{section}.{name}", config[section][name]
+        for x in values:
+            _require(_is_lambda(x), f"{field}={values}: every lambda is a number >= 0, not {x!r}")
+        _require(
+            len(set(values)) == len(values) or section != "opd", f"{field}={values}: a value stands twice"
+        )
+        _require(
+            name == "lambdas" or not values or guard_text(config.opd.guard) != "",
+            f"{field}={values} are without the guard, and opd.guard is off: give them as {section}.lambdas, or set "
+            "opd.guard.margin (1.25)",
+        )
     for x in seeds:
         _require(_is_seed(x), f"opd.seeds={seeds}: every seed is a whole number in [0, 2^32), not {x!r}")
-    _require(len(set(lambdas)) == len(lambdas), f"opd.lambdas={lambdas}: a value stands twice")
     _validate_anchors(config)
     _require(
         not config.opd.recommend or 1 in {*lambdas, *config.forecast.lambdas},
@@ -920,6 +930,11 @@ def guard_text(guard: ml_collections.FrozenConfigDict) -> str:
     return " ".join(f"{name}={guard[name]}" for name in off if guard[name] != off[name])
 
 
+def unguarded(opd: ml_collections.FrozenConfigDict) -> ml_collections.FrozenConfigDict:
+    """Config section `opd` with its guard off, as the runs at `plain_lambdas` have it."""
+    return ml_collections.FrozenConfigDict(opd.to_dict() | {"guard": defaults().opd.guard.to_dict()})
+
+
 def guard_knows_contract(guard: ml_collections.FrozenConfigDict) -> bool:
     """Whether config section `opd.guard` needs the grammar of the answers."""
     return bool(guard_text(guard)) and (guard.scope == "structure" or guard.mask or guard.structure >= 0)
@@ -958,8 +973,10 @@ def _plain(value: Any) -> Any:
 
 MAY_CHANGE = (
     "opd.lambdas",
+    "opd.plain_lambdas",
     "opd.seeds",
     "forecast.lambdas",
+    "forecast.plain_lambdas",
     "predict.",
     "parallel.",
     "attention",

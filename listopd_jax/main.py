@@ -1,4 +1,4 @@
-"""python -m listopd_jax.main --config=configs/fashion.py --workdir=runs/demo
+"""python -m listopd_jax.main --config=configs/fashion.py:demo --workdir=runs/demo
 
 One run from reviews to report: prepare, SFT of teacher and student, OPD for each λ and seed, strict evaluation.
 Stopped at any moment, the same command resumes. Exit code 0: done (or saved on SIGTERM); 2: a mistake to fix.

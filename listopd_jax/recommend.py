@@ -38,17 +38,17 @@ class Setting(NamedTuple):
     reviews: bool = False
 
 
-def choose(options: Sequence[Option]) -> float | None:
-    """The smallest λ about as useful as the most useful one; None where no useful is known.
+def choose(options: Sequence[Option]) -> Option | None:
+    """The one of smallest λ about as useful as the most useful one; None where no useful is known.
 
     About: its useful lies within the other's 95 % interval.
     """
-    known = sorted(option for option in options if option.useful is not None)
+    known = sorted((option for option in options if option.useful is not None), key=lambda option: option.lam)
     best = max(known, key=lambda option: option.useful, default=None)
     if best is None:
         return None
     least = best.useful if best.low is None else best.low
-    return next(option.lam for option in known if option.useful >= least)
+    return next(option for option in known if option.useful >= least)
 
 
 def guard_flags(reviews: bool) -> str:
@@ -67,17 +67,17 @@ def recommend(
     if not grid or grid[0].lam != 1 or grid[0].parse is None:
         return None
     limit = math.inf if setting.guarded else flip_limit(calibration)
-    flipped = (
-        {} if setting.guarded or calibration is None else {r.lam: r.flipped for r in calibration.forecasts}
-    )
+    rows = () if setting.guarded or calibration is None else calibration.forecasts
+    flipped = {row.lam: row.flipped for row in rows if not row.guard}
     held = _held(grid, limit, flipped)
-    lam = choose([_option(record) for record in held]) or held[-1].lam
-    chosen = next(record for record in held if record.lam == lam)
+    options = [_option(record) for record in held]
+    best = choose(options)
+    chosen = held[-1] if best is None else held[options.index(best)]
     broken = grid[len(held)] if len(held) < len(grid) else None
     why = _why(chosen, held, "" if broken is None else _break(broken, held[0], limit))
     lines = [_use(chosen, grid[0]), why, _next(chosen, held, grid, setting)]
     return Recommendation(
-        lam=lam, parse=chosen.parse, useful=chosen.useful, holds_to=held[-1].lam, lines=lines
+        lam=chosen.lam, parse=chosen.parse, useful=chosen.useful, holds_to=held[-1].lam, lines=lines
     )
 
 

@@ -1,5 +1,5 @@
-"""What a run leaves for others to read, field by field: runs.json, results.json, examples.json, calibration.json,
-recommendation.json and predictions.json.
+"""What a run leaves for others to read, field by field: runs.json, results.json, examples.json, errors.json,
+calibration.json, recommendation.json and predictions.json.
 
 Whoever writes these files makes these records, and whoever reads them gets them back. A field that a file lacks (an
 older one) has its default; fields that are not known here (a newer one's) are kept in `extra` and written again. A
@@ -19,6 +19,7 @@ from listopd_jax.errors import UserError
 
 RUNS, RESULTS, EXAMPLES, CALIBRATION = "runs.json", "results.json", "examples.json", "calibration.json"
 PREDICTIONS = "predictions.json"
+ERRORS = "errors.json"
 RECOMMENDATION = "recommendation.json"
 
 EVALUATE = "evaluate"
@@ -83,9 +84,9 @@ class _OfPolicy(Record):
         return Identity(self.stage, self.lam, self.seed, self.steps, checkpoint, self.guard)
 
     @property
-    def policy(self) -> tuple[str, float | None, str | None]:
-        """Stage, λ and checkpoint: the records of one policy differ in seed and steps alone."""
-        return (self.stage, self.lam, self.identity.checkpoint)
+    def policy(self) -> tuple[str, float | None, str | None, str]:
+        """Stage, λ, checkpoint and guard: the records of one policy differ in seed and steps alone."""
+        return (self.stage, self.lam, self.identity.checkpoint, self.guard)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -187,6 +188,14 @@ class Example(_OfPolicy):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class Errors(_OfPolicy):
+    """What `expected_mae` is the mean of, list by list: an entry of errors.json, for differences paired by list."""
+
+    errors: list[float]
+    extra: dict[str, Any] = _extra()
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class ClassRow(Record):
     """One token class in a calibration; p, b and λ* over kept positions, λ_flip (None: no λ flips it) over all."""
 
@@ -238,6 +247,7 @@ class ForecastFlips(Record):
     percentile_25: float | None = None
     percentile_50: float | None = None
     never: float | None = None  # share of lists without any flip
+    guard: str = ""  # of the forecast
     extra: dict[str, Any] = _extra()
 
 
@@ -295,7 +305,7 @@ class Calibration(Record):
     classes: tuple[ClassRow, ...] = ()
     flips: tuple[FlipRow, ...] = ()
     curve: tuple[CurvePoint, ...] = ()
-    forecasts: tuple[ForecastFlips, ...] = ()  # ascending λ
+    forecasts: tuple[ForecastFlips, ...] = ()  # ascending λ, at each the plain one first
     strip: tuple[StripToken, ...] = ()  # the answer in which a structural token flips first
     notes: list[str] = dataclasses.field(default_factory=list)
     extra: dict[str, Any] = _extra()
@@ -356,6 +366,15 @@ def read_results(path: str | os.PathLike) -> list[Result]:
 def read_examples(path: str | os.PathLike) -> list[Example]:
     """The records of an examples.json; [] if there is no such file."""
     return _entries(Example, _read(path, []), str(path), "example")
+
+
+def read_errors(path: str | os.PathLike) -> list[Errors]:
+    """The records of an errors.json; [] if there is no such file."""
+    found = _entries(Errors, _read(path, []), str(path), "record")
+    for i, record in enumerate(found):
+        numbers = all(map(is_number, record.errors)) and len(record.errors) == len(found[0].errors) > 0
+        _require(numbers, f"{path}: record {i}", "must have one number a list in 'errors'")
+    return found
 
 
 def read_calibration(path: str | os.PathLike) -> Calibration | None:
@@ -434,6 +453,7 @@ _TYPES: Mapping[Any, tuple[Callable[[Any], bool], str]] = {
     bool: (lambda x: isinstance(x, bool), "be true or false"),
     dict[str, Any]: (lambda x: isinstance(x, dict), "be an object"),
     list[str]: (lambda x: isinstance(x, list), "be a list"),
+    list[float]: (lambda x: isinstance(x, list), "be a list"),
     list[float] | None: (lambda x: x is None or isinstance(x, list), "be a list or null"),
     dict[str, str]: (lambda x: isinstance(x, dict), "be an object"),
     Counts: (_maps_to(lambda x: is_number(x) and x >= 0), "map names to counts"),
@@ -444,7 +464,7 @@ _TYPES: Mapping[Any, tuple[Callable[[Any], bool], str]] = {
 
 _OF_RANKINGS = ("gain", "ndcg@1", "ndcg@3", "ndcg@5", "ndcg@10", "tau", "mae")
 
-_NUMBERS = frozenset("parse ndcg_1 ndcg_3 ndcg_5 ndcg_10 tau mae useful ended".split())
+_NUMBERS = frozenset("parse ndcg_1 ndcg_3 ndcg_5 ndcg_10 tau mae useful expected_mae ended".split())
 """The metrics that every record has a field for."""
 
 

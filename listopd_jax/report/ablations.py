@@ -135,7 +135,11 @@ def main(argv: Sequence[str]) -> None:
     parser.add_argument("--steps", type=int, help="only rows of this budget")
     parser.add_argument("--figure", help="a PNG to write")
     args = parser.parse_args(argv)
-    runs = {folder.name: read_inputs(folder) for folder in args.workdirs}
+    runs = {
+        f"{folder.name} {kind}".strip(): half
+        for folder in args.workdirs
+        for kind, half in read_inputs(folder).halves().items()
+    }
     table = [row for name, inputs in runs.items() for row in rows(name, inputs)]
     shown = [row for row in table if args.steps is None or int(row[1]) == args.steps]
     if not shown:

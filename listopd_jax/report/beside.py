@@ -20,8 +20,11 @@ def beside_section(inputs: Inputs) -> Section | None:
     """This run and those that the report was asked to show beside it; None if it was asked for none."""
     if not inputs.beside:
         return None
-    runs = {_name("this run", inputs): inputs}
-    runs |= {_name(name, other): other for name, other in inputs.beside.items()}
+    runs = {
+        _name(name, kind, half): half
+        for name, run in {"this run": inputs, **inputs.beside}.items()
+        for kind, half in run.halves().items()
+    }
     lead = "Means over seeds; the same held-out answers where data and task are the same."
     differs = differences(inputs, inputs.beside)
     points = [f"{name} differs in {', '.join(fields)}." for name, fields in differs.items() if fields]
@@ -49,8 +52,8 @@ def _flat(tree: Any, prefix: str = "") -> dict[str, Any]:
     return {k: v for name, value in tree.items() for k, v in _flat(value, f"{prefix}{name}.").items()}
 
 
-def _name(name: str, inputs: Inputs) -> str:
-    margin = guard_margin(inputs)
+def _name(name: str, kind: str, inputs: Inputs) -> str:
+    margin = 0.0 if kind == "plain" else guard_margin(inputs)
     return f"{name}, {f'guard {margin:g}' if margin else 'plain'}"
 
 

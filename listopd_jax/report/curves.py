@@ -10,10 +10,10 @@ from markupsafe import Markup
 
 from listopd_jax.records import is_number
 from listopd_jax.report import plots
-from listopd_jax.report.findings import STAGES
-from listopd_jax.report.inputs import Inputs
+from listopd_jax.report.findings import STAGES, place
+from listopd_jax.report.inputs import Inputs, logged_place
 from listopd_jax.report.page import Cell, Plot, Section, Table
-from listopd_jax.report.wording import at, fact
+from listopd_jax.report.wording import fact
 
 MAX_POINTS = 60  # longer curves are averaged in this many bins
 
@@ -62,12 +62,12 @@ def sft_section(inputs: Inputs) -> Section | None:
 
 
 def opd_section(inputs: Inputs) -> Section | None:
-    """Training curves of distillation, one line a λ; None before there are any."""
+    """Training curves of distillation, one line a λ and guard; None before there are any."""
     rows = defaultdict(list)
     for row in inputs.metrics:
-        if row.get("stage") == "opd" and is_number(row.get("lambda")):
-            rows[row["lambda"]].append(row)
-    groups = [Group(at(lam), inputs.colours[lam], rows[lam]) for lam in sorted(rows)]
+        if (run := logged_place(row)) is not None:
+            rows[run].append(row)
+    groups = [Group(place(*run), inputs.colours[run], rows[run]) for run in sorted(rows)]
     return _section("opd", "Distillation, step by step", groups, OPD_PANELS)
 
 

@@ -39,7 +39,7 @@ FAILURES = {
 
 @dataclass(frozen=True)
 class Policy:
-    """One evaluated policy: a stage and, for distillation, a λ. Its records differ in the seed.
+    """One evaluated policy: a stage and, for distillation, a λ and any guard. Its records differ in the seed.
 
     `checkpoint` is the name of one that no run here made.
     """
@@ -47,17 +47,23 @@ class Policy:
     stage: str
     lam: float | None
     checkpoint: str | None
+    guard: str
     records: tuple[Result, ...]
 
     @property
-    def key(self) -> tuple[str, float | None, str | None]:
+    def key(self) -> tuple[str, float | None, str | None, str]:
         """`policy` of each of its records."""
-        return self.stage, self.lam, self.checkpoint
+        return self.stage, self.lam, self.checkpoint, self.guard
 
     @property
     def name(self) -> str:
         """How the report calls it."""
         return policy_name(*self.key)
+
+    @property
+    def where(self) -> str:
+        """Its λ and whether it is under a guard."""
+        return place(self.lam, self.guard)
 
     def mean(self, metric: str) -> float | None:
         """Mean of `metric` over the seeds that define it, None if none does."""
@@ -98,7 +104,11 @@ class Cliff:
 
 @dataclass(frozen=True)
 class Findings:
-    """The policies that the report compares, each None or empty where it was not evaluated."""
+    """The policies that the report compares, each None or empty where it was not evaluated.
+
+    Where there are policies without a guard and under one, `opd`, `cliff` and `forecast` are those without, and
+    `guarded` and `guarded_forecast` the others.
+    """
 
     teacher: Policy | None
     student: Policy | None
@@ -107,12 +117,19 @@ class Findings:
     cliff: Cliff
     forecast: tuple[Policy, ...] = ()  # greedy from the untrained target, ascending λ
     checkpoints: tuple[Policy, ...] = ()  # that no run here made, by name
+    guarded: tuple[Policy, ...] = ()
+    guarded_forecast: tuple[Policy, ...] = ()
 
 
-def policy_name(stage: str, lam: float | None, checkpoint: str | None) -> str:
-    """How the report calls a policy: "OPD, λ = 1.2", "checkpoint NAME"."""
+def policy_name(stage: str, lam: float | None, checkpoint: str | None, guard: str = "") -> str:
+    """How the report calls a policy: "OPD, λ = 1.2", "OPD, λ = 1.2, guarded", "checkpoint NAME"."""
     name = STAGES.get(stage, stage) + (f" {checkpoint}" if checkpoint is not None else "")
-    return name if lam is None else f"{name}, {at(lam)}"
+    return name if lam is None else f"{name}, {place(lam, guard)}"
+
+
+def place(lam: float, guard: str) -> str:
+    """A λ and whether it is under a guard, in words."""
+    return at(lam) + (", guarded" if guard else "")
 
 
 def policies(records: Iterable[Result]) -> list[Policy]:
@@ -140,14 +157,23 @@ def find(records: Iterable[Result]) -> Findings:
     """Read the findings off the records of results.json."""
     everyone = policies(records)
     single = {policy.stage: policy for policy in everyone}
-    opd = tuple(p for p in everyone if p.stage == "opd" and p.lam is not None and p.mean("parse") is not None)
-    best = max(opd, key=_usefulness, default=None)
+    known = [p for p in everyone if p.lam is not None and p.mean("parse") is not None]
+    opd, guarded = _by_guard(p for p in known if p.stage == "opd")
+    best = max((*opd, *guarded), key=_usefulness, default=None)
     held = tuple(p for p in opd if p.mean("parse") >= CONTRACT_HOLDS)
     broken = tuple(p for p in opd if p.mean("parse") < CONTRACT_HOLDS)
-    forecast = tuple(p for p in everyone if p.stage == "forecast")
+    forecast, guarded_forecast = _by_guard(p for p in everyone if p.stage == "forecast")
     checkpoints = tuple(p for p in everyone if p.stage == EVALUATE)
     teacher, student = single.get("sft_teacher"), single.get("sft_student")
-    return Findings(teacher, student, opd, best, Cliff(held, broken), forecast, checkpoints)
+    cliff = Cliff(held, broken)
+    return Findings(teacher, student, opd, best, cliff, forecast, checkpoints, guarded, guarded_forecast)
+
+
+def _by_guard(some: Iterable[Policy]) -> tuple[tuple[Policy, ...], tuple[Policy, ...]]:
+    """Policies without a guard and those under one; all under one are the first, where there is nothing beside them."""
+    some = tuple(some)
+    plain, guarded = (tuple(p for p in some if bool(p.guard) == on) for on in (False, True))
+    return (plain, guarded) if plain else (guarded, ())
 
 
 def forecast_error(found: Findings) -> float | None:
@@ -215,7 +241,7 @@ def _compare(a: Policy, b: Policy) -> int:
 
 
 def _lift(student: Policy | None, best: Policy) -> str:
-    after, where = percent(best.mean("parse")), at(best.lam)
+    after, where = percent(best.mean("parse")), best.where
     if best.mean("parse") == 0:
         return "No distilled policy parses a single answer"
     if student is None or student.mean("parse") is None:
@@ -239,7 +265,8 @@ def _break(found: Findings) -> str:
         return f"; no λ tested keeps the contract in {percent(CONTRACT_HOLDS)} of answers"
     if first is None:
         return f"; no cliff up to {at(last.lam)}"
-    return f"; the contract breaks between {at(last.lam)} and {number(first.lam)}"
+    who = "without the guard the contract" if found.guarded else "the contract"
+    return f"; {who} breaks between {at(last.lam)} and {number(first.lam)}"
 
 
 def _sft(found: Findings) -> str:
@@ -254,14 +281,14 @@ def _best(found: Findings) -> str:
     if best is None or not best.mean("useful"):
         return ""
     text = (
-        f"The most useful distilled policy is {at(best.lam)}: useful {best.mean('useful'):.3f} "
+        f"The most useful distilled policy is {best.where}: useful {best.mean('useful'):.3f} "
         f"(a failed answer counts 0), parse {percent(best.mean('parse'))}."
     )
     if student is not None and student.mean("useful") is not None:
         text += f" The SFT student’s useful is {student.mean('useful'):.3f}."
     return text + (
         " It was chosen on the records that score it, which flatters it a little."
-        if len(found.opd) > 1
+        if len(found.opd) + len(found.guarded) > 1
         else ""
     )
 
@@ -318,7 +345,8 @@ def _collapsed(found: Findings) -> str:
         ("checkpoint", "was stopped when it collapsed, and its most useful checkpoint stands for it"),
         ("lambda_end", "went on with a lower λ after it collapsed"),
     ):
-        lams = [at(p.lam) for p in found.opd if any(field in record.extra for record in p.records)]
+        everyone = (*found.opd, *found.guarded)
+        lams = [p.where for p in everyone if any(field in record.extra for record in p.records)]
         parts += [f"A run at {', '.join(lams)} {what}."] if lams else []
     return " ".join(parts)
 
@@ -344,14 +372,17 @@ def _forecast(found: Findings) -> str:
         return ""
     broken = [p for p in found.forecast if p.mean("parse") < CONTRACT_HOLDS]
     says = f"breaks at {at(broken[0].lam)}" if broken else f"holds up to {at(found.forecast[-1].lam)}"
+    kept = min((p.mean("parse") for p in found.guarded_forecast), default=None)
+    guarded = "" if kept is None else f", and that under the guard at least {percent(kept)} parse at every λ"
     return (
-        f"Before training, greedy decoding from the extrapolated target said that the contract {says}; over the λ that "
-        f"were trained, its parse rate is off by {percent(error)} (root mean square)."
+        f"Before training, greedy decoding from the extrapolated target said that the contract {says}{guarded}; over "
+        f"the λ that were trained, its parse rate is off by {percent(error)} (root mean square)."
     )
 
 
 def _evidence(found: Findings) -> str:
-    shown = [p for p in (found.teacher, found.student, *found.opd, *found.checkpoints) if p is not None]
+    everyone = (found.teacher, found.student, *found.opd, *found.guarded, *found.checkpoints)
+    shown = [p for p in everyone if p is not None]
     sizes = sorted({r.n for p in shown for r in p.records if r.n is not None})
     if not sizes:
         return ""

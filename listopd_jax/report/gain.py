@@ -33,7 +33,11 @@ def difference(policy: Seeds, reference: Seeds) -> Json:
     seeds = sorted(policy.keys() & reference.keys())
     if not seeds:
         raise UserError("no seed is done in both of two arms that are compared; let the runs go on")
-    values = [policy[s].expected_mae - reference[s].expected_mae for s in seeds]
+    return mean_interval([policy[s].expected_mae - reference[s].expected_mae for s in seeds])
+
+
+def mean_interval(values: Sequence[float]) -> Json:
+    """Mean of paired differences with its 95 % t interval, which one value alone does not have."""
     if len(values) < 2:
         return {"mean": values[0], "low": None, "high": None}
     mean, n = statistics.fmean(values), len(values)

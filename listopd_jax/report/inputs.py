@@ -2,7 +2,7 @@
 
 import pathlib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
@@ -11,17 +11,20 @@ from listopd_jax.errors import UserError
 from listopd_jax.metrics_log import read_metrics
 from listopd_jax.records import (
     CALIBRATION,
+    ERRORS,
     EXAMPLES,
     PREDICTIONS,
     RECOMMENDATION,
     RESULTS,
     Calibration,
+    Errors,
     Example,
     Prediction,
     Recommendation,
     Result,
     is_number,
     read_calibration,
+    read_errors,
     read_examples,
     read_predictions,
     read_recommendation,
@@ -45,6 +48,7 @@ USEFUL = "parse · NDCG@1"
 """What useful is where the data report does not say: of reviews."""
 
 _Json = Mapping[str, Any]
+Place = tuple[float, str]  # λ, and its guard
 
 
 @dataclass(frozen=True)
@@ -59,6 +63,7 @@ class Inputs:
     calibration: Calibration | None = None
     predictions: Sequence[Prediction] = ()
     recommendation: Recommendation | None = None  # of the forecasts
+    errors: Sequence[Errors] = ()
     beside: Mapping[str, "Inputs"] = field(default_factory=dict)  # other runs to compare with, by name
 
     @cached_property
@@ -76,18 +81,37 @@ class Inputs:
         """The metrics that the records have, and their names."""
         return metric_columns(self.results)
 
+    def halves(self) -> dict[str, "Inputs"]:
+        """Policies without a guard and under one, each kind as a run: plain, guarded; of one kind: "", the run."""
+        if not self.found.guarded:
+            return {"": self}
+        return {name: self._only(on) for name, on in (("plain", False), ("guarded", True))}
+
+    def _only(self, guarded: bool) -> "Inputs":
+        """Without the distilled policies and forecasts of the other kind."""
+        results = [r for r in self.results if r.stage not in ("opd", "forecast") or bool(r.guard) == guarded]
+        metrics = [r for r in self.metrics if r.get("stage") != "opd" or bool(r.get("guard")) == guarded]
+        return replace(self, results=results, metrics=metrics)
+
     @property
     def useful(self) -> str:
         """What useful is."""
         return str(self.data.get("useful", USEFUL))
 
     @cached_property
-    def colours(self) -> dict[float, str]:
-        """λ -> colour, the same in every figure."""
-        logged = [row.get("lambda") for row in self.metrics if row.get("stage") == "opd"]
-        found = {r.lam for r in self.results if r.stage == "opd"} | set(filter(is_number, logged))
-        lams = sorted(found - {None})
-        return dict(zip(lams, plots.lambda_colours(len(lams)), strict=True))
+    def colours(self) -> dict[Place, str]:
+        """λ and guard -> colour, the same in every figure."""
+        found = {(r.lam, r.guard) for r in self.results if r.stage == "opd" and r.lam is not None}
+        found |= {place for row in self.metrics if (place := logged_place(row))}
+        places = sorted(found)
+        return dict(zip(places, plots.lambda_colours(len(places)), strict=True))
+
+
+def logged_place(row: _Json) -> Place | None:
+    """λ and guard of the run that a row of metrics.jsonl is of; None of one that is not distilled."""
+    if row.get("stage") != "opd" or not is_number(row.get("lambda")):
+        return None
+    return row["lambda"], str(row.get("guard") or "")
 
 
 def metric_columns(results: Sequence[Result]) -> dict[str, str]:
@@ -103,7 +127,7 @@ def metric_columns(results: Sequence[Result]) -> dict[str, str]:
 
 def read_inputs(workdir: str | pathlib.Path) -> Inputs:
     """Read config.json, data/report.json, results.json, metrics.jsonl, examples.json, calibration.json,
-    predictions.json and recommendation.json.
+    predictions.json, recommendation.json and errors.json.
 
     Raises UserError if there is no such folder, or a file in it is broken.
     """
@@ -121,6 +145,7 @@ def read_inputs(workdir: str | pathlib.Path) -> Inputs:
         read_calibration(workdir / CALIBRATION),
         read_predictions(workdir / PREDICTIONS),
         read_recommendation(workdir / RECOMMENDATION),
+        read_errors(workdir / ERRORS),
     )
 
 

@@ -12,12 +12,12 @@ from markupsafe import Markup
 
 from listopd_jax.records import Result
 from listopd_jax.report import plots
-from listopd_jax.report.findings import CONTRACT_HOLDS
-from listopd_jax.report.inputs import Inputs
+from listopd_jax.report.findings import CONTRACT_HOLDS, place
+from listopd_jax.report.inputs import Inputs, Place
 from listopd_jax.report.page import Cell, Plot, Section, Table
-from listopd_jax.report.wording import at, decimal, fact, percent
+from listopd_jax.report.wording import decimal, fact, percent
 
-Runs = Mapping[tuple[float, int | None], Sequence[Result]]
+Runs = Mapping[tuple[Place, int | None], Sequence[Result]]
 
 
 def passage_section(inputs: Inputs) -> Section | None:
@@ -32,8 +32,8 @@ def passage_section(inputs: Inputs) -> Section | None:
     )
     shown = [_plot(inputs, runs, metric, name) for metric, name in (("useful", "Useful"), ("parse", "Parse"))]
     shown.append(_passage_plot(inputs, runs))
-    legend = [(at(lam), plots.css_colour(inputs.colours[lam])) for lam in _lambdas(runs)]
-    rows = [_row(lam, _of(runs, lam)) for lam in _lambdas(runs)]
+    legend = [(place(*at), plots.css_colour(inputs.colours[at])) for at in _places(runs)]
+    rows = [_row(at, _of(runs, at)) for at in _places(runs)]
     head = ("run", "most useful step", "useful there", "useful at the end", "first passage at step")
     table = Table("Best steps and first passages", head, rows)
     title = "Held-out answers over the steps"
@@ -41,11 +41,11 @@ def passage_section(inputs: Inputs) -> Section | None:
 
 
 def evaluated_runs(results: Sequence[Result]) -> Runs:
-    """The records of each distilled run, by λ and seed, ascending in steps."""
+    """The records of each distilled run, by λ and guard and by seed, ascending in steps."""
     runs = defaultdict(list)
     for record in results:
         if record.stage == "opd" and record.lam is not None and record.steps is not None:
-            runs[record.lam, record.seed].append(record)
+            runs[(record.lam, record.guard), record.seed].append(record)
     return {
         key: sorted(runs[key], key=lambda r: r.steps) for key in sorted(runs, key=lambda k: (k[0], k[1] or 0))
     }
@@ -61,12 +61,12 @@ def first_passage(records: Sequence[Result]) -> int | None:
     return None
 
 
-def _of(runs: Runs, lam: float) -> list[Sequence[Result]]:
-    return [records for (other, _), records in runs.items() if other == lam]
+def _of(runs: Runs, at: Place) -> list[Sequence[Result]]:
+    return [records for (other, _), records in runs.items() if other == at]
 
 
-def _lambdas(runs: Runs) -> list[float]:
-    return sorted({lam for lam, _ in runs})
+def _places(runs: Runs) -> list[Place]:
+    return sorted({at for at, _ in runs})
 
 
 def _means(some: Sequence[Sequence[Result]], metric: str) -> tuple[list[int], list[float]]:
@@ -80,11 +80,11 @@ def _means(some: Sequence[Sequence[Result]], metric: str) -> tuple[list[int], li
 
 def _plot(inputs: Inputs, runs: Runs, metric: str, name: str) -> Plot:
     curves = []
-    for lam in _lambdas(runs):
-        steps, values = _means(_of(runs, lam), metric)
+    for at in _places(runs):
+        steps, values = _means(_of(runs, at), metric)
         best = max(range(len(steps)), key=values.__getitem__, default=None) if metric == "useful" else None
-        crosses = _collapses(_of(runs, lam))
-        curves.append(plots.Curve(at(lam), inputs.colours[lam], steps, values, best=best, crosses=crosses))
+        crosses = _collapses(_of(runs, at))
+        curves.append(plots.Curve(place(*at), inputs.colours[at], steps, values, best=best, crosses=crosses))
     drawn = [curve for curve in curves if curve.steps]
     ends = "; ".join(f"{c.name}: from {c.values[0]:.3g} to {c.values[-1]:.3g}" for c in drawn)
     description = f"{name} of held-out answers over training steps. {ends}."
@@ -103,23 +103,23 @@ def _collapses(some: Sequence[Sequence[Result]]) -> list[int]:
 def _passage_plot(inputs: Inputs, runs: Runs) -> Plot:
     """Share of the runs at each λ that have passed, over steps."""
     curves = []
-    for lam in _lambdas(runs):
-        some = _of(runs, lam)
+    for at in _places(runs):
+        some = _of(runs, at)
         steps = sorted({r.steps for records in some for r in records})
         passed = [first_passage(records) for records in some]
         shares = [sum(p is not None and p <= step for p in passed) / len(passed) for step in steps]
-        curves.append(plots.Curve(at(lam), inputs.colours[lam], steps, shares, stairs=True))
+        curves.append(plots.Curve(place(*at), inputs.colours[at], steps, shares, stairs=True))
     ends = "; ".join(f"{c.name}: {percent(c.values[-1])}" for c in curves)
     description = f"Share of runs whose contract has broken, over training steps. At the end, {ends}."
     svg = plots.training_curves(curves, ylabel="share of runs", limits=(-0.03, 1.03), description=description)
     return Plot("First passages, share of runs", Markup(svg))
 
 
-def _row(lam: float, some: Sequence[Sequence[Result]]) -> tuple[Cell, ...]:
+def _row(at: Place, some: Sequence[Sequence[Result]]) -> tuple[Cell, ...]:
     steps, values = _means(some, "useful")
     best = max(range(len(steps)), key=values.__getitem__, default=None)
     passed = [step for records in some if (step := first_passage(records)) is not None]
     broke = f"{fact(round(statistics.median(passed)))}" if passed else "–"
     small = f"{len(passed)} of {len(some)} runs" if len(some) > 1 else ""
     where = (fact(steps[best]), decimal(values[best]), decimal(values[-1])) if steps else ("–",) * 3
-    return (Cell(at(lam)), *map(Cell, where), Cell(broke, small))
+    return (Cell(place(*at)), *map(Cell, where), Cell(broke, small))

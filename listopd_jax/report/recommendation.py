@@ -33,17 +33,17 @@ def recommendation(inputs: Inputs) -> list[Advice]:
 
 def choose(found: Findings) -> Policy | None:
     """The policy of the smallest λ that keeps the contract and is about as useful as the most useful one, if any."""
-    held = found.cliff.held
+    held = [*found.cliff.held, *(p for p in found.guarded if p.mean("parse") >= CONTRACT_HOLDS)]
     lows = [(policy.interval("useful") or (None,))[0] for policy in held]
     options = [recommend.Option(p.lam, p.mean("useful"), low) for p, low in zip(held, lows, strict=True)]
-    lam = recommend.choose(options)
-    return next((policy for policy in held if policy.lam == lam), None)
+    chosen = recommend.choose(options)
+    return None if chosen is None else held[options.index(chosen)]
 
 
 def _use(chosen: Policy, found: Findings) -> str:
     record = max(chosen.records, key=lambda r: r.useful or 0.0)
     text = (
-        f"Use {at(chosen.lam)}, policy {record.run}: it parses {percent(chosen.mean('parse'))} of answers, useful "
+        f"Use {chosen.where}, policy {record.run}: it parses {percent(chosen.mean('parse'))} of answers, useful "
         f"{decimal(chosen.mean('useful'))}."
     )
     larger = [policy for policy in found.cliff.held if policy.lam > chosen.lam]

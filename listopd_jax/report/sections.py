@@ -20,6 +20,7 @@ from listopd_jax.report.constrained_section import constrained_section
 from listopd_jax.report.curves import opd_section, sft_section
 from listopd_jax.report.errors_section import errors_section
 from listopd_jax.report.findings import FAILURES, Findings, Policy
+from listopd_jax.report.guarded_section import guarded_section
 from listopd_jax.report.inputs import METRICS, Inputs
 from listopd_jax.report.page import Cell, Listing, Plot, Section, Table
 from listopd_jax.report.passage import passage_section
@@ -56,7 +57,7 @@ def key_figures(found: Findings) -> list[tuple[str, str, str]]:
     ]
     if found.best is not None and found.best.mean("useful") is not None:
         ends = interval(found.best.interval("useful"), to=" to ")
-        figures.append((decimal(found.best.mean("useful")), f"peak useful, at {at(found.best.lam)}", ends))
+        figures.append((decimal(found.best.mean("useful")), f"peak useful, at {found.best.where}", ends))
     if found.cliff.last_held is not None and len(found.opd) > 1:
         rule = f"parses {percent(findings.CONTRACT_HOLDS)} or more"
         figures.append((at(found.cliff.last_held.lam), "largest λ that keeps the contract", rule))
@@ -171,6 +172,7 @@ def reproduce_section(inputs: Inputs) -> Section | None:
 
 SECTIONS: tuple[Callable[[Inputs], Section | None], ...] = (
     contract_section,
+    guarded_section,
     policies_section,
     failures_section,
     constrained_section,
@@ -201,7 +203,9 @@ def _parse_plot(inputs: Inputs) -> Plot:
         title = "Parse never reaches the contract" if last is None else f"Parse holds up to {at(last.lam)}"
     series = [
         plots.Series("OPD", _points(found.opd, "parse"), plots.BLUE),
+        plots.Series("OPD, guarded", _points(found.guarded, "parse"), plots.PURPLE, "s"),
         plots.Series("forecast, untrained", _points(found.forecast, "parse"), plots.GREEN, "D"),
+        plots.Series("forecast, guarded", _points(found.guarded_forecast, "parse"), plots.AMBER, "d"),
         *prediction_series(inputs),
     ]
     shorter = findings.shorter_budgets(
@@ -226,6 +230,7 @@ def _quality_plot(found: Findings) -> Plot:
     series = [
         plots.Series("NDCG@1, parsed answers", ranking, plots.PURPLE, "s"),
         plots.Series("useful, all answers", useful, plots.GREEN),
+        plots.Series("useful, guarded", _points(found.guarded, "useful"), plots.ORANGE, "s"),
     ]
     shown = {"ndcg@1": "NDCG@1", "useful": "useful"} if ranking else {"useful": "useful"}
     spoken = " ".join(_spoken(found, metric) for metric in shown)
@@ -262,7 +267,7 @@ def _levels(found: Findings, metric: str, form: Callable[[float], str]) -> list[
 
 def _spoken(found: Findings, metric: str) -> str:
     """The numbers of a figure, for those who cannot see it."""
-    shown = [p for p in (found.teacher, found.student, *found.opd) if p is not None]
+    shown = [p for p in (found.teacher, found.student, *found.opd, *found.guarded) if p is not None]
     return "; ".join(f"{p.name}: {METRICS[metric]} {decimal(p.mean(metric))}" for p in shown) + "."
 
 
@@ -349,7 +354,9 @@ def _choose(examples: Sequence[Example]) -> list[Example]:
     for example in examples:
         groups[example.policy].append(example)
     chosen = []
-    for policy in findings.policies(Result(run=e.run, stage=e.stage, lam=e.lam) for e, *_ in groups.values()):
+    for policy in findings.policies(
+        Result(run=e.run, stage=e.stage, lam=e.lam, guard=e.guard) for e, *_ in groups.values()
+    ):
         group = groups[policy.key]
         good = [e for e in group if e.failure == "ok"]
         bad = _varied([e for e in group if e.failure != "ok"])

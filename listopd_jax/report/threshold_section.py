@@ -6,6 +6,7 @@ from markupsafe import Markup
 
 from listopd_jax.records import Calibration, CurvePoint, FlipRow, ForecastFlips
 from listopd_jax.report import plots
+from listopd_jax.report.findings import place
 from listopd_jax.report.inputs import Inputs
 from listopd_jax.report.page import Cell, Plot, Section, Table
 from listopd_jax.report.wording import (
@@ -130,7 +131,12 @@ def _forecasts_table(found: Calibration) -> list[Table]:
     if not found.forecasts:
         return []
     rows = [
-        (Cell(at(row.lam)), Cell(percent(row.agreement)), Cell(percent(row.flipped)), *_flip_cells(row))
+        (
+            Cell(place(row.lam, row.guard)),
+            Cell(percent(row.agreement)),
+            Cell(percent(row.flipped)),
+            *_flip_cells(row),
+        )
         for row in found.forecasts
     ]
     head = ("along the forecast at", "the teacher’s answer", "flip below λ", *_FLIP_HEAD)

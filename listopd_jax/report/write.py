@@ -14,6 +14,7 @@ from markupsafe import Markup
 
 from listopd_jax import files
 from listopd_jax.report import findings, plots, script
+from listopd_jax.report.guarded_section import gain
 from listopd_jax.report.inputs import Inputs, read_inputs
 from listopd_jax.report.recommendation import recommendation
 from listopd_jax.report.sections import SECTIONS, key_figures
@@ -47,7 +48,7 @@ def render(inputs: Inputs) -> str:
     return environment.from_string(_TEMPLATE.read_text("utf-8")).render(
         headline=findings.headline(inputs.found),
         recommended=recommendation(inputs),
-        sentences=findings.sentences(inputs.found),
+        sentences=[*findings.sentences(inputs.found), *gain(inputs)],
         figures=key_figures(inputs.found),
         sections=[section for section in made if section is not None],
         run=[str(inputs.config[name]) for name in ("preset", "device") if inputs.config.get(name)],

@@ -287,11 +287,12 @@ def calibrate_stage(job: Job, frozen: Frozen) -> Calibration:
 
 
 def calibrate_forecasts(
-    job: Job, frozen: Frozen, lambdas: Sequence[float], answers: Sequence[Sequence[Answer]]
+    job: Job, frozen: Frozen, lambdas: Sequence[float], answers: Sequence[Sequence[Answer]], guard: str = ""
 ) -> None:
     """Add to workdir/calibration.json what teacher and base say along the forecasts' own answers, λ by λ.
 
     `answers` are those of one λ to every validation prompt, for each of `lambdas`; one pass of both models scores all.
+    `guard`: the one that they are under.
     """
     params = dict(zip(teacher_roles(job.models), frozen.teachers, strict=True))
     ids = [{answer.index: answer.tokens for answer in column} for column in answers]
@@ -304,7 +305,7 @@ def calibrate_forecasts(
             tokens = _padded(written, round_up(int(lengths.max()), ANSWER_STEP), job.codec.pad)
             parts.append(along(*models, batch, tokens, lengths, job.codec, job.config.opd.head_chunk))
     rows = [
-        forecast_row(lam, joined(column))
+        dataclasses.replace(forecast_row(lam, joined(column)), guard=guard)
         for lam, column in zip(lambdas, zip(*parts, strict=True), strict=True)
     ]
     _add_forecasts(job.workdir / CALIBRATION, rows)
@@ -331,11 +332,11 @@ def _padded(answers: Sequence[Sequence[Sequence[int]]], size: int, pad: int) -> 
 
 
 def _add_forecasts(path: pathlib.Path, rows: Sequence[ForecastFlips]) -> None:
-    """Write `rows` into a calibration, in place of those of the same λ."""
+    """Write `rows` into a calibration, in place of those of the same λ and guard."""
     saved = from_main(lambda: files.read_json(path))
-    found, new = Calibration.from_json(saved, str(path)), {row.lam for row in rows}
-    kept = [row for row in found.forecasts if row.lam not in new]
-    both = tuple(sorted([*kept, *rows], key=lambda row: row.lam))
+    found, new = Calibration.from_json(saved, str(path)), {(row.lam, row.guard) for row in rows}
+    kept = [row for row in found.forecasts if (row.lam, row.guard) not in new]
+    both = tuple(sorted([*kept, *rows], key=lambda row: (row.lam, row.guard)))
     files.write_json(path, dataclasses.replace(found, forecasts=both).to_json())
 
 

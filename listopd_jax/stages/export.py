@@ -194,7 +194,7 @@ def _trained(
     config: Any, digest: str, workdir: pathlib.Path, record: Result, shape: ModelConfig
 ) -> nnx.State:
     """What the checkpoint of a policy of `shape` has: all its parameters, or its adapter."""
-    run = Run(record.run, record.stage, record.lam, record.seed, record.steps)
+    run = Run(record.run, record.stage, record.lam, record.seed, record.steps, record.guard)
     saved = opd_saving(config) if record.stage == "opd" else saving(config)
     folder = checkpoint_folder(workdir, record.run)
     with Checkpoints(folder, saved.keep, run.labels | saved.identity | {"config": digest}) as checkpoints:

@@ -10,7 +10,7 @@ forecast either: the two models would decode after two prompts.
 """
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import jax.numpy as jnp
 
@@ -32,22 +32,30 @@ def forecast_run(lam: float, guard: str = "") -> Run:
 
 
 def forecast(job: Job, frozen: Frozen) -> None:
-    """Forecast every λ of `forecast.lambdas` and `opd.lambdas` and keep the records; those done are left alone."""
-    config = job.config
-    grid = sorted({float(lam) for lam in (*config.forecast.lambdas, *config.opd.lambdas)})
-    guard = guard_text(config.opd.guard)
-    missing = [lam for lam in grid if evaluated(job.workdir, forecast_run(lam, guard)) is None]
-    if config.opd.advantage != "base_relative" or not missing:
+    """Forecast every λ of the sections forecast and opd and keep the records; those done are left alone."""
+    opd, more = job.config.opd, job.config.forecast
+    if opd.advantage != "base_relative":
         return
-    if config.teachers.max_prompt:
+    _forecast(job, frozen, "", {*more.plain_lambdas, *opd.plain_lambdas})
+    _forecast(job, frozen, guard_text(opd.guard), {*more.lambdas, *opd.lambdas})
+
+
+def _forecast(job: Job, frozen: Frozen, name: str, lambdas: Iterable[float]) -> None:
+    """Forecast those of `lambdas` that are missing, under the guard of that name."""
+    grid = sorted(set(map(float, lambdas)))
+    missing = [lam for lam in grid if evaluated(job.workdir, forecast_run(lam, name)) is None]
+    if not missing:
+        return
+    if job.config.teachers.max_prompt:
         if is_main():
             print("no forecast: teachers read prompts of their own (teachers.max_prompt)", file=sys.stderr)
         return
-    columns = target_answers(job, frozen, missing, job.guard, "forecast")
-    scores = expected(job, *target_of(job, frozen, "teacher", missing), config.forecast.batch_size, job.guard)
-    calibrate_forecasts(job, frozen, missing, columns)
+    guard, batch_size = job.guard_of(name), job.config.forecast.batch_size
+    columns = target_answers(job, frozen, missing, guard, "forecast")
+    scores = expected(job, *target_of(job, frozen, "teacher", missing), batch_size, guard)
+    calibrate_forecasts(job, frozen, missing, columns, name)
     for value, column, means in zip(missing, columns, scores, strict=True):
-        keep(job, forecast_run(value, guard), column, examples=False, expected=means)
+        keep(job, forecast_run(value, name), column, of_policy=False, expected=means)
 
 
 def target_answers(

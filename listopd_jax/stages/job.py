@@ -250,11 +250,10 @@ class Job:
             return {"masks": self.schema_masks.rows(schemas)}
         return {}
 
-    @property
-    def guard(self) -> Guard | None:
-        """The guard of section `opd.guard`; None where it is off."""
+    def guard_of(self, text: str) -> Guard | None:
+        """The guard of runs and forecasts whose records say `text`: None for "", else that of section `opd.guard`."""
         guard = self.config.opd.guard
-        if not guard_text(guard):
+        if not text:
             return None
         return Guard(
             jnp.float32(guard.margin),
@@ -409,7 +408,7 @@ def open_job(
     records = {"train": splits.train, "validation": splits.validation}
     job = Job(config, workdir, models, task, codec, records, backend)
     # A checkpoint or template that does not fit shows now, not when its turn comes.
-    _ = job.shapes, job.validation, job.guard
+    _ = job.shapes, job.validation, job.guard_of(guard_text(config.opd.guard))
     _check_constraints(job)
     if whole and config.opd.on_policy < 1:
         _check_all_answered(job)

@@ -47,14 +47,18 @@ class Distillation(NamedTuple):
     start: Callable[[int], Any]  # gives the run of a seed its own copy of what trains, in float32
     frozen: Frozen
     tx: optax.GradientTransformation
-    step: Callable  # of `make_step`
+    steps: Mapping[str, Callable]  # of `make_step`, by the guard that a run says
     server: TeacherServer | None = None  # that has the teacher
 
 
-def opd_runs(job: Job, lam: float, seed: int) -> list[Run]:
-    """The OPD run at λ and seed, once for each budget at which it is evaluated: one training, read on its way."""
+def opd_runs(job: Job, lam: float, seed: int, plain: bool = False) -> list[Run]:
+    """The OPD run at λ and seed, once for each budget at which it is evaluated: one training, read on its way.
+
+    `plain`: without the guard that the job has.
+    """
     steps, opd = opd_steps(job), job.config.opd
-    run = Run(f"opd_lambda{float(lam)}_seed{seed}", "opd", float(lam), seed, steps, guard_text(opd.guard))
+    name = f"opd_lambda{float(lam)}{'_plain' if plain else ''}_seed{seed}"
+    run = Run(name, "opd", float(lam), seed, steps, "" if plain else guard_text(opd.guard))
     return [run._replace(steps=budget) for budget in eval_budgets(opd, steps)]
 
 
@@ -194,7 +198,7 @@ def train_opd(
     The checkpoint at step `best` is kept. `watch` may change λ on the way, and end the run.
     """
     config, opd = job.config, job.config.opd
-    key, steps = jax.random.key(run.seed), opd_steps(job)
+    key, steps, step_of = jax.random.key(run.seed), opd_steps(job), shared.steps[run.guard]
 
     def update(state, batch, step):
         names = ("prompt", "prompt_length", "index", *FOR_TEACHERS)
@@ -214,7 +218,7 @@ def train_opd(
         hyper = hyper_at(opd, watch.lam(run.lam) if watch else run.lam, step)
         lr = jnp.float32(learning_rate(opd, step, steps))
         for _ in range(opd.updates_per_batch):
-            state, metrics, per_token = shared.step(state, shared.frozen, sampled, hyper, lr)
+            state, metrics, per_token = step_of(state, shared.frozen, sampled, hyper, lr)
         if opd.ema:
             state = with_average(state, jnp.float32(average_rate(step, opd.ema)))
         count = {"tokens": int(rollout.lengths.sum()) + opd.rollouts * int(lengths.sum())}

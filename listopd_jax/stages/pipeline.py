@@ -9,6 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from listopd_jax.config import guard_text, unguarded
 from listopd_jax.models.build import PARAM_DTYPE, cast, initial_params, lora_of
 from listopd_jax.models.hf import save_hf
 from listopd_jax.models.lora import initial_adapter
@@ -37,20 +38,19 @@ def run_stages(config: Any, workdir: pathlib.Path) -> None:
 
 def _models_to_policies(job: Job) -> None:
     config = job.config
-    write_plan(job.workdir, planned(job, lambdas_of(job, recommended(job))))
+    write_plan(job.workdir, planned(job, grid(job, recommended(job))))
     server = connected(job)
     frozen = frozen_models(job, server)
-    lambdas = lambdas_of(job, _before(job, frozen, server))
-    write_plan(job.workdir, planned(job, lambdas))
+    points = grid(job, _before(job, frozen, server))
+    write_plan(job.workdir, planned(job, points))
     shared = distillation(job, frozen, server)
     for run in anchor_runs(job):
         distil(job, shared, [run])
     predict(job, frozen)
     if config.predict.only:
         return
-    for seed in config.opd.seeds:
-        for lam in lambdas:
-            distil(job, shared, opd_runs(job, lam, seed))
+    for point in points:
+        distil(job, shared, opd_runs(job, *point))
 
 
 def _before(job: Job, frozen: Frozen, server: TeacherServer | None) -> Recommendation | None:
@@ -67,22 +67,31 @@ def distillation(job: Job, frozen: Frozen, server: TeacherServer | None) -> Dist
     config = job.config
     tx = adamw(config.optimizer, config.opd.b2, config.opd.moments)
     graphs = job.graphs | {"student": job.trained["student"], "base": base_of(job.graphs)}
-    grammar = None if job.guard is None else job.guard.grammar
-    step = make_step(config.opd, tx, graphs, vocab=job.codec.vocab, attention=job.attention, grammar=grammar)
-    return Distillation(student_again(job, frozen.base), frozen, tx, step, server)
+
+    def step(opd):
+        guard = job.guard_of(guard_text(opd.guard))
+        grammar = None if guard is None else guard.grammar
+        return make_step(opd, tx, graphs, vocab=job.codec.vocab, attention=job.attention, grammar=grammar)
+
+    steps = {guard_text(opd.guard): step(opd) for opd in (unguarded(config.opd), config.opd)}
+    return Distillation(student_again(job, frozen.base), frozen, tx, steps, server)
 
 
-def lambdas_of(job: Job, found: Recommendation | None) -> tuple[float, ...]:
-    """The λ that the job trains at: with `opd.recommend` the one of `found`, none as long as there is none."""
-    if not job.config.opd.recommend:
-        return job.config.opd.lambdas
-    return () if found is None else (found.lam,)
+def grid(job: Job, found: Recommendation | None) -> list[tuple[float, int, bool]]:
+    """λ and seed of what the job trains, and whether without its guard, in order.
+
+    With `opd.recommend` the λ under the guard is the one of `found`, none as long as there is none.
+    """
+    opd, lambdas = job.config.opd, job.config.opd.lambdas
+    if opd.recommend:
+        lambdas = () if found is None else (found.lam,)
+    points = [*((lam, True) for lam in opd.plain_lambdas), *((lam, False) for lam in lambdas)]
+    return [(lam, seed, plain) for seed in opd.seeds for lam, plain in points]
 
 
-def planned(job: Job, lambdas: Sequence[float]) -> list[Run]:
-    """Every policy that the job trains and evaluates at `lambdas`, in order."""
-    grid = [(lam, seed) for seed in job.config.opd.seeds for lam in lambdas]
-    sweep = [run for point in grid for run in opd_runs(job, *point)]
+def planned(job: Job, points: Sequence[tuple[float, int, bool]]) -> list[Run]:
+    """Every policy that the job trains and evaluates at the `points` of its grid, in order."""
+    sweep = [run for point in points for run in opd_runs(job, *point)]
     return [sft_run(job, role) for role in ROLES if role in job.models] + anchor_runs(job) + sweep
 
 

@@ -107,7 +107,7 @@ def _made_from(job: Job, anchors: Sequence[Run]) -> dict[str, Any]:
 
 def _decoded_with(job: Job) -> dict[str, Guard | None]:
     """Predictor -> what changes the target of its greedy answers: the job's guard, and the estimator's limit."""
-    opd, guard = job.config.opd, job.guard
+    opd, guard = job.config.opd, job.guard_of(guard_text(job.config.opd.guard))
     if opd.estimator != "sampled" or opd.ratio != "teacher_student" or opd.normalize:
         return {"nominal": guard}  # the limit is the target
     limit = dataclasses.replace(guard or Guard(), limit=True, clip=jnp.float32(opd.clip))

@@ -1,4 +1,4 @@
-"""runs.json, results.json and examples.json: what is to be evaluated, and each policy as soon as it is."""
+"""runs.json, results.json, examples.json and errors.json: what is to be evaluated, and each policy as soon as it is."""
 
 import pathlib
 from collections.abc import Sequence
@@ -13,14 +13,17 @@ from listopd_jax.ops.guard import Guard
 from listopd_jax.parallel.hosts import from_main
 from listopd_jax.parallel.rules import decoding_copy
 from listopd_jax.records import (
+    ERRORS,
     EXAMPLES,
     RESULTS,
     RUNS,
+    Errors,
     Example,
     Identity,
     Planned,
     Record,
     Result,
+    read_errors,
     read_examples,
     read_results,
     write_records,
@@ -98,22 +101,29 @@ def keep(
     job: Job,
     run: Run,
     answers: Sequence[Answer],
-    examples: bool = True,
+    of_policy: bool = True,
     expected: Float[np.ndarray, "N K"] | None = None,
     **besides: Any,
 ) -> Result:
-    """Put the record of `answers` into results.json and, if asked, some into examples.json; returns the record.
+    """Put the record of `answers` into results.json; returns the record.
 
-    `expected` are the mean scores of the lists. `besides` are more fields of the record.
+    `expected` are the mean scores of the lists. Of a policy (a forecast is none) some answers go into examples.json,
+    and the errors of its mean scores into errors.json. `besides` are more fields of the record.
     """
     evaluation, head = job.config.evaluation, _head(run) | besides
-    if expected is not None:
-        head["expected_mae"] = float(np.abs(expected - job.true_scores).mean())
+    errors = None if expected is None else np.abs(expected - job.true_scores)
+    if errors is not None:
+        head["expected_mae"] = float(errors.mean())
     record = result_record(job.task, job.records["validation"], answers, head, evaluation.bootstrap)
-    if examples:
+    if of_policy:
         shown = pick_examples(answers, evaluation.examples)
         path = job.workdir / EXAMPLES
         _replace(path, read_examples(path), run, [_example(job, run, a) for a in shown])
+    if of_policy and errors is not None:
+        path = job.workdir / ERRORS
+        _replace(
+            path, read_errors(path), run, [Errors(**_head(run), errors=errors.mean(-1).round(4).tolist())]
+        )
     path = job.workdir / RESULTS
     _replace(path, read_results(path), run, [record])
     return record
@@ -121,7 +131,7 @@ def keep(
 
 def summary(record: Result) -> str:
     """The main metrics of a record on one line, those that it has."""
-    values = {name: record.metric(name) for name in ("parse", "ended", "useful", "ndcg@1")}
+    values = {name: record.metric(name) for name in ("parse", "ended", "useful", "ndcg@1", "expected_mae")}
     return ", ".join(f"{name} {value:.3f}" for name, value in values.items() if value is not None)
 
 

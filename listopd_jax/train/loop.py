@@ -38,8 +38,8 @@ class Run(NamedTuple):
 
     @property
     def labels(self) -> dict[str, Any]:
-        """λ and seed by the names that records, logs and checkpoints give them."""
-        return {"lambda": self.lam, "seed": self.seed}
+        """λ, seed and any guard by the names that records, logs and checkpoints give them."""
+        return {"lambda": self.lam, "seed": self.seed} | ({"guard": self.guard} if self.guard else {})
 
 
 class Saving(NamedTuple):

@@ -143,11 +143,13 @@ def grid_states(root: pathlib.Path) -> Iterator[PointState]:
     saved = files.read_json(root / GRID)
     try:
         opd = saved["config"]["opd"]
-        points = [(float(lam), int(seed)) for seed in opd["seeds"] for lam in opd["lambdas"]]
-    except (KeyError, TypeError, ValueError) as e:
+        grids = (("_plain", opd.get("plain_lambdas", ())), ("", opd["lambdas"]))
+        lambdas = [(float(lam), kind) for kind, values in grids for lam in values]
+        points = [(lam, int(seed), kind) for seed in opd["seeds"] for lam, kind in lambdas]
+    except (AttributeError, KeyError, TypeError, ValueError) as e:
         raise UserError(f"{root / GRID}: not the record of a grid; launch again") from e
-    for lam, seed in points:
-        name = f"lambda{lam}_seed{seed}"
+    for lam, seed, kind in points:
+        name = f"lambda{lam}{kind}_seed{seed}"
         path = root / "status" / f"{name}.json"
         status = files.read_json(path) if own_file(root, path) else {}
         status = status if isinstance(status, dict) else {}
