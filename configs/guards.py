@@ -1,7 +1,8 @@
 """Which guard keeps the contract at λ = 2, and at what price? The experiment behind docs/results/guards.json.
 
     for pair in right wrong; do
-        for arm in one plain structure everywhere mask mask_structure floor per_class one_sampled contract_reward; do
+        for arm in one plain structure everywhere mask mask_structure floor per_class one_mask one_sampled \\
+                contract_reward; do
             python -m listopd_jax.main --config=configs/guards.py:${pair}_$arm --workdir=runs/guards/${pair}_$arm
         done
     done
@@ -9,8 +10,9 @@
 
 `right` is the pair of configs/gain.py: the teacher's greedy answers keep the contract. `wrong` is a teacher whose own
 greedy answers break 45 % of the lists (EC's: some 42 %), with a base that breaks none. `one` trains each pair and
-distils it at λ = 1; run it before the arms that load its models. The contract reward is about sampled tokens, so it
-stands beside a λ = 1 of its own, `one_sampled`. Seeds and held-out lists are those of configs/gain.py.
+distils it at λ = 1; run it before the arms that load its models. `one_mask`, λ = 1 under the mask, was added after the
+lock: how much of what a mask gives does λ = 2 give? The contract reward is about sampled tokens, so it stands beside a
+λ = 1 of its own, `one_sampled`. Seeds and held-out lists are those of configs/gain.py.
 """
 
 from typing import Any
@@ -33,6 +35,7 @@ ARMS: dict[str, dict[str, Any]] = {
     "mask_structure": {"guard": {**MARGIN, "scope": "structure", "mask": True}},
     "floor": {"guard": {"floor": 4.0, "scope": "structure"}},
     "per_class": {"guard": {"structure": 1.0}},
+    "one_mask": {"lambdas": (1.0,), "guard": {"mask": True}},
     "one_sampled": {"lambdas": (1.0,), **SAMPLED},
     "contract_reward": {"contract_reward": 1.0, **SAMPLED},
 }

@@ -1,0 +1,114 @@
+"""Which guard keeps the contract? The arms of configs/guards.py as one JSON file, and as a table for people.
+
+    python -m listopd_jax.report.guards runs/guards --out=docs/results/guards.json
+
+Differences are taken seed by seed to λ = 1 of the same pair and estimator, with a 95 % t interval over the seeds that
+both have. `goal`: parse within .02 of that λ = 1, and the interval of the error of the expected scores below 0.
+"""
+
+import pathlib
+import statistics
+import sys
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from listopd_jax import files
+from listopd_jax.errors import Parser, UserError, exit_code
+from listopd_jax.records import RESULTS, Result, read_results
+from listopd_jax.report.gain import Seeds, difference, figures
+from listopd_jax.report.wording import markdown
+
+Json = dict[str, Any]
+REFERENCES = ("one", "one_sampled")
+OF_SAMPLES = ("contract_reward",)  # arms whose λ = 1 is that of the sampled estimator
+PARSE_LOSS = 0.02  # against λ = 1 that the goal allows
+MEASURED = ("parse", "useful", "expected_mae")
+HEAD = ("pair", "guard", "seeds", "parse", "useful", "MAE", "MAE − that of λ = 1", "goal")
+
+
+def compared(arms: Mapping[str, Seeds]) -> list[Json]:
+    """What guards.json says of each arm of one pair; an arm is compared once λ = 1 has a seed of it."""
+    rows = []
+    for arm, seeds in arms.items():
+        row = {"arm": arm, "lambda": next(iter(seeds.values())).lam, "seeds": len(seeds), **figures(seeds)}
+        row["useful"] = statistics.fmean(r.useful for r in seeds.values())
+        rows.append(row if arm in REFERENCES else row | _to_one(arms, arm))
+    return rows
+
+
+def _to_one(arms: Mapping[str, Seeds], arm: str) -> Json:
+    """The arm against λ = 1 of its estimator, over the seeds that both have, and whether that meets the goal."""
+    one = arms.get("one_sampled" if arm in OF_SAMPLES else "one", {})
+    both = arms[arm].keys() & one.keys()
+    if not both:
+        return {}
+    mae = difference(arms[arm], one)
+    parse = statistics.fmean(arms[arm][s].parse - one[s].parse for s in both)
+    goal = parse >= -PARSE_LOSS and mae["high"] is not None and mae["high"] < 0
+    return {"parse_difference": parse, "mae_difference": mae, "goal": goal}
+
+
+def pairs(folder: pathlib.Path) -> dict[str, dict[str, Seeds]]:
+    """Pair → arm → its distilled policies by seed, of the workdirs PAIR_ARM in `folder`; UserError where none is."""
+    found: dict[str, dict[str, Seeds]] = {}
+    for path in sorted(folder.glob(f"*/{RESULTS}")):
+        pair, _, arm = path.parent.name.partition("_")
+        if seeds := _trained(path):
+            found.setdefault(pair, {})[arm] = seeds
+    if not found:
+        raise UserError(
+            f"{folder}: holds no workdir PAIR_ARM with a trained policy; run configs/guards.py first"
+        )
+    return found
+
+
+def _trained(path: pathlib.Path) -> dict[int, Result]:
+    """The distilled policies of an arm by seed."""
+    records = {r.seed: r for r in read_results(path) if r.stage == "opd"}
+    for record in records.values():
+        if missing := [name for name in MEASURED if getattr(record, name) is None]:
+            raise UserError(
+                f"{path}: seed {record.seed} has no {missing[0]}; was it run by configs/guards.py?"
+            )
+    return records
+
+
+def summary(folder: pathlib.Path) -> list[Json]:
+    """What guards.json says."""
+    return [{"pair": pair, **row} for pair, arms in pairs(folder).items() for row in compared(arms)]
+
+
+def table(rows: Sequence[Json]) -> str:
+    """The rows of guards.json in Markdown."""
+    return markdown(HEAD, [_cells(row) for row in rows])
+
+
+def _cells(row: Json) -> tuple[str, ...]:
+    found = row.get("mae_difference")
+    ends = "" if found is None or found["low"] is None else f" [{found['low']:+.3f}, {found['high']:+.3f}]"
+    numbers = (f"{row[name]:.3f}" for name in ("parse", "useful", "mae"))
+    met = {True: "met", False: "not met"}.get(row.get("goal"), "")
+    return (
+        row["pair"],
+        row["arm"],
+        str(row["seeds"]),
+        *numbers,
+        f"{found['mean']:+.3f}{ends}" if found else "",
+        met,
+    )
+
+
+def main(argv: Sequence[str]) -> None:
+    """Print the table and, with --out, write the file."""
+    parser = Parser(prog="python -m listopd_jax.report.guards", description=__doc__.split("\n")[0])
+    parser.add_argument("folder", type=pathlib.Path, help="the folder of the arms' workdirs")
+    parser.add_argument("--out", help="the JSON file to write")
+    args = parser.parse_args(argv)
+    rows = summary(args.folder)
+    print(table(rows))
+    if args.out:
+        files.write_json(args.out, rows)
+
+
+if __name__ == "__main__":
+    sys.exit(exit_code(main, sys.argv[1:]))
