@@ -1,6 +1,7 @@
 """The page that watches runs: what it says, that it only reads, and that neither paths nor model output get through."""
 
 import contextlib
+import dataclasses
 import http.client
 import json
 import os
@@ -315,6 +316,20 @@ def test_in_a_browser_the_page_follows_the_run_and_keeps_what_is_open(tmp_path):
         page.wait_for_selector("#grid td.done")
         assert page.locator("#completions details[open]").count() == 1
         assert "75 %" in page.locator("#grid td.done").text_content()
+
+
+@pytest.mark.slow
+def test_in_a_browser_plain_and_guarded_of_one_lambda_have_cells_of_their_own(tmp_path):
+    plain = dataclasses.replace(opd(2.0), run="opd_lambda2.0_plain_seed0")
+    guarded = dataclasses.replace(opd(2.0), guard="margin=1.25")
+    workdir(tmp_path / "run", plan=[*SFT, plain, guarded], done=3, trained=[(guarded, 2)])
+    with serving(tmp_path) as server, chromium() as browser:
+        page = browser.new_page()
+        page.goto(server.url)
+        page.wait_for_selector("#grid td")
+        assert page.locator("#grid th[scope=col]").all_text_contents() == ["λ = 2, plain", "λ = 2"]
+        found = page.locator("#grid td").all_text_contents()
+        assert found[0].startswith("75 %") and found[1].startswith("2 of 6")
 
 
 @pytest.mark.slow

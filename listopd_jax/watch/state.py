@@ -105,7 +105,8 @@ def _runs(whole: Workdir) -> list[dict[str, Any]]:
 def _run(plan: Planned, step: int, state: str, result: Result | None) -> dict[str, Any]:
     steps = plan.steps or 0
     about = {"run": plan.run, "label": _label(plan.to_json()), "stage": plan.stage}
-    about |= {"lambda": plan.lam, "seed": plan.seed}
+    # Points that have not begun are known by their names alone.
+    about |= {"lambda": plan.lam, "seed": plan.seed, "plain": "_plain_seed" in plan.run}
     values = {name: None if result is None else result.metric(name) for name in ("parse", "useful")}
     return about | {"step": steps if result else min(step, steps), "steps": steps, "state": state} | values
 

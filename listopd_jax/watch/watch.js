@@ -74,12 +74,14 @@ function grids(state) {
   return [...groups].map(([name, runs]) => ({ name, runs }));
 }
 
+const column = (run) => `λ = ${run.lambda}${run.plain ? ", plain" : ""}`;
+
 function matrix({ name, runs }, titled) {
-  const lambdas = [...new Set(runs.map((run) => run.lambda))].sort((a, b) => a - b);
+  const columns = [...new Map(runs.map((run) => [column(run), run])).values()].sort((a, b) => a.lambda - b.lambda || b.plain - a.plain);
   const seeds = [...new Set(runs.map((run) => run.seed))].sort((a, b) => a - b);
-  const head = make("tr", {}, make("th"), ...lambdas.map((lam) => make("th", { scope: "col" }, `λ = ${lam}`)));
+  const head = make("tr", {}, make("th"), ...columns.map((run) => make("th", { scope: "col" }, column(run))));
   const rows = seeds.map((seed) => {
-    const cells = lambdas.map((lam) => cell(runs.find((run) => run.lambda === lam && run.seed === seed)));
+    const cells = columns.map((of) => cell(runs.find((run) => column(run) === column(of) && run.seed === seed)));
     return make("tr", {}, make("th", { scope: "row" }, `seed ${seed}`), ...cells);
   });
   const cells = make("table", { class: "cells" }, make("thead", {}, head), make("tbody", {}, ...rows));
