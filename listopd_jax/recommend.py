@@ -20,7 +20,9 @@ PARSE_LOST = 0.02  # how much less than at λ = 1 a forecast may parse and still
 FLIPPED = 0.05  # share of answers with a structural flip that still holds
 GAIN = 0.02  # share of the expected MAE by which a λ past the cliff must be better for a guard to pay
 GUARD = "--config.opd.guard.margin=1.25 --config.opd.guard.fallback=base"  # what held in docs/results.md
-STRUCTURE = " --config.opd.guard.scope=structure"  # and what gained there: the scores stay free
+MASK = (
+    "--config.opd.guard.mask=True"  # what held and gained most there, with a teacher that breaks lists, too
+)
 
 
 class Option(NamedTuple):
@@ -52,8 +54,8 @@ def choose(options: Sequence[Option]) -> Option | None:
 
 
 def guard_flags(reviews: bool) -> str:
-    """The guard to go past a cliff with."""
-    return GUARD + (STRUCTURE if reviews else "")
+    """The guard to go past a cliff with; a mask needs the grammar of reviews."""
+    return MASK if reviews else GUARD
 
 
 def recommend(
@@ -149,7 +151,8 @@ def _next(chosen: Result, held: Sequence[Result], grid: Sequence[Result], settin
     """What to do beyond the λ that hold."""
     past = grid[len(held) :]
     if held[0].parse < CONTRACT_HOLDS:
-        return "next: train the teacher until its own answers hold the contract, then forecast again"
+        repair = f"repair its lists by a mask: {MASK}; or " if setting.reviews and not setting.guarded else ""
+        return f"next: {repair}train the teacher until its own answers hold the contract, then forecast again"
     if not past:
         return "next: forecast larger λ to see where the contract breaks"
     if setting.guarded:

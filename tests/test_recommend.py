@@ -90,6 +90,10 @@ def test_a_teacher_that_breaks_the_contract_speaks_for_no_larger_lambda():
     found = said((1, 0.5, 0.4), (2, 0.9, 0.8))
     assert (found.lam, found.holds_to) == (1, 1) and "parse below 0.8" in found.lines[1]
     assert "guard" not in found.lines[2]
+    of_reviews = recommend(forecasts((1, 0.5, 0.4), (2, 0.9, 0.8)), None, Setting(reviews=True))
+    assert of_reviews.lam == 1 and "--config.opd.guard.mask=True" in of_reviews.lines[2]
+    masked = recommend(forecasts((1, 0.5, 0.4)), None, Setting(guarded=True, reviews=True))
+    assert "guard" not in masked.lines[2]
 
 
 def test_without_lambda_one_nothing_can_be_compared():
@@ -118,7 +122,7 @@ def test_without_a_guard_both_cliffs_are_seen_and_the_guard_is_named_where_it_pa
     found = recommend(measured("gain/same/results.json"), None, Setting(reviews=True))
     assert found.lam == found.holds_to == 1 and "at 1.25 it parses 0.003" in found.lines[1]
     assert "scores gain (expected MAE 1.563 at λ = 1.5, 1.605 here)" in found.lines[2]
-    assert found.lines[2].endswith("--config.opd.guard.scope=structure")
+    assert found.lines[2].endswith("--config.opd.guard.mask=True")
     tiny = recommend(measured("tiny.json"), None, Setting(reviews=True))
     assert (tiny.lam, tiny.holds_to) == (1, 1.05)
 

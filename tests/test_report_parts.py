@@ -72,7 +72,7 @@ def test_it_says_which_policy_to_use_and_how_to_go_past_a_cliff():
     assert "--config.opd.seeds=0,1,2" in text and "guard.scope" not in text
     inputs = Inputs(results=read(sweep(CLIFF)), config={"config": {"task": {"name": "reviews"}}})
     flags = [advice.flags for advice in recommendation(inputs)]
-    assert any("guard.fallback=base --config.opd.guard.scope=structure" in f for f in flags)
+    assert "--config.opd.guard.mask=True" in flags
 
 
 def test_a_guarded_run_is_not_told_to_guard_and_one_without_a_cliff_may_go_further():
@@ -176,6 +176,20 @@ def test_the_guarded_run_stands_beside_the_plain_one(tmp_path, capsys):
     text = Page((plain / "report.html").read_text("utf-8")).text
     assert "Guarded beside plain" in text and "guard differs in opd.guard.margin." in text
     assert "this run, plain 1.4 1 0.200" in text and "guard, guard 1.25 1.4 1 0.910" in text
+
+
+def test_a_run_under_a_mask_is_not_called_plain(tmp_path):
+    plain, guard = guarded(tmp_path)
+    config = json.loads((guard / "config.json").read_text())
+    config["config"]["opd"]["guard"] = {"margin": 0.0, "mask": True}
+    (guard / "config.json").write_text(json.dumps(config))
+    records = json.loads((guard / "results.json").read_text())
+    (guard / "results.json").write_text(
+        json.dumps([r | ({"guard": "mask=True"} if r["stage"] == "opd" else {}) for r in records])
+    )
+    main([str(plain), "--beside", str(guard), f"--out={tmp_path / 'page.html'}"])
+    text = (tmp_path / "page.html").read_text()
+    assert "guard, guard mask=True" in text and "guard, plain" not in text
 
 
 def test_other_differences_are_named_and_the_title_says_no_guard(tmp_path):

@@ -53,8 +53,11 @@ def _flat(tree: Any, prefix: str = "") -> dict[str, Any]:
 
 
 def _name(name: str, kind: str, inputs: Inputs) -> str:
-    margin = 0.0 if kind == "plain" else guard_margin(inputs)
-    return f"{name}, {f'guard {margin:g}' if margin else 'plain'}"
+    if kind == "plain":
+        return f"{name}, plain"
+    other = next((r.guard for r in inputs.results if r.stage == "opd" and r.guard), "")
+    margin = guard_margin(inputs)
+    return f"{name}, {f'guard {margin:g}' if margin else f'guard {other}' if other else 'plain'}"
 
 
 def _plot(runs: Mapping[str, Inputs], metric: str) -> Plot:

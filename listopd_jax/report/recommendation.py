@@ -55,8 +55,9 @@ def _next(inputs: Inputs, chosen: Policy) -> list[Advice]:
     cliff, said = inputs.found.cliff, []
     if cliff.first_broken is not None and not _guarded(inputs):
         past, reviews = at(cliff.last_held.lam), _config(inputs, "task", "name") == "reviews"
-        flags = recommend.guard_flags(reviews)
-        said.append(Advice(f"To go past {past}, hold the teacher’s mode with the guard:", flags))
+        said.append(
+            Advice(f"To go past {past}, keep the contract by a guard:", recommend.guard_flags(reviews))
+        )
     if cliff.first_broken is None and len(inputs.found.opd) > 1:
         said.append(Advice(f"No cliff up to {at(inputs.found.opd[-1].lam)}: a larger λ may be worth a run."))
     if len({r.seed for p in inputs.found.opd for r in p.records}) == 1:
@@ -80,7 +81,7 @@ def best_earlier(inputs: Inputs, policy: Policy) -> tuple[int, float] | None:
 
 
 def _guarded(inputs: Inputs) -> bool:
-    return bool(guard_margin(inputs))
+    return bool(guard_margin(inputs)) or any(r.guard for r in inputs.results if r.stage == "opd")
 
 
 def guard_margin(inputs: Inputs) -> float:
