@@ -237,10 +237,19 @@ def test_a_step_on_the_way_is_exported_from_its_checkpoint(job, tmp_path):
 def test_a_card_has_every_field_that_decides_what_distillation_ends_in():
     """Those left out say how it is computed, or stand in the card's head."""
     fields = {name for name, _ in config_module.flatten(config_module.defaults().opd.to_dict())}
-    left_out = (
-        "lambdas recommend seeds steps epochs eval_steps eval_every b2 moments microbatch head_chunk".split()
+    left_out = "lambdas plain_lambdas recommend seeds steps epochs eval_steps eval_every b2 moments microbatch"
+    assert fields - set(OPD_FIELDS) == {*left_out.split(), "head_chunk"}
+
+
+@pytest.mark.parametrize("guard", ["", "margin=1.25"])
+def test_the_card_of_a_plain_policy_names_no_guard(guard):
+    config = config_module.defaults()
+    config.opd.guard.margin = 1.25
+    record = Result(
+        run="opd_lambda2.0_seed0", stage="opd", lam=2.0, seed=0, steps=3, guard=guard, parse=0.5, n=2
     )
-    assert fields - set(OPD_FIELDS) == set(left_out)
+    card = model_card(config_module.validate(config), Inputs(), record)
+    assert ("guard.margin" in card) == bool(guard)
 
 
 def test_texts_of_a_run_are_no_markup_in_a_card():

@@ -49,8 +49,8 @@ def job(tmp_path, monkeypatch):
     )
     validation = SimpleNamespace(prompts=range(1000))
     return SimpleNamespace(
-        workdir=tmp_path, config=SimpleNamespace(opd=opd, predict=options), guard=None, validation=validation,
-        decoded=decoded,
+        workdir=tmp_path, config=SimpleNamespace(opd=opd, predict=options), validation=validation,
+        guard_of=lambda text: None, decoded=decoded,
     )  # fmt: skip
 
 

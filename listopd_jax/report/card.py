@@ -94,6 +94,8 @@ def _thresholds(found: Calibration) -> str:
 def _making(config: Any, inputs: Inputs, record: Result) -> str:
     """The data, the settings, and the command with the versions that ran it."""
     section, names = record.stage.replace("_", "."), OPD_FIELDS if record.stage == "opd" else SFT_FIELDS
+    if record.stage == "opd" and not record.guard:  # also one of opd.plain_lambdas, in a run that has a guard
+        names = [name for name in names if not name.startswith("guard.")]
     fields = [*FIELDS, *(f"{section}.{name}" for name in names)]
     values = {name: functools.reduce(getattr, name.split("."), config) for name in fields}
     facts = {"λ": record.lam, "seed": record.seed, "steps": record.steps}
