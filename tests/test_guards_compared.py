@@ -7,7 +7,7 @@ import pytest
 
 from listopd_jax.config import guard_text, validate
 from listopd_jax.errors import UserError
-from listopd_jax.report.guards import main, summary
+from listopd_jax.report.guards import against, main, summary
 
 SEED = {7: 0.03, 13: -0.01, 21: 0.0}  # what a seed adds to every policy: pairs cancel it
 T_975 = 4.302652730  # Student's t with two degrees of freedom, from a printed table
@@ -74,6 +74,26 @@ def test_one_seed_meets_no_goal_and_an_arm_without_its_one_is_not_compared(tmp_p
     assert rows["right", "mask"]["goal"] is False and rows["right", "mask"]["mae_difference"]["low"] is None
     assert "mae_difference" not in rows["wrong", "mask"]
     assert capsys.readouterr().out.count("\n| ") >= 3
+
+
+def test_other_references_are_an_arm_the_teacher_or_a_file(tmp_path):
+    write(tmp_path / "runs", "right_one", 1.5)
+    write(tmp_path / "runs", "right_mask", 1.4)
+    write(tmp_path / "runs", "right_one_mask", 1.45)
+    write(tmp_path, "longer", 1.48)
+    path = tmp_path / "runs" / "right_one" / "results.json"
+    teacher = {"stage": "sft_teacher", "steps": 60, "useful": 0.6, "expected_mae": 1.6}
+    path.write_text(json.dumps([*json.loads(path.read_text()), teacher]))
+
+    def said(reference):
+        lines = against(tmp_path / "runs", reference).splitlines()[2:]
+        return {line.split(" | ")[1]: line.split(" | ")[2:] for line in lines}
+
+    assert said("one_mask")["mask"][2].startswith("-0.050 [") and "one_mask" not in said("one_mask")
+    assert said("teacher")["mask"][1].startswith("+0.100 [")
+    assert said("teacher")["mask"][2].startswith("-0.193 [")  # 1.4 and the seeds' mean, 0.02/3
+    assert said(str(tmp_path / "longer" / "results.json"))["mask"][2].startswith("-0.080 [")
+    assert not said("other")
 
 
 def test_what_is_missing_is_one_line(tmp_path):

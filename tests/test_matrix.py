@@ -10,6 +10,7 @@ from listopd_jax import config as config_module
 from listopd_jax.errors import UserError
 
 EXPERIMENTS = matrix.select()
+SIZES = ("small", "middle", "large")
 
 
 @pytest.mark.parametrize("scale", ["tiny", "paper"])
@@ -108,8 +109,8 @@ def test_an_arm_may_train_a_model_of_its_own_or_have_another_teacher(tmp_path):
 def test_sizes_are_those_of_their_names():
     from configs.paper import size, teacher_size
 
-    assert [size.get_config(f"tiny,{arm}").student.num_layers for arm in size.LAYERS] == [1, 2, 4]
-    assert [teacher_size.get_config(f"tiny,{arm}").teacher.num_layers for arm in size.LAYERS] == [1, 3, 5]
+    assert [size.get_config(f"tiny,{arm}").student.num_layers for arm in SIZES] == [1, 2, 4]
+    assert [teacher_size.get_config(f"tiny,{arm}").teacher.num_layers for arm in SIZES] == [1, 3, 5]
     assert size.get_config("paper,small").student.weights == "Qwen/Qwen3-0.6B"
     assert teacher_size.get_config("paper").teacher.weights == "Qwen/Qwen3-1.7B"
 

@@ -21,7 +21,8 @@ Curve = Mapping[float, Sequence[float]]  # λ -> parse of each seed
 class Experiment:
     """What EC did and saw, and when our runs agree with it.
 
-    arms: name -> config fields by their dotted names, besides `shared`. agrees: of arm -> curve. The matrix trains
+    arms: name -> config fields by their dotted names, besides `shared`. at: scale -> arm -> fields of that scale alone.
+    agrees: of arm -> curve. The matrix trains
     teacher and base once for all; an arm trains those of `own` itself, and its teacher is the SFT model of `teacher`.
     """
 
@@ -30,6 +31,7 @@ class Experiment:
     agrees: Callable[[Mapping[str, Curve]], bool]
     arms: Mapping[str, Mapping[str, Any]] = dataclasses.field(default_factory=lambda: {"plain": {}})
     shared: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    at: Mapping[str, Mapping[str, Mapping[str, Any]]] = dataclasses.field(default_factory=dict)
     budget: float = 1.0  # of EC's 42 steps
     seeds: tuple[int, ...] = ()  # (): those of the scale
     own: tuple[str, ...] = ()
@@ -50,7 +52,8 @@ class Experiment:
         if steps > STEPS[scale]:
             config.opd.eval_steps = (STEPS[scale],)
         config.opd.update(lambdas=self.lambdas, steps=steps, seeds=self.seeds or SEEDS[scale])
-        config.update_from_flattened_dict({**self.shared, **self.arms[arm]})
+        own = self.at.get(scale, {}).get(arm, {})
+        config.update_from_flattened_dict({**self.shared, **self.arms[arm], **own})
         return config
 
 

@@ -3,7 +3,7 @@
     python -m listopd_jax.main --config=configs/paper/gkd.py:tiny,forward_kl --workdir=runs/paper/gkd/forward_kl
 
 Arms: reverse_kl, forward_kl, jsd (β = .5), each on policy; mixed, jsd with half of the steps on right answers;
-off_policy, the forward KL on right answers alone. Exact gradients. Cost: 30 runs at tiny, some 15 minutes.
+off_policy, the forward KL on right answers alone. Exact gradients. At `tiny`: 30 runs; not run yet.
 """
 
 from configs.paper.experiment import Experiment, mean

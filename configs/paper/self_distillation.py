@@ -4,8 +4,7 @@
 
 The matrix gives the arm its weights; `--config=configs/paper/self_distillation.py:tiny` alone has a teacher of its own.
 Teacher and base are one model, so the advantage vanishes at the start and λ does nothing: parse must stay where SFT
-left it. At `paper`, give both
-weights one fine-tuned folder. Cost: 6 runs at tiny, 3 minutes.
+left it. At `paper`, give both weights one fine-tuned folder. At `tiny`: 6 runs; not run yet.
 """
 
 from configs.paper.experiment import Experiment, mean

@@ -28,12 +28,12 @@ Seeds = Mapping[int, Result]  # one policy, trained once for each seed
 HEAD = ("policy", "seeds", "λ", "parse", "MAE", "MAE − that of λ = 1", "MAE − that of λ = 1, 2N steps")
 
 
-def difference(policy: Seeds, reference: Seeds) -> Json:
-    """Mean of policy minus reference over the seeds that both have, in expected MAE, with its 95 % t interval."""
+def difference(policy: Seeds, reference: Seeds, metric: str = "expected_mae") -> Json:
+    """Mean of policy minus reference over the seeds that both have, with its 95 % t interval."""
     seeds = sorted(policy.keys() & reference.keys())
     if not seeds:
         raise UserError("no seed is done in both of two arms that are compared; let the runs go on")
-    return mean_interval([policy[s].expected_mae - reference[s].expected_mae for s in seeds])
+    return mean_interval([policy[s].metric(metric) - reference[s].metric(metric) for s in seeds])
 
 
 def mean_interval(values: Sequence[float]) -> Json:

@@ -1,9 +1,11 @@
 """Which guard keeps the contract? The arms of configs/guards.py as one JSON file, and as a table for people.
 
     python -m listopd_jax.report.guards runs/guards --out=docs/results/guards.json
+    python -m listopd_jax.report.guards runs/guards --against=one_mask    # or teacher, or a results.json
 
-Differences are taken seed by seed to λ = 1 of the same pair and estimator, with a 95 % t interval over the seeds that
-both have. `goal`: parse within .02 of that λ = 1, and the interval of the error of the expected scores below 0.
+Differences are taken seed by seed, as a rule to λ = 1 of the same pair and estimator, with a 95 % t interval over the
+seeds that both have. `goal`: parse within .02 of that λ = 1, and the interval of the difference in the error of the
+expected scores below 0.
 """
 
 import pathlib
@@ -63,8 +65,9 @@ def pairs(folder: pathlib.Path) -> dict[str, dict[str, Seeds]]:
 
 
 def _trained(path: pathlib.Path) -> dict[int, Result]:
-    """The distilled policies of an arm by seed."""
-    records = {r.seed: r for r in read_results(path) if r.stage == "opd"}
+    """The distilled policies of an arm by seed, after its last step."""
+    found = [r for r in read_results(path) if r.stage == "opd"]
+    records = {r.seed: r for r in sorted(found, key=lambda r: r.steps or 0)}
     for record in records.values():
         if missing := [name for name in MEASURED if getattr(record, name) is None]:
             raise UserError(
@@ -78,24 +81,48 @@ def summary(folder: pathlib.Path) -> list[Json]:
     return [{"pair": pair, **row} for pair, arms in pairs(folder).items() for row in compared(arms)]
 
 
+def against(folder: pathlib.Path, name: str) -> str:
+    """Every arm in Markdown beside another reference than λ = 1: an arm, `teacher`, or what a results.json holds."""
+    rows = []
+    for pair, arms in pairs(folder).items():
+        for arm, seeds in arms.items():
+            reference = _reference(folder, pair, arms, name, seeds)
+            both = sorted(seeds.keys() & reference.keys())
+            if arm != name and both:
+                found = (difference(seeds, reference, metric) for metric in ("useful", "expected_mae"))
+                rows.append((pair, arm, str(len(both)), *map(_interval, found)))
+    return markdown(("pair", "guard", "seeds", f"useful − {name}", f"MAE − {name}"), rows)
+
+
+def _reference(
+    folder: pathlib.Path, pair: str, arms: Mapping[str, Seeds], name: str, seeds: Seeds
+) -> Mapping[int, Result]:
+    """By seed; the pair's teacher has none and stands for all."""
+    if name == "teacher":
+        records = read_results(folder / f"{pair}_one" / RESULTS)
+        teacher = next((r for r in records if r.stage == "sft_teacher"), None)
+        return {} if teacher is None else dict.fromkeys(seeds, teacher)
+    if name in arms or not name.endswith(".json"):
+        return arms.get(name, {})
+    return _trained(pathlib.Path(name))
+
+
 def table(rows: Sequence[Json]) -> str:
     """The rows of guards.json in Markdown."""
     return markdown(HEAD, [_cells(row) for row in rows])
 
 
 def _cells(row: Json) -> tuple[str, ...]:
-    found = row.get("mae_difference")
-    ends = "" if found is None or found["low"] is None else f" [{found['low']:+.3f}, {found['high']:+.3f}]"
     numbers = (f"{row[name]:.3f}" for name in ("parse", "useful", "mae"))
     met = {True: "met", False: "not met"}.get(row.get("goal"), "")
-    return (
-        row["pair"],
-        row["arm"],
-        str(row["seeds"]),
-        *numbers,
-        f"{found['mean']:+.3f}{ends}" if found else "",
-        met,
-    )
+    return row["pair"], row["arm"], str(row["seeds"]), *numbers, _interval(row.get("mae_difference")), met
+
+
+def _interval(found: Json | None) -> str:
+    if found is None:
+        return ""
+    ends = "" if found["low"] is None else f" [{found['low']:+.3f}, {found['high']:+.3f}]"
+    return f"{found['mean']:+.3f}{ends}"
 
 
 def main(argv: Sequence[str]) -> None:
@@ -103,9 +130,10 @@ def main(argv: Sequence[str]) -> None:
     parser = Parser(prog="python -m listopd_jax.report.guards", description=__doc__.split("\n")[0])
     parser.add_argument("folder", type=pathlib.Path, help="the folder of the arms' workdirs")
     parser.add_argument("--out", help="the JSON file to write")
+    parser.add_argument("--against", help="print differences to this: an arm, teacher, or a results.json")
     args = parser.parse_args(argv)
     rows = summary(args.folder)
-    print(table(rows))
+    print(against(args.folder, args.against) if args.against else table(rows))
     if args.out:
         files.write_json(args.out, rows)
 

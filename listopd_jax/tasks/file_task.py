@@ -82,9 +82,8 @@ class FileTask(Task):
         answered = {side: sum(self.answer(r) is not None for r in split[side]) for side in SIDES}
         digests = {name: [path.name, files.sha256(path)] for name, path in paths.items()}
         fields = [getattr(self.data, name) for name in _FIELDS] + [self.options.k]
-        fields += filter(
-            None, [self.data.synthetic_queries]
-        )  # without them the fingerprint is what it was before
+        if self.data.synthetic_queries:  # without them the fingerprint is that of older workdirs
+            fields.append(self.data.synthetic_queries)
         return {
             "task": self.name,
             "useful": self.useful,
