@@ -80,7 +80,10 @@ def test_other_references_are_an_arm_the_teacher_or_a_file(tmp_path):
     write(tmp_path / "runs", "right_one", 1.5)
     write(tmp_path / "runs", "right_mask", 1.4)
     write(tmp_path / "runs", "right_one_mask", 1.45)
-    write(tmp_path, "longer", 1.48)
+    write(tmp_path, "longer", 1.48, steps=200)
+    longer = tmp_path / "longer" / "results.json"
+    halfway = [row | {"steps": 100, "expected_mae": 9.0} for row in json.loads(longer.read_text())]
+    longer.write_text(json.dumps([*json.loads(longer.read_text()), *halfway]))
     path = tmp_path / "runs" / "right_one" / "results.json"
     teacher = {"stage": "sft_teacher", "steps": 60, "useful": 0.6, "expected_mae": 1.6}
     path.write_text(json.dumps([*json.loads(path.read_text()), teacher]))
@@ -92,7 +95,7 @@ def test_other_references_are_an_arm_the_teacher_or_a_file(tmp_path):
     assert said("one_mask")["mask"][2].startswith("-0.050 [") and "one_mask" not in said("one_mask")
     assert said("teacher")["mask"][1].startswith("+0.100 [")
     assert said("teacher")["mask"][2].startswith("-0.193 [")  # 1.4 and the seeds' mean, 0.02/3
-    assert said(str(tmp_path / "longer" / "results.json"))["mask"][2].startswith("-0.080 [")
+    assert said(str(longer))["mask"][2].startswith("-0.080 ["), "to its last step"
     assert not said("other")
 
 
