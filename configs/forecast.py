@@ -75,6 +75,8 @@ def get_config(name: str = "plain") -> ml_collections.ConfigDict:
             estimator="full_vocab", ratio="none", control_variate="none", batch_size=16, rollouts=2
         )
     config.opd.update(lambdas=pair["lambdas"], seeds=SEEDS)
-    config.predict.update(anchors=pair["anchors"], seeds=pair.get("anchor_seeds", (1, 2)))
+    config.predict.update(
+        anchors=pair["anchors"], seeds=pair.get("anchor_seeds", (1, 2)), fixed_text_lists=64
+    )
     config.forecast.batch_size = 64
     return config

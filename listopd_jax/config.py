@@ -94,6 +94,7 @@ def defaults() -> ml_collections.ConfigDict:
             anchors=(),  # lambdas of the runs that say how far training comes; (): no prediction
             seeds=(1, 2),  # of these runs; none of opd.seeds
             largest_gap=0.15,  # in parse, between neighbours of the grid of λ that is decoded
+            fixed_text_lists=0,  # lists on which students train without rollouts, a predictor; 0: none
             only=False,  # stop before the sweep, to lock the prediction (python -m listopd_jax.prereg curve)
         ),
         evaluation=_section(
@@ -409,7 +410,7 @@ data.synthetic_queries
 sft.teacher.steps sft.teacher.epochs sft.teacher.warmup_steps sft.teacher.microbatch
 sft.student.steps sft.student.epochs sft.student.warmup_steps sft.student.microbatch
 opd.steps opd.epochs opd.microbatch opd.kl_to_base opd.entropy_bonus opd.lambda_warmup_steps opd.guard.margin
-opd.contract_reward opd.collapse.flips opd.eval_every opd.guard.floor
+opd.contract_reward opd.collapse.flips opd.eval_every opd.guard.floor predict.fixed_text_lists
 teachers.max_prompt
 evaluation.max_lists evaluation.examples optimizer.weight_decay optimizer.max_grad_norm
 track.log_completions_every
@@ -522,6 +523,10 @@ def _validate_anchors(config: ml_collections.ConfigDict) -> None:
     _require(
         bool(anchors) or not config.predict.only,
         "predict.only=True stops after the prediction, and without predict.anchors there is none: give some",
+    )
+    _require(
+        bool(anchors) or not config.predict.fixed_text_lists,
+        "predict.fixed_text_lists adds a predictor, and without predict.anchors nothing is predicted: give some",
     )
     if not anchors:
         return

@@ -201,17 +201,15 @@ def train_opd(
     key, steps, step_of = jax.random.key(run.seed), opd_steps(job), shared.steps[run.guard]
 
     def update(state, batch, step):
-        names = ("prompt", "prompt_length", "index", *FOR_TEACHERS)
-        rows = hosts.global_batch({k: batch[k] for k in names if k in batch}, opd.batch_size)
-        prompts, lengths, *for_teachers = map(rows.get, ("prompt", "prompt_length", *FOR_TEACHERS))
+        index, prompts, lengths, *for_teachers = read_by_models(job, batch)
         student, own = joined(shared.frozen.base, state.params), is_on_policy(run.seed, step, opd.on_policy)
         if own:
             masks = opd.constrained_rollouts
-            constrained = job.constraint(masks, "train", hosts.gather(rows["index"]).tolist(), opd.rollouts)
+            constrained = job.constraint(masks, "train", hosts.gather(index).tolist(), opd.rollouts)
             rollout = sample(job, student, prompts, lengths, jax.random.fold_in(key, step), **constrained)
         else:
             rollout = right_answers(job, batch)
-        held = holds_contract(job, rollout, rows["index"]) if own else None
+        held = holds_contract(job, rollout, index) if own else None
         reward = contract_reward(held, opd.contract_reward) if opd.contract_reward else None
         served = served_logprobs(shared.server, batch, rollout) if shared.server else None
         sampled = OpdBatch(prompts, lengths, rollout._replace(steps=None), reward, *for_teachers, served)
@@ -227,12 +225,19 @@ def train_opd(
             return state, metrics | count
         count["tokens_per_decode_step"] = tokens_per_decode_step(rollout)
         contract = contract_metrics(job.codec, rollout, per_token, held)
-        return state, metrics | count | contract | logged_completions(job, sampled, rows["index"], step + 1)
+        return state, metrics | count | contract | logged_completions(job, sampled, index, step + 1)
 
     initial, batches = functools.partial(initial_state, job, shared, run.seed), job.opd_batches(run.seed)
     saving = opd_saving(config, best)
     result = train(job.workdir, run, initial, batches, update, saving, watch=watch, tracking=job.tracking)
     return whole(job, shared, result)
+
+
+def read_by_models(job: Job, batch: Mapping[str, np.ndarray]) -> list[Any]:
+    """Of a training batch on the devices: which records, their prompts, the lengths, and what FOR_TEACHERS names."""
+    names = ("index", "prompt", "prompt_length", *FOR_TEACHERS)
+    rows = hosts.global_batch({k: batch[k] for k in names if k in batch}, job.config.opd.batch_size)
+    return [rows.get(name) for name in names]
 
 
 def opd_saving(config: Any, best: int | None = None) -> Saving:

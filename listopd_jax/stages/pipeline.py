@@ -46,7 +46,7 @@ def _models_to_policies(job: Job) -> None:
     shared = distillation(job, frozen, server)
     for run in anchor_runs(job):
         distil(job, shared, [run])
-    predict(job, frozen)
+    predict(job, shared)
     if config.predict.only:
         return
     for point in points:

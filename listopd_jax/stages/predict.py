@@ -1,11 +1,13 @@
 """predictions.json: the parse curve of trained students, predicted before the sweep that shows it (docs/theory.md).
 
-Three predictors, each costlier than the one before:
+Four predictors:
 
-    nominal   greedy decoding from the target: the forecast
-    limit     greedy decoding from where the estimator in use ends (ops/limit.py), where that is not the target
-    anchors   one of these at the λ that N steps reach, with the spread of seeds; both come from the runs at
-              `predict.anchors`, whose seeds the sweep does not use (theory/predict.py)
+    nominal     greedy decoding from the target: the forecast
+    fixed_text  greedy answers of students that are trained for N steps on a few texts, without rollouts; only if
+                `predict.fixed_text_lists` asks for it (stages/fixed_text.py)
+    limit       greedy decoding from where the estimator in use ends (ops/limit.py), where that is not the target
+    anchors     nominal or limit at the λ that N steps reach, with the spread of seeds; both come from the runs at
+                `predict.anchors`, whose seeds the sweep does not use (theory/predict.py)
 
 The rule, fixed beforehand: `anchors` is chosen; where they say too little, `limit`; where there is none, `nominal`.
 """
@@ -34,7 +36,8 @@ from listopd_jax.records import (
 )
 from listopd_jax.stages.forecast import target_answers
 from listopd_jax.stages.job import Job
-from listopd_jax.stages.opd import opd_steps
+from listopd_jax.stages.fixed_text import band, fixed_text_parse
+from listopd_jax.stages.opd import Distillation, opd_steps
 from listopd_jax.stages.results import evaluated
 from listopd_jax.theory.predict import Shape, Undetermined, closest, gaps, predicted
 from listopd_jax.train.loop import Run
@@ -54,7 +57,7 @@ def anchor_runs(job: Job) -> list[Run]:
     ]
 
 
-def predict(job: Job, frozen: Frozen) -> None:
+def predict(job: Job, shared: Distillation) -> None:
     """Write predictions.json for the λ of the sweep from the evaluated anchors; what it holds already is left alone.
 
     Other λ, seeds or anchors are another prediction, but there is none once the sweep has begun.
@@ -71,28 +74,36 @@ def predict(job: Job, frozen: Frozen) -> None:
             print("no new prediction: runs of the sweep are evaluated already", file=sys.stderr)
         return
     records = [
-        dataclasses.replace(p, extra={"made_from": made_from}) for p in _predictions(job, frozen, anchors)
+        dataclasses.replace(p, extra={"made_from": made_from}) for p in _predictions(job, shared, anchors)
     ]
     write_records(path, records)
     if is_main():
         print(f"predicted parse: {_in_words(next(p for p in records if p.chosen))}", file=sys.stderr)
 
 
-def _predictions(job: Job, frozen: Frozen, anchors: Sequence[Run]) -> list[Prediction]:
-    """What each predictor says of the sweep; the last that has a curve is chosen."""
+def _predictions(job: Job, shared: Distillation, anchors: Sequence[Run]) -> list[Prediction]:
+    """What each predictor says of the sweep, and which is chosen."""
     lambdas, began = sorted(map(float, job.config.opd.lambdas)), time.monotonic()
-    shapes = {name: shape(job, frozen, estimator) for name, estimator in _decoded_with(job).items()}
+    shapes = {name: shape(job, shared.frozen, guard) for name, guard in _decoded_with(job).items()}
     seconds = round(time.monotonic() - began, 1)
-    found = [_of_shape(job, name, curve, lambdas) for name, curve in shapes.items()]
-    found.append(_of_anchors(job, shapes, anchors, lambdas))
-    about = {
-        "steps": opd_steps(job),
-        "seeds": list(job.config.opd.seeds),
-        "lambdas": lambdas,
-        "seconds": seconds,
-    }
-    last = max(i for i, p in enumerate(found) if p.get("parse"))
-    return [Prediction(**p, **about, chosen=i == last) for i, p in enumerate(found)]
+    found = [_of_shape(job, name, curve, lambdas) | {"seconds": seconds} for name, curve in shapes.items()]
+    found.append(_of_anchors(job, shapes, anchors, lambdas) | {"seconds": seconds})
+    chosen = max(i for i, p in enumerate(found) if p.get("parse"))
+    if job.config.predict.fixed_text_lists:
+        found.append(_of_fixed_text(job, shared, lambdas))
+    about = {"steps": opd_steps(job), "seeds": list(job.config.opd.seeds), "lambdas": lambdas}
+    return [Prediction(**p, **about, chosen=i == chosen) for i, p in enumerate(found)]
+
+
+def _of_fixed_text(job: Job, shared: Distillation, lambdas: Sequence[float]) -> dict[str, Any]:
+    began, seeds = time.monotonic(), len(job.config.predict.seeds)
+    parse = fixed_text_parse(job, shared, lambdas)
+    found = {"predictor": "fixed_text", "parse": parse.mean(0).tolist()}
+    for name, edge in zip(("low", "high"), band(parse, len(job.config.opd.seeds)) or (), strict=False):
+        found[name] = edge.tolist()
+    lists = job.config.predict.fixed_text_lists
+    why = f"{opd_steps(job)} steps on the texts of {lists} lists, without rollouts, {seeds} seeds"
+    return found | {"why": why, "seconds": round(time.monotonic() - began, 1)}
 
 
 def _has_begun(job: Job) -> bool:
@@ -101,8 +112,9 @@ def _has_begun(job: Job) -> bool:
 
 
 def _made_from(job: Job, anchors: Sequence[Run]) -> dict[str, Any]:
-    opd = job.config.opd
-    return {"anchors": [run.name for run in anchors], "lambdas": list(opd.lambdas), "seeds": list(opd.seeds)}
+    opd, lists = job.config.opd, job.config.predict.fixed_text_lists
+    found = {"anchors": [run.name for run in anchors], "lambdas": list(opd.lambdas), "seeds": list(opd.seeds)}
+    return found | ({"fixed_text_lists": lists} if lists else {})
 
 
 def _decoded_with(job: Job) -> dict[str, Guard | None]:

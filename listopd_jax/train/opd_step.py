@@ -92,26 +92,53 @@ def make_opd_step(
 
 def _loss(graphs: Models, params, frozen: Frozen, batch: OpdBatch, weights, loss_function: Callable, hyper):
     """Weighted loss of one microbatch, differentiable in `params`, and per-token quantities [B, n, T]."""
-    tokens = batch.rollout.tokens
-    decoders = _decoders(graphs, joined(frozen.base, params), frozen)
-    hiddens = _hiddens(decoders, batch)
-    heads = Models(*map(_head, decoders[:3]), tuple(map(_head, decoders.experts)))
-    grammar = loss_function.keywords["grammar"]
-    state = None if grammar is None else states(grammar, jnp.full(tokens.shape[:2], START), tokens)
-    hiddens, state, *rows = jax.tree.map(
-        lambda x: x.reshape(-1, *x.shape[3:]), (hiddens, state, tokens, batch.rollout.logprobs, weights)
+    hiddens, heads = states_and_heads(graphs, joined(frozen.base, params), frozen, batch)
+    states = grammar_states(loss_function.keywords["grammar"], batch.rollout.tokens)
+    return loss_at_states(
+        hiddens, heads, batch.rollout, states, weights, loss_function, hyper,
+        reward=batch.reward, own_teacher=batch.own_teacher, teacher=batch.teacher_logprobs,
+    )  # fmt: skip
+
+
+def loss_at_states(
+    hiddens: Models,
+    heads: Models,
+    rollout: Rollout,
+    states: Int[Array, "B n T"] | None,
+    weights: Float[Array, "B n T"],
+    loss_function: Callable,
+    hyper: Hyper,
+    *,
+    reward: Float[Array, "B n"] | None = None,
+    own_teacher: Int[Array, " B"] | None = None,
+    teacher: Float[Array, "B n T"] | None = None,
+) -> tuple[Float[Array, ""], dict[str, Float[Array, "B n T"]]]:
+    """`loss_function`, which is `opd_loss`, of completions whose hidden states [B, n, T, D] are known."""
+    tokens = rollout.tokens
+    hiddens, states, *rows = jax.tree.map(
+        lambda x: x.reshape(-1, *x.shape[3:]), (hiddens, states, tokens, rollout.logprobs, weights)
     )
-    of_tokens = {"states": state}
-    if batch.reward is not None:
-        of_tokens["reward"] = jnp.broadcast_to(batch.reward[..., None], tokens.shape).reshape(-1)
-    if batch.teacher_logprobs is not None:
-        of_tokens["teacher"] = batch.teacher_logprobs.reshape(-1)
-    if batch.own_teacher is not None:
-        of_tokens["own_teacher"] = jnp.broadcast_to(batch.own_teacher[:, None, None], tokens.shape).reshape(
-            -1
-        )
+    of_tokens = {"states": states}
+    if reward is not None:
+        of_tokens["reward"] = jnp.broadcast_to(reward[..., None], tokens.shape).reshape(-1)
+    if teacher is not None:
+        of_tokens["teacher"] = teacher.reshape(-1)
+    if own_teacher is not None:
+        of_tokens["own_teacher"] = jnp.broadcast_to(own_teacher[:, None, None], tokens.shape).reshape(-1)
     loss, per_token = loss_function(hiddens, heads, *rows, hyper, **of_tokens)
     return loss, {k: v.reshape(tokens.shape) for k, v in per_token.items()}
+
+
+def grammar_states(grammar: Grammar | None, tokens: Int[Array, "B n T"]) -> Int[Array, "B n T"] | None:
+    """The state in which a grammar meets each token; None without one."""
+    return None if grammar is None else states(grammar, jnp.full(tokens.shape[:2], START), tokens)
+
+
+def states_and_heads(graphs: Models, student, frozen: Frozen, batch: OpdBatch) -> tuple[Models, Models]:
+    """Of each model, given by static halves and parameters: the states that predict the completions, and its head."""
+    decoders = _decoders(graphs, student, frozen)
+    heads = Models(*map(_head, decoders[:3]), tuple(map(_head, decoders.experts)))
+    return _hiddens(decoders, batch), heads
 
 
 def _decoders(graphs: Models, student, frozen: Frozen) -> Models:
