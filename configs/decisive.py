@@ -51,7 +51,7 @@ def get_config(name: str = "natural") -> ml_collections.ConfigDict:
 def _of_pair(pair: str) -> ml_collections.ConfigDict:
     """A pair of configs/forecast.py without anchors and forecasts."""
     config = forecast.get_config(pair)
-    config.predict.anchors = ()
+    config.predict.update(anchors=(), fixed_text_lists=0)
     config.forecast.lambdas = ()
     return config
 

@@ -34,9 +34,9 @@ from listopd_jax.records import (
     read_results,
     write_records,
 )
+from listopd_jax.stages.fixed_text import band, fixed_text_parse
 from listopd_jax.stages.forecast import target_answers
 from listopd_jax.stages.job import Job
-from listopd_jax.stages.fixed_text import band, fixed_text_parse
 from listopd_jax.stages.opd import Distillation, opd_steps
 from listopd_jax.stages.results import evaluated
 from listopd_jax.theory.predict import Shape, Undetermined, closest, gaps, predicted
