@@ -16,6 +16,7 @@ from listopd_jax.report.inputs import Inputs
 from listopd_jax.report.prediction_section import prediction_section, prediction_series
 from listopd_jax.stages import predict as stage
 
+SHARED = SimpleNamespace(frozen=None)  # of models, which are not looked at
 LAMBDAS, SEEDS, STEPS = (1.1, 1.2, 1.3, 1.4, 1.6, 1.8), (7, 13), 100
 
 
@@ -36,7 +37,7 @@ def job(tmp_path, monkeypatch):
         lambdas=LAMBDAS, seeds=SEEDS, steps=STEPS, guard=guard, estimator="sampled", ratio="teacher_student",
         normalize=False, clip=5.0, kl_to_base=0.0, entropy_bonus=0.0, contract_reward=0.0,
     )  # fmt: skip
-    options = SimpleNamespace(anchors=(1.2, 1.4, 1.6), seeds=(1, 2), largest_gap=0.05)
+    options = SimpleNamespace(anchors=(1.2, 1.4, 1.6), seeds=(1, 2), largest_gap=0.05, fixed_text_lists=0)
     decoded = []
 
     def parse_at(job, frozen, lambdas, guard):
@@ -59,7 +60,7 @@ def predictions(job):
 
 
 def test_the_anchors_find_the_planted_curve(job, capsys):
-    stage.predict(job, None)
+    stage.predict(job, SHARED)
     found = predictions(job)
     assert list(found) == ["nominal", "limit", "anchors"] and [p.chosen for p in found.values()] == [
         False,
@@ -75,35 +76,48 @@ def test_the_anchors_find_the_planted_curve(job, capsys):
 
 
 def test_a_prediction_is_made_once_for_a_sweep(job):
-    stage.predict(job, None)
+    stage.predict(job, SHARED)
     calls, before = len(job.decoded), (job.workdir / PREDICTIONS).read_bytes()
-    stage.predict(job, None)
+    stage.predict(job, SHARED)
     assert len(job.decoded) == calls and (job.workdir / PREDICTIONS).read_bytes() == before
     job.config.opd.lambdas = LAMBDAS[1:]
-    stage.predict(job, None)
+    stage.predict(job, SHARED)
     assert predictions(job)["anchors"].lambdas == list(LAMBDAS[1:])
 
 
 def test_a_prediction_stays_once_its_sweep_has_begun(job):
-    stage.predict(job, None)
+    stage.predict(job, SHARED)
     before = (job.workdir / PREDICTIONS).read_bytes()
     (job.workdir / "results.json").write_text(json.dumps(sweep(0.0)[:1]))
     job.config.opd.lambdas, job.config.predict.anchors = (*LAMBDAS, 2.0), (1.2, 1.3)
-    stage.predict(job, None)
+    stage.predict(job, SHARED)
     assert (job.workdir / PREDICTIONS).read_bytes() == before
 
 
 def test_where_anchors_say_nothing_the_limit_is_chosen(job, monkeypatch):
     monkeypatch.setattr(stage, "evaluated", lambda workdir, run: Result(stage=run.stage, parse=1.0))
-    stage.predict(job, None)
+    stage.predict(job, SHARED)
     found = predictions(job)
     assert found["limit"].chosen and found["anchors"].parse is None
     assert "0 of 6 anchor runs" in found["anchors"].why
 
 
+def test_students_on_fixed_texts_are_a_predictor_if_asked_for(job, monkeypatch):
+    parse = np.stack([trained(LAMBDAS), np.clip(trained(LAMBDAS) + 0.02, 0, 1)])
+    monkeypatch.setattr(stage, "fixed_text_parse", lambda job, shared, lambdas: parse)
+    stage.predict(job, SHARED)
+    job.config.predict.fixed_text_lists = 64
+    stage.predict(job, SHARED)  # another prediction
+    found = predictions(job)
+    assert list(found) == ["nominal", "limit", "anchors", "fixed_text"]
+    np.testing.assert_allclose(found["fixed_text"].parse, parse.mean(0))
+    assert all(np.less_equal(found["fixed_text"].low, found["fixed_text"].parse))
+    assert "64 lists, without rollouts, 2 seeds" in found["fixed_text"].why
+
+
 def test_a_target_that_is_the_limit_is_decoded_once(job):
     job.config.opd.estimator = "full_vocab"
-    stage.predict(job, None)
+    stage.predict(job, SHARED)
     assert list(predictions(job)) == ["nominal", "anchors"]
 
 
@@ -117,7 +131,7 @@ def test_the_decoded_grid_holds_every_lambda_of_the_sweep(job, sweep):
 
 def test_without_anchors_nothing_is_predicted(job):
     job.config.predict.anchors = ()
-    stage.predict(job, None)
+    stage.predict(job, SHARED)
     assert not (job.workdir / PREDICTIONS).exists() and not job.decoded
 
 
@@ -144,7 +158,7 @@ def sweep(shift, spread=0.02):
 
 @pytest.mark.parametrize(("shift", "verdict"), [(0.0, "pass"), (0.2, "fail")])
 def test_a_locked_curve_is_judged_by_its_rmse(job, shift, verdict):
-    stage.predict(job, None)
+    stage.predict(job, SHARED)
     lock = make_curve_lock(job.workdir, CONFIG)
     found = judge_curve(lock, sweep(shift))
     assert found["verdict"] == verdict and found["goal"] == max(0.05, 1.25 * found["floor"])
@@ -163,7 +177,7 @@ def test_a_curve_is_locked_before_its_sweep_and_never_after(job, tmp_path, capsy
     (tmp_path / "config.json").write_text(json.dumps({"config": CONFIG}))
     with pytest.raises(UserError, match="no prediction to lock"):
         make_curve_lock(tmp_path, CONFIG)
-    stage.predict(job, None)
+    stage.predict(job, SHARED)
     path = tmp_path / "lock.json"
     assert prereg.main(["curve", f"--workdir={tmp_path}", f"--out={path}"]) == 0
     assert prereg.main(["verify", f"--lock={path}", f"--config={tmp_path / 'config.json'}"]) == 0
@@ -185,13 +199,13 @@ def test_a_curve_is_locked_before_its_sweep_and_never_after(job, tmp_path, capsy
 @pytest.mark.parametrize(("field", "values"), [("seeds", (7,)), ("lambdas", (1.3,))])
 def test_a_curve_that_no_verdict_could_judge_is_not_locked(job, field, values):
     setattr(job.config.opd, field, values)
-    stage.predict(job, None)
+    stage.predict(job, SHARED)
     with pytest.raises(UserError, match="two"):
         make_curve_lock(job.workdir, CONFIG)
 
 
 def test_several_curves_are_one_list_beside_what_needs_no_predictor(job, tmp_path):
-    stage.predict(job, None)
+    stage.predict(job, SHARED)
     locks = []
     for pair, shift in (("near", 0.0), ("far", 0.2)):
         locks.append(tmp_path / f"{pair}.json")
@@ -215,7 +229,7 @@ def test_several_curves_are_one_list_beside_what_needs_no_predictor(job, tmp_pat
 
 
 def test_two_locks_of_one_name_and_the_lock_of_a_threshold_are_one_line(job, tmp_path):
-    stage.predict(job, None)
+    stage.predict(job, SHARED)
     paths = [tmp_path / "pair.json", tmp_path / "pair" / "pair.json"]
     paths[1].parent.mkdir()
     (tmp_path / "pair" / "results.json").write_text(json.dumps(sweep(0.0)))
@@ -233,7 +247,7 @@ def test_two_locks_of_one_name_and_the_lock_of_a_threshold_are_one_line(job, tmp
 
 
 def test_the_report_shows_the_chosen_curve_beside_what_came(job):
-    stage.predict(job, None)
+    stage.predict(job, SHARED)
     found = list(predictions(job).values())
     results = [Result.from_json(r, "r") for r in sweep(0.0)]
     section = prediction_section(Inputs(predictions=found, results=results))

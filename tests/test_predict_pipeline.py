@@ -13,6 +13,7 @@ ANCHORS = {
     "opd.lambdas": (2.0,),
     "opd.seeds": (7,),
     "predict.largest_gap": 1.0,
+    "predict.fixed_text_lists": 2,
 }
 
 
@@ -29,8 +30,8 @@ def test_the_prediction_comes_before_the_sweep_and_stays(models, tmp_path):  # n
         tmp_path, "opd"
     )
     found = json.loads(predictions)
-    assert [p["predictor"] for p in found] == ["nominal", "limit", "anchors"]
-    assert [p["chosen"] for p in found] == [False, True, False], (
+    assert [p["predictor"] for p in found] == ["nominal", "limit", "anchors", "fixed_text"]
+    assert [p["chosen"] for p in found] == [False, True, False, False], (
         "anchors of models that know nothing say nothing"
     )
     assert all(0 <= x <= 1 for p in found[:2] for x in p["parse"]) and found[0]["lambdas"] == [2.0]

@@ -45,7 +45,7 @@ def fixed_text_parse(job: Job, shared: Distillation, lambdas: Sequence[float]) -
     )  # fmt: skip
 
     def parse(lam: float, seed: int) -> float:
-        schedule = _schedule(job, lam, seed, len(texts.batch.prompts))
+        schedule = schedule_of(opd, lam, seed, len(texts.batch.prompts), opd_steps(job))
         trained = train(shared.start(seed), shared.frozen.base, heads, texts, schedule)
         answers = greedy(job, "student", whole(job, shared, trained), f"fixed text, λ = {lam:g}")
         return float(np.mean([a.parsed.ok for a in answers]))
@@ -68,8 +68,7 @@ def band(
 
 def _texts(job: Job, shared: Distillation) -> tuple[Texts, Models]:
     """`predict.fixed_text_lists` prompts, or a few more, as the student answers them now; the frozen models' heads."""
-    graphs, options = job.graphs, job.config
-    models = Models(graphs["student"], graphs["teacher"], base_of(graphs), experts_of(graphs))
+    options, models = job.config, models_of(job)
     student = joined(shared.frozen.base, shared.start(0))
     count = ceil_div(options.predict.fixed_text_lists, options.opd.batch_size)
     parts = []
@@ -78,6 +77,12 @@ def _texts(job: Job, shared: Distillation) -> tuple[Texts, Models]:
         hiddens, heads = _read(models, whole(job, shared, shared.start(0)), shared.frozen, batch)
         parts.append(Texts(batch, hiddens._replace(student=None)))
     return jax.tree.map(lambda *xs: jnp.concatenate(xs), *parts), heads._replace(student=None)
+
+
+def models_of(job: Job) -> Models:
+    """The static halves of the models of a job, the student's as one model without adapter."""
+    graphs = job.graphs
+    return Models(graphs["student"], graphs["teacher"], base_of(graphs), experts_of(graphs))
 
 
 _read = BackendJit(states_and_heads, OTHER, static_argnums=0)
@@ -93,12 +98,12 @@ def _completed(job: Job, student: Any, batch: Mapping[str, np.ndarray], key: Arr
     return OpdBatch(prompts, lengths, Rollout(tokens, logprobs, rollout.lengths), None, *for_teachers)
 
 
-def _schedule(job: Job, lam: float, seed: int, lists: int) -> Schedule:
-    """The steps of a run at λ: what it would be given, and which of the texts each takes."""
-    opd, steps, order = job.config.opd, opd_steps(job), np.random.default_rng(seed)
+def schedule_of(opd: Any, lam: float, seed: int, lists: int, steps: int) -> Schedule:
+    """The steps of a run of section `opd` at λ: what each would be given, and which of the texts it takes."""
+    order, each = np.random.default_rng(seed), min(opd.batch_size, lists)
     hyper = jax.tree.map(lambda *xs: jnp.stack(xs), *(hyper_at(opd, lam, step) for step in range(steps)))
     return Schedule(
-        jnp.array([order.choice(lists, opd.batch_size, replace=False) for _ in range(steps)]),
+        jnp.array([order.choice(lists, each, replace=False) for _ in range(steps)]),
         jax.random.split(jax.random.key(seed), steps),
         hyper,
         jnp.array([learning_rate(opd, step, steps) for step in range(steps)], jnp.float32),
