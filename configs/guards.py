@@ -49,6 +49,7 @@ def get_config(name: str = "right_one") -> ml_collections.ConfigDict:
     config = gain.get_config("same") if pair == "right" else _wrong()
     config.preset = name
     config.forecast.lambdas = (1.0, 2.0)
+    config.evaluation.margins = True
     config.train.export = arm == "one"
     config.opd.update(lambdas=(gain.LAMBDA,), steps=gain.STEPS, eval_steps=())
     config.opd.update(ARMS[arm])

@@ -105,6 +105,7 @@ def defaults() -> ml_collections.ConfigDict:
             forgetting=False,  # also how each policy reads unrelated English: perplexity, and KL to the student's SFT
             constrained="",  # "schema,contract" or one of them: each policy is decoded under these masks too
             expected=False,  # also the error of the expected scores, of every list (stages/expected.py)
+            margins=False,  # also how firmly each policy holds the contract's tokens (stages/margins.py)
         ),
         parallel=_parallel(),
         train=_section(checkpoint_every=50, keep_checkpoints=2, export=True),
@@ -793,9 +794,10 @@ def _validate_guard(config: ml_collections.ConfigDict) -> None:
         "sft.continued trains the teacher on from the student's end: teacher and student must be the same section",
     )
     _require(
-        ranks_reviews(config) or not (config.evaluation.expected or guard_knows_contract(opd.guard)),
-        f"task {task_name(config)!r}: evaluation.expected and guards that know the contract (opd.guard.scope, mask, "
-        "structure) are of task.name='reviews'; leave them off",
+        ranks_reviews(config)
+        or not (config.evaluation.expected or config.evaluation.margins or guard_knows_contract(opd.guard)),
+        f"task {task_name(config)!r}: evaluation.expected, evaluation.margins and guards that know the contract "
+        "(opd.guard.scope, mask, structure) are of task.name='reviews'; leave them off",
     )
     _require(
         opd.guard.scope == "all" or opd.guard.margin > 0 or opd.guard.floor > 0,

@@ -9,10 +9,10 @@ from test_opd_step import (
     EXACT,
     FROZEN,
     MODELS,
-    N,
     STUDENT,
     STUDENT_DEF,
     VOCAB,
+    N,
     batch,  # noqa: F401 (a fixture)
     hyper,
     own,

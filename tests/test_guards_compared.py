@@ -49,6 +49,13 @@ def test_an_arm_is_compared_seed_by_seed_with_the_one_of_its_pair_and_estimator(
     assert "goal" not in rows["right", "one"] and rows["right", "one"]["lambda"] == 1.0
 
 
+def test_margins_and_guarded_tokens_stand_there_if_every_seed_has_them(tmp_path):
+    write(tmp_path, "right_one", 1.5)
+    write(tmp_path, "right_mask", 1.4, structural_margin=1.25, guarded=0.125)
+    one, mask = sorted(summary(tmp_path), key=lambda row: row["arm"], reverse=True)
+    assert (mask["margin"], mask["guarded"]) == (1.25, 0.125) and not {"margin", "guarded"} & one.keys()
+
+
 @pytest.mark.parametrize(
     ("mae", "parse", "own", "met"),
     [

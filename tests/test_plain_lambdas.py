@@ -38,7 +38,7 @@ def settings(**fields):
     for role in ("teacher", "student"):
         config[role].update(hidden_size=16, intermediate_size=32, num_layers=1, num_heads=2, num_kv_heads=1)
         config.sft[role].update(steps=2, batch_size=4, lr=1e-2, seed=1 + (role == "teacher"))
-    config.evaluation.update(max_lists=4, batch_size=4, bootstrap=2, examples=1, expected=True)
+    config.evaluation.update(max_lists=4, batch_size=4, bootstrap=2, examples=1, expected=True, margins=True)
     config.opd.update(
         lambdas=(2.0,), plain_lambdas=(1.0, 2.0), steps=2, batch_size=2, rollouts=1, lr=1e-3, ratio="none",
         estimator="full_vocab",
@@ -84,6 +84,11 @@ def test_the_guard_is_on_in_training_where_the_record_says_so(job):
     rows = [r for r in read_inputs(job[0]).metrics if r["stage"] == "opd"]
     share = {bool(r.get("guard")): r["guarded_fraction"] for r in rows if r["lambda"] == 2.0}
     assert share[False] == 0 < share[True]
+    records = [r for r in read_results(job[0] / RESULTS) if r.stage == "opd"]
+    assert [(r.guard == GUARD) for r in records] == ["guarded" in r.extra for r in records]
+    assert all("structural_margin" in r.extra for r in records)  # None: these models write none of its tokens
+    (guarded,) = (r.extra["guarded"] for r in records if r.guard)
+    assert guarded == pytest.approx(np.mean([r["guarded_fraction"] for r in rows if r.get("guard")]))
 
 
 def test_both_are_forecast_and_calibrated_along_their_own_answers(job):

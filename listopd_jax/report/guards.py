@@ -5,7 +5,8 @@
 
 Differences are taken seed by seed, as a rule to λ = 1 of the same pair and estimator, with a 95 % t interval over the
 seeds that both have. `goal`: parse within .02 of that λ = 1, and the interval of the difference in the error of the
-expected scores below 0.
+expected scores below 0. `guarded`: share of sampled tokens that the guard held back. `margin`: with
+evaluation.margins, the 5 % quantile of the margins of structural tokens in nats (stages/margins.py).
 """
 
 import pathlib
@@ -25,7 +26,22 @@ REFERENCES = ("one", "one_sampled")
 OF_SAMPLES = ("contract_reward",)  # arms whose λ = 1 is that of the sampled estimator
 PARSE_LOSS = 0.02  # against λ = 1 that the goal allows
 MEASURED = ("parse", "useful", "expected_mae")
-HEAD = ("pair", "guard", "seeds", "parse", "useful", "MAE", "MAE − that of λ = 1", "goal")
+BESIDES = {
+    "guarded": "guarded",
+    "structural_margin": "margin",
+}  # of records that have them -> their names here
+HEAD = (
+    "pair",
+    "guard",
+    "seeds",
+    "parse",
+    "useful",
+    "MAE",
+    "MAE − that of λ = 1",
+    "guarded",
+    "margin",
+    "goal",
+)
 
 
 def compared(arms: Mapping[str, Seeds]) -> list[Json]:
@@ -34,8 +50,19 @@ def compared(arms: Mapping[str, Seeds]) -> list[Json]:
     for arm, seeds in arms.items():
         row = {"arm": arm, "lambda": next(iter(seeds.values())).lam, "seeds": len(seeds), **figures(seeds)}
         row["useful"] = statistics.fmean(r.useful for r in seeds.values())
+        row |= _besides(seeds)
         rows.append(row if arm in REFERENCES else row | _to_one(arms, arm))
     return rows
+
+
+def _besides(seeds: Seeds) -> Json:
+    """Means over the seeds of what all of their records have."""
+    found = {}
+    for field, name in BESIDES.items():
+        values = [r.metric(field) for r in seeds.values()]
+        if None not in values:
+            found[name] = statistics.fmean(values)
+    return found
 
 
 def _to_one(arms: Mapping[str, Seeds], arm: str) -> Json:
@@ -114,8 +141,19 @@ def table(rows: Sequence[Json]) -> str:
 
 def _cells(row: Json) -> tuple[str, ...]:
     numbers = (f"{row[name]:.3f}" for name in ("parse", "useful", "mae"))
+    besides = (
+        f"{row[name]:.{digits}f}" if name in row else "" for name, digits in (("guarded", 3), ("margin", 2))
+    )
     met = {True: "met", False: "not met"}.get(row.get("goal"), "")
-    return row["pair"], row["arm"], str(row["seeds"]), *numbers, _interval(row.get("mae_difference")), met
+    return (
+        row["pair"],
+        row["arm"],
+        str(row["seeds"]),
+        *numbers,
+        _interval(row.get("mae_difference")),
+        *besides,
+        met,
+    )
 
 
 def _interval(found: Json | None) -> str:

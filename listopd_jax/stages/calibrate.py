@@ -302,7 +302,7 @@ def calibrate_forecasts(
         for batch in progress(list(batches), "calibrate forecasts"):
             written = [[column[index] for column in ids] for index in batch["index"].tolist()]
             lengths = np.array([[len(tokens) for tokens in row] for row in written])
-            tokens = _padded(written, round_up(int(lengths.max()), ANSWER_STEP), job.codec.pad)
+            tokens = padded(written, round_up(int(lengths.max()), ANSWER_STEP), job.codec.pad)
             parts.append(along(*models, batch, tokens, lengths, job.codec, job.config.opd.head_chunk))
     rows = [
         dataclasses.replace(forecast_row(lam, joined(column)), guard=guard)
@@ -326,7 +326,7 @@ def forecast_row(lam: float, positions: Positions) -> ForecastFlips:
     )
 
 
-def _padded(answers: Sequence[Sequence[Sequence[int]]], size: int, pad: int) -> Int[np.ndarray, "B n T"]:
+def padded(answers: Sequence[Sequence[Sequence[int]]], size: int, pad: int) -> Int[np.ndarray, "B n T"]:
     """Token ids, each row filled up to `size`."""
     return np.array([[[*ids, *[pad] * (size - len(ids))] for ids in row] for row in answers], np.int32)
 

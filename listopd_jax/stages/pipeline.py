@@ -22,7 +22,7 @@ from listopd_jax.stages.forgetting import forgetting
 from listopd_jax.stages.job import REFERENCE, ROLES, Job, base_of, job_on_mesh
 from listopd_jax.stages.opd import Distillation, connected, make_step, opd_runs, preflight, train_opd
 from listopd_jax.stages.predict import ANCHOR, anchor_runs, predict
-from listopd_jax.stages.results import evaluate, evaluated, summary, write_plan
+from listopd_jax.stages.results import evaluate, evaluated, guarded_share, summary, write_plan
 from listopd_jax.stages.sft import sft_run, train_sft
 from listopd_jax.stages.teacher_server import TeacherServer
 from listopd_jax.stages.teachers import experts_of
@@ -136,7 +136,7 @@ def distil(job: Job, shared: Distillation, runs: Sequence[Run]) -> None:
         if evaluated(job.workdir, run) is None:
             watch = watch_of(job.config.opd, run)
             params = train_opd(job, shared, run, most_useful(job.workdir, runs), watch)
-            besides = collapse_fields(watch, run)
+            besides = collapse_fields(watch, run) | guarded_share(job.workdir, run)
             if watch and watch.stopped:
                 besides["checkpoint"], params = best_checkpoint(job, shared, run)
             start = None if REFERENCE in job.models else shared.frozen.base

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
+from listopd_jax.metrics_log import read_metrics
 from listopd_jax.models.build import cast
 from listopd_jax.ops.guard import Guard
 from listopd_jax.parallel.hosts import from_main
@@ -32,6 +33,7 @@ from listopd_jax.stages.constrained import decodings
 from listopd_jax.stages.evaluate import Answer, greedy_answers, pick_examples, result_record
 from listopd_jax.stages.expected import expected_scores
 from listopd_jax.stages.job import Job
+from listopd_jax.stages.margins import structural_margin
 from listopd_jax.task.metrics import summarize
 from listopd_jax.train.loop import Run
 
@@ -58,7 +60,18 @@ def evaluate(job: Job, role: str, params: Any, run: Run, **besides: Any) -> Resu
     answers = greedy(job, role, params, description)
     (means,) = expected(job, (job.graphs[role],), (params,), jnp.ones((1, 1)))
     under = decodings(job, role, params, answers, description)
+    if job.config.evaluation.margins:
+        besides["structural_margin"] = structural_margin(job, role, params, answers)
     return keep(job, run, answers, expected=means, decodings=under, **besides)
+
+
+def guarded_share(workdir: pathlib.Path, run: Run) -> dict[str, float]:
+    """The mean share of sampled tokens that the guard of a run held back, as `guarded`; {} of a run without one."""
+    if not run.guard:
+        return {}
+    rows = from_main(lambda: [r for r in read_metrics(workdir) if r.get("run") == run.name])
+    shares = [r["guarded_fraction"] for r in rows if r["step"] <= run.steps and "guarded_fraction" in r]
+    return {"guarded": float(np.mean(shares))} if shares else {}
 
 
 def greedy(job: Job, role: str, params: Any, description: str) -> list[Answer]:
