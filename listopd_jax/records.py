@@ -318,7 +318,7 @@ class Prediction(Record):
     `low` and `high`: a 90 % band for the mean over the sweep's seeds; None where the predictor has none.
     """
 
-    predictor: str  # nominal, limit, anchors or fixed_text (stages/predict.py)
+    predictor: str  # nominal, limit, anchors, fixed_text or both (stages/predict.py)
     lambdas: list[float] | None = None
     parse: list[float] | None = None
     low: list[float] | None = None

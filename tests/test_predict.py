@@ -109,7 +109,11 @@ def test_students_on_fixed_texts_are_a_predictor_if_asked_for(job, monkeypatch):
     job.config.predict.fixed_text_lists = 64
     stage.predict(job, SHARED)  # another prediction
     found = predictions(job)
-    assert list(found) == ["nominal", "limit", "anchors", "fixed_text"]
+    assert list(found) == ["nominal", "limit", "anchors", "fixed_text", "both"]
+    assert [name for name, p in found.items() if p.chosen] == ["both"] and found["both"].anchors == 6
+    middle = np.mean([found["anchors"].parse, found["fixed_text"].parse], 0)
+    np.testing.assert_allclose(found["both"].parse, middle)
+    assert all(np.less(found["both"].low, middle)) and all(np.less(middle, found["both"].high))
     np.testing.assert_allclose(found["fixed_text"].parse, parse.mean(0))
     assert all(np.less_equal(found["fixed_text"].low, found["fixed_text"].parse))
     assert "64 lists, without rollouts, 2 seeds" in found["fixed_text"].why

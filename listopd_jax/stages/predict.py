@@ -1,15 +1,16 @@
 """predictions.json: the parse curve of trained students, predicted before the sweep that shows it (docs/theory.md).
 
-Four predictors:
+Five predictors, each costlier than the one before:
 
     nominal     greedy decoding from the target: the forecast
-    fixed_text  greedy answers of students that are trained for N steps on a few texts, without rollouts; only if
-                `predict.fixed_text_lists` asks for it (stages/fixed_text.py)
     limit       greedy decoding from where the estimator in use ends (ops/limit.py), where that is not the target
-    anchors     nominal or limit at the λ that N steps reach, with the spread of seeds; both come from the runs at
+    anchors     one of these at the λ that N steps reach, with the spread of seeds; both come from the runs at
                 `predict.anchors`, whose seeds the sweep does not use (theory/predict.py)
+    fixed_text  greedy answers of students that are trained for N steps on a few texts, without rollouts
+                (stages/fixed_text.py); if `predict.fixed_text_lists` asks for it
+    both        the mean of anchors and fixed_text
 
-The rule, fixed beforehand: `anchors` is chosen; where they say too little, `limit`; where there is none, `nominal`.
+The rule, fixed beforehand: the first that there is of `both`, `anchors`, `limit` and `nominal` is chosen.
 """
 
 import dataclasses
@@ -44,6 +45,7 @@ from listopd_jax.train.loop import Run
 
 ANCHOR = "anchor"
 WHY = {"nominal": "greedy decoding from the target", "limit": "greedy decoding from where the estimator ends"}
+CHOICE = ("both", "anchors", "limit", "nominal")
 COARSE, ROUNDS = 9, 2  # points of the grid at first, and how often it is refined
 
 
@@ -88,11 +90,12 @@ def _predictions(job: Job, shared: Distillation, anchors: Sequence[Run]) -> list
     seconds = round(time.monotonic() - began, 1)
     found = [_of_shape(job, name, curve, lambdas) | {"seconds": seconds} for name, curve in shapes.items()]
     found.append(_of_anchors(job, shapes, anchors, lambdas) | {"seconds": seconds})
-    chosen = max(i for i, p in enumerate(found) if p.get("parse"))
     if job.config.predict.fixed_text_lists:
         found.append(_of_fixed_text(job, shared, lambdas))
+        found += [mean_of(*found[-2:])] if found[-2].get("parse") else []
+    chosen = next(name for name in CHOICE if any(p["predictor"] == name and p.get("parse") for p in found))
     about = {"steps": opd_steps(job), "seeds": list(job.config.opd.seeds), "lambdas": lambdas}
-    return [Prediction(**p, **about, chosen=i == chosen) for i, p in enumerate(found)]
+    return [Prediction(**p, **about, chosen=p["predictor"] == chosen) for p in found]
 
 
 def _of_fixed_text(job: Job, shared: Distillation, lambdas: Sequence[float]) -> dict[str, Any]:
@@ -104,6 +107,23 @@ def _of_fixed_text(job: Job, shared: Distillation, lambdas: Sequence[float]) -> 
     lists = job.config.predict.fixed_text_lists
     why = f"{opd_steps(job)} steps on the texts of {lists} lists, without rollouts, {seeds} seeds"
     return found | {"why": why, "seconds": round(time.monotonic() - began, 1)}
+
+
+def mean_of(anchors: Mapping[str, Any], fixed_text: Mapping[str, Any]) -> dict[str, Any]:
+    """The prediction half way between two; their bands are those of independent errors."""
+    both = [anchors, fixed_text]
+    parse, *edges = (np.array([p.get(name) or p["parse"] for p in both]) for name in ("parse", "low", "high"))
+    mean = parse.mean(0)
+    low, high = (
+        mean + sign * np.hypot(*(edge - parse)) / 2 for sign, edge in zip((-1, 1), edges, strict=True)
+    )
+    found = {"parse": mean, "low": np.clip(low, 0, 1), "high": np.clip(high, 0, 1)}
+    about = {"anchors": anchors["anchors"], "seconds": fixed_text["seconds"]}
+    return (
+        {"predictor": "both", "why": "the mean of anchors and fixed_text"}
+        | about
+        | {name: curve.tolist() for name, curve in found.items()}
+    )
 
 
 def _has_begun(job: Job) -> bool:
