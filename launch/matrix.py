@@ -124,7 +124,7 @@ def _arguments(root: pathlib.Path, arm: Arm, experiment: Experiment) -> list[str
 
 def page(root: pathlib.Path, chosen: Mapping[str, Experiment]) -> str:
     """The matrix in Markdown: what EC saw, what we saw, whether they agree; then every number."""
-    seen = {name: {arm: curve(root / name / arm) for arm in e.arms} for name, e in chosen.items()}
+    seen = {name: {arm: curve(root / name / arm, e.policy) for arm in e.arms} for name, e in chosen.items()}
     verdicts = [(name, e.ec, verdict(e, seen[name])) for name, e in chosen.items()]
     rows = [row for arm in arms(chosen) for row in _rows(arm, seen[arm.experiment][arm.name])]
     return (
@@ -141,11 +141,11 @@ def page(root: pathlib.Path, chosen: Mapping[str, Experiment]) -> str:
     )
 
 
-def curve(workdir: pathlib.Path) -> Curve:
-    """λ -> parse of each seed at the last step of the runs in `workdir`; {} if it has none yet."""
-    records = [r for r in read_results(workdir / RESULTS) if r.stage == "opd" and r.parse is not None]
+def curve(workdir: pathlib.Path, policy: str = "opd") -> Curve:
+    """λ -> parse of each seed at the last step of the runs of stage `policy` in `workdir`; {} if it has none yet."""
+    records = [r for r in read_results(workdir / RESULTS) if r.stage == policy and r.parse is not None]
     last = max((r.steps for r in records), default=0)
-    lambdas = sorted({r.lam for r in records if r.steps == last})
+    lambdas = sorted({r.lam for r in records if r.steps == last}, key=lambda lam: lam or 0.0)
     return {lam: [r.parse for r in records if (r.lam, r.steps) == (lam, last)] for lam in lambdas}
 
 
@@ -159,7 +159,7 @@ def verdict(experiment: Experiment, seen: Mapping[str, Curve]) -> str:
 
 def _rows(arm: Arm, seen: Curve) -> list[tuple[str, ...]]:
     return [
-        (arm.experiment, arm.name, f"{lam:g}", str(len(parse)), _interval(parse))
+        (arm.experiment, arm.name, "–" if lam is None else f"{lam:g}", str(len(parse)), _interval(parse))
         for lam, parse in seen.items()
     ]
 

@@ -61,6 +61,25 @@ def test_the_table_has_what_is_done_and_says_what_is_open(tmp_path):
     ].endswith("| yes |")
 
 
+def test_continued_sft_is_judged_by_the_sft_student(tmp_path):
+    chosen = matrix.select("continued_sft")
+    for seed in (2, 3, 5):
+        folder = tmp_path / "continued_sft" / f"seed{seed}"
+        folder.mkdir(parents=True)
+        stages = {"sft_teacher": 0.9, "sft_student": 0.01 * seed}
+        records = [
+            {"stage": s, "lambda": None, "seed": seed, "steps": 170, "parse": p} for s, p in stages.items()
+        ]
+        (folder / "results.json").write_text(json.dumps(records))
+    page = matrix.page(tmp_path, chosen)
+    assert "| continued_sft | seed3 | – | 1 | 0.030 |" in page and page.count("| yes |") == 1
+    assert "open: no run; let" in matrix.page(tmp_path / "nothing", chosen)
+    tiny = chosen["continued_sft"].get_config("tiny,seed3")
+    assert (
+        tiny.sft.student.steps == EXPERIMENTS["no_base"].get_config("tiny").sft.student.steps + tiny.opd.steps
+    )
+
+
 def test_a_cliff_without_the_base_disagrees_with_ec(tmp_path):
     chosen = matrix.select("no_base")
     results(tmp_path / "no_base" / "plain", {1.0: [1.0], 1.15: [1.0], 1.25: [1.0], 1.4: [0.1]})

@@ -14,7 +14,9 @@ STEPS = {"tiny": 50, "paper": 42}  # of one budget
 SEEDS = {"tiny": (0, 1, 2), "paper": (42,)}
 FIVE = (7, 13, 21, 42, 95)  # EC's
 
-Curve = Mapping[float, Sequence[float]]  # λ -> parse of each seed
+Curve = Mapping[
+    float | None, Sequence[float]
+]  # λ, None of a policy that is not distilled -> parse of each seed
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -22,7 +24,7 @@ class Experiment:
     """What EC did and saw, and when our runs agree with it.
 
     arms: name -> config fields by their dotted names, besides `shared`. at: scale -> arm -> fields of that scale alone.
-    agrees: of arm -> curve. The matrix trains
+    policy: the stage whose models are judged, opd or sft_student. agrees: of arm -> curve. The matrix trains
     teacher and base once for all; an arm trains those of `own` itself, and its teacher is the SFT model of `teacher`.
     """
 
@@ -36,6 +38,7 @@ class Experiment:
     seeds: tuple[int, ...] = ()  # (): those of the scale
     own: tuple[str, ...] = ()
     teacher: str = "teacher"
+    policy: str = "opd"
 
     def get_config(self, choice: str = "tiny") -> ml_collections.ConfigDict:
         """The config of SCALE or SCALE,ARM; the first arm where none is named."""
@@ -57,10 +60,10 @@ class Experiment:
         return config
 
 
-def mean(curve: Curve, lam: float) -> float:
+def mean(curve: Curve, lam: float | None) -> float:
     """The mean parse at λ over the seeds; UserError if it was not run."""
     if lam not in curve:
-        raise UserError(f"no run at λ = {lam:g}; let the matrix go on")
+        raise UserError(f"no run{'' if lam is None else f' at λ = {lam:g}'}; let the matrix go on")
     return float(np.mean(curve[lam]))
 
 
