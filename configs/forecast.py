@@ -16,7 +16,7 @@ import ml_collections
 from configs.fashion import tiny
 from listopd_jax.errors import unknown_name
 
-# The anchors of `plain` and `same` have two seeds. On `plain` that was too few: docs/results.md.
+# Where tokens are sampled two seeds of the anchors are too few (`plain`: docs/results.md), so `wrong_teacher` has four.
 SEEDS = (7, 13, 21, 42, 95, 101, 123, 202)
 PAIRS = {
     "plain": dict(
@@ -30,7 +30,6 @@ PAIRS = {
         student="duplicate_id:0.5",
         lambdas=(1.7, 2.0, 2.2, 2.4, 2.6, 2.8, 3.0),
         anchors=(2.1, 2.5, 2.9),
-        anchor_seeds=(1, 2, 3, 4),
     ),
     "same": dict(
         teacher="truncate:0.25",
