@@ -6,6 +6,11 @@ import pathlib
 
 import jaxlib.version
 
+# XLA's threads of two processes that share their cores wait for each other, up to ten times as long as they compute.
+if worker := os.environ.get("PYTEST_XDIST_WORKER"):
+    cores = sorted(os.sched_getaffinity(0))
+    os.sched_setaffinity(0, {cores[int(worker.removeprefix("gw")) % len(cores)]})
+
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("NUMBA_DISABLE_JIT", "1")  # ranx, an oracle, would compile for half a minute
@@ -53,11 +58,27 @@ SLOW_FILES = (
 """tests/test_NAME.py that take more than a few seconds each: not in `make quick`."""
 
 
+LONG_FILES = "parallel plan_compile bring_your_own collapse plain_lambdas".split()
+"""tests/test_NAME.py that take longest: begun first, that no worker is left alone with one."""
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_auto_num_workers() -> int:
+    """Workers of `-n auto`: each imports it all, so there are few. None where there is one core."""
+    cores = len(os.sched_getaffinity(0))
+    return min(cores, 4) if cores > 1 else 0
+
+
+@pytest.hookimpl(tryfirst=True)  # before xdist reads the groups
 def pytest_collection_modifyitems(items):
-    """Mark the tests of SLOW_FILES slow."""
+    """Mark the tests of SLOW_FILES slow; keep on one worker those of a file, and those of the finished job."""
     for item in items:
-        if item.path.stem.removeprefix("test_") in SLOW_FILES:
+        name, of_job = item.path.stem.removeprefix("test_"), "finished_job" in item.fixturenames
+        if name in SLOW_FILES:
             item.add_marker(pytest.mark.slow)
+        item.add_marker(pytest.mark.xdist_group("finished_job" if of_job else name))
+        item.rank = 0 if of_job else 1 if name in LONG_FILES else 2
+    items.sort(key=lambda item: item.rank)
 
 
 def pytest_collection_finish():
