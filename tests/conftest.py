@@ -1,5 +1,6 @@
 """Fixtures shared by the tests, and the settings that must stand before jax is imported."""
 
+import gc
 import multiprocessing.forkserver
 import os
 import pathlib
@@ -86,6 +87,7 @@ def pytest_collection_finish():
     from listopd_jax.main import collect_rarely
 
     collect_rarely()
+    gc.set_threshold(200_000, 50, 1000)  # a test's garbage is young; the old objects are libraries and programs
 
 
 def pytest_unconfigure():
