@@ -28,7 +28,7 @@ import hypothesis
 import jaxtyping
 import pytest
 import typechecked  # noqa: F401 (before the package: it says what an array is)
-from processes import SMALL, command, run_command
+from processes import SMALL, run_main
 
 # Every call in the tests is checked against the shapes that the function is annotated with.
 jaxtyping.install_import_hook(["listopd_jax", "benchmarks"], "typechecked.typechecked")
@@ -99,7 +99,7 @@ def pytest_unconfigure():
 def finished_job(tmp_path_factory) -> pathlib.Path:
     """The workdir of a whole run of SMALL, never interrupted; tests that change anything copy it."""
     workdir = tmp_path_factory.mktemp("job") / "whole"
-    result = run_command(command(workdir, *SMALL))
+    result = run_main(workdir, *SMALL)
     assert result.returncode == 0, result.stderr[-3000:]
     assert result.stdout.strip() == f"report: {workdir}/report.html"
     return workdir
