@@ -49,12 +49,13 @@ def shared() -> pathlib.Path:
 
 SLOW_FILES = (
     "attention average benchmarks benchmarks_gpu benchmarks_served benchmarks_smoke bring_your_own "
-    "calibrate chat checkpoints collapse constrained control_variate data_input data_prepare "
-    "evaluate expected export forecast forecast_command gain gather_kernel gguf grammar guard "
-    "guard_targets hf_folders job json_task label launch loop lora main models_check models_decoder "
-    "models_hf opd_step parallel parallel_hosts plan_compile plan_gpu recommend reference report "
-    "report_parts rollout rollout_drafts rollout_segments sft_continued sft_step simulate survival "
-    "tasks tasks_ranking teacher_server teachers theory_estimators trackers watch"
+    "calibrate chat checkpoints collapse constrained control_variate data_input data_prepare evaluate "
+    "expected export forecast forecast_command gain gather_kernel gguf grammar guard guard_targets "
+    "hf_folders job json_task label launch loop lora main models_check models_decoder models_hf "
+    "off_policy opd_step parallel parallel_hosts plain_lambdas plan_compile plan_gpu predict_pipeline "
+    "recommend reference report report_parts rollout rollout_drafts rollout_segments sft_continued "
+    "sft_step simulate survival tasks tasks_ranking teacher_server teachers theory_estimators "
+    "trackers watch"
 ).split()
 """tests/test_NAME.py that take more than a few seconds each: not in `make quick`."""
 
@@ -87,7 +88,9 @@ def pytest_collection_finish():
     from listopd_jax.main import collect_rarely
 
     collect_rarely()
-    gc.set_threshold(200_000, 50, 1000)  # a test's garbage is young; the old objects are libraries and programs
+    gc.set_threshold(
+        200_000, 50, 1000
+    )  # a test's garbage is young; the old objects are libraries and programs
 
 
 def pytest_unconfigure():
