@@ -6,6 +6,8 @@ PYTHON ?= python3
 VENV ?= .venv
 WORKDIR ?= runs/demo
 BIN := $(VENV)/bin
+# Tests run on a few workers, each pinned to a core (tests/conftest.py), in the order of the collection.
+WORKERS := -n auto --dist loadgroup --no-loadscope-reorder
 
 .PHONY: demo test quick soak lint clean bench-smoke
 
@@ -14,10 +16,10 @@ demo: $(VENV)/.run
 	$(BIN)/python -m listopd_jax.main --config=configs/fashion.py:demo --workdir=$(WORKDIR)
 
 test: $(VENV)/.test lint
-	$(BIN)/python -m pytest -q --durations=20
+	$(BIN)/python -m pytest -q --durations=20 $(WORKERS)
 
 quick: $(VENV)/.test
-	$(BIN)/python -m pytest -q -m "not slow and not soak"
+	$(BIN)/python -m pytest -q -m "not slow and not soak" $(WORKERS)
 
 soak: $(VENV)/.test
 	$(BIN)/python -m pytest -q -m soak

@@ -25,6 +25,7 @@ ORACLES = [
     "httpx2>=2.12",
     "ir-measures>=0.4",
     "pytest>=8",
+    "pytest-xdist>=3.7",
     "hypothesis>=6.100",
     "llguidance>=1.9",
     "ruff>=0.9",
@@ -89,6 +90,7 @@ setup(
         "matplotlib>=3.9",
         "jinja2>=3.1",
         "tensorboardX>=2.6",
+        "zstandard>=0.23",  # JAX packs compiled programs with it; without, by zlib, which takes several times as long
     ],
     extras_require={
         "cuda": ["jax[cuda13]>=0.10,<0.13"],

@@ -1,10 +1,16 @@
 """Fixtures shared by the tests, and the settings that must stand before jax is imported."""
 
+import gc
 import multiprocessing.forkserver
 import os
 import pathlib
 
 import jaxlib.version
+
+# XLA's threads of two processes that share their cores wait for each other, up to ten times as long as they compute.
+if worker := os.environ.get("PYTEST_XDIST_WORKER"):
+    cores = sorted(os.sched_getaffinity(0))
+    os.sched_setaffinity(0, {cores[int(worker.removeprefix("gw")) % len(cores)]})
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -22,7 +28,7 @@ import hypothesis
 import jaxtyping
 import pytest
 import typechecked  # noqa: F401 (before the package: it says what an array is)
-from processes import SMALL, command, run_command
+from processes import SMALL, run_main
 
 # Every call in the tests is checked against the shapes that the function is annotated with.
 jaxtyping.install_import_hook(["listopd_jax", "benchmarks"], "typechecked.typechecked")
@@ -43,21 +49,38 @@ def shared() -> pathlib.Path:
 
 SLOW_FILES = (
     "attention average benchmarks benchmarks_gpu benchmarks_served benchmarks_smoke bring_your_own "
-    "calibrate chat checkpoints collapse constrained control_variate data_input data_prepare "
-    "evaluate expected export forecast forecast_command gain gather_kernel gguf grammar guard "
-    "guard_targets hf_folders job json_task label launch loop lora main models_check models_decoder "
-    "models_hf opd_step parallel parallel_hosts plan_compile plan_gpu recommend reference report "
-    "report_parts rollout rollout_drafts rollout_segments sft_continued sft_step simulate survival "
-    "tasks tasks_ranking teacher_server teachers theory_estimators trackers watch"
+    "calibrate chat checkpoints collapse constrained control_variate data_input data_prepare evaluate "
+    "expected export forecast forecast_command gain gather_kernel gguf grammar guard guard_targets "
+    "hf_folders job json_task label launch loop lora main models_check models_decoder models_hf "
+    "off_policy opd_step parallel parallel_hosts plain_lambdas plan_compile plan_gpu predict_pipeline "
+    "recommend reference report report_parts rollout rollout_drafts rollout_segments sft_continued "
+    "sft_step simulate survival tasks tasks_ranking teacher_server teachers theory_estimators "
+    "trackers watch"
 ).split()
 """tests/test_NAME.py that take more than a few seconds each: not in `make quick`."""
 
 
+LONG_FILES = "parallel plan_compile bring_your_own collapse plain_lambdas".split()
+"""tests/test_NAME.py that take longest: begun first, that no worker is left alone with one."""
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_auto_num_workers() -> int:
+    """Workers of `-n auto`: each imports it all, so there are few. None where there is one core."""
+    cores = len(os.sched_getaffinity(0))
+    return min(cores, 4) if cores > 1 else 0
+
+
+@pytest.hookimpl(tryfirst=True)  # before xdist reads the groups
 def pytest_collection_modifyitems(items):
-    """Mark the tests of SLOW_FILES slow."""
+    """Mark the tests of SLOW_FILES slow; keep on one worker those of a file, and those of the finished job."""
     for item in items:
-        if item.path.stem.removeprefix("test_") in SLOW_FILES:
+        name, of_job = item.path.stem.removeprefix("test_"), "finished_job" in item.fixturenames
+        if name in SLOW_FILES:
             item.add_marker(pytest.mark.slow)
+        item.add_marker(pytest.mark.xdist_group("finished_job" if of_job else name))
+        item.rank = 0 if of_job else 1 if name in LONG_FILES else 2
+    items.sort(key=lambda item: item.rank)
 
 
 def pytest_collection_finish():
@@ -65,6 +88,9 @@ def pytest_collection_finish():
     from listopd_jax.main import collect_rarely
 
     collect_rarely()
+    gc.set_threshold(
+        200_000, 50, 1000
+    )  # a test's garbage is young; the old objects are libraries and programs
 
 
 def pytest_unconfigure():
@@ -76,7 +102,7 @@ def pytest_unconfigure():
 def finished_job(tmp_path_factory) -> pathlib.Path:
     """The workdir of a whole run of SMALL, never interrupted; tests that change anything copy it."""
     workdir = tmp_path_factory.mktemp("job") / "whole"
-    result = run_command(command(workdir, *SMALL))
+    result = run_main(workdir, *SMALL)
     assert result.returncode == 0, result.stderr[-3000:]
     assert result.stdout.strip() == f"report: {workdir}/report.html"
     return workdir

@@ -1,6 +1,7 @@
 """The main job in processes of their own, which share compiled programs and need not import anything again."""
 
 import atexit
+import gc
 import importlib
 import multiprocessing
 import os
@@ -107,6 +108,7 @@ def run_main(workdir, *more, config="configs/fashion.py:tiny", module="main", **
 def _main(arguments, said, environment):
     for descriptor, path in zip((1, 2), said, strict=True):
         os.dup2(os.open(path, os.O_CREAT | os.O_WRONLY | os.O_APPEND), descriptor)
+    gc.disable()  # a tenth of the time, and a job of seconds has room for its garbage
     os.chdir(REPO)
     os.environ.update(environment)
     share_programs()

@@ -31,7 +31,7 @@ GUARD = "fallback=base margin=1.25 scope=structure"
 def settings(**fields):
     """A job of seconds: λ = 1 and 2 without the guard, 2 under it."""
     config = config_module.defaults()
-    config.task.update(k=2, max_prompt=96, max_review_words=8, prompt_buckets=1)
+    config.task.update(k=2, max_prompt=96, max_response=64, max_review_words=8, prompt_buckets=1)
     config.data.synthetic.update(products=16, reviews_per_product=8)
     config.data.validation_share = 0.25
     config.tokenizer.vocab_size = 400

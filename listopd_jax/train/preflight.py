@@ -24,16 +24,16 @@ def answer_logprobs(
 ):
     """log π of each token of the right answers of `batch`, [tokens] float32."""
 
-    @functools.partial(BackendJit, options=OTHER)
-    def score(params, batch):
-        decoder, answers = nnx.merge(graphdef, params), batch["answer"][:, None]
-        logprobs, _ = completion_logprobs(
-            decoder, batch["prompt"], batch["prompt_length"], answers, vocab, chunk
-        )
-        return logprobs, completion_mask(batch["answer_length"][:, None], answers.shape[-1])
-
-    logprobs, mask = score(params, {k: jnp.asarray(v) for k, v in batch.items()})
+    logprobs, mask = _score(graphdef, params, {k: jnp.asarray(v) for k, v in batch.items()}, vocab, chunk)
     return gather(logprobs)[gather(mask)]
+
+
+@functools.partial(BackendJit, options=OTHER, static_argnames=("graphdef", "vocab", "chunk"))
+def _score(graphdef: nnx.GraphDef, params: Any, batch: dict[str, Any], vocab: int, chunk: int):
+    """log π of the answers [B, 1, T], and which of their tokens count."""
+    decoder, answers = nnx.merge(graphdef, params), batch["answer"][:, None]
+    logprobs, _ = completion_logprobs(decoder, batch["prompt"], batch["prompt_length"], answers, vocab, chunk)
+    return logprobs, completion_mask(batch["answer_length"][:, None], answers.shape[-1])
 
 
 def check_models(
