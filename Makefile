@@ -9,6 +9,9 @@ BIN := $(VENV)/bin
 # Tests run on a few workers, each pinned to a core (tests/conftest.py), in the order of the collection.
 WORKERS := -n auto --dist loadgroup --no-loadscope-reorder
 
+# Bytecode is kept even where the environment says no: every process of the tests would compile all sources anew.
+export PYTHONDONTWRITEBYTECODE :=
+
 .PHONY: demo test quick soak lint clean bench-smoke
 
 demo: $(VENV)/.run
