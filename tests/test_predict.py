@@ -119,6 +119,15 @@ def test_students_on_fixed_texts_are_a_predictor_if_asked_for(job, monkeypatch):
     assert "64 lists, without rollouts, 2 seeds" in found["fixed_text"].why
 
 
+def test_where_anchors_say_nothing_fixed_texts_are_chosen(job, monkeypatch):
+    job.config.predict.fixed_text_lists = 64
+    monkeypatch.setattr(stage, "fixed_text_parse", lambda job, shared, lambdas: np.ones((2, len(lambdas))))
+    monkeypatch.setattr(stage, "evaluated", lambda workdir, run: Result(stage=run.stage, parse=1.0))
+    stage.predict(job, SHARED)
+    assert [name for name, p in predictions(job).items() if p.chosen] == ["fixed_text"]
+    assert "both" not in predictions(job)
+
+
 def test_a_target_that_is_the_limit_is_decoded_once(job):
     job.config.opd.estimator = "full_vocab"
     stage.predict(job, SHARED)

@@ -31,7 +31,7 @@ def test_the_prediction_comes_before_the_sweep_and_stays(models, tmp_path):  # n
     )
     found = json.loads(predictions)
     assert [p["predictor"] for p in found] == ["nominal", "limit", "anchors", "fixed_text"]
-    assert [p["chosen"] for p in found] == [False, True, False, False], (
+    assert [p["chosen"] for p in found] == [False, False, False, True], (
         "anchors of models that know nothing say nothing"
     )
     assert all(0 <= x <= 1 for p in found[:2] for x in p["parse"]) and found[0]["lambdas"] == [2.0]

@@ -10,7 +10,7 @@ Five predictors, each costlier than the one before:
                 (stages/fixed_text.py); if `predict.fixed_text_lists` asks for it
     both        the mean of anchors and fixed_text
 
-The rule, fixed beforehand: the first that there is of `both`, `anchors`, `limit` and `nominal` is chosen.
+The rule, fixed beforehand: the first that there is of `both`, `anchors`, `fixed_text`, `limit`, `nominal` is chosen.
 """
 
 import dataclasses
@@ -45,7 +45,7 @@ from listopd_jax.train.loop import Run
 
 ANCHOR = "anchor"
 WHY = {"nominal": "greedy decoding from the target", "limit": "greedy decoding from where the estimator ends"}
-CHOICE = ("both", "anchors", "limit", "nominal")
+CHOICE = ("both", "anchors", "fixed_text", "limit", "nominal")
 COARSE, ROUNDS = 9, 2  # points of the grid at first, and how often it is refined
 
 
