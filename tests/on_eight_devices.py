@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import math
 import re
+from unittest import mock
 
 import jax
 import jax.numpy as jnp
@@ -35,15 +36,7 @@ from listopd_jax.parallel.mesh import AXES, make_mesh, use_mesh
 from listopd_jax.parallel.rules import batch_shardings, param_sharding, rollout_shardings, state_shardings
 from listopd_jax.plan.traffic import traffic
 from listopd_jax.rollout import decode
-from listopd_jax.rollout.decode import (
-    Rollout,
-    Sampler,
-    Settings,
-    first_segment,
-    generate,
-    generate_grid,
-    segment,
-)
+from listopd_jax.rollout.decode import Rollout, generate, generate_grid
 from listopd_jax.train.opd_step import OpdBatch, make_opd_step
 from listopd_jax.train.optimizer import TrainState, init_state
 from listopd_jax.train.sft_step import cross_entropy, make_sft_step
@@ -150,15 +143,25 @@ OPTIONS = {"max_tokens": 6, "vocab": VOCAB, "eos": (1,), "pad": 0}
 
 def written(mesh):
     """What the student writes, and the compiled programs: of the first token, and of the others."""
+    texts = []
+
+    def ahead(function, static):
+        """`function`, compiled for each call, with its argument number `static`; a jit would not give its program."""
+
+        def call(*arguments):
+            program = function.lower(*arguments).compile()
+            texts.append(program.as_text())
+            return program(*arguments[:static], *arguments[static + 1 :])
+
+        return call
+
     batch = put(opd_batch(3), batch_shardings, mesh)
     models = (STUDENT_DEF,), (put(STUDENT, rollout_shardings, mesh),), jnp.ones((1, N))
-    hint = jnp.zeros((B, 0), jnp.int32)
-    key, arguments = jax.random.key(1), (*batch[:2], None, hint, OPTIONS["max_tokens"])
-    rollout = jax.tree.map(np.asarray, generate(*models, *batch[:2], key, **OPTIONS))
-    sampler = Sampler(*models, key, jnp.float32(1), Settings(**OPTIONS))
-    first = first_segment.lower(sampler, *arguments).compile()
-    others = segment.lower(sampler, *first_segment(sampler, *arguments), least=B * N).compile()
-    return rollout, first.as_text() + others.as_text()
+    first, others = ahead(decode.first_segment, 5), ahead(decode.segment, 3)
+    with mock.patch.multiple(decode, first_segment=first, segment=others):
+        rollout = jax.tree.map(np.asarray, generate(*models, *batch[:2], jax.random.key(1), **OPTIONS))
+    assert len(texts) == 2
+    return rollout, "".join(texts)
 
 
 @pytest.fixture(scope="module")
