@@ -28,9 +28,8 @@ PAIRS = {
     "clean_teacher": dict(
         teacher="",
         student="duplicate_id:0.5",
-        lambdas=(7.0, 8.0, 9.0, 10.0, 11.0, 12.0),
-        anchors=(8.5, 10.5),
-        anchor_seeds=(1, 2, 3, 4),
+        lambdas=(1.7, 2.0, 2.2, 2.4, 2.6, 2.8, 3.0),
+        anchors=(2.1, 2.5, 2.9),
     ),
     "same": dict(
         teacher="truncate:0.25",
