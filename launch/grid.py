@@ -148,9 +148,10 @@ def open_grid(root: pathlib.Path, arguments: Sequence[str], config: Any, record:
     grid, path = make_grid(root, arguments, config_module.to_json(config)), root / RECORD
     if config.opd.recommend:
         raise UserError("opd.recommend=True: a grid trains the λ of opd.lambdas; leave it off, or run main")
-    if config.predict.anchors:
+    if config_module.predicts(config):
         raise UserError(
-            "predict.anchors: a point of a grid would predict its own λ alone; set predict.anchors=(), or run main"
+            "section predict: a point of a grid would predict its own λ alone; set predict.anchors=() and "
+            "predict.fixed_text_lists=0, or run main"
         )
     if not grid.points:
         raise UserError("opd.lambdas is empty: a grid has at least one λ, e.g. --config.opd.lambdas=1.0,1.2")

@@ -92,9 +92,9 @@ def defaults() -> ml_collections.ConfigDict:
         ),
         predict=_section(  # the parse of trained students, before they are trained: predictions.json
             anchors=(),  # lambdas of the runs that say how far training comes; (): no prediction
-            seeds=(1, 2),  # of these runs; none of opd.seeds
+            seeds=(1, 2),  # of what is trained to predict; none of opd.seeds
             largest_gap=0.15,  # in parse, between neighbours of the grid of λ that is decoded
-            fixed_text_lists=0,  # lists on which students train without rollouts, a predictor; 0: none
+            fixed_text_lists=0,  # lists on which students of these seeds train without rollouts, a predictor; 0: none
             only=False,  # stop before the sweep, to lock the prediction (python -m listopd_jax.prereg curve)
         ),
         evaluation=_section(
@@ -522,17 +522,14 @@ def _validate_anchors(config: ml_collections.ConfigDict) -> None:
     for name, values in (("anchors", anchors), ("seeds", seeds)):
         _require(len(set(values)) == len(values), f"predict.{name}={values}: a value stands twice")
     _require(
-        bool(anchors) or not config.predict.only,
-        "predict.only=True stops after the prediction, and without predict.anchors there is none: give some",
+        predicts(config) or not config.predict.only,
+        "predict.only=True stops after the prediction, and without predict.anchors there is none: give some, or "
+        "predict.fixed_text_lists=64",
     )
-    _require(
-        bool(anchors) or not config.predict.fixed_text_lists,
-        "predict.fixed_text_lists adds a predictor, and without predict.anchors nothing is predicted: give some",
-    )
-    if not anchors:
+    if not predicts(config):
         return
     _require(
-        len(anchors) >= 2 and len(anchors) * len(seeds) >= 3,
+        not anchors or len(anchors) >= 2 and len(anchors) * len(seeds) >= 3,
         f"predict.anchors={anchors}, predict.seeds={seeds}: three runs are needed, of two λ; give more",
     )
     shared = sorted(set(seeds) & set(config.opd.seeds))
@@ -542,15 +539,15 @@ def _validate_anchors(config: ml_collections.ConfigDict) -> None:
     )
     _require(
         config.opd.advantage == "base_relative" and config.opd.ratio != "aspo",
-        "predict.anchors: the limit of no_base and of ratio aspo is not known; set predict.anchors=()",
+        "predict.anchors, predict.fixed_text_lists: the limit of no_base and of ratio aspo is not known; set () and 0",
     )
     _require(
         not config.opd.recommend,
-        "predict.anchors predicts runs at all opd.lambdas, and opd.recommend trains at one: leave one of them out",
+        "section predict is about runs at all opd.lambdas, and opd.recommend trains at one: leave one of them out",
     )
     _require(
         config.opd.on_collapse in ("none", "warn"),
-        f"predict.anchors predicts runs that keep their λ to the end, which opd.on_collapse={config.opd.on_collapse!r} "
+        f"section predict is about runs that keep their λ to the end, which opd.on_collapse={config.opd.on_collapse!r} "
         "changes: leave one of them out",
     )
 
@@ -613,6 +610,7 @@ def _validate_server(config: ml_collections.ConfigDict) -> None:
         "opd.estimator": opd.estimator == "full_vocab",
         "opd.recommend": opd.recommend,
         "predict.anchors": bool(config.predict.anchors),
+        "predict.fixed_text_lists": config.predict.fixed_text_lists > 0,
         "opd.normalize": opd.normalize,
         "opd.control_variate": opd.control_variate != "none",
         "opd.on_collapse": opd.on_collapse != "none",
@@ -645,8 +643,8 @@ def _validate_teachers(config: ml_collections.ConfigDict) -> None:
         "evaluation.expected reads all lists with one teacher, so not with teachers.route: leave one of them out",
     )
     _require(
-        not (teachers.max_prompt and (config.opd.recommend or config.predict.anchors)),
-        "opd.recommend and predict.anchors need a forecast, and with teachers.max_prompt there is none",
+        not (teachers.max_prompt and (config.opd.recommend or predicts(config))),
+        "opd.recommend and section predict need a forecast, and with teachers.max_prompt there is none",
     )
 
 
@@ -935,6 +933,11 @@ def guard_text(guard: ml_collections.FrozenConfigDict) -> str:
         return ""
     off = defaults().opd.guard
     return " ".join(f"{name}={guard[name]}" for name in off if guard[name] != off[name])
+
+
+def predicts(config: ml_collections.ConfigDict | ml_collections.FrozenConfigDict) -> bool:
+    """Whether the parse of the sweep is predicted before it is run."""
+    return bool(config.predict.anchors) or config.predict.fixed_text_lists > 0
 
 
 def unguarded(opd: ml_collections.FrozenConfigDict) -> ml_collections.FrozenConfigDict:

@@ -95,7 +95,7 @@ def test_a_grid_predicts_nothing(tmp_path):
     """Its common stages have no λ to predict, and each point has one."""
     config = fashion.get_config("tiny")
     config.predict.anchors = (1.2, 1.4)
-    with pytest.raises(UserError, match="predict.anchors: a point of a grid would predict its own λ alone"):
+    with pytest.raises(UserError, match="section predict: a point of a grid would predict its own λ alone"):
         open_grid(tmp_path, ARGUMENTS, config_module.validate(config))
 
 

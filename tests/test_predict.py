@@ -142,6 +142,15 @@ def test_the_decoded_grid_holds_every_lambda_of_the_sweep(job, sweep):
     assert (np.diff(found) > 0).all()
 
 
+def test_fixed_texts_predict_without_anchors(job, monkeypatch):
+    job.config.predict.anchors, job.config.predict.fixed_text_lists = (), 64
+    monkeypatch.setattr(stage, "fixed_text_parse", lambda job, shared, lambdas: np.ones((2, len(lambdas))))
+    stage.predict(job, SHARED)
+    assert (
+        list(predictions(job)) == ["nominal", "limit", "fixed_text"] and predictions(job)["fixed_text"].chosen
+    )
+
+
 def test_without_anchors_nothing_is_predicted(job):
     job.config.predict.anchors = ()
     stage.predict(job, SHARED)

@@ -34,7 +34,9 @@ def make_curve_lock(workdir: pathlib.Path, config: Json) -> Json:
     path = workdir / PREDICTIONS
     records = read_predictions(path)
     if not [r for r in records if r.chosen]:
-        raise UserError(f"{path}: no prediction to lock; set predict.anchors and run up to the sweep")
+        raise UserError(
+            f"{path}: no prediction to lock; set predict.anchors or predict.fixed_text_lists and run up to the sweep"
+        )
     chosen = next(r for r in records if r.chosen)
     done = [r for r in read_results(workdir / RESULTS) if r.stage == "opd" and r.seed in chosen.seeds]
     if done:

@@ -23,7 +23,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float
 
-from listopd_jax.config import guard_text
+from listopd_jax.config import guard_text, predicts
 from listopd_jax.ops.guard import Guard
 from listopd_jax.ops.opd_loss import Frozen
 from listopd_jax.parallel.hosts import from_main, is_main
@@ -60,12 +60,12 @@ def anchor_runs(job: Job) -> list[Run]:
 
 
 def predict(job: Job, shared: Distillation) -> None:
-    """Write predictions.json for the λ of the sweep from the evaluated anchors; what it holds already is left alone.
+    """Write predictions.json for the λ of the sweep, the anchors being evaluated; what it holds already is left alone.
 
     Other λ, seeds or anchors are another prediction, but there is none once the sweep has begun.
     """
     anchors, path = anchor_runs(job), job.workdir / PREDICTIONS
-    if not anchors or not job.config.opd.lambdas:
+    if not predicts(job.config) or not job.config.opd.lambdas:
         return
     made_from = _made_from(job, anchors)
     before = from_main(lambda: [p.extra.get("made_from") for p in read_predictions(path)][:1])
@@ -89,10 +89,11 @@ def _predictions(job: Job, shared: Distillation, anchors: Sequence[Run]) -> list
     shapes = {name: shape(job, shared.frozen, guard) for name, guard in _decoded_with(job).items()}
     seconds = round(time.monotonic() - began, 1)
     found = [_of_shape(job, name, curve, lambdas) | {"seconds": seconds} for name, curve in shapes.items()]
-    found.append(_of_anchors(job, shapes, anchors, lambdas) | {"seconds": seconds})
+    if anchors:
+        found.append(_of_anchors(job, shapes, anchors, lambdas) | {"seconds": seconds})
     if job.config.predict.fixed_text_lists:
         found.append(_of_fixed_text(job, shared, lambdas))
-        found += [mean_of(*found[-2:])] if found[-2].get("parse") else []
+        found += [mean_of(*found[-2:])] if anchors and found[-2].get("parse") else []
     chosen = next(name for name in CHOICE if any(p["predictor"] == name and p.get("parse") for p in found))
     about = {"steps": opd_steps(job), "seeds": list(job.config.opd.seeds), "lambdas": lambdas}
     return [Prediction(**p, **about, chosen=p["predictor"] == chosen) for p in found]
