@@ -25,6 +25,14 @@ ARMS = (
     "variance_clean_teacher",
 )
 
+SAMPLED = {
+    "estimator": "sampled",
+    "ratio": "teacher_student",
+    "control_variate": "optimal",
+    "batch_size": 8,
+    "rollouts": 4,
+}
+
 
 def get_config(name: str = "natural") -> ml_collections.ConfigDict:
     """The configuration of `name`, one of ARMS."""
@@ -37,7 +45,7 @@ def get_config(name: str = "natural") -> ml_collections.ConfigDict:
         config.opd.update(lambdas=(1.0,), steps=400, eval_steps=(25, 50, 100, 200), lr=4e-4, lr_decay="none")
     elif name.startswith("variance"):
         config = _of_pair(name.removeprefix("variance_"))
-        config.opd.update(lambdas=(1.0,), seeds=(1,), steps=20)
+        config.opd.update(lambdas=(1.0,), seeds=(1,), steps=20, **SAMPLED)
         config.evaluation.max_lists = 64
     else:
         config = _of_pair("plain")

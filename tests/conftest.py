@@ -8,7 +8,7 @@ import pathlib
 import jaxlib.version
 
 # XLA's threads of two processes that share their cores wait for each other, up to ten times as long as they compute.
-if worker := os.environ.get("PYTEST_XDIST_WORKER"):
+if (worker := os.environ.get("PYTEST_XDIST_WORKER")) and hasattr(os, "sched_setaffinity"):  # not on a Mac
     cores = sorted(os.sched_getaffinity(0))
     os.sched_setaffinity(0, {cores[int(worker.removeprefix("gw")) % len(cores)]})
 
@@ -50,7 +50,7 @@ def shared() -> pathlib.Path:
 SLOW_FILES = (
     "attention average benchmarks benchmarks_gpu benchmarks_served benchmarks_smoke bring_your_own "
     "calibrate chat checkpoints collapse constrained control_variate data_input data_prepare evaluate "
-    "expected export forecast forecast_command gain gather_kernel gguf grammar guard guard_targets "
+    "expected export fixed_text forecast forecast_command gain gather_kernel gguf grammar guard guard_targets "
     "hf_folders job json_task label launch loop lora main models_check models_decoder models_hf "
     "off_policy opd_step parallel parallel_hosts plain_lambdas plan_compile plan_gpu predict_pipeline "
     "recommend reference report report_parts rollout rollout_drafts rollout_segments sft_continued "
@@ -67,7 +67,7 @@ LONG_FILES = "parallel plan_compile bring_your_own collapse plain_lambdas".split
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_auto_num_workers() -> int:
     """Workers of `-n auto`: each imports it all, so there are few. None where there is one core."""
-    cores = len(os.sched_getaffinity(0))
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return min(cores, 4) if cores > 1 else 0
 
 

@@ -35,7 +35,8 @@ def job(tmp_path, monkeypatch):
     guard = SimpleNamespace(margin=0, mask=False, floor=0, structure=-1, scope="all", fallback="teacher")
     opd = SimpleNamespace(
         lambdas=LAMBDAS, seeds=SEEDS, steps=STEPS, guard=guard, estimator="sampled", ratio="teacher_student",
-        normalize=False, clip=5.0, kl_to_base=0.0, entropy_bonus=0.0, contract_reward=0.0,
+        normalize=False, clip=5.0, kl_to_base=0.0, entropy_bonus=0.0, contract_reward=0.0, ema=0.0,
+        on_policy=1.0, updates_per_batch=1, constrained_rollouts="",
     )  # fmt: skip
     options = SimpleNamespace(anchors=(1.2, 1.4, 1.6), seeds=(1, 2), largest_gap=0.05, fixed_text_lists=0)
     decoded = []
@@ -106,7 +107,7 @@ def test_students_on_fixed_texts_are_a_predictor_if_asked_for(job, monkeypatch):
     parse = np.stack([trained(LAMBDAS), np.clip(trained(LAMBDAS) + 0.02, 0, 1)])
     monkeypatch.setattr(stage, "fixed_text_parse", lambda job, shared, lambdas: parse)
     stage.predict(job, SHARED)
-    job.config.predict.fixed_text_lists = 64
+    job.config.predict.fixed_text_lists, job.config.opd.ema = 64, 0.9
     stage.predict(job, SHARED)  # another prediction
     found = predictions(job)
     assert list(found) == ["nominal", "limit", "anchors", "fixed_text", "both"]
@@ -116,7 +117,7 @@ def test_students_on_fixed_texts_are_a_predictor_if_asked_for(job, monkeypatch):
     assert all(np.less(found["both"].low, middle)) and all(np.less(middle, found["both"].high))
     np.testing.assert_allclose(found["fixed_text"].parse, parse.mean(0))
     assert all(np.less_equal(found["fixed_text"].low, found["fixed_text"].parse))
-    assert "64 lists, without rollouts, 2 seeds" in found["fixed_text"].why
+    assert found["fixed_text"].why.endswith("64 lists, without rollouts, 2 seeds, without ema")
 
 
 def test_where_anchors_say_nothing_fixed_texts_are_chosen(job, monkeypatch):

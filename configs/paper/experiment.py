@@ -14,9 +14,8 @@ STEPS = {"tiny": 50, "paper": 42}  # of one budget
 SEEDS = {"tiny": (0, 1, 2), "paper": (42,)}
 FIVE = (7, 13, 21, 42, 95)  # EC's
 
-Curve = Mapping[
-    float | None, Sequence[float]
-]  # λ, None of a policy that is not distilled -> parse of each seed
+# λ (None of a policy that is not distilled) -> parse of each seed
+Curve = Mapping[float | None, Sequence[float]]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -1,5 +1,6 @@
 """The parse of students that are trained without rollouts, on a few texts: a predictor (train/fixed_text.py)."""
 
+import functools
 import itertools
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -12,7 +13,7 @@ from scipy import stats
 
 from listopd_jax.config import guard_text
 from listopd_jax.models.lora import joined
-from listopd_jax.ops.opd_loss import Models
+from listopd_jax.ops.opd_loss import Frozen, Models
 from listopd_jax.parallel.compiler import OTHER, BackendJit
 from listopd_jax.rollout.state import Rollout
 from listopd_jax.rounding import ceil_div
@@ -68,15 +69,15 @@ def band(
 
 def _texts(job: Job, shared: Distillation) -> tuple[Texts, Models]:
     """`predict.fixed_text_lists` prompts, or a few more, as the student answers them now; the frozen models' heads."""
-    options, models = job.config, models_of(job)
-    student = joined(shared.frozen.base, shared.start(0))
+    options, models, start = job.config, models_of(job), shared.start(0)
+    sampler, student = joined(shared.frozen.base, start), whole(job, shared, start)
     count = ceil_div(options.predict.fixed_text_lists, options.opd.batch_size)
     parts = []
     for number, batch in enumerate(itertools.islice(job.opd_batches(seed=0), count)):
-        batch = _completed(job, student, batch, jax.random.key(number))
-        hiddens, heads = _read(models, whole(job, shared, shared.start(0)), shared.frozen, batch)
-        parts.append(Texts(batch, hiddens._replace(student=None)))
-    return jax.tree.map(lambda *xs: jnp.concatenate(xs), *parts), heads._replace(student=None)
+        batch = _completed(job, sampler, batch, jax.random.key(number))
+        hiddens, heads = _read(models, student, shared.frozen, batch)
+        parts.append(Texts(batch, hiddens))
+    return jax.tree.map(lambda *xs: jnp.concatenate(xs), *parts), heads
 
 
 def models_of(job: Job) -> Models:
@@ -85,13 +86,17 @@ def models_of(job: Job) -> Models:
     return Models(graphs["student"], graphs["teacher"], base_of(graphs), experts_of(graphs))
 
 
-_read = BackendJit(states_and_heads, OTHER, static_argnums=0)
+@functools.partial(BackendJit, options=OTHER, static_argnums=0)
+def _read(graphs: Models, student: Any, frozen: Frozen, batch: OpdBatch) -> tuple[Models, Models]:
+    """States and heads of the frozen models; nothing of the student's, which changes."""
+    hiddens, heads = states_and_heads(graphs, student, frozen, batch)
+    return hiddens._replace(student=None), heads._replace(student=None)
 
 
-def _completed(job: Job, student: Any, batch: Mapping[str, np.ndarray], key: Array) -> OpdBatch:
+def _completed(job: Job, sampler: Any, batch: Mapping[str, np.ndarray], key: Array) -> OpdBatch:
     """A training batch with its completions; prompts and completions filled up to the most that there can be."""
     _, prompts, lengths, *for_teachers = read_by_models(job, batch)
-    rollout = sample(job, student, prompts, lengths, key)
+    rollout = sample(job, sampler, prompts, lengths, key)
     fill = job.max_response - rollout.tokens.shape[-1]
     tokens, logprobs = (jnp.pad(x, ((0, 0), (0, 0), (0, fill))) for x in (rollout.tokens, rollout.logprobs))
     prompts = jnp.pad(prompts, ((0, 0), (0, job.buckets[-1] - prompts.shape[1])))

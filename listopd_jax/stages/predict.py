@@ -10,7 +10,7 @@ Five predictors, each costlier than the one before:
                 (stages/fixed_text.py); if `predict.fixed_text_lists` asks for it
     both        the mean of anchors and fixed_text
 
-The rule, fixed beforehand: the first that there is of `both`, `anchors`, `fixed_text`, `limit`, `nominal` is chosen.
+The rule: the first that there is of `both`, `anchors`, `fixed_text`, `limit`, `nominal` is chosen.
 """
 
 import dataclasses
@@ -45,6 +45,10 @@ from listopd_jax.train.loop import Run
 
 ANCHOR = "anchor"
 WHY = {"nominal": "greedy decoding from the target", "limit": "greedy decoding from where the estimator ends"}
+NOT_OF_TARGET = {"kl_to_base": 0, "entropy_bonus": 0, "contract_reward": 0}
+NOT_ON_FIXED_TEXT = {
+    "contract_reward": 0, "ema": 0, "on_policy": 1, "updates_per_batch": 1, "constrained_rollouts": "",
+}  # fmt: skip
 CHOICE = ("both", "anchors", "fixed_text", "limit", "nominal")
 COARSE, ROUNDS = 9, 2  # points of the grid at first, and how often it is refined
 
@@ -107,24 +111,27 @@ def _of_fixed_text(job: Job, shared: Distillation, lambdas: Sequence[float]) -> 
         found[name] = edge.tolist()
     lists = job.config.predict.fixed_text_lists
     why = f"{opd_steps(job)} steps on the texts of {lists} lists, without rollouts, {seeds} seeds"
+    why += _without(job.config.opd, NOT_ON_FIXED_TEXT)
     return found | {"why": why, "seconds": round(time.monotonic() - began, 1)}
 
 
 def mean_of(anchors: Mapping[str, Any], fixed_text: Mapping[str, Any]) -> dict[str, Any]:
     """The prediction half way between two; their bands are those of independent errors."""
-    both = [anchors, fixed_text]
-    parse, *edges = (np.array([p.get(name) or p["parse"] for p in both]) for name in ("parse", "low", "high"))
+    columns = ("parse", "low", "high")
+    parse, *edges = (np.array([p.get(name, p["parse"]) for p in (anchors, fixed_text)]) for name in columns)
     mean = parse.mean(0)
     low, high = (
         mean + sign * np.hypot(*(edge - parse)) / 2 for sign, edge in zip((-1, 1), edges, strict=True)
     )
-    found = {"parse": mean, "low": np.clip(low, 0, 1), "high": np.clip(high, 0, 1)}
-    about = {"anchors": anchors["anchors"], "seconds": fixed_text["seconds"]}
-    return (
-        {"predictor": "both", "why": "the mean of anchors and fixed_text"}
-        | about
-        | {name: curve.tolist() for name, curve in found.items()}
-    )
+    return {
+        "predictor": "both",
+        "parse": mean.tolist(),
+        "low": np.clip(low, 0, 1).tolist(),
+        "high": np.clip(high, 0, 1).tolist(),
+        "anchors": anchors["anchors"],
+        "seconds": fixed_text["seconds"],
+        "why": "the mean of anchors and fixed_text",
+    }
 
 
 def _has_begun(job: Job) -> bool:
@@ -174,9 +181,14 @@ def _decoded(
 
 def _of_shape(job: Job, name: str, found: Shape, lambdas: Sequence[float]) -> dict[str, Any]:
     grid = {"lambdas": found.lambdas.tolist(), "parse": found.parse.tolist()}
-    left_out = [x for x in ("kl_to_base", "entropy_bonus", "contract_reward") if getattr(job.config.opd, x)]
-    why = WHY[name] + (f", without {', '.join(left_out)}" if left_out else "")
+    why = WHY[name] + _without(job.config.opd, NOT_OF_TARGET)
     return {"predictor": name, "parse": found.at(np.array(lambdas)).tolist(), "fit": grid, "why": why}
+
+
+def _without(opd: Any, left_out: Mapping[str, Any]) -> str:
+    """What of the options `left_out`, given with their values of no effect, a run has and its predictor has not."""
+    names = [name for name, off in left_out.items() if getattr(opd, name) != off]
+    return f", without {', '.join(names)}" if names else ""
 
 
 def _of_anchors(
