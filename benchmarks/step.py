@@ -16,6 +16,7 @@ from listopd_jax.ops.attention_backends import resolve
 from listopd_jax.ops.opd_loss import Frozen
 from listopd_jax.plan.search import shapes_of, vocabulary
 from listopd_jax.rollout.decode import Rollout, generate, pass_tokens
+from listopd_jax.rollout.scoring import row_width
 from listopd_jax.rollout.state import trim
 from listopd_jax.rounding import round_up
 from listopd_jax.stages.opd import hyper_at, make_step
@@ -48,7 +49,7 @@ class Step:
     ):
         shapes, self.config, self.vocab = shapes_of(config), config, vocabulary(config)
         compute = config.dtype.compute
-        backend = resolve(config.attention, jax.default_backend(), compute)
+        self.backend = backend = resolve(config.attention, jax.default_backend(), compute)
         self.graphs = {
             role: graph_of(shape, compute, config.remat, backend) for role, shape in shapes.items()
         }
@@ -86,7 +87,8 @@ class Step:
         """Scores of teacher and base, loss, gradient, AdamW; the step's metrics."""
         opd = self.config.opd
         hyper = hyper_at(opd, opd.lambdas[0], opd.lambda_warmup_steps)
-        batch = OpdBatch(self.prompts, self.lengths, rollout)
+        width = row_width(self.backend, self.lengths, rollout.lengths)
+        batch = OpdBatch(self.prompts, self.lengths, rollout, width=width)
         self.state, metrics, _ = self.program(self.state, self.frozen, batch, hyper, jnp.float32(opd.lr))
         jax.block_until_ready((self.state, metrics))
         return metrics

@@ -18,7 +18,7 @@ from listopd_jax.config import REMATS
 from listopd_jax.errors import UserError
 from listopd_jax.models import decoder as models_decoder
 from listopd_jax.models.config import ModelConfig, RopeScaling, num_params
-from listopd_jax.models.decoder import REMAT, Decoder, abstract, rms_norm, rope_frequencies
+from listopd_jax.models.decoder import REMAT, Decoder, abstract, cast_once, rms_norm, rope_frequencies
 from listopd_jax.models.hf.tensors import BIASES
 from listopd_jax.ops import attention_cudnn
 from listopd_jax.ops.attention import causal
@@ -316,3 +316,24 @@ def test_norm_is_exact_in_float32_for_bfloat16_input():
 def test_rope_frequencies_of_qwen3():
     got = rope_frequencies(dataclasses.replace(QWEN, head_dim=128))
     np.testing.assert_allclose(got, 5e6 ** (-np.arange(64) / 64), rtol=1e-6)
+
+
+def test_states_at_places_are_those_of_whole_sequences(model, batch):
+    graphdef, params = model
+    tokens, places = batch[2], np.array([[0, 3], [2, 2], [6, 1]] * N)
+    decoder = nnx.merge(graphdef, params)
+    whole = decoder(tokens, np.full(len(tokens), tokens.shape[1]))
+    expected = np.take_along_axis(np.asarray(whole), places[..., None], 1)
+    np.testing.assert_allclose(decoder.states_at(tokens, places), expected, rtol=0, atol=ROUNDING)
+
+
+def test_weights_that_are_cast_once_are_the_same_decoder(batch):
+    """The same states; gradients differ by the rounding of their sums. Norms, embedding and head stay in float32."""
+    graphdef, params = nnx.split(Decoder(QWEN, rngs=nnx.Rngs(0), dtype=jnp.bfloat16))
+    (_, states), grads = shared(graphdef, params, *batch[:2])
+    (_, same), found = shared(graphdef, cast_once(params, jnp.dtype(jnp.bfloat16)), *batch[:2])
+    np.testing.assert_array_equal(states, same)
+    assert_close(jax.tree.map(lambda g: g.astype(jnp.float32), found), grads, 1e-2)
+    for path, leaf in nnx.to_flat_state(found):
+        product = path[0] == "layers" and "norm" not in path[-1]
+        assert leaf[...].dtype == (jnp.bfloat16 if product else jnp.float32)

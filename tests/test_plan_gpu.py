@@ -194,6 +194,23 @@ def test_decoding_copies_nothing_out_of_its_stacks(monkeypatch, optimised):
 
 
 @needs_plugin
+def test_the_update_computes_no_attention_twice():
+    """What cuDNN leaves for its backward pass is stored where `remat` says so, and recomputed where it does not."""
+    config = paper()
+    config.task.update(max_prompt=64, max_response=64)
+    mesh = make_mesh(planner.layout_of(config, H100).sizes, aot.devices_of(H100))
+
+    def recomputed(remat: str) -> bool:
+        config.remat = remat
+        update = aot.compile_update(
+            validate(config), planner.shapes_of(config), planner.vocabulary(config), mesh
+        )
+        return "rematted_computation/dot_product_attention_fwd" in update.text
+
+    assert recomputed("full") and not recomputed("attention") and not recomputed("dots")
+
+
+@needs_plugin
 def test_the_model_is_near_the_measured_step(optimised):
     """benchmarks/results/h100.json, within 10 %: the rates were fitted to that card, the kernels were not."""
     measured = json.loads((pathlib.Path(__file__).parents[1] / "benchmarks/results/h100.json").read_text())

@@ -25,12 +25,20 @@ from listopd_jax.parallel.rules import (
     row_multiple,
 )
 
+
+def _of_cudnn(primitive: Any, *_: Any, **__: Any) -> bool:
+    """What cuDNN's attention leaves for its backward pass, which no name can be put on from outside."""
+    return primitive.name.startswith("dot_product_attention_fwd")
+
+
+_ATTENTION = jax.checkpoint_policies.save_from_both_policies(
+    jax.checkpoint_policies.save_only_these_names(SAVED), _of_cudnn
+)
 REMAT = {
     "full": jax.checkpoint_policies.nothing_saveable,
-    "attention": jax.checkpoint_policies.save_only_these_names(SAVED),
+    "attention": _ATTENTION,
     "dots": jax.checkpoint_policies.save_from_both_policies(
-        jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
-        jax.checkpoint_policies.save_only_these_names(SAVED),
+        jax.checkpoint_policies.dots_with_no_batch_dims_saveable, _ATTENTION
     ),
     "none": None,
 }
@@ -130,19 +138,44 @@ class Layer(nnx.Module):
     ) -> tuple[Float[Array, "B n T D"], tuple[Array, Array]]:
         """The new x, and rotated keys and values [B,n,T,KV,H]. `attend(q, k, v)` mixes values, as q's shape."""
         x, shape = self._rows(x), x.shape
-        y = self._norm(x, "attn_norm")
-        q = self._heads(y, "q", shape, rope)
-        k, v = self._heads(y, "k", shape, rope), self._heads(y, "v", shape)
-        x = x + self._dense(attend(q, k, v).reshape(len(x), -1), "o")
-        y = self._norm(x, "mlp_norm")
-        units = jax.nn.silu(self._dense(y, "gate")) * self._dense(y, "up")
-        x = x + self._dense(constrain(units, "batch", "mlp"), "down")
-        return constrain(x.reshape(shape), *ROWS, "hidden"), (k, v)
+        q, k, v = self._queries_keys_values(x, shape, rope)
+        return self._after_attention(x, attend(q, k, v)), (k, v)
+
+    def at(
+        self,
+        x: Float[Array, "B n T D"],
+        rope: tuple[Array, Array],
+        attend: Callable[[Array, Array, Array], Array],
+        places: Int[Array, "B n S"],
+    ) -> Float[Array, "B n S D"]:
+        """The new x at `places` alone: what is left of the last layer where no more is asked for."""
+
+        def pick(y: Float[Array, "B n T *r"]) -> Float[Array, "B n S *r"]:
+            return jnp.take_along_axis(y, places.reshape(*places.shape, *[1] * (y.ndim - 3)), axis=2)
+
+        mixed = attend(*self._queries_keys_values(self._rows(x), x.shape, rope))
+        return self._after_attention(self._rows(pick(x)), pick(mixed))
 
     def keys_values(self, x: Float[Array, "B n T D"], rope: tuple[Array, Array]) -> tuple[Array, Array]:
         """Only the rotated keys and values [B,n,T,KV,H], with which the last layer of a prompt ends."""
         y = self._norm(self._rows(x), "attn_norm")
         return self._heads(y, "k", x.shape, rope), self._heads(y, "v", x.shape)
+
+    def _queries_keys_values(self, x: Float[Array, "M D"], shape: tuple[int, ...], rope: tuple[Array, Array]):
+        """What attention reads of rows of `shape`."""
+        y = self._norm(x, "attn_norm")
+        q = self._heads(y, "q", shape, rope)
+        return q, self._heads(y, "k", shape, rope), self._heads(y, "v", shape)
+
+    def _after_attention(
+        self, x: Float[Array, "M D"], mixed: Float[Array, "B n T N H"]
+    ) -> Float[Array, "B n T D"]:
+        """The layer's output of its input and what attention mixed."""
+        x = x + self._dense(mixed.reshape(len(x), -1), "o")
+        y = self._norm(x, "mlp_norm")
+        units = jax.nn.silu(self._dense(y, "gate")) * self._dense(y, "up")
+        x = x + self._dense(constrain(units, "batch", "mlp"), "down")
+        return constrain(x.reshape(*mixed.shape[:3], -1), *ROWS, "hidden")
 
     def _rows(self, x: Float[Array, "B n T D"]) -> Float[Array, "M D"]:
         """x as M = B·n·T rows: XLA's CPU backward pass through products of more axes is half as fast."""
@@ -239,20 +272,14 @@ class Decoder(nnx.Module):
 
     def keys_values(self, tokens: Int[Array, "B P"]) -> KVCache:
         """Only the KV of prompts: the last layer ends with them, so a prompt costs one layer less."""
-        graphdef, weights = nnx.split(self.layers)
-        x, rope = self._embed(tokens[:, None]), self._rope(jnp.arange(tokens.shape[1])[None, None])
-        last = self.config.num_layers - 1
-
-        def layer(i):  # by number: scanning over a stack without its last layer would first copy the weights
-            return nnx.merge(graphdef, jax.tree.map(lambda w: w[i], weights))
-
-        def step(x, i):
-            x, kv = layer(i)(x, self._rope_of(rope, i), self._attend)
-            return x, _of_prompt(kv)
-
-        x, kv = jax.lax.scan(self._checkpointed(step), x, jnp.arange(last))
-        kv_of_last = _of_prompt(layer(last).keys_values(x, self._rope_of(rope, last)))
+        x, rope, kv, last = self._to_last_layer(tokens, _of_prompt)
+        kv_of_last = _of_prompt(last.keys_values(x, rope))
         return jax.tree.map(lambda a, b: jnp.concatenate([a, b[None]]), kv, kv_of_last)
+
+    def states_at(self, tokens: Int[Array, "B T"], places: Int[Array, "B S"]) -> Float[Array, "B S D"]:
+        """States of whole sequences at `places`: behind its attention, the last layer computes no others."""
+        x, rope, _, last = self._to_last_layer(tokens, lambda kv: None)
+        return self._final(last.at(x, rope, self._attend, places[:, None]))[:, 0]
 
     def extend(
         self, prompt: KVCache, prompt_lengths: Int[Array, " B"], completions: Int[Array, "B n T"]
@@ -328,6 +355,23 @@ class Decoder(nnx.Module):
         hidden, kv = self._run(tokens[:, None], positions, body, None)
         return hidden[:, 0], kv
 
+    def _to_last_layer(self, tokens: Int[Array, "B T"], keep: Callable) -> tuple[Array, Any, Any, Layer]:
+        """What the last layer reads of whole sequences (x [B,1,T,D] and its rotary angles), `keep` of the keys and
+        values of each layer before it, and that layer."""
+        graphdef, weights = nnx.split(self.layers)
+        x, rope = self._embed(tokens[:, None]), self._rope(jnp.arange(tokens.shape[1])[None, None])
+        last = self.config.num_layers - 1
+
+        def layer(i):  # by number: scanning over a stack without its last layer would first copy the weights
+            return nnx.merge(graphdef, jax.tree.map(lambda w: w[i], weights))
+
+        def step(x, i):
+            x, kv = layer(i)(x, self._rope_of(rope, i), self._attend)
+            return x, keep(kv)
+
+        x, kept = jax.lax.scan(self._checkpointed(step), x, jnp.arange(last))
+        return x, self._rope_of(rope, last), kept, layer(last)
+
     def _attend(self, q: Array, k: Array, v: Array, prompt: Prompt | None = None) -> Array:
         return causal_attention(self.attention, q, k, v, prompt)
 
@@ -396,6 +440,20 @@ def put_tokens(
 def abstract(config: ModelConfig, **options) -> tuple[nnx.GraphDef, nnx.State]:
     """`nnx.split(Decoder(config, **options))` with shapes for arrays: nothing is computed or allocated."""
     return nnx.split(nnx.eval_shape(lambda: Decoder(config, rngs=nnx.Rngs(0), **options)))
+
+
+def cast_once(params: nnx.State, dtype: jnp.dtype) -> nnx.State:
+    """`params` (all, or an adapter) of a decoder of `dtype`, with what its layers cast at every use cast already.
+
+    For a loop over batches: in 16 bit the weights that it reads and the gradients that it sums are half the bytes.
+    Norms compute in float32, and the gradients of embedding and head are float32 sums: these stay as they are.
+    """
+
+    def of_layers(path: tuple, param: Any) -> Any:
+        cast = path[0] == "layers" and not path[-1].endswith("norm")
+        return param.replace(param[...].astype(dtype)) if cast else param
+
+    return nnx.from_flat_state([(path, of_layers(path, param)) for path, param in nnx.to_flat_state(params)])
 
 
 def in_blocks(f: Callable[[Array], Any], x: Float[Array, "B 1 T D"]) -> Any:

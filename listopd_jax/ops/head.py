@@ -38,8 +38,23 @@ def log_distribution(
 def take_token(logp: Float[Array, "*s V"], tokens: Int[Array, "*s"]) -> Float[Array, "*s"]:
     """The entry of each row of `logp` that `tokens` names."""
     if is_split("vocab"):  # a gather would first collect the whole rows on every device
-        return jnp.where(jnp.arange(logp.shape[-1]) == tokens[..., None], logp, 0).sum(-1)
+        return _only_token(logp, tokens).sum(-1)
+    return _gathered(logp, tokens)
+
+
+@jax.custom_jvp
+def _gathered(logp: Float[Array, "*s V"], tokens: Int[Array, "*s"]) -> Float[Array, "*s"]:
     return jnp.take_along_axis(logp, tokens[..., None], -1)[..., 0]
+
+
+@_gathered.defjvp
+def _gathered_jvp(primals: tuple[Array, Array], tangents: tuple[Array, Any]) -> tuple[Array, Array]:
+    """The gradient is a selection, which is computed with what follows; a gather's is a scatter, a pass of its own."""
+    return _gathered(*primals), _only_token(tangents[0], primals[1]).sum(-1)
+
+
+def _only_token(x: Float[Array, "*s V"], tokens: Int[Array, "*s"]) -> Float[Array, "*s V"]:
+    return jnp.where(jnp.arange(x.shape[-1]) == tokens[..., None], x, 0)
 
 
 def entropy_of(logp: Float[Array, "*s V"]) -> Float[Array, "*s"]:

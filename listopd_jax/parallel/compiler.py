@@ -16,7 +16,11 @@ Options = dict[str, dict[str, Any]]  # XLA flags by backend
 ROLLOUT: Options = {
     # Measured on an H100 at 128 rows, 1.7B (benchmarks/RESULTS.md): 19.6 ms per token without, 10.3 with. Triton's
     # products copy each layer's weights and keys out of their stacks; merged products copy the weights once more.
-    "gpu": {"xla_gpu_enable_triton_gemm": False, "xla_disable_hlo_passes": "dot-merger"},
+    "gpu": {
+        "xla_gpu_enable_triton_gemm": False,
+        "xla_disable_hlo_passes": "dot-merger",
+        "xla_allow_excess_precision": False,
+    },
 }
 UPDATE: Options = {
     # The dynamic-slice fusion computes a product that remat saved a second time.

@@ -45,6 +45,7 @@ from listopd_jax.rollout.decode import (
     pass_tokens,
     segment,
 )
+from listopd_jax.rollout.scoring import RowWidth
 from listopd_jax.stages.job import base_of, draft_tokens
 from listopd_jax.stages.opd import hyper_at, make_step
 from listopd_jax.stages.teachers import experts_of
@@ -179,8 +180,13 @@ def _sampler(config: Any, shapes: Mapping[str, ModelConfig], vocab: int, mesh: M
     return Sampler(graphs, (params,), weights, key, temperature, settings)
 
 
-def compile_update(config: Any, shapes: Mapping[str, ModelConfig], vocab: int, mesh: Mesh) -> Program:
-    """The OPD stage's update at the widest prompts and completions; TooLarge if the compiler refuses."""
+def compile_update(
+    config: Any, shapes: Mapping[str, ModelConfig], vocab: int, mesh: Mesh, tokens: int = 0
+) -> Program:
+    """The OPD stage's update at the widest prompts and completions; TooLarge if the compiler refuses.
+
+    `tokens`: of the longest prompt with its completion, if these do not fill those widths.
+    """
     graphs = {role: _graph(config, shape, mesh) for role, shape in shapes.items()}
     graphs |= {
         "base": graphs["student"],
@@ -193,7 +199,8 @@ def compile_update(config: Any, shapes: Mapping[str, ModelConfig], vocab: int, m
     state, frozen = _state(config, shapes, mesh)
     scalars = jax.eval_shape(lambda: (hyper_at(config.opd, lam=1.0, step=0), jnp.float32(config.opd.lr)))
     with _target(config, mesh):
-        batch = OpdBatch(*_batch(config, mesh), None, *_for_teachers(config, mesh))
+        width = RowWidth.holding(tokens) if tokens else None
+        batch = OpdBatch(*_batch(config, mesh), None, *_for_teachers(config, mesh), width=width)
         lowered = step.lower(state, frozen, batch, *_replicate(scalars, mesh))
         return _compiled(lowered, "update", UPDATE, mesh)[0]
 

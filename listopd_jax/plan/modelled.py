@@ -31,7 +31,8 @@ def modelled_step(
         narrow, shapes, vocab, mesh, [size for size, _ in turns_of(config, load)]
     )
     narrow.task.max_response = trimmed(config.task.max_response, load.response)
-    update = aot.compile_update(narrow, shapes, vocab, mesh)
+    tokens = math.ceil(load.prompt) + math.ceil(load.response)
+    update = aot.compile_update(narrow, shapes, vocab, mesh, tokens)
     turns = [turns for _, turns in turns_of(config, load)]
     phases = {"prefill": ([first], [1]), "decode": (segments, turns), "update": ([update], [1])}
     return {

@@ -8,6 +8,7 @@ from jaxtyping import Array, Bool, Float, Int, UInt32
 
 from listopd_jax.ops.guard import Guard, guarded
 from listopd_jax.ops.head import logits_of, slice_vocab
+from listopd_jax.parallel.rules import is_split
 
 IMPOSSIBLE = -1e30  # finite: a block of nothing else must have a log-probability and no NaN
 
@@ -65,8 +66,11 @@ def categorical(keys: Array, logp: Float[Array, "*s V"]) -> Int[Array, "*s"]:
     ).reshape(-1, -(-logp.shape[-1] // width), width)
     first, second = jax.vmap(jax.random.split, out_axes=1)(keys.reshape(-1))
     block = jax.vmap(jax.random.categorical)(first, jax.nn.logsumexp(blocks, -1))
-    # A sum, not a gather: over a split vocabulary only one block per row is sent.
-    chosen = (jnp.arange(blocks.shape[1]) == block[:, None])[..., None]
-    within = jnp.where(chosen, blocks, 0).sum(1)
-    token = block * width + jax.vmap(jax.random.categorical)(second, within)
+    token = block * width + jax.vmap(jax.random.categorical)(second, _block_of(blocks, block))
     return token.reshape(keys.shape)
+
+
+def _block_of(blocks: Float[Array, "R N W"], block: Int[Array, " R"]) -> Float[Array, "R W"]:
+    if is_split("vocab"):  # a sum, not a gather: only one block per row is sent
+        return jnp.where((jnp.arange(blocks.shape[1]) == block[:, None])[..., None], blocks, 0).sum(1)
+    return jnp.take_along_axis(blocks, block[:, None, None], axis=1)[:, 0]

@@ -23,6 +23,7 @@ from listopd_jax.ops.opd_loss import Frozen, Models
 from listopd_jax.parallel import hosts
 from listopd_jax.parallel.rules import decoding_copy
 from listopd_jax.rollout.decode import Rollout, generate
+from listopd_jax.rollout.scoring import row_width
 from listopd_jax.rollout.state import trim
 from listopd_jax.stages.job import Job, base_of, saving
 from listopd_jax.stages.teacher_server import (
@@ -212,7 +213,9 @@ def train_opd(
         held = holds_contract(job, rollout, index) if own else None
         reward = contract_reward(held, opd.contract_reward) if opd.contract_reward else None
         served = served_logprobs(shared.server, batch, rollout) if shared.server else None
-        sampled = OpdBatch(prompts, lengths, rollout._replace(steps=None), reward, *for_teachers, served)
+        width = row_width(job.attention, lengths, rollout.lengths)
+        scored = rollout._replace(steps=None)
+        sampled = OpdBatch(prompts, lengths, scored, reward, *for_teachers, served, width)
         hyper = hyper_at(opd, watch.lam(run.lam) if watch else run.lam, step)
         lr = jnp.float32(learning_rate(opd, step, steps))
         for _ in range(opd.updates_per_batch):

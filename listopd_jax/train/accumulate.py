@@ -14,12 +14,13 @@ def accumulated_grad(loss_of: Callable, params: Any, batch: Any, microbatch: int
     """Loss, gradient and auxiliary output of `loss_of(params, rows) → (loss, aux)` summed over microbatches of rows.
 
     `batch` is a pytree of arrays with a leading row axis B that `microbatch` divides (0: all rows at once). The
-    losses of the microbatches must add up to the loss of the batch; `aux` is a pytree with a leading row axis.
+    losses of the microbatches must add up to the loss of the batch; `aux` is a pytree with a leading row axis. The
+    gradient is float32, whatever `params` are.
     """
     rows = jax.tree.leaves(batch)[0].shape[0]
     if microbatch in (0, rows):  # a loop of one turn would still copy what it carries
         (loss, aux), grads = jax.value_and_grad(loss_of, has_aux=True)(params, batch)
-        return loss, constrain_state(grads), aux
+        return loss, constrain_state(_like(jnp.asarray, grads)), aux
     parts = jax.tree.map(lambda x: to_chunks(x, microbatch // row_multiple()), batch)
     grad = jax.value_and_grad(loss_of, has_aux=True)
 
@@ -27,6 +28,11 @@ def accumulated_grad(loss_of: Callable, params: Any, batch: Any, microbatch: int
         (loss, aux), grads = grad(params, part)
         return tree_add(total, (loss, constrain_state(grads))), aux
 
-    zero = (jnp.float32(0), constrain_state(jax.tree.map(jnp.zeros_like, params)))
+    zero = (jnp.float32(0), constrain_state(_like(jnp.zeros_like, params)))
     (loss, grads), aux = jax.lax.scan(one, zero, parts)
     return loss, grads, jax.tree.map(lambda x: from_chunks(x, rows), aux)
+
+
+def _like(make: Callable, tree: Any) -> Any:
+    """`make` of each array, in float32."""
+    return jax.tree.map(lambda x: make(x, dtype=jnp.float32), tree)

@@ -15,14 +15,14 @@ import optax
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from listopd_jax.models.decoder import Decoder
+from listopd_jax.models.decoder import Decoder, cast_once
 from listopd_jax.models.lora import joined
 from listopd_jax.ops.grammar import START, Grammar, states
 from listopd_jax.ops.objective import Hyper, Variant, token_weights
 from listopd_jax.ops.opd_loss import Frozen, Models, opd_loss
 from listopd_jax.parallel.compiler import UPDATE, backend_options
 from listopd_jax.rollout.decode import Rollout, completion_mask
-from listopd_jax.rollout.scoring import completion_hidden
+from listopd_jax.rollout.scoring import RowWidth, completion_hidden
 from listopd_jax.train.accumulate import accumulated_grad
 from listopd_jax.train.optimizer import TrainState, apply_gradients
 
@@ -42,6 +42,7 @@ class OpdBatch(NamedTuple):
     teacher_prompts: Int[Array, "B Q"] | None = None
     teacher_prompt_lengths: Int[Array, " B"] | None = None
     teacher_logprobs: Float[Array, "B n T"] | None = None
+    width: RowWidth | None = None  # of a prompt with its completion, where they are read as one row
 
 
 def make_opd_step(
@@ -81,7 +82,9 @@ def make_opd_step(
             loss, per_token = _loss(graphs, params, frozen, part, weights, loss_function, hyper)
             return loss, {k: jnp.where(weights > 0, v, 0.0) for k, v in per_token.items()}
 
-        loss, grads, per_token = accumulated_grad(loss_of, state.params, (batch, weights), microbatch)
+        dtype = nnx.merge(graphs.student, joined(frozen.base, state.params)).dtype
+        params = cast_once(state.params, dtype)
+        loss, grads, per_token = accumulated_grad(loss_of, params, (batch, weights), microbatch)
         metrics = {"loss": loss, "grad_norm": optax.tree.norm(grads), **summarize(per_token, mask, hyper)}
         return apply_gradients(state, grads, lr, tx), metrics, per_token
 
@@ -157,11 +160,12 @@ def _hiddens(decoders: Models, batch: OpdBatch) -> Models:
     tokens, asked = batch.rollout.tokens, (batch.prompts, batch.prompt_lengths)
     own = batch.teacher_prompts is not None
     told = (batch.teacher_prompts, batch.teacher_prompt_lengths) if own else asked
+    width_told = None if own else batch.width
     return Models(
-        completion_hidden(decoders.student, *asked, tokens),
-        None if decoders.teacher is None else completion_hidden(decoders.teacher, *told, tokens),
-        completion_hidden(decoders.base, *asked, tokens),
-        tuple(completion_hidden(expert, *told, tokens) for expert in decoders.experts),
+        completion_hidden(decoders.student, *asked, tokens, batch.width),
+        None if decoders.teacher is None else completion_hidden(decoders.teacher, *told, tokens, width_told),
+        completion_hidden(decoders.base, *asked, tokens, batch.width),
+        tuple(completion_hidden(expert, *told, tokens, width_told) for expert in decoders.experts),
     )
 
 

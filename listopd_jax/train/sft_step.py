@@ -9,6 +9,7 @@ import optax
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
+from listopd_jax.models.decoder import cast_once
 from listopd_jax.models.lora import joined
 from listopd_jax.ops.fused import fused_loss
 from listopd_jax.ops.head import entropy_of, take_token
@@ -53,7 +54,8 @@ def make_sft_step(
         mask = completion_mask(batch["answer_length"][:, None], batch["answer"].shape[-1])
         weights = token_weights(mask.astype(jnp.float32), "token")
         loss_of_rows = functools.partial(loss_of, frozen=frozen)
-        loss, grads, entropy = accumulated_grad(loss_of_rows, state.params, (batch, weights), microbatch)
+        params = cast_once(state.params, nnx.merge(graphdef, joined(frozen, state.params)).dtype)
+        loss, grads, entropy = accumulated_grad(loss_of_rows, params, (batch, weights), microbatch)
         metrics = {
             "loss": loss,
             "entropy": entropy.sum(),
