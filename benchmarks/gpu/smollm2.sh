@@ -40,10 +40,11 @@ lock() { # NAME
     JAX_PLATFORMS=cpu python3 -m listopd_jax.prereg curve "--workdir=$ROOT/runs/$1" "--out=$ROOT/locks/$1.json" \
       >"$ROOT/runs/$1.lock.log" 2>&1
 }
-keep() { # what is small of all arms, as it is by now
+keep() { # what is small of all arms, as it is by now; tar says 1 of a log that grew meanwhile
   (cd "$ROOT" && find runs locks -type f \( -path '*/checkpoints/*' -o -path '*/export/*' -o -path '*/data/*' \
     -o -path '*/tensorboard/*' \) -prune -o -type f \( -name '*.json' -o -name '*.jsonl' -o -name '*.log' \
-    -o -name report.html \) -print0 | tar --null -czf "$OUT/part" -T -) && mv "$OUT/part" "$OUT/runs.tgz"
+    -o -name report.html \) -print0 | tar --null -czf "$OUT/part" -T -)
+  [ $? -le 1 ] && mv "$OUT/part" "$OUT/runs.tgz"
 }
 
 mkdir -p "$ROOT/locks" "$ROOT/runs"
@@ -62,7 +63,7 @@ arms+=" $!"
 arms+=" $!"
 (until_there grep -q '"sft_student"' "$ROOT/runs/early/results.json" && of_early guarded "$@" && of_early sampled "$@") &
 arms+=" $!"
-(while sleep 20; do keep; done) &
+(while sleep 20; do keep; done) >"$ROOT/keep.log" 2>&1 &
 keeping=$!
 # shellcheck disable=SC2086 # the numbers of several processes
 wait $arms
