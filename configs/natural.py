@@ -68,7 +68,7 @@ def _independent(config: ml_collections.ConfigDict) -> None:
 
 def _forward(config: ml_collections.ConfigDict) -> None:
     _guarded(config)
-    config.opd.update(jsd=0.0, plain_lambdas=(4.0, 3.0, 2.0), lambdas=(4.0,))
+    config.opd.update(jsd=0.0, steps=40, plain_lambdas=(4.0, 2.0), lambdas=(4.0,))
     config.forecast.update(plain_lambdas=FORECASTS, lambdas=(6.0,))
 
 

@@ -56,12 +56,10 @@ lock early &
 arms+=" $!"
 lock late &
 arms+=" $!"
-(
-  arm independent "$GGUF" "$GGUF" "$@"
-  until_there grep -q '"sft_student"' "$ROOT/runs/early/results.json" && of_early forward "$@"
-) &
+until_trained() { until_there grep -q '"sft_student"' "$ROOT/runs/early/results.json"; }
+(until_trained && of_early forward "$@") &
 arms+=" $!"
-(until_there grep -q '"sft_student"' "$ROOT/runs/early/results.json" && of_early guarded "$@" && of_early sampled "$@") &
+(arm independent "$GGUF" "$GGUF" "$@" && until_trained && of_early guarded "$@" && of_early sampled "$@") &
 arms+=" $!"
 (while sleep 20; do keep; done) >"$ROOT/keep.log" 2>&1 &
 keeping=$!
