@@ -11,8 +11,9 @@ room=$(df -BG --output=avail /dev/shm 2>/dev/null | tail -1 | tr -dc 0-9) # 30 c
 [ "${room:-0}" -ge 60 ] && fast=/dev/shm || fast=${TMPDIR:-/tmp}
 ROOT=${ROOT:-$(mktemp -d -p "$fast")}
 if [ -n "${WHEELS:-}" ]; then
-  python3 -m pip install -q --no-index --no-deps --no-compile --target "$ROOT/site" "$WHEELS"/*.whl || exit 2
-  export PYTHONPATH=$ROOT/site:$PWD
+  site=$(mktemp -d) # not in /dev/shm, from which libraries may not be loaded
+  python3 -m pip install -q --no-index --no-deps --no-compile --target "$site" "$WHEELS"/*.whl || exit 2
+  export PYTHONPATH=$site:$PWD
 fi
 export XLA_PYTHON_CLIENT_PREALLOCATE=false TF_CPP_MIN_LOG_LEVEL=1 XDG_CACHE_HOME=$ROOT/cache
 export JAX_COMPILATION_CACHE_DIR=$ROOT/compiled JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS=0.3
