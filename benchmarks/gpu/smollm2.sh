@@ -7,8 +7,8 @@ set -uo pipefail
 : "${OUT:?set OUT to a folder}" "${GGUF:?set GGUF to the file of the model}" "${DATA:?set DATA to the reviews}"
 mkdir -p "$OUT"
 end=${SECONDS_LEFT:-450}
-room=$(df -BG --output=avail /dev/shm 2>/dev/null | tail -1 | tr -dc 0-9) # 30 checkpoints of 1.6 GB
-[ "${room:-0}" -ge 60 ] && fast=/dev/shm || fast=${TMPDIR:-/tmp}
+room=$(df -BG --output=avail /dev/shm 2>/dev/null | tail -1 | tr -dc 0-9) # 16 checkpoints of 1.6 GB at one time
+[ "${room:-0}" -ge 40 ] && fast=/dev/shm || fast=${TMPDIR:-/tmp}
 ROOT=${ROOT:-$(mktemp -d -p "$fast")}
 if [ -n "${WHEELS:-}" ]; then
   site=$(mktemp -d) # not in /dev/shm, from which libraries may not be loaded
@@ -47,6 +47,12 @@ keep() { # what is small of all arms, as it is by now; tar says 1 of a log that 
     -o -name report.html \) -print0 | tar --null -czf "$OUT/part" -T -)
   [ $? -le 1 ] && mv "$OUT/part" "$OUT/runs.tgz"
 }
+thin() { # a student that is evaluated needs no checkpoint
+  local folder
+  for folder in "$ROOT"/runs/*/checkpoints/opd_*; do
+    grep -qs "\"${folder##*/}\"" "${folder%/checkpoints/*}/results.json" && rm -rf "$folder"
+  done
+}
 
 mkdir -p "$ROOT/locks" "$ROOT/runs"
 arm early "$GGUF" "$GGUF" "$@" &
@@ -62,7 +68,7 @@ until_trained() { until_there grep -q '"sft_student"' "$ROOT/runs/early/results.
 arms+=" $!"
 (arm independent "$GGUF" "$GGUF" "$@" && until_trained && of_early guarded "$@" && of_early sampled "$@") &
 arms+=" $!"
-(while sleep 20; do keep; done) >"$ROOT/keep.log" 2>&1 &
+(while sleep 20; do keep && thin; done) >"$ROOT/keep.log" 2>&1 &
 keeping=$!
 # shellcheck disable=SC2086 # the numbers of several processes
 wait $arms
