@@ -4,7 +4,8 @@
 
 `early` is the pair of configs/fashion.py:smollm2, SFT of 60 and 30 steps; `late` one that learns scores: 120 steps, and
 the teacher 120 more. `independent` is a teacher of another seed, which is only forecast. `forward`, `guarded` and
-`sampled` are other ways to distil `early`; a run of each alone makes that pair anew, the script takes its checkpoints.
+`sampled` are other ways to distil `early`, `more` are more λ; a run of each alone makes that pair anew, the script takes
+its checkpoints.
 
 At the commas where the target flips the base gives its second choice some e^-10, and the pull of the reverse KL is in
 proportion to that. Sampled tokens would not meet it once in a run, so the exact loss is the main arm, and the learning
@@ -17,7 +18,7 @@ import ml_collections
 from configs.fashion import smollm2
 from listopd_jax.errors import unknown_name
 
-ARMS = ("early", "late", "independent", "forward", "guarded", "sampled")
+ARMS = ("early", "late", "independent", "forward", "guarded", "sampled", "more")
 FORECASTS = (1.5, 2.0, 2.5, 3.0, 3.5, 4.0, 5.0, 6.0, 8.0)  # nine, as of a prediction: the same programs
 
 
@@ -36,7 +37,7 @@ def get_config(name: str = "early") -> ml_collections.ConfigDict:
     config.predict.update(seeds=(11,), largest_gap=1.0)  # what stands between these λ is not asked
     config.opd.update(
         estimator="full_vocab", ratio="none", batch_size=8, rollouts=2, steps=80, lr=2e-4, lr_decay="linear",
-        lambdas=(4.0, 2.0, 6.0, 3.0), seeds=(0, 1),
+        lambdas=(4.0, 2.0, 6.0), seeds=(0, 1),
     )  # fmt: skip
     {
         "early": _predicted,
@@ -45,6 +46,7 @@ def get_config(name: str = "early") -> ml_collections.ConfigDict:
         "forward": _forward,
         "guarded": _guarded,
         "sampled": _sampled,
+        "more": _more,
     }[name](config)
     return config
 
@@ -58,7 +60,6 @@ def _late(config: ml_collections.ConfigDict) -> None:
     config.sft.continued = True
     config.sft.student.update(steps=120, lr=2e-4, warmup_steps=10)
     config.sft.teacher.update(steps=120, lr=2e-4, warmup_steps=10, seed=2)
-    config.opd.lambdas = (4.0, 2.0, 6.0)
 
 
 def _independent(config: ml_collections.ConfigDict) -> None:
@@ -80,3 +81,7 @@ def _guarded(config: ml_collections.ConfigDict) -> None:
 
 def _sampled(config: ml_collections.ConfigDict) -> None:
     config.opd.update(estimator="sampled", ratio="teacher_student", rollouts=4, lambdas=(6.0,), seeds=(0,))
+
+
+def _more(config: ml_collections.ConfigDict) -> None:
+    config.opd.update(lambdas=(3.0, 5.0), seeds=(0,))

@@ -55,7 +55,7 @@ thin() { # a student that is evaluated needs no checkpoint
 }
 
 mkdir -p "$ROOT/locks" "$ROOT/runs"
-arm early "$GGUF" "$GGUF" "$@" &
+(arm early "$GGUF" "$GGUF" "$@" && of_early more "$@") &
 arms=$!
 arm late "$GGUF" "$GGUF" "$@" &
 arms+=" $!"
