@@ -4,8 +4,8 @@
 
 `early` is the pair of configs/fashion.py:smollm2, SFT of 60 and 30 steps; `late` one that learns scores: 120 steps, and
 the teacher 120 more. `independent` is a teacher of another seed, which is only forecast. `forward`, `guarded` and
-`sampled` are other ways to distil `early`, `more` are more λ; a run of each alone makes that pair anew, the script takes
-its checkpoints.
+`sampled` are other ways to distil `early`, `more` has other λ; a run of each alone makes that pair anew, the script
+takes its checkpoints.
 
 At the commas where the target flips the base gives its second choice some e^-10, and the pull of the reverse KL is in
 proportion to that. Sampled tokens would not meet it once in a run, so the exact loss is the main arm, and the learning
