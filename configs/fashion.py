@@ -147,9 +147,9 @@ def paper_8b() -> ml_collections.ConfigDict:
 
 
 def smollm2() -> ml_collections.ConfigDict:
-    """SmolLM2-135M-Instruct on lists of 8 real reviews. Teacher and base are two checkpoints of one SFT run.
+    """SmolLM2-135M-Instruct on lists of 8 real reviews. Teacher and base have the same SFT, of 60 and of 30 steps.
 
-    Same seed, data order and constant learning rate: the student's SFT is the first half of the teacher's.
+    The batches are the same; the learning rate falls over the steps of each. One run, read twice: sft.continued.
     """
     config = defaults()
     config.data.source = "clothing"

@@ -5,7 +5,7 @@ import math
 
 import pytest
 
-from configs import fashion
+from configs import fashion, natural
 from listopd_jax import config as config_module
 from listopd_jax.errors import UserError
 
@@ -15,6 +15,18 @@ def test_presets_are_valid_and_are_json(preset):
     config = config_module.validate(fashion.get_config(preset))
     assert config.preset == preset
     assert json.loads(json.dumps(config_module.to_json(config)))["opd"]["clip"] == 5.0
+
+
+@pytest.mark.parametrize("arm", natural.ARMS)
+def test_the_arms_on_a_pretrained_pair_forecast_the_same_grid(arm):
+    config = natural.get_config(arm)
+    config.data.path = "reviews.csv"
+    config = config_module.validate(config)
+    assert config_module.predicts(config) == (arm in ("early", "late"))
+    assert config.train.export == (arm == "early")  # the others start from its checkpoints
+    guarded = config.opd.guard.margin > 0
+    forecast = config.forecast.plain_lambdas if guarded else config.forecast.lambdas
+    assert set(forecast) >= set(config.opd.plain_lambdas if guarded else config.opd.lambdas)
 
 
 def test_paper_is_the_recipe_of_the_paper():

@@ -1,44 +1,78 @@
 #!/usr/bin/env bash
-# SmolLM2-135M on real reviews on one GPU: does a cliff come by itself, where, and what a guard does. Four grids at once,
-# each with its own SFT, calibration and forecast; every result is on disk as soon as it is there.
-#   OUT=FOLDER GGUF=FILE DATA=womens_clothing_reviews.csv.zip [WHEELS=FOLDER] \
-#   [SECONDS_LEFT=660] [ARMS="plain guarded"] bash benchmarks/gpu/smollm2.sh [--config.field=value …]
+# SmolLM2-135M on real reviews on one GPU: does the cliff that is forecast come in training, and what does a guard do?
+# The arms of configs/natural.py, four at a time. A prediction is locked as soon as it is there, before any student.
+#   OUT=FOLDER GGUF=FILE DATA=womens_clothing_reviews.csv.zip [WHEELS=FOLDER] [SECONDS_LEFT=450] [ROOT=FOLDER] \
+#   bash benchmarks/gpu/smollm2.sh [--config.field=value …]
 set -uo pipefail
 : "${OUT:?set OUT to a folder}" "${GGUF:?set GGUF to the file of the model}" "${DATA:?set DATA to the reviews}"
 mkdir -p "$OUT"
-ROOT=${ROOT:-$(mktemp -d)}
+end=${SECONDS_LEFT:-450}
+room=$(df -BG --output=avail /dev/shm 2>/dev/null | tail -1 | tr -dc 0-9) # 16 checkpoints of 1.6 GB at one time
+[ "${room:-0}" -ge 40 ] && fast=/dev/shm || fast=${TMPDIR:-/tmp}
+ROOT=${ROOT:-$(mktemp -d -p "$fast")}
 if [ -n "${WHEELS:-}" ]; then
-  python3 -m pip install -q --no-index --no-deps --no-compile --target "$ROOT/site" "$WHEELS"/*.whl || exit 2
-  export PYTHONPATH=$ROOT/site:$PWD
+  site=$(mktemp -d) # not in /dev/shm, from which libraries may not be loaded
+  python3 -m pip install -q --no-index --no-deps --no-compile --target "$site" "$WHEELS"/*.whl || exit 2
+  export PYTHONPATH=$site:$PWD
 fi
-export XLA_PYTHON_CLIENT_PREALLOCATE=false JAX_COMPILATION_CACHE_DIR=$ROOT/compiled TF_CPP_MIN_LOG_LEVEL=1 XDG_CACHE_HOME=$ROOT
+export XLA_PYTHON_CLIENT_PREALLOCATE=false TF_CPP_MIN_LOG_LEVEL=1 XDG_CACHE_HOME=$ROOT/cache
+export JAX_COMPILATION_CACHE_DIR=$ROOT/compiled JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS=0.3
 python3 -c "from listopd_jax.models.build import weights_folder; print(weights_folder('$GGUF'))" || exit 2
 
-common=(--config=configs/fashion.py:smollm2 "--config.data.path=$DATA" "--config.tokenizer.path=$GGUF"
-  "--config.teacher.weights=$GGUF" "--config.student.weights=$GGUF" --config.train.export=False "$@")
-
-grid() { # NAME --config.field=value …
-  local name=$1 began=$SECONDS
+arm() { # NAME TEACHER STUDENT --config.field=value …
+  local name=$1 teacher=$2 student=$3 began=$SECONDS
+  shift 3
+  mkdir -p "$ROOT/runs/$name"
+  timeout -k 8 $((end > SECONDS ? end - SECONDS : 1)) python3 -m listopd_jax.main "--config=configs/natural.py:$name" \
+    "--workdir=$ROOT/runs/$name" "--config.data.path=$DATA" "--config.tokenizer.path=$GGUF" \
+    "--config.teacher.weights=$teacher" "--config.student.weights=$student" "$@" >"$ROOT/runs/$name.log" 2>&1
+  echo "{\"arm\": \"$name\", \"exit\": $?, \"began\": $began, \"ended\": $SECONDS}" | tee -a "$OUT/lines.jsonl"
+}
+of_early() { # NAME --config.field=value …: with the checkpoints of the arm `early`
+  local folder=$ROOT/runs/early/export name=$1
   shift
-  timeout -k 10 "${SECONDS_LEFT:-660}" python3 -m launch.local "--root=$ROOT/$name" --processes=5 "${common[@]}" "$@" \
-    >"$OUT/$name.out" 2>&1
-  echo "{\"grid\": \"$name\", \"exit\": $?, \"seconds\": $((SECONDS - began))}" | tee -a "$OUT/lines.jsonl"
-  python3 -m launch.gather "--root=$ROOT/$name" >>"$OUT/$name.out" 2>&1
+  arm "$name" "$folder/sft_teacher" "$folder/sft_student" "$@" --config.sft.{teacher,student}.{steps=0,epochs=0.0}
+}
+until_there() { # COMMAND …: wait until it succeeds, but not past the end
+  until "$@" 2>/dev/null; do [ $SECONDS -lt "$end" ] && sleep 1 || return 1; done
+}
+lock() { # NAME
+  until_there test -s "$ROOT/runs/$1/predictions.json" &&
+    JAX_PLATFORMS=cpu python3 -m listopd_jax.prereg curve "--workdir=$ROOT/runs/$1" "--out=$ROOT/locks/$1.json" \
+      >"$ROOT/runs/$1.lock.log" 2>&1
+}
+keep() { # what is small of all arms, as it is by now; tar says 1 of a log that grew meanwhile
+  (cd "$ROOT" && find runs locks -type f \( -path '*/checkpoints/*' -o -path '*/export/*' -o -path '*/data/*' \
+    -o -path '*/tensorboard/*' \) -prune -o -type f \( -name '*.json' -o -name '*.jsonl' -o -name '*.log' \
+    -o -name report.html \) -print0 | tar --null -czf "$OUT/part" -T -)
+  [ $? -le 1 ] && mv "$OUT/part" "$OUT/runs.tgz"
+}
+thin() { # a student that is evaluated needs no checkpoint
+  local folder
+  for folder in "$ROOT"/runs/*/checkpoints/opd_*; do
+    grep -qs "\"${folder##*/}\"" "${folder%/checkpoints/*}/results.json" && rm -rf "$folder"
+  done
 }
 
-arms() {
-  case $1 in
-  plain) grid plain ;;
-  guarded) grid guarded --config.opd.guard.margin=1.25 --config.opd.lambdas=3.0 ;;
-  full_vocab) grid full_vocab --config.opd.estimator=full_vocab --config.opd.ratio=none --config.opd.lambdas=2.0,3.0 ;;
-  independent) grid independent --config.sft.teacher.seed=2 --config.opd.lambdas=1.0,2.0,3.0 ;;
-  zero_shot) timeout 200 python3 -m listopd_jax.evaluate "--weights=$GGUF" "--workdir=$ROOT/zero_shot" "${common[@]}" \
-    >"$OUT/zero_shot.out" 2>&1 ;;
-  esac
-}
-for arm in ${ARMS:-plain guarded full_vocab independent zero_shot}; do arms "$arm" & done
-wait
+mkdir -p "$ROOT/locks" "$ROOT/runs"
+(arm early "$GGUF" "$GGUF" "$@" && of_early more "$@") &
+arms=$!
+arm late "$GGUF" "$GGUF" "$@" &
+arms+=" $!"
+lock early &
+arms+=" $!"
+lock late &
+arms+=" $!"
+until_trained() { until_there grep -q '"sft_student"' "$ROOT/runs/early/results.json"; }
+(until_trained && of_early forward "$@") &
+arms+=" $!"
+(arm independent "$GGUF" "$GGUF" "$@" && until_trained && of_early guarded "$@" && of_early sampled "$@") &
+arms+=" $!"
+(while sleep 20; do keep && thin; done) >"$ROOT/keep.log" 2>&1 &
+keeping=$!
+# shellcheck disable=SC2086 # the numbers of several processes
+wait $arms
+kill $keeping
+wait $keeping 2>/dev/null
 nvidia-smi --query-gpu=name,memory.used --format=csv,noheader >>"$OUT/lines.jsonl"
-cd "$ROOT" && find . \( -name results.json -o -name calibration.json -o -name metrics.jsonl -o -name report.html \
-  -o -name examples.json -o -name config.json -o -name '*.log' \) -not -path '*/compiled/*' -not -path './listopd_jax/*' \
-  -not -path './site/*' -print0 | tar --null -czf "$OUT/runs.tgz" -T -
+keep
