@@ -131,7 +131,7 @@ def paper() -> ml_collections.ConfigDict:
     config.sft.teacher.microbatch = config.sft.student.microbatch = 8
     config.sft.teacher.moments = "bfloat16"  # else 4B need 82 GiB
     config.opd.update(
-        steps=42, microbatch=8, lambdas=(0.5, 1.0, 1.05, 1.1, 1.15, 1.2, 1.25, 1.4, 1.5), seeds=(42,)
+        steps=42, microbatch=32, lambdas=(0.5, 1.0, 1.05, 1.1, 1.15, 1.2, 1.25, 1.4, 1.5), seeds=(42,)
     )
     return config
 

@@ -222,6 +222,7 @@ def _opd() -> ml_collections.ConfigDict:
         updates_per_batch=1,
         lr=1e-6,
         lr_decay="none",  # linear: from `lr` at the first step to 0 after the last
+        warmup_steps=0,  # over which the learning rate rises to that: Adam's first steps are as long as any
         ema=0.0,  # decay of the average of the weights, which is evaluated and exported; 0: off, the last weights are
         b2=0.999,  # of AdamW
         moments="float32",  # in which AdamW keeps its moments; bfloat16: half the memory, rounded at random
@@ -410,8 +411,8 @@ task.max_review_words data.max_broken data.max_reviews_per_product data.max_list
 data.synthetic_queries
 sft.teacher.steps sft.teacher.epochs sft.teacher.warmup_steps sft.teacher.microbatch
 sft.student.steps sft.student.epochs sft.student.warmup_steps sft.student.microbatch
-opd.steps opd.epochs opd.microbatch opd.kl_to_base opd.entropy_bonus opd.lambda_warmup_steps opd.guard.margin
-opd.contract_reward opd.collapse.flips opd.eval_every opd.guard.floor predict.fixed_text_lists
+opd.steps opd.epochs opd.warmup_steps opd.microbatch opd.kl_to_base opd.entropy_bonus opd.lambda_warmup_steps
+opd.guard.margin opd.contract_reward opd.collapse.flips opd.eval_every opd.guard.floor predict.fixed_text_lists
 teachers.max_prompt
 evaluation.max_lists evaluation.examples optimizer.weight_decay optimizer.max_grad_norm
 track.log_completions_every

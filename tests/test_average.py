@@ -1,5 +1,7 @@
 """The average of the weights and the decay of the learning rate: by definition, and resumed exactly."""
 
+from types import SimpleNamespace
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -8,6 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from listopd_jax.stages.opd import learning_rate
 from listopd_jax.train.checkpoints import Checkpoints, abstract
 from listopd_jax.train.loop import Run, Saving, checkpoint_folder, train
 from listopd_jax.train.optimizer import (
@@ -53,6 +56,16 @@ def test_the_average_takes_no_part_in_training():
 def test_a_linear_decay_ends_at_0_after_the_last_step(steps):
     rates = [linear_lr(step, steps, 2e-4) for step in range(steps + 1)]
     np.testing.assert_allclose(rates, np.linspace(2e-4, 0, steps + 1), atol=1e-18)
+
+
+@pytest.mark.parametrize("decay, last", [("none", 1.0), ("linear", 0.1)])
+def test_the_learning_rate_rises_over_the_warm_up(decay, last):
+    def rates(warmup_steps: int) -> list[float]:
+        opd = SimpleNamespace(lr=1.0, lr_decay=decay, warmup_steps=warmup_steps)
+        return [learning_rate(opd, step, 10) for step in range(10)]
+
+    np.testing.assert_allclose(rates(4)[:4], np.array([0.25, 0.5, 0.75, 1]) * rates(0)[:4])
+    assert rates(4)[4:] == rates(0)[4:] and rates(4)[-1] == pytest.approx(last)
 
 
 # ---- in the loop

@@ -136,6 +136,7 @@ def test_the_digest_changes_with_any_field():
     ("field", "value"),
     [
         ("lr_decay", "linear"),
+        ("warmup_steps", 10),
         ("ema", 0.97),
         ("control_variate", "kl"),
         ("contract_reward", 0.5),

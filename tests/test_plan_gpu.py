@@ -212,14 +212,18 @@ def test_the_update_computes_no_attention_twice():
 
 @needs_plugin
 def test_the_model_is_near_the_measured_step(optimised):
-    """benchmarks/results/h100.json, within 10 %: the rates were fitted to that card, the kernels were not."""
-    measured = json.loads((pathlib.Path(__file__).parents[1] / "benchmarks/results/h100.json").read_text())
+    """Of benchmarks/results, within 10 %: the rates were fitted to that card, the kernels were not.
+
+    Decoding is that of h100_plain.json: the model counts no draft as confirmed.
+    """
+    results = pathlib.Path(__file__).parents[1] / "benchmarks/results"
+    measured, plain = (json.loads((results / f"{name}.json").read_text()) for name in ("h100", "h100_plain"))
     config = paper()
     config.opd.microbatch, config.remat = measured["microbatch"], measured["remat"]
     load = Load(**measured["load"])
     found = planner.model(validate(config), H100, load, top=0)
-    for phase in ("prefill", "decode", "update"):
-        assert found[phase]["seconds"] == pytest.approx(measured[f"{phase}_s"], rel=0.1), phase
+    for phase, of in {"prefill": measured, "decode": plain, "update": measured}.items():
+        assert found[phase]["seconds"] == pytest.approx(of[f"{phase}_s"], rel=0.1), phase
     memory = found["update"]["memory_gib"]
     assert sum(memory.values()) == pytest.approx(measured["peak_gib"], rel=0.05)
     assert RATES.keys() == {"h100"}

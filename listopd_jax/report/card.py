@@ -28,7 +28,7 @@ OPD_FIELDS = (
     "ratio advantage normalize estimator jsd on_policy control_variate contract_reward aggregate clip ppo_clip "
     "guard.margin "
     "guard.fallback guard.scope guard.mask guard.floor guard.structure on_collapse collapse.window collapse.parse_drop "
-    "collapse.length_change collapse.flips collapse.lower lr lr_decay ema batch_size rollouts "
+    "collapse.length_change collapse.flips collapse.lower lr lr_decay warmup_steps ema batch_size rollouts "
     "temperature updates_per_batch kl_to_base "
     "entropy_bonus lambda_warmup_steps constrained_rollouts"
 ).split()

@@ -178,7 +178,8 @@ def hyper_at(opd: Any, lam: float, step: int) -> Hyper:
 
 def learning_rate(opd: Any, step: int, steps: int) -> float:
     """The learning rate of config section `opd` at 0-based `step` of `steps`."""
-    return linear_lr(step, steps, opd.lr) if opd.lr_decay == "linear" else opd.lr
+    rate = linear_lr(step, steps, opd.lr) if opd.lr_decay == "linear" else opd.lr
+    return rate * min(1.0, (step + 1) / max(1, opd.warmup_steps))
 
 
 def initial_state(job: Job, shared: Distillation, seed: int) -> TrainState:
