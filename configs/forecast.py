@@ -5,7 +5,7 @@
     done
 
 Four pairs of teacher and base, each distilled at a grid of λ across its cliff with eight seeds, 1,000 held-out lists.
-`plain`: a teacher that truncates 22 % of its training answers. `clean_teacher`: one that never does. `same`: one that
+`plain`: a teacher that truncates 22 % of its training answers; `plain_again`: the same models, other students. `clean_teacher`: one that never does. `same`: one that
 continues the base's own SFT run. `wrong_teacher`: one whose own greedy answers break 45 % of the lists (EC's: some
 42 %). The learning rate falls to zero, so that seeds differ less. All four were predicted, locked
 (docs/locks/forecast/) and run (docs/results.md).
@@ -18,13 +18,15 @@ from listopd_jax.errors import unknown_name
 
 # Where tokens are sampled two seeds of the anchors are too few (`plain`: docs/results.md), so `wrong_teacher` has four.
 SEEDS = (7, 13, 21, 42, 95, 101, 123, 202)
+PLAIN = dict(
+    teacher="truncate:0.22",
+    student="duplicate_id:0.5",
+    lambdas=(1.1, 1.15, 1.2, 1.25, 1.3, 1.4, 1.5),
+    anchors=(1.15, 1.3, 1.45),
+)
 PAIRS = {
-    "plain": dict(
-        teacher="truncate:0.22",
-        student="duplicate_id:0.5",
-        lambdas=(1.1, 1.15, 1.2, 1.25, 1.3, 1.4, 1.5),
-        anchors=(1.15, 1.3, 1.45),
-    ),
+    "plain": PLAIN,
+    "plain_again": PLAIN | dict(anchor_seeds=(1, 2, 3, 4), seeds=(301, 302, 303, 304, 305, 306, 307, 308)),
     "clean_teacher": dict(
         teacher="",
         student="duplicate_id:0.5",
@@ -76,7 +78,7 @@ def get_config(name: str = "plain") -> ml_collections.ConfigDict:
         config.opd.update(
             estimator="full_vocab", ratio="none", control_variate="none", batch_size=16, rollouts=2
         )
-    config.opd.update(lambdas=pair["lambdas"], seeds=SEEDS)
+    config.opd.update(lambdas=pair["lambdas"], seeds=pair.get("seeds", SEEDS))
     config.predict.update(
         anchors=pair["anchors"], seeds=pair.get("anchor_seeds", (1, 2)), fixed_text_lists=64
     )
