@@ -5,10 +5,10 @@
     done
 
 Four pairs of teacher and base, each distilled at a grid of λ across its cliff with eight seeds, 1,000 held-out lists.
-`plain`: a teacher that truncates 22 % of its training answers; `plain_again`: the same models, other students. `clean_teacher`: one that never does. `same`: one that
-continues the base's own SFT run. `wrong_teacher`: one whose own greedy answers break 45 % of the lists (EC's: some
-42 %). The learning rate falls to zero, so that seeds differ less. All four were predicted, locked
-(docs/locks/forecast/) and run (docs/results.md).
+`plain`: a teacher that truncates 22 % of its training answers; `plain_again`: the same models, other students.
+`clean_teacher`: one that never does. `same`: one that continues the base's own SFT run. `wrong_teacher`: one whose own
+greedy answers break 45 % of the lists (EC's: some 42 %). The learning rate falls to zero, so that seeds differ less. All
+were predicted, locked (docs/locks/forecast/) and run (docs/results.md).
 """
 
 import ml_collections
