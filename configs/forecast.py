@@ -1,14 +1,14 @@
 """Can the curve of trained students be predicted before they are trained? What docs/results/forecast.json comes from.
 
-    for pair in plain clean_teacher same wrong_teacher; do   # with --config.predict.only=True first, to lock
+    for pair in plain plain_again clean_teacher same wrong_teacher; do
         python -m listopd_jax.main --config=configs/forecast.py:$pair --workdir=runs/forecast/$pair
-    done
+    done        # to lock first: with --config.predict.only=True
 
 Four pairs of teacher and base, each distilled at a grid of λ across its cliff with eight seeds, 1,000 held-out lists.
 `plain`: a teacher that truncates 22 % of its training answers; `plain_again`: the same models, other students.
 `clean_teacher`: one that never does. `same`: one that continues the base's own SFT run. `wrong_teacher`: one whose own
-greedy answers break 45 % of the lists (EC's: some 42 %). The learning rate falls to zero, so that seeds differ less. All
-were predicted, locked (docs/locks/forecast/) and run (docs/results.md).
+greedy answers break 45 % of the lists (EC's: some 42 %). The learning rate falls to zero, so that seeds differ less.
+All were predicted, locked (docs/locks/forecast/) and run (docs/results.md).
 """
 
 import ml_collections
