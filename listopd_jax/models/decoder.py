@@ -135,47 +135,32 @@ class Layer(nnx.Module):
         x: Float[Array, "B n T D"],
         rope: tuple[Array, Array],
         attend: Callable[[Array, Array, Array], Array],
-    ) -> tuple[Float[Array, "B n T D"], tuple[Array, Array]]:
-        """The new x, and rotated keys and values [B,n,T,KV,H]. `attend(q, k, v)` mixes values, as q's shape."""
+        places: Int[Array, "B n S"] | None = None,
+    ) -> tuple[Float[Array, "B n S D"], tuple[Array, Array]]:
+        """The new x, and rotated keys and values [B,n,T,KV,H]. `attend(q, k, v)` mixes values, as q's shape.
+
+        With `places` the new x is that of these tokens alone, else S = T: nobody reads more of the last layer.
+        """
         x, shape = self._rows(x), x.shape
-        q, k, v = self._queries_keys_values(x, shape, rope)
-        return self._after_attention(x, attend(q, k, v)), (k, v)
-
-    def at(
-        self,
-        x: Float[Array, "B n T D"],
-        rope: tuple[Array, Array],
-        attend: Callable[[Array, Array, Array], Array],
-        places: Int[Array, "B n S"],
-    ) -> Float[Array, "B n S D"]:
-        """The new x at `places` alone: what is left of the last layer where no more is asked for."""
-
-        def pick(y: Float[Array, "B n T *r"]) -> Float[Array, "B n S *r"]:
-            return jnp.take_along_axis(y, places.reshape(*places.shape, *[1] * (y.ndim - 3)), axis=2)
-
-        mixed = attend(*self._queries_keys_values(self._rows(x), x.shape, rope))
-        return self._after_attention(self._rows(pick(x)), pick(mixed))
+        y = self._norm(x, "attn_norm")
+        q = self._heads(y, "q", shape, rope)
+        k, v = self._heads(y, "k", shape, rope), self._heads(y, "v", shape)
+        mixed = attend(q, k, v)
+        if places is not None:
+            x, mixed = (
+                jnp.take_along_axis(z.reshape(*shape[:3], -1), places[..., None], axis=2) for z in (x, mixed)
+            )
+            x, shape = self._rows(x), x.shape
+        x = x + self._dense(mixed.reshape(len(x), -1), "o")
+        y = self._norm(x, "mlp_norm")
+        units = jax.nn.silu(self._dense(y, "gate")) * self._dense(y, "up")
+        x = x + self._dense(constrain(units, "batch", "mlp"), "down")
+        return constrain(x.reshape(shape), *ROWS, "hidden"), (k, v)
 
     def keys_values(self, x: Float[Array, "B n T D"], rope: tuple[Array, Array]) -> tuple[Array, Array]:
         """Only the rotated keys and values [B,n,T,KV,H], with which the last layer of a prompt ends."""
         y = self._norm(self._rows(x), "attn_norm")
         return self._heads(y, "k", x.shape, rope), self._heads(y, "v", x.shape)
-
-    def _queries_keys_values(self, x: Float[Array, "M D"], shape: tuple[int, ...], rope: tuple[Array, Array]):
-        """What attention reads of rows of `shape`."""
-        y = self._norm(x, "attn_norm")
-        q = self._heads(y, "q", shape, rope)
-        return q, self._heads(y, "k", shape, rope), self._heads(y, "v", shape)
-
-    def _after_attention(
-        self, x: Float[Array, "M D"], mixed: Float[Array, "B n T N H"]
-    ) -> Float[Array, "B n T D"]:
-        """The layer's output of its input and what attention mixed."""
-        x = x + self._dense(mixed.reshape(len(x), -1), "o")
-        y = self._norm(x, "mlp_norm")
-        units = jax.nn.silu(self._dense(y, "gate")) * self._dense(y, "up")
-        x = x + self._dense(constrain(units, "batch", "mlp"), "down")
-        return constrain(x.reshape(*mixed.shape[:3], -1), *ROWS, "hidden")
 
     def _rows(self, x: Float[Array, "B n T D"]) -> Float[Array, "M D"]:
         """x as M = B·n·T rows: XLA's CPU backward pass through products of more axes is half as fast."""
@@ -279,7 +264,7 @@ class Decoder(nnx.Module):
     def states_at(self, tokens: Int[Array, "B T"], places: Int[Array, "B S"]) -> Float[Array, "B S D"]:
         """States of whole sequences at `places`: behind its attention, the last layer computes no others."""
         x, rope, _, last = self._to_last_layer(tokens, lambda kv: None)
-        return self._final(last.at(x, rope, self._attend, places[:, None]))[:, 0]
+        return self._final(last(x, rope, self._attend, places[:, None])[0])[:, 0]
 
     def extend(
         self, prompt: KVCache, prompt_lengths: Int[Array, " B"], completions: Int[Array, "B n T"]
