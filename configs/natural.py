@@ -2,15 +2,15 @@
 
     python -m listopd_jax.main --config=configs/natural.py:early --workdir=runs/natural/early --config.data.path=FILE
 
-`early` is the pair of configs/fashion.py:smollm2, SFT of 60 and 30 steps; `late` one that learns scores: 120 steps, and
-the teacher 120 more. `independent` is a teacher of another seed, which is only forecast. `forward`, `guarded` and
-`sampled` are other ways to distil `early`, `more` has other λ; a run of each alone makes that pair anew, the script
-takes its checkpoints.
+`early` is the pair of configs/fashion.py:smollm2, SFT of 60 and 30 steps; `late` has 120 steps, its teacher 120 more.
+`independent` is a teacher of another seed, which is only forecast. `forward`, `guarded`, `warm` and `sampled` are other
+ways to distil `early`; `warm` lets the learning rate rise first, without which the first step broke the lists
+(docs/results.md). `more` has other λ. A run of one of these alone makes the pair anew; the script takes its checkpoints.
 
 At the commas where the target flips the base gives its second choice some e^-10, and the pull of the reverse KL is in
 proportion to that. Sampled tokens would not meet it once in a run, so the exact loss is the main arm, and the learning
 rate is ten times that of the first try, whose students hardly moved; λ = 2 shows whether such steps break lists by
-themselves. The forward KL pulls as hard wherever the target is: its students say what the target does.
+themselves: they do. The forward KL pulls as hard wherever the target is: its students say what the target does.
 """
 
 import ml_collections
@@ -18,7 +18,7 @@ import ml_collections
 from configs.fashion import smollm2
 from listopd_jax.errors import unknown_name
 
-ARMS = ("early", "late", "independent", "forward", "guarded", "sampled", "more")
+ARMS = ("early", "late", "independent", "forward", "guarded", "warm", "sampled", "more")
 FORECASTS = (1.5, 2.0, 2.5, 3.0, 3.5, 4.0, 5.0, 6.0, 8.0)  # nine, as of a prediction: the same programs
 
 
@@ -45,6 +45,7 @@ def get_config(name: str = "early") -> ml_collections.ConfigDict:
         "independent": _independent,
         "forward": _forward,
         "guarded": _guarded,
+        "warm": _warm,
         "sampled": _sampled,
         "more": _more,
     }[name](config)
@@ -76,6 +77,11 @@ def _forward(config: ml_collections.ConfigDict) -> None:
 def _guarded(config: ml_collections.ConfigDict) -> None:
     config.opd.guard.margin = 1.25
     config.opd.update(lambdas=(6.0, 4.0), seeds=(0,))
+    config.forecast.lambdas = ()
+
+
+def _warm(config: ml_collections.ConfigDict) -> None:
+    config.opd.update(warmup_steps=10, lambdas=(2.0, 4.0))
     config.forecast.lambdas = ()
 
 

@@ -66,7 +66,7 @@ arms+=" $!"
 until_trained() { until_there grep -q '"sft_student"' "$ROOT/runs/early/results.json"; }
 (until_trained && of_early forward "$@") &
 arms+=" $!"
-(arm independent "$GGUF" "$GGUF" "$@" && until_trained && of_early guarded "$@" && of_early sampled "$@") &
+(arm independent "$GGUF" "$GGUF" "$@" && until_trained && of_early warm "$@" && of_early guarded "$@" && of_early sampled "$@") &
 arms+=" $!"
 (while sleep 20; do keep && thin; done) >"$ROOT/keep.log" 2>&1 &
 keeping=$!
