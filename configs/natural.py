@@ -3,13 +3,13 @@
     python -m listopd_jax.main --config=configs/natural.py:early --workdir=runs/natural/early --config.data.path=FILE
 
 `early` is the pair of configs/fashion.py:smollm2, SFT of 60 and 30 steps; `late` has 120 steps, its teacher 120 more.
-`independent` is a teacher of another seed, which is only forecast. `forward`, `guarded`, `warm` and `sampled` are other
-ways to distil `early`; `warm` lets the learning rate rise first, without which the first step broke the lists
-(docs/results.md). `more` has other λ. A run of one of these alone makes the pair anew; the script takes its checkpoints.
+`independent` is a teacher of another seed, which is only forecast. `forward`, `guarded`, `warm` and `sampled` are
+other ways to distil `early`; `warm` lets the learning rate rise first, without which the first step broke the lists
+(docs/results.md). `more` has other λ. Each alone makes the pair anew; the script takes its checkpoints.
 
 At the commas where the target flips the base gives its second choice some e^-10, and the pull of the reverse KL is in
 proportion to that. Sampled tokens would not meet it once in a run, so the exact loss is the main arm, and the learning
-rate is ten times that of the first try, whose students hardly moved; λ = 2 shows whether such steps break lists by
+rate is ten times that of the first try, whose students hardly moved. λ = 2 shows whether such steps break lists by
 themselves: they do. The forward KL pulls as hard wherever the target is: its students say what the target does.
 """
 
