@@ -82,7 +82,6 @@ def _guarded(config: ml_collections.ConfigDict) -> None:
 
 def _warm(config: ml_collections.ConfigDict) -> None:
     config.opd.update(warmup_steps=10, lambdas=(2.0, 4.0))
-    config.forecast.lambdas = ()
 
 
 def _sampled(config: ml_collections.ConfigDict) -> None:

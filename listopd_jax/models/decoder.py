@@ -139,7 +139,7 @@ class Layer(nnx.Module):
     ) -> tuple[Float[Array, "B n S D"], tuple[Array, Array]]:
         """The new x, and rotated keys and values [B,n,T,KV,H]. `attend(q, k, v)` mixes values, as q's shape.
 
-        With `places` the new x is that of these tokens alone, else S = T: nobody reads more of the last layer.
+        With `places` the new x is that of these tokens alone (else S = T), which spares the rest of a last layer.
         """
         x, shape = self._rows(x), x.shape
         y = self._norm(x, "attn_norm")
@@ -212,7 +212,7 @@ class Decoder(nnx.Module):
     param_dtype: of the weights, which are cast to `dtype` at use.
     remat: what of a layer the backward pass finds stored: 'full' (nothing but its input), 'attention' (besides it what
         attention mixed), 'dots' (besides these the results of the matrix products with weights) or 'none' (no remat:
-        all but attention's scores). Only the backend xla of attention has a result that can be stored.
+        all but attention's scores). Splash attention leaves nothing that can be stored.
     lora: the adapter that is used beside the weights; its parameters, of type nnx.LoRAParam, are zero to begin with.
     attention: the backend of passes over many tokens, of listopd_jax.ops.attention_backends.BACKENDS; a decode step,
         which is bound by the bytes that it reads, always has the reference's.
@@ -428,10 +428,11 @@ def abstract(config: ModelConfig, **options) -> tuple[nnx.GraphDef, nnx.State]:
 
 
 def cast_once(params: nnx.State, dtype: jnp.dtype) -> nnx.State:
-    """`params` (all, or an adapter) of a decoder of `dtype`, with what its layers cast at every use cast already.
+    """`params` (all, or an adapter) of a decoder of `dtype`, with the weights of its products cast already.
 
-    For a loop over batches: in 16 bit the weights that it reads and the gradients that it sums are half the bytes.
-    Norms compute in float32, and the gradients of embedding and head are float32 sums: these stay as they are.
+    Each layer casts them at every use. Before a loop over batches, in 16 bit, the weights that it reads and the
+    gradients that it writes are half the bytes. Norms compute in float32, and the gradients of embedding and head are
+    float32 sums: these stay as they are.
     """
 
     def of_layers(path: tuple, param: Any) -> Any:

@@ -19,8 +19,7 @@ def causal(
 
     Each completion is a row of its own: the prompt's keys and values are repeated for its n completions, but nothing
     else of the prompt is. cuDNN wants 16 bit; even lengths and a head dimension that 8 divides are given to it by
-    padding. It was not run on a GPU when this was written: the tests run the same function on a CPU with
-    implementation='xla'.
+    padding. Tests run the same function on a CPU with implementation='xla'; benchmarks.gpu.correct checks it on a GPU.
     """
     B, n, T, N, H = q.shape
     q, k, v = (_padded(x.reshape(B * n, *x.shape[2:])) for x in (q, k, v))

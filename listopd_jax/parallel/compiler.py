@@ -14,8 +14,9 @@ from listopd_jax.errors import UserError, first_line
 Options = dict[str, dict[str, Any]]  # XLA flags by backend
 
 ROLLOUT: Options = {
-    # Measured on an H100 at 128 rows, 1.7B (benchmarks/RESULTS.md): 19.6 ms per token without, 10.3 with. Triton's
-    # products copy each layer's weights and keys out of their stacks; merged products copy the weights once more.
+    # Measured on an H100 at 128 rows, 1.7B (benchmarks/RESULTS.md): 19.6 ms per token without, 10.3 with the first two.
+    # Triton's products copy each layer's weights and keys out of their stacks; merged products copy the weights once
+    # more. With excess precision what one kernel leaves for the next is float32 in memory where bfloat16 is asked for.
     "gpu": {
         "xla_gpu_enable_triton_gemm": False,
         "xla_disable_hlo_passes": "dot-merger",

@@ -41,7 +41,7 @@ class Load(NamedTuple):
 class Layout(NamedTuple):
     """How the step is laid out: devices along the mesh axes, prompts per gradient pass, remat, dtypes, attention.
 
-    remat is what the policy amounts to: 'attention' stores no more than 'full' where the attention backend is fused.
+    remat is what the policy amounts to: with splash attention, which leaves nothing to store, 'attention' is 'full'.
     """
 
     sizes: Mapping[str, int]
@@ -140,8 +140,8 @@ def forward_flops(c: ModelConfig, load: Load) -> float:
 def recomputed_flops(c: ModelConfig, load: Load, remat: str) -> float:
     """What the backward pass computes again: of the layers what `remat` says, of the fused head nothing.
 
-    Attention's scores are always computed again, its mixture only by 'full' (listopd_jax.ops.attention; the fused
-    backends do both again with 'dots' too, some 0.2 % of a step that is not counted).
+    Attention's scores are always computed again, its mixture only by 'full' (and by splash attention with 'dots' too,
+    some 0.2 % of a step that is not counted).
     """
     layers = forward_flops(c, load) - head_flops(c, load)
     if remat == "full":

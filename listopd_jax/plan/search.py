@@ -89,7 +89,7 @@ def layout_of(config: Any, topology: Topology) -> Layout:
     backend = resolve(config.attention, topology.platform, config.dtype.compute)
     sizes = mesh_sizes(config.parallel, topology.devices)
     check_mesh(config, shapes_of(config), sizes)
-    remat = "full" if config.remat == "attention" and backend != "xla" else config.remat
+    remat = "full" if config.remat == "attention" and backend == "splash" else config.remat
     return Layout(
         sizes, config.opd.microbatch, remat, config.dtype.compute, config.dtype.frozen,
         config.parallel.gather_rollout, config.opd.head_chunk, backend, draft_tokens(config), config.opd.ema > 0,

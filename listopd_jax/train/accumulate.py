@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from listopd_jax.parallel.rules import constrain_state, from_chunks, row_multiple, to_chunks
-from listopd_jax.train.optimizer import tree_add
+from listopd_jax.train.optimizer import to_float32, tree_add
 
 
 def accumulated_grad(loss_of: Callable, params: Any, batch: Any, microbatch: int) -> tuple[Any, Any, Any]:
@@ -20,7 +20,7 @@ def accumulated_grad(loss_of: Callable, params: Any, batch: Any, microbatch: int
     rows = jax.tree.leaves(batch)[0].shape[0]
     if microbatch in (0, rows):  # a loop of one turn would still copy what it carries
         (loss, aux), grads = jax.value_and_grad(loss_of, has_aux=True)(params, batch)
-        return loss, constrain_state(_like(jnp.asarray, grads)), aux
+        return loss, constrain_state(to_float32(grads)), aux
     parts = jax.tree.map(lambda x: to_chunks(x, microbatch // row_multiple()), batch)
     grad = jax.value_and_grad(loss_of, has_aux=True)
 
@@ -28,11 +28,6 @@ def accumulated_grad(loss_of: Callable, params: Any, batch: Any, microbatch: int
         (loss, aux), grads = grad(params, part)
         return tree_add(total, (loss, constrain_state(grads))), aux
 
-    zero = (jnp.float32(0), constrain_state(_like(jnp.zeros_like, params)))
+    zero = (jnp.float32(0), constrain_state(jax.tree.map(jnp.zeros_like, to_float32(params))))
     (loss, grads), aux = jax.lax.scan(one, zero, parts)
     return loss, grads, jax.tree.map(lambda x: from_chunks(x, rows), aux)
-
-
-def _like(make: Callable, tree: Any) -> Any:
-    """`make` of each array, in float32."""
-    return jax.tree.map(lambda x: make(x, dtype=jnp.float32), tree)

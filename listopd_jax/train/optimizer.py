@@ -55,14 +55,15 @@ def _in_bfloat16(adam: optax.GradientTransformation) -> optax.GradientTransforma
         return _stored(adam.init(params))
 
     def update(grads, state, params=None):
-        exact = state._replace(mu=_float32(state.mu), nu=_float32(state.nu))
+        exact = state._replace(mu=to_float32(state.mu), nu=to_float32(state.nu))
         updates, state = adam.update(grads, exact, params)
         return updates, _stored(state)
 
     return optax.GradientTransformation(init, update)
 
 
-def _float32(tree: Any) -> Any:
+def to_float32(tree: Any) -> Any:
+    """The same arrays in float32; no copy of those that are."""
     return jax.tree.map(lambda x: x.astype(jnp.float32), tree)
 
 
