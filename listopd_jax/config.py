@@ -71,44 +71,20 @@ def defaults() -> ml_collections.ConfigDict:
         data=_data(),
         teacher=_teacher(),
         student=_model(),
-        # the objective's base: weights as they are, with a merged adapter if one is named; empty: the student's SFT
-        reference=_section(weights="", adapter=""),
+        reference=_reference(),
         teachers=_teachers(),
-        dtype=_section(compute="float32", frozen="float32"),
+        dtype=_dtype(),
         remat="none",
         attention="auto",  # splash (and the Pallas kernel for frozen scores) on TPUs, cudnn on GPUs in 16 bit, else xla
-        sft=_section(
-            teacher=_sft(),
-            student=_sft(),
-            continued=False,  # the teacher starts where the student's SFT ends: one run, read at two points
-        ),
-        optimizer=_section(b1=0.9, weight_decay=0.0, max_grad_norm=1.0),
+        sft=_sft_of_both(),
+        optimizer=_optimizer(),
         opd=_opd(),
-        rollout=_section(draft_tokens=-1),  # most per decode step; 0: none, -1: 8, none if is_small
-        forecast=_section(  # lambdas besides those of opd, decoded without training
-            lambdas=(),
-            plain_lambdas=(),  # the same besides opd.plain_lambdas
-            batch_size=8,
-        ),
-        predict=_section(  # the parse of trained students, before they are trained: predictions.json
-            anchors=(),  # lambdas of the runs that say how far training comes; (): no prediction
-            seeds=(1, 2),  # of what is trained to predict; none of opd.seeds
-            largest_gap=0.15,  # in parse, between neighbours of the grid of λ that is decoded
-            fixed_text_lists=0,  # lists on which students of these seeds train without rollouts, a predictor; 0: none
-            only=False,  # stop before the sweep, to lock the prediction (python -m listopd_jax.prereg curve)
-        ),
-        evaluation=_section(
-            batch_size=64,
-            max_lists=0,
-            bootstrap=2000,
-            examples=3,
-            forgetting=False,  # also how each policy reads unrelated English: perplexity, and KL to the student's SFT
-            constrained="",  # "schema,contract" or one of them: each policy is decoded under these masks too
-            expected=False,  # also the error of the expected scores, of every list (stages/expected.py)
-            margins=False,  # also how firmly each policy holds the contract's tokens (stages/margins.py)
-        ),
+        rollout=_rollout(),
+        forecast=_forecast(),
+        predict=_predict(),
+        evaluation=_evaluation(),
         parallel=_parallel(),
-        train=_section(checkpoint_every=50, keep_checkpoints=2, export=True),
+        train=_train(),
         track=_track(),
     )
     return config.lock()
@@ -216,7 +192,7 @@ def _opd() -> ml_collections.ConfigDict:
         seeds=(0,),
         steps=0,  # 0: as many as `epochs` give
         epochs=3.0,
-        batch_size=128,  # prompts a step
+        batch_size=128,  # prompts per step
         rollouts=1,  # completions per prompt
         microbatch=0,  # prompts per gradient pass; 0: the whole batch
         updates_per_batch=1,
@@ -276,6 +252,69 @@ def _parallel() -> ml_collections.ConfigDict:
         process_id=-1,  # or JAX_PROCESS_ID
         timeout_s=60,  # that processes wait for each other at start and end, and for a lost heartbeat
     )
+
+
+def _reference() -> ml_collections.ConfigDict:
+    """The objective's base: weights as they are, with a merged adapter if one is named; empty: the student's SFT."""
+    return _section(weights="", adapter="")
+
+
+def _dtype() -> ml_collections.ConfigDict:
+    return _section(
+        compute="float32",
+        frozen="float32",  # of teacher and base; int8: the weights of their products (models/quantized.py)
+    )
+
+
+def _sft_of_both() -> ml_collections.ConfigDict:
+    return _section(
+        teacher=_sft(),
+        student=_sft(),
+        continued=False,  # the teacher starts where the student's SFT ends: one run, read at two points
+    )
+
+
+def _optimizer() -> ml_collections.ConfigDict:
+    return _section(b1=0.9, weight_decay=0.0, max_grad_norm=1.0)
+
+
+def _rollout() -> ml_collections.ConfigDict:
+    return _section(draft_tokens=-1)  # most per decode step; 0: none, -1: 8, none if is_small
+
+
+def _forecast() -> ml_collections.ConfigDict:
+    return _section(  # lambdas besides those of opd, decoded without training
+        lambdas=(),
+        plain_lambdas=(),  # the same besides opd.plain_lambdas
+        batch_size=8,
+    )
+
+
+def _predict() -> ml_collections.ConfigDict:
+    return _section(  # the parse of trained students, before they are trained: predictions.json
+        anchors=(),  # lambdas of the runs that say how far training comes; (): no prediction
+        seeds=(1, 2),  # of what is trained to predict; none of opd.seeds
+        largest_gap=0.15,  # in parse, between neighbours of the grid of λ that is decoded
+        fixed_text_lists=0,  # lists on which students of these seeds train without rollouts, a predictor; 0: none
+        only=False,  # stop before the sweep, to lock the prediction (python -m listopd_jax.prereg curve)
+    )
+
+
+def _evaluation() -> ml_collections.ConfigDict:
+    return _section(
+        batch_size=64,
+        max_lists=0,
+        bootstrap=2000,
+        examples=3,
+        forgetting=False,  # also how each policy reads unrelated English: perplexity, and KL to the student's SFT
+        constrained="",  # "schema,contract" or one of them: each policy is decoded under these masks too
+        expected=False,  # also the error of the expected scores, of every list (stages/expected.py)
+        margins=False,  # also how firmly each policy holds the contract's tokens (stages/margins.py)
+    )
+
+
+def _train() -> ml_collections.ConfigDict:
+    return _section(checkpoint_every=50, keep_checkpoints=2, export=True)
 
 
 def _track() -> ml_collections.ConfigDict:
@@ -391,7 +430,7 @@ _NAMES = {
     "remat": REMATS,
     "attention": ATTENTIONS,
     "dtype.compute": DTYPES,
-    "dtype.frozen": DTYPES,
+    "dtype.frozen": (*DTYPES, "int8"),
     "sft.teacher.moments": DTYPES,
     "sft.student.moments": DTYPES,
     "opd.moments": DTYPES,
@@ -963,6 +1002,7 @@ def from_json(saved: dict[str, Any]) -> ml_collections.FrozenConfigDict:
     """
     config, known = defaults(), dict(flatten(defaults().to_dict()))
     for field, value in flatten(saved):
+        _require(field not in RENAMED, f"{field} is {RENAMED.get(field)} now; rename it in the saved config")
         _require(field in known, f"{field}: there is no such field in this version")
         _require(value is not None, f"{field}=None: must have a value")
         if isinstance(known[field], float) and value == "inf":

@@ -67,7 +67,7 @@ class Trackers:
             library = importlib.import_module(name)
             if name == "wandb":
                 own = {"id": f"{made}-{self._run}", "dir": str(self._workdir)}
-                # An id of its own says which run to go on with: what "never" would refuse is a run made anew.
+                # An id of its own says which run to resume: what "never" would refuse is a run made anew.
                 own["resume"] = "allow" if self._resumed else None
                 return library, library.init(name=self._run, **about | own)
             return library, library.init(name=f"{self._run}-{made}", **about)
@@ -108,7 +108,7 @@ def _said_on_stderr(name: str) -> Iterator[None]:
 
 
 def _made(workdir: pathlib.Path) -> str:
-    """The id that `workdir` is told apart by, made at the first call: a resumed run goes on under it."""
+    """The id that `workdir` is told apart by, made at the first call: a resumed run keeps it."""
     path = workdir / STAMP
     if not path.exists():
         files.write_json(path, {"id": uuid.uuid4().hex[:8]})

@@ -94,7 +94,7 @@ def test_a_fall_is_warned_of_once_and_lambda_is_lowered_by_it(capsys):
     [
         ({"collapsed_at": [7]}, ""),
         ({"collapsed_at": [7], "checkpoint": 5}, "A run at λ = 2 was stopped when it collapsed"),
-        ({"collapsed_at": [7], "lambda_end": 1.5}, "A run at λ = 2 went on with a lower λ"),
+        ({"collapsed_at": [7], "lambda_end": 1.5}, "A run at λ = 2 continued with a lower λ"),
     ],
 )
 def test_the_report_says_what_was_done(extra, says):

@@ -55,7 +55,7 @@ def test_the_table_has_what_is_done_and_says_what_is_open(tmp_path):
     page = matrix.page(tmp_path, chosen)
     assert "| no_base | plain | 1.4 | 2 | 0.950 ± 0.635 |" in page, "of the last steps alone"
     rows = {line.split(" | ")[0].removeprefix("| "): line for line in page.splitlines()}
-    assert rows["clip"].endswith("| open: no run at λ = 1.15; let the matrix go on |")
+    assert rows["clip"].endswith("| open: no run at λ = 1.15; resume the matrix |")
     assert "agrees" in page and [line for line in page.splitlines() if line.startswith("| no_base | parse")][
         0
     ].endswith("| yes |")
@@ -73,7 +73,7 @@ def test_continued_sft_is_judged_by_the_sft_student(tmp_path):
         (folder / "results.json").write_text(json.dumps(records))
     page = matrix.page(tmp_path, chosen)
     assert "| continued_sft | seed3 | – | 1 | 0.030 |" in page and page.count("| yes |") == 1
-    assert "open: no run; let" in matrix.page(tmp_path / "nothing", chosen)
+    assert "open: no run; resume" in matrix.page(tmp_path / "nothing", chosen)
     tiny = chosen["continued_sft"].get_config("tiny,seed3")
     assert (
         tiny.sft.student.steps == EXPERIMENTS["no_base"].get_config("tiny").sft.student.steps + tiny.opd.steps

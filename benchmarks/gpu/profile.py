@@ -23,6 +23,7 @@ import numpy as np
 from benchmarks.confirmed import confirmed
 from benchmarks.opd_step import RUNS, configured
 from listopd_jax.errors import Parser, exit_code, positive
+from listopd_jax.rounding import ceil_div, round_up
 
 
 def say(**facts: Any) -> None:
@@ -92,8 +93,8 @@ def update(config: Any, tokens: tuple[int, int], most: int) -> None:
     from listopd_jax.rollout.decode import Rollout
 
     step = Step(config, random_prompts(config, tokens[0]), *tokens)
-    quarter = -(-config.task.max_response // 4)
-    shape = (config.opd.batch_size, config.opd.rollouts, -(-tokens[1] // quarter) * quarter)
+    quarter = ceil_div(config.task.max_response, 4)
+    shape = (config.opd.batch_size, config.opd.rollouts, round_up(tokens[1], quarter))
     ids = np.random.default_rng(1).integers(2, step.vocab, shape)
     lengths = jnp.full(shape[:2], tokens[1], jnp.int32)
     rollout = Rollout(jnp.asarray(ids, jnp.int32), jnp.full(shape, -1.0), lengths)

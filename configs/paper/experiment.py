@@ -62,7 +62,7 @@ class Experiment:
 def mean(curve: Curve, lam: float | None) -> float:
     """The mean parse at λ over the seeds; UserError if it was not run."""
     if lam not in curve:
-        raise UserError(f"no run{'' if lam is None else f' at λ = {lam:g}'}; let the matrix go on")
+        raise UserError(f"no run{'' if lam is None else f' at λ = {lam:g}'}; resume the matrix")
     return float(np.mean(curve[lam]))
 
 

@@ -18,7 +18,7 @@ _THOUGHT = re.compile(
     r"(?:think|thinking|thought|reason|reasoning)\|?[>\]▷]",
     re.IGNORECASE,
 )
-_FIX = "mend chat_template.jinja or set task.chat_template=False"
+_FIX = "fix chat_template.jinja or set task.chat_template=False"
 _DIRECTIVES = "a A b B c d e H I j m M p S U w x X y Y Z -d -m".split()
 
 

@@ -193,9 +193,9 @@ def _check_open(
     last = next((i for i in prompt[::-1].tolist() if tokenizer.decode([i]).strip()), None)
     if last in ends:
         fix = (
-            "its chat template must open the assistant's turn, mend chat_template.jinja or set task.chat_template=False"
+            "its chat template must open the assistant's turn, fix chat_template.jinja or set task.chat_template=False"
             if chat_template
-            else "set add_eos_token to false in tokenizer_config.json, or mend tokenizer.json's post_processor"
+            else "set add_eos_token to false in tokenizer_config.json, or fix tokenizer.json's post_processor"
         )
         raise UserError(f"{tokenizer.name_or_path}: prompts end in EOS {tokenizer.decode([last])!r}; {fix}")
 

@@ -77,7 +77,7 @@ def _check(source: str, path: str | os.PathLike, max_broken: float, tally: Count
     if bad / rows > max_broken:
         raise UserError(
             f"{path}: {bad} of {rows} rows are unusable ({counts}), above data.max_broken={max_broken}; "
-            f"is it a data.source={source} file? Mend it or raise data.max_broken"
+            f"is it a data.source={source} file? Fix it or raise data.max_broken"
         )
     if bad + tally["empty_text"] == rows:
         raise UserError(

@@ -1,4 +1,4 @@
-"""All reviews as a table of hashes, 26 bytes a row, and the texts of chosen rows from a second reading.
+"""All reviews as a table of hashes, 26 bytes per row, and the texts of chosen rows from a second reading.
 
 Lists are planned on the table (`groups.py`), so that no more texts are ever held than the chosen lists
 contain, however large the file is.

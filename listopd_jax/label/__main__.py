@@ -3,7 +3,7 @@
 Scores 0-10 for every review in the lists of a config, by a language model that reads your rubric. PROVIDER is openai
 (with --base_url: any server that speaks its protocol) or google; the key is OPENAI_API_KEY or GEMINI_API_KEY of the
 environment. --estimate prints what it would take and asks nothing. Train on the file with the same --config flags and
---config.data.labels=labels.jsonl. Stopped at any moment, the same command goes on; no reply is paid for twice. Exit
+--config.data.labels=labels.jsonl. Stopped at any moment, the same command resumes; no reply is paid for twice. Exit
 code 0: all have a reply; 2: a mistake to fix; 3: some have none, and the same command asks them again.
 """
 

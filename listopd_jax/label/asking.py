@@ -39,7 +39,7 @@ class Unanswered:
         self.count, self.in_a_row, self.reason = self.count + 1, self.in_a_row + 1, reason
         if self.in_a_row >= IN_A_ROW:
             raise UserError(
-                f"the judge left {self.in_a_row} questions in a row without a reply, the last with: {reason}; mend "
+                f"the judge left {self.in_a_row} questions in a row without a reply, the last with: {reason}; fix "
                 "that and repeat the command, which asks no question twice"
             )
 

@@ -1,4 +1,4 @@
-"""What judging costs: the estimate before it, and the sum while it goes on."""
+"""What judging costs: the estimate before it, and the sum so far."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -49,7 +49,7 @@ class Bill:
         self.tokens_in += reply.tokens_in
         self.tokens_out += reply.tokens_out
         if self.most is not None and self.cost >= self.most:
-            raise UserError(f"--max_cost={self.most:g} is reached; every reply is kept, a higher one goes on")
+            raise UserError(f"--max_cost={self.most:g} is reached; every reply is kept, a higher one resumes")
 
     @property
     def cost(self) -> float | None:

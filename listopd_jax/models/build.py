@@ -18,6 +18,7 @@ from listopd_jax.models.decoder import Decoder, abstract
 from listopd_jax.models.hf import adapter_files, check_hf, load_adapter, load_hf, read_eos_ids, resolve
 from listopd_jax.models.hf.gguf import gguf_folder
 from listopd_jax.models.lora import merged
+from listopd_jax.models.quantized import INT8, REST, is_quantized, quantize
 from listopd_jax.parallel.compiler import OTHER, backend_options
 from listopd_jax.parallel.rules import param_shardings
 
@@ -122,21 +123,40 @@ def lora_of(model: ml_collections.FrozenConfigDict) -> Lora | None:
 
 
 def initial_params(model: ml_collections.FrozenConfigDict, config: ModelConfig, seed: int, dtype: str) -> Any:
-    """The weights of config section `model` in `dtype`: read, or drawn from `seed`; over devices, shard by shard.
+    """The weights of config section `model` in `dtype`, a float or INT8: read, or drawn from `seed`.
 
-    An adapter that the section names is merged into those read.
+    Over devices, shard by shard. An adapter that the section names is merged into those read.
     """
+    exact = jnp.dtype(REST if dtype == INT8 else dtype)
+    if model.weights and not model.adapter:
+        return load_hf(weights_folder(model.weights), exact, quantize if dtype == INT8 else None)[1]
     if model.weights:
-        params = load_hf(weights_folder(model.weights), jnp.dtype(dtype))[1]
-        if not model.adapter:
-            return params
         lora, adapter = load_adapter(model.adapter, config)
-        return merged(params, adapter, lora, dtype)
-    make = lambda: nnx.split(Decoder(config, rngs=nnx.Rngs(seed), param_dtype=jnp.dtype(dtype)))[1]  # noqa: E731
+        params = merged(load_hf(weights_folder(model.weights), exact)[1], adapter, lora, exact.name)
+        return cast(params, dtype)
+    make = lambda: nnx.split(Decoder(config, rngs=nnx.Rngs(seed), param_dtype=exact))[1]  # noqa: E731
     shardings, options = param_shardings(jax.eval_shape(make)), backend_options(OTHER)
-    return jax.jit(make, out_shardings=shardings, compiler_options=options)()
+    return cast(jax.jit(make, out_shardings=shardings, compiler_options=options)(), dtype)
 
 
 def cast(params: Any, dtype: str) -> Any:
-    """The same parameters in `dtype`; no copy of those that have it already."""
-    return jax.tree.map(lambda x: x.astype(jnp.dtype(dtype)), params)
+    """The same parameters in `dtype`, a float or INT8; no copy of those that have it already.
+
+    What is quantized stays so in any float: layers make it that where they use it.
+    """
+    if dtype == INT8:
+        return nnx.from_flat_state([(path, quantize(path, p)) for path, p in nnx.to_flat_state(params)])
+    exact = jnp.dtype(dtype)
+    return jax.tree.map(lambda x: x if is_quantized(x) else x.astype(exact), params, is_leaf=is_quantized)
+
+
+def as_given(config: ml_collections.FrozenConfigDict) -> bool:
+    """Whether nothing but the frozen teacher is made of the checkpoint that it starts from: no SFT and no export."""
+    sft = config.sft.teacher
+    return bool(config.teacher.weights) and not (sft.steps or sft.epochs or config.train.export)
+
+
+def abstract_frozen(config: ModelConfig, dtype: str) -> Any:
+    """A frozen model in `dtype`, a float or INT8, with shapes for arrays."""
+    exact = abstract(config, param_dtype=jnp.dtype(REST if dtype == INT8 else dtype))[1]
+    return jax.eval_shape(lambda params: cast(params, dtype), exact)

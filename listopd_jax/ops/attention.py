@@ -9,6 +9,8 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Bool, Float, Int
 
+from listopd_jax.rounding import ceil_div
+
 MASKED = -1e30  # finite: a masked score must give an exact zero probability and no NaN in any gradient
 SAVED = "attention"  # the name of what the forward pass leaves for the backward pass
 MOST_BLOCKS, LEAST_BLOCK = 4, 128  # of queries: four compute 5/8 of the scores, small products are slow
@@ -96,7 +98,7 @@ def causal(
     In blocks of queries, each against the keys up to its end: of the masked half of the scores most are not computed.
     """
     T, (k, v) = q.shape[2], stored(k, v)
-    size = max(LEAST_BLOCK, -(-T // MOST_BLOCKS))
+    size = max(LEAST_BLOCK, ceil_div(T, MOST_BLOCKS))
     outs = []
     for start in range(0, T, size):
         end = min(start + size, T)

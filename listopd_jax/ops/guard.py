@@ -9,7 +9,7 @@ Guarded everywhere, the greedy target is the teacher's own answer at every λ. W
 score is none: the contract allows it, and what extrapolation can improve are the scores.
 
 Three more guards need no margin and go together with it. `mask` leaves teacher and base only the tokens that the
-contract allows next, the one guard that mends a teacher whose own mode breaks the list. `floor` = μ keeps the mode m
+contract allows next, the one guard that repairs a teacher whose own mode breaks the list. `floor` = μ keeps the mode m
 ahead of each rival v on its own, log q_m/q_v = max(λΔ_T − (λ−1)Δ_B, min(Δ_B, μ)), and leaves λ to all other tokens.
 `structure` is a λ of its own for the positions that choose no score: the simple rule that the others must beat.
 

@@ -13,7 +13,7 @@ from typing import NamedTuple
 from listopd_jax.models.config import Lora, ModelConfig, lora_params, num_params
 from listopd_jax.plan.chips import Topology
 
-WIDTHS = {"float32": 4, "bfloat16": 2}
+WIDTHS = {"float32": 4, "bfloat16": 2, "int8": 1}
 AXES = ("grid", "data", "fsdp", "tensor")
 F32 = 4
 RESTING = ("parameters", "optimizer", "average", "teacher", "base")
@@ -132,6 +132,12 @@ def head_flops(c: ModelConfig, load: Load) -> float:
     return 2 * c.hidden_size * c.vocab_size * load.completion_tokens
 
 
+def frozen_bytes(c: ModelConfig, dtype: str) -> float:
+    """Of a frozen model, of which int8 leaves embedding and head in bfloat16 (models/quantized.py)."""
+    tables = c.vocab_size * c.hidden_size * (1 if c.tied else 2)
+    return WIDTHS[dtype] * (num_params(c) - tables) + max(WIDTHS[dtype], WIDTHS["bfloat16"]) * tables
+
+
 def forward_flops(c: ModelConfig, load: Load) -> float:
     """One scoring pass: prompts, completions, head."""
     return shared_prompt_flops(c, load) + completion_flops(c, load) + head_flops(c, load)
@@ -231,7 +237,7 @@ def _score_cost(
 
 
 def _update_cost(student, load: Load, layout: Layout, share: Mapping[str, float]) -> Cost:
-    """The student forward and backward, and AdamW: 28 bytes a parameter read and written, 12 more for an average."""
+    """The student forward and backward, and AdamW: 28 bytes per parameter read and written, 12 more for an average."""
     width, sizes = WIDTHS[layout.compute], layout.sizes
     weights = 2 * _passes(load, layout) * width * num_params(student) / sizes["tensor"]
     state = (40 if layout.average else 28) * layout.trained(student) / layout.shards
@@ -302,7 +308,7 @@ def memory_estimate(
     the layers.
     """
     width, tensor = WIDTHS[layout.compute], layout.sizes["tensor"]
-    own, trained, frozen = num_params(student), layout.trained(student), WIDTHS[layout.frozen]
+    own, trained = num_params(student), layout.trained(student)
     copies = tensor if layout.gather_rollout else layout.shards
     prompts = load.prompts / layout.rows
     prefill_scores = (
@@ -312,8 +318,8 @@ def memory_estimate(
         "parameters": F32 * trained / layout.shards,
         "optimizer": 2 * F32 * trained / layout.shards,
         **({"average": F32 * trained / layout.shards} if layout.average else {}),
-        "teacher": frozen * sum(map(num_params, (teacher, *experts))) / layout.shards,
-        "base": frozen * num_params(base or student) / layout.shards,
+        "teacher": sum(frozen_bytes(c, layout.frozen) for c in (teacher, *experts)) / layout.shards,
+        "base": frozen_bytes(base or student, layout.frozen) / layout.shards,
         "rollout copy": width * (trained if layout.rolls_out_base else own) / copies,
         "kv cache": prompts
         * (load.prompt + load.rollouts * (load.response + layout.drafts))

@@ -22,7 +22,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from listopd_jax.config import guard_knows_contract
 from listopd_jax.errors import UserError
-from listopd_jax.models.build import PARAM_DTYPE, cast, graph_of, lora_of
+from listopd_jax.models.build import PARAM_DTYPE, abstract_frozen, as_given, cast, graph_of, lora_of
 from listopd_jax.models.config import Lora, ModelConfig
 from listopd_jax.models.decoder import KVCache, abstract
 from listopd_jax.models.lora import abstract_adapter, joined
@@ -118,13 +118,16 @@ def state_memory(
     return memory
 
 
-def compile_rollout(config: Any, shapes: Mapping[str, ModelConfig], vocab: int, mesh: Mesh) -> Program:
+def compile_rollout(
+    config: Any, shapes: Mapping[str, ModelConfig], vocab: int, mesh: Mesh, of_base: bool = False
+) -> Program:
     """What `generate` runs in the OPD stage, at the widest prompts; TooLarge if the compiler refuses.
 
-    Memory is that of its hungrier program, of the first token or of the last segment; traffic that of both.
+    `of_base`: the base writes, as it is kept, not the student. Memory is that of its hungrier program, of the first
+    token or of the last segment; traffic that of both.
     """
     sizes = cache_sizes(config.task.max_response, draft_tokens(config))
-    first, (last,) = rollout_programs(config, shapes, vocab, mesh, sizes[-1:])
+    first, (last,) = rollout_programs(config, shapes, vocab, mesh, sizes[-1:], of_base)
     # While the caches grow one by one, the shorter twin of the one at hand is there too.
     own = max(map(_shard_bytes, _caches(config, shapes["student"], mesh)[1]))
     twin = own * sizes[-2] // sizes[-1] if len(sizes) > 1 else 0
@@ -139,14 +142,19 @@ def compile_evaluation(config: Any, shapes: Mapping[str, ModelConfig], vocab: in
     alone.student.lora.rank = 0
     with use_mesh(mesh):
         alone.opd.update(batch_size=rules.round_up_rows(config.evaluation.batch_size), rollouts=1)
-    return compile_rollout(alone, {**shapes, "student": shapes["teacher"]}, vocab, mesh)
+    return compile_rollout(alone, {**shapes, "student": shapes["teacher"]}, vocab, mesh, as_given(config))
 
 
 def rollout_programs(
-    config: Any, shapes: Mapping[str, ModelConfig], vocab: int, mesh: Mesh, sizes: Sequence[int]
+    config: Any,
+    shapes: Mapping[str, ModelConfig],
+    vocab: int,
+    mesh: Mesh,
+    sizes: Sequence[int],
+    of_base: bool = False,
 ) -> tuple[Program, list[Program]]:
     """Of the first token, and of each segment whose cache has room for so many of `sizes` tokens."""
-    sampler = _sampler(config, shapes, vocab, mesh)
+    sampler = _sampler(config, shapes, vocab, mesh, of_base)
     prompts, lengths, rollout = _batch(config, mesh)
     hint = jax.ShapeDtypeStruct((*lengths.shape, HINT), jnp.int32)
     hint = rules.abstract(hint, rules.batch_shardings(hint, mesh))
@@ -165,10 +173,13 @@ def rollout_programs(
     return first, segments
 
 
-def _sampler(config: Any, shapes: Mapping[str, ModelConfig], vocab: int, mesh: Mesh) -> Sampler:
-    """The abstract student as the OPD stage samples from it."""
+def _sampler(
+    config: Any, shapes: Mapping[str, ModelConfig], vocab: int, mesh: Mesh, of_base: bool
+) -> Sampler:
+    """The abstract student as the OPD stage samples from it, or the base."""
     state, frozen = _state(config, shapes, mesh)
-    params = _rollout_params(config, joined(frozen.base, state.params), mesh)
+    writer = frozen.base if of_base else joined(frozen.base, state.params)
+    params = _rollout_params(config, writer, mesh)
     weights, key, temperature = _replicate(
         jax.eval_shape(lambda: (jnp.ones((1, config.opd.rollouts)), jax.random.key(0), jnp.float32(1))), mesh
     )
@@ -231,7 +242,7 @@ def compile_sft(config: Any, shapes: Mapping[str, ModelConfig], vocab: int, mesh
         _graph(config, shapes[role], mesh, lora), tx, vocab, config.opd.head_chunk, sft.microbatch
     )
     params = _trained(shapes[role], lora)
-    frozen = abstract(shapes[role], param_dtype=jnp.dtype(config.dtype.frozen))[1] if lora else NONE
+    frozen = abstract_frozen(shapes[role], config.dtype.frozen) if lora else NONE
     trees = TrainState(params, jax.eval_shape(tx.init, params)), frozen
     state, frozen = (rules.abstract(tree, rules.state_shardings(tree, mesh)) for tree in trees)
     lr = _replicate(jax.ShapeDtypeStruct((), jnp.float32), mesh)
@@ -297,12 +308,13 @@ def _optimizer(config: Any) -> optax.GradientTransformation:
 def _state(config: Any, shapes: Mapping[str, ModelConfig], mesh: Mesh) -> tuple[TrainState, Frozen]:
     """Abstract student, optimizer, teachers and base, split as they rest."""
     student = _trained(shapes["student"], lora_of(config.student))
-    teacher = abstract(shapes["teacher"], param_dtype=jnp.dtype(config.dtype.frozen))[1]
-    base = abstract(base_of(shapes), param_dtype=jnp.dtype(config.dtype.frozen))[1]
-    experts = tuple(abstract(c, param_dtype=jnp.dtype(config.dtype.frozen))[1] for c in experts_of(shapes))
+    teacher, base, *experts = (
+        abstract_frozen(shape, config.dtype.frozen)
+        for shape in (shapes["teacher"], base_of(shapes), *experts_of(shapes))
+    )
     average = student if config.opd.ema else None
     state = TrainState(student, jax.eval_shape(_optimizer(config).init, student), average)
-    trees = (state, Frozen(teacher, base, experts))
+    trees = (state, Frozen(teacher, base, tuple(experts)))
     return tuple(rules.abstract(tree, rules.state_shardings(tree, mesh)) for tree in trees)
 
 

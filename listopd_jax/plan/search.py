@@ -12,7 +12,9 @@ import ml_collections
 
 from listopd_jax.config import REMATS
 from listopd_jax.errors import UserError, did_you_mean
-from listopd_jax.models.config import NAMED_CONFIGS, ModelConfig, custom_config, named_config
+from listopd_jax.models.build import as_given
+from listopd_jax.models.config import NAMED_CONFIGS, ModelConfig, custom_config, named_config, num_params
+from listopd_jax.models.quantized import INT8
 from listopd_jax.plan import arithmetic
 from listopd_jax.plan.arithmetic import Layout, Load
 from listopd_jax.plan.chips import GIB, RATES, Topology
@@ -198,7 +200,7 @@ def _compiled_memory(config, shapes, topology: Topology, layout: Layout) -> dict
     shared = memory["base"] if layout.rolls_out_base else 0
     waiting = {
         "sft student": memory["teacher"],
-        "evaluation": memory["teacher"] * arithmetic.F32 / arithmetic.WIDTHS[layout.frozen],
+        "evaluation": evaluated_teacher(config, shapes["teacher"], memory["teacher"]),
         "rollout": arithmetic.resting(memory) - shared,
     }
     peaks, moved = {}, {}
@@ -222,6 +224,14 @@ def _compiled_memory(config, shapes, topology: Topology, layout: Layout) -> dict
         "peak_gib": max(peaks.values()) / GIB,
         "bytes_compiled": moved,
     }
+
+
+def evaluated_teacher(config: Any, shape: ModelConfig, frozen: float) -> float:
+    """Bytes of the teacher beside the copy that decodes, of `frozen` as it is kept: in float32 from its SFT."""
+    dtype = config.dtype
+    if as_given(config):
+        return 0 if dtype.frozen == dtype.compute or dtype.frozen == INT8 else frozen
+    return frozen * arithmetic.F32 * num_params(shape) / arithmetic.frozen_bytes(shape, dtype.frozen)
 
 
 def _builds(config: Any) -> dict[str, Callable[..., Any]]:

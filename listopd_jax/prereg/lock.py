@@ -59,7 +59,7 @@ def sha256(value: Any) -> str:
 def config_sha256(config: Json, kind: str | None = None) -> str:
     """SHA-256 of the config that a lock of `kind` is of.
 
-    A curve is locked where `predict.only` stopped the run, which goes on without: both are one config to it.
+    A curve is locked where `predict.only` stopped the run, which resumes without it: both are one config to it.
     """
     if kind == CURVE and isinstance(config.get("predict"), dict):
         config = config | {"predict": config["predict"] | {"only": True}}

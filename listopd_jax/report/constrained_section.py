@@ -22,7 +22,7 @@ def constrained_section(inputs: Inputs) -> Section | None:
     rows = [_row(record, d) for record in inputs.results for d in record.decodings]
     if not rows:
         return None
-    head = ("policy", "seed", "decoding", "parse", "useful", "ends", "ms a token", "failures")
+    head = ("policy", "seed", "decoding", "parse", "useful", "ends", "ms per token", "failures")
     return Section("constrained", "Constrained decoding", _LEAD, tables=[Table("", head, rows)])
 
 

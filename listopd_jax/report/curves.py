@@ -38,17 +38,17 @@ class Group(NamedTuple):
 OPD_PANELS = (
     Panel("parse", "Strict parse of the samples", "share of answers", (-0.03, 1.03)),
     Panel("loss", "OPD loss", "loss"),
-    Panel("reverse_kl", "Reverse KL to the teacher", "nats a token"),
-    Panel("advantage_structural", "Advantage, structural tokens", "nats a token"),
-    Panel("advantage_content", "Advantage, content tokens", "nats a token"),
+    Panel("reverse_kl", "Reverse KL to the teacher", "nats per token"),
+    Panel("advantage_structural", "Advantage, structural tokens", "nats per token"),
+    Panel("advantage_content", "Advantage, content tokens", "nats per token"),
     Panel("completion_length", "Completion length", "tokens"),
-    Panel("entropy", "Entropy of the student", "nats a token"),
+    Panel("entropy", "Entropy of the student", "nats per token"),
     Panel("grad_norm", "Gradient norm", "L2 norm"),
     Panel("clip_fraction", "Clipped importance ratios", "share of tokens"),
 )
 SFT_PANELS = (
-    Panel("loss", "SFT loss", "nats a token"),
-    Panel("entropy", "Entropy", "nats a token"),
+    Panel("loss", "SFT loss", "nats per token"),
+    Panel("entropy", "Entropy", "nats per token"),
     Panel("grad_norm", "Gradient norm", "L2 norm"),
 )
 SFT_COLOURS = {"sft_teacher": plots.ORANGE, "sft_student": plots.MUTED}

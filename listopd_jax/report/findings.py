@@ -343,7 +343,7 @@ def _collapsed(found: Findings) -> str:
     parts = []
     for field, what in (
         ("checkpoint", "was stopped when it collapsed, and its most useful checkpoint stands for it"),
-        ("lambda_end", "went on with a lower λ after it collapsed"),
+        ("lambda_end", "continued with a lower λ after it collapsed"),
     ):
         everyone = (*found.opd, *found.guarded)
         lams = [p.where for p in everyone if any(field in record.extra for record in p.records)]

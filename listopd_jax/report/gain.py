@@ -32,7 +32,7 @@ def difference(policy: Seeds, reference: Seeds, metric: str = "expected_mae") ->
     """Mean of policy minus reference over the seeds that both have, with its 95 % t interval."""
     seeds = sorted(policy.keys() & reference.keys())
     if not seeds:
-        raise UserError("no seed is done in both of two arms that are compared; let the runs go on")
+        raise UserError("no seed is done in both of two arms that are compared; let the runs finish")
     return mean_interval([policy[s].metric(metric) - reference[s].metric(metric) for s in seeds])
 
 

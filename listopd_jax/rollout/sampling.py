@@ -9,6 +9,7 @@ from jaxtyping import Array, Bool, Float, Int, UInt32
 from listopd_jax.ops.guard import Guard, guarded
 from listopd_jax.ops.head import logits_of, slice_vocab
 from listopd_jax.parallel.rules import is_split
+from listopd_jax.rounding import ceil_div
 
 IMPOSSIBLE = -1e30  # finite: a block of nothing else must have a log-probability and no NaN
 
@@ -63,7 +64,7 @@ def categorical(keys: Array, logp: Float[Array, "*s V"]) -> Int[Array, "*s"]:
     width = 1 << (logp.shape[-1] - 1).bit_length() // 2
     blocks = jnp.pad(
         logp, [(0, 0)] * (logp.ndim - 1) + [(0, -logp.shape[-1] % width)], constant_values=IMPOSSIBLE
-    ).reshape(-1, -(-logp.shape[-1] // width), width)
+    ).reshape(-1, ceil_div(logp.shape[-1], width), width)
     first, second = jax.vmap(jax.random.split, out_axes=1)(keys.reshape(-1))
     block = jax.vmap(jax.random.categorical)(first, jax.nn.logsumexp(blocks, -1))
     token = block * width + jax.vmap(jax.random.categorical)(second, _block_of(blocks, block))

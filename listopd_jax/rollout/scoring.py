@@ -67,7 +67,7 @@ def completion_hidden(
 def one_row_hidden(
     decoder: Decoder,
     prompts: Int[Array, "B P"],
-    prompt_lengths: Int[Array, "B"],
+    prompt_lengths: Int[Array, " B"],
     completions: Int[Array, "B 1 T"],
     width: RowWidth | None = None,
 ) -> Float[Array, "B 1 T D"]:

@@ -77,10 +77,10 @@ def fitting(shape: tuple[int, int], prompts: int, completions: int, least: int) 
     """(B, n), halved as often as the unfinished rows fit: n first, no further once it has `least` rows."""
     B, n = shape
     while B * n > least:
-        if n > 1 and completions <= -(-n // 2):
-            n = -(-n // 2)
-        elif B > 1 and prompts <= -(-B // 2):
-            B = -(-B // 2)
+        if n > 1 and completions <= ceil_div(n, 2):
+            n = ceil_div(n, 2)
+        elif B > 1 and prompts <= ceil_div(B, 2):
+            B = ceil_div(B, 2)
         else:
             break
     return B, n
@@ -92,7 +92,7 @@ def can_shrink(done: Bool[Array, "B n"], least: int) -> Bool[Array, ""]:
     if B * n <= least:
         return jnp.bool_(False)
     prompts, completions = alive(done)
-    return ((n > 1) & (completions <= -(-n // 2))) | ((B > 1) & (prompts <= -(-B // 2)))
+    return ((n > 1) & (completions <= ceil_div(n, 2))) | ((B > 1) & (prompts <= ceil_div(B, 2)))
 
 
 def shrink(prompts: Prompts, state: State, shape: tuple[int, int]) -> tuple[Prompts, State]:

@@ -5,7 +5,7 @@ from typing import Any
 
 import jax.numpy as jnp
 
-from listopd_jax.models.build import PARAM_DTYPE, cast, initial_params, lora_of
+from listopd_jax.models.build import PARAM_DTYPE, as_given, cast, initial_params, lora_of
 from listopd_jax.models.lora import initial_adapter, merged
 from listopd_jax.parallel.hosts import global_batch
 from listopd_jax.stages.job import Job, saving
@@ -32,7 +32,7 @@ def train_sft(job: Job, role: str) -> Any:
     if role == "teacher" and config.sft.continued:
         weights = lambda dtype: cast(train_sft(job, "student"), dtype)  # noqa: E731
     if run.steps == 0:  # the weights are fine-tuned already
-        return weights(PARAM_DTYPE)
+        return weights(config.dtype.frozen if role == "teacher" and as_given(config) else PARAM_DTYPE)
     if lora is None:
         frozen, start = NONE, functools.partial(weights, PARAM_DTYPE)
     else:

@@ -2,7 +2,7 @@
 
 Any server that answers /v1/completions as vLLM does: prompts as token ids, and `prompt_logprobs`, the log-probability
 of every token of a prompt. Prompt and completion are sent as one prompt; the one token that is generated besides is
-thrown away. What a server sends is checked value by value, and what another attempt may mend is asked again.
+thrown away. What a server sends is checked value by value, and what another attempt may get right is asked again.
 """
 
 import concurrent.futures
@@ -36,7 +36,7 @@ AGAIN = (408, 425, 429)  # statuses, besides 500 and above, after which the same
 
 
 class Retry(Exception):
-    """What another attempt may mend; `after` is the server's own advice in seconds."""
+    """What another attempt may get right; `after` is the server's own advice in seconds."""
 
     def __init__(self, message: str, after: float = 0.0):
         super().__init__(message)
@@ -90,7 +90,7 @@ class TeacherServer:
                 time.sleep(min(pause, LONGEST_WAIT))
         raise UserError(
             f"teacher.server={self.url}{path}: {self.attempts} attempts failed, the last with {failure}; see to the "
-            "server and start again, the run goes on where it was"
+            "server and start again, the run resumes where it was"
         )
 
     def _exchange(self, path: str, body: Mapping[str, Any] | None) -> Any:

@@ -209,7 +209,7 @@ def _check_fields(row: Mapping[str, Any], where: str) -> None:
 
 
 def _answer_fix(answer: Any) -> str:
-    """How to mend an answer; the usual mistake is JSON inside a text."""
+    """How to fix an answer; the usual mistake is JSON inside a text."""
     if isinstance(answer, str) and answer.lstrip()[:1] in ("{", "["):
         return "it is a text that holds JSON: write it as JSON, without the quotes around it"
     return "correct the answer or the schema"

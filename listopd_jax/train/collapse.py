@@ -92,7 +92,7 @@ class Watch:
         if self._action == "lower_lambda":
             self._scale *= self._lower
         done = {
-            "warn": "it goes on",
+            "warn": "it continues",
             "stop": "stopped",
             "lower_lambda": f"λ − 1 is {self._scale:g} of what it was",
         }

@@ -38,7 +38,7 @@ def make_sft_step(
     """A jitted step(state, batch, lr, frozen) → (state, metrics); `batch` as in listopd_jax.data.input.
 
     `frozen` are the parameters beside which an adapter trains; none where the whole model trains.
-    Metrics are scalars: loss (nats a token), entropy, grad_norm, tokens (answer tokens in the batch).
+    Metrics are scalars: loss (nats per token), entropy, grad_norm, tokens (answer tokens in the batch).
     """
 
     def loss_of(params, rows, frozen):

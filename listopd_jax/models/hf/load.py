@@ -3,7 +3,7 @@
 import contextlib
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -23,13 +23,17 @@ LAST_IN_BLOCK = ("o", "down")
 """All zeros, these make a block the identity: so models are made deeper before they are trained further."""
 
 
-def load_hf(source: str | os.PathLike, dtype=jnp.float32) -> tuple[ModelConfig, nnx.State]:
+def load_hf(
+    source: str | os.PathLike,
+    dtype=jnp.float32,
+    each: Callable[[tuple, nnx.Variable], nnx.Variable] | None = None,
+) -> tuple[ModelConfig, nnx.State]:
     """Read a checkpoint: (its config, the parameters as `nnx.split(Decoder(config, …))[1]` in `dtype`).
 
     `source` is a folder with config.json and safetensors (one file, or shards and their index), or a hub id.
     Tensors are read one by one into the stacked arrays: the peak is the model plus its largest stacked array. Under
     a mesh each process reads of each tensor only the slices that its devices hold: its peak in host memory is its
-    part of the largest stacked array.
+    part of the largest stacked array. `each` changes a parameter, given its path, as soon as it is read.
     UserError, naming file and tensor, for whatever is missing, unexpected, doubled, misshapen, blank or not
     finite. Blocks that are the identity are said.
     """
@@ -38,9 +42,10 @@ def load_hf(source: str | os.PathLike, dtype=jnp.float32) -> tuple[ModelConfig, 
     params = abstract(config, param_dtype=dtype)[1]
     with contextlib.ExitStack() as stack:
         tensors = open_tensors(folder, config, params, stack)
-        flat = [
-            (path, p.replace(_read_param(path, p, config, tensors))) for path, p in nnx.to_flat_state(params)
-        ]
+        flat = []
+        for path, p in nnx.to_flat_state(params):
+            read = p.replace(_read_param(path, p, config, tensors))
+            flat.append((path, each(path, read) if each else read))
     return config, nnx.from_flat_state(flat)
 
 
