@@ -135,34 +135,36 @@ class Layer(nnx.Module):
         x: Float[Array, "B n T D"],
         rope: tuple[Array, Array],
         attend: Callable[[Array, Array, Array], Array],
-        places: Int[Array, "B n S"] | None = None,
-    ) -> tuple[Float[Array, "B n S D"], tuple[Array, Array]]:
-        """The new x, and rotated keys and values [B,n,T,KV,H]. `attend(q, k, v)` mixes values, as q's shape.
+    ) -> tuple[Float[Array, "B n T D"], tuple[Array, Array]]:
+        """The new x, and rotated keys and values [B,n,T,KV,H]. `attend(q, k, v)` mixes values, as q's shape."""
+        rows = self.rows(x)
+        q, k, v = self.queries_keys_values(rows, x.shape, rope)
+        return self.after_attention(rows, attend(q, k, v)), (k, v)
 
-        With `places` the new x is that of these tokens alone (else S = T), which spares the rest of a last layer.
-        """
-        x, shape = self._rows(x), x.shape
+    def queries_keys_values(
+        self, x: Float[Array, "M D"], shape: tuple[int, ...], rope: tuple[Array, Array]
+    ) -> tuple[Array, Array, Array]:
+        """What attention reads of rows of `shape` [B, n, T]: queries [B,n,T,N,H], keys and values [B,n,T,KV,H]."""
         y = self._norm(x, "attn_norm")
         q = self._heads(y, "q", shape, rope)
-        k, v = self._heads(y, "k", shape, rope), self._heads(y, "v", shape)
-        mixed = attend(q, k, v)
-        if places is not None:
-            x, mixed = (
-                jnp.take_along_axis(z.reshape(*shape[:3], -1), places[..., None], axis=2) for z in (x, mixed)
-            )
-            x, shape = self._rows(x), x.shape
+        return q, self._heads(y, "k", shape, rope), self._heads(y, "v", shape)
+
+    def after_attention(
+        self, x: Float[Array, "M D"], mixed: Float[Array, "B n T *NH"]
+    ) -> Float[Array, "B n T D"]:
+        """The new x of rows and of the values that attention mixed for them."""
         x = x + self._dense(mixed.reshape(len(x), -1), "o")
         y = self._norm(x, "mlp_norm")
         units = jax.nn.silu(self._dense(y, "gate")) * self._dense(y, "up")
         x = x + self._dense(constrain(units, "batch", "mlp"), "down")
-        return constrain(x.reshape(shape), *ROWS, "hidden"), (k, v)
+        return constrain(x.reshape(*mixed.shape[:3], -1), *ROWS, "hidden")
 
     def keys_values(self, x: Float[Array, "B n T D"], rope: tuple[Array, Array]) -> tuple[Array, Array]:
         """Only the rotated keys and values [B,n,T,KV,H], with which the last layer of a prompt ends."""
-        y = self._norm(self._rows(x), "attn_norm")
+        y = self._norm(self.rows(x), "attn_norm")
         return self._heads(y, "k", x.shape, rope), self._heads(y, "v", x.shape)
 
-    def _rows(self, x: Float[Array, "B n T D"]) -> Float[Array, "M D"]:
+    def rows(self, x: Float[Array, "B n T D"]) -> Float[Array, "M D"]:
         """x as M = B·n·T rows: XLA's CPU backward pass through products of more axes is half as fast."""
         return constrain(x, *ROWS, "hidden").reshape(-1, self.config.hidden_size)
 
@@ -264,7 +266,12 @@ class Decoder(nnx.Module):
     def states_at(self, tokens: Int[Array, "B T"], places: Int[Array, "B S"]) -> Float[Array, "B S D"]:
         """States of whole sequences at `places`: behind its attention, the last layer computes no others."""
         x, rope, _, last = self._to_last_layer(tokens, lambda kv: None)
-        return self._final(last(x, rope, self._attend, places[:, None])[0])[:, 0]
+        mixed = self._attend(*last.queries_keys_values(last.rows(x), x.shape, rope))
+        x, mixed = (
+            jnp.take_along_axis(y.reshape(*x.shape[:3], -1), places[:, None, :, None], axis=2)
+            for y in (x, mixed)
+        )
+        return self._final(last.after_attention(last.rows(x), mixed))[:, 0]
 
     def extend(
         self, prompt: KVCache, prompt_lengths: Int[Array, " B"], completions: Int[Array, "B n T"]
