@@ -16,7 +16,7 @@ import ml_collections
 from configs.fashion import tiny
 from listopd_jax.errors import unknown_name
 
-# Where tokens are sampled two seeds of the anchors are too few (`plain`: docs/results.md), so `wrong_teacher` has four.
+# Where tokens are sampled two seeds of the anchors are too few (`plain`: docs/results.md): later pairs have four.
 SEEDS = (7, 13, 21, 42, 95, 101, 123, 202)
 PLAIN = dict(
     teacher="truncate:0.22",

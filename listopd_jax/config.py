@@ -754,6 +754,10 @@ def _validate_options(config: ml_collections.ConfigDict) -> None:
     """What the options of docs/training_options.md ask of the rest."""
     opd = config.opd
     _require(
+        not opd.steps or opd.warmup_steps <= opd.steps,
+        f"opd.warmup_steps={opd.warmup_steps}: of opd.steps={opd.steps}, so opd.lr is never reached; set fewer",
+    )
+    _require(
         opd.estimator == "sampled" or (opd.control_variate == "none" and opd.contract_reward == 0),
         "opd.control_variate and opd.contract_reward are about sampled tokens, which opd.estimator='full_vocab' does "
         "without: leave both off",

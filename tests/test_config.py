@@ -67,6 +67,7 @@ def test_k_follows_the_source():
         ({"opd.estimator": "full_vocab", "opd.ratio": "none", "opd.normalize": True}, "opd.normalize=False"),
         ({"opd.ema": 1.0}, "opd.ema=1.0: must be in [0, 1)"),
         ({"opd.lr_decay": "cosine"}, "opd.lr_decay='cosine' is unknown"),
+        ({"opd.steps": 5, "opd.warmup_steps": 6}, "opd.warmup_steps=6: of opd.steps=5"),
         ({"opd.control_variate": "kl", "opd.updates_per_batch": 2}, "set opd.updates_per_batch=1"),
         ({"opd.control_variate": "kl", "opd.temperature": 0.7}, "opd.temperature=1.0"),
         (
@@ -219,6 +220,7 @@ def test_a_config_comes_back_from_json(preset):
     ("saved", "says"),
     [
         ({"opd": {"lamdas": [1.0]}}, "opd.lamdas: there is no such field"),
+        ({"opd": {"budgets": [60]}}, "opd.budgets is opd.eval_steps now"),
         ({"opd": {"lr": "fast"}}, "opd.lr='fast': "),
         ({"opd": {"lambdas": [[1.0]]}}, "opd.lambdas=([1.0],): every lambda is a number"),
         ({"opd": 3}, "opd: there is no such field"),

@@ -347,3 +347,16 @@ def test_a_download_is_used_and_verified(tmp_path, shared, monkeypatch):
     report = prepare(Data(source="amazon2023", verify=False), task(8), tmp_path / "out")
     assert report["read"]["products_without_title"] == 0
     assert {repo for repo, *_ in asked} == {"McAuley-Lab/Amazon-Reviews-2023"} and len(asked[0][3]) == 40
+
+
+def test_what_is_installed_holds_the_manifest_and_the_pages(tmp_path):
+    """What `pip install .` copies: the code looks for these beside itself, with a checkout or without."""
+    pytest.importorskip("setuptools")
+    copied = subprocess.run(
+        [sys.executable, "setup.py", "-q", "build_py", "--build-lib", tmp_path], cwd=ROOT, capture_output=True
+    )
+    assert copied.returncode == 0, copied.stderr
+    package = tmp_path / manifest.MANIFEST.relative_to(ROOT)
+    assert package.read_bytes() == manifest.MANIFEST.read_bytes()
+    for file in ("configs/fashion.py", "launch/local.py", "listopd_jax/report/report.html.jinja"):
+        assert (tmp_path / file).is_file()

@@ -7,7 +7,7 @@ import pytest
 from flax import nnx
 from hypothesis import given
 from hypothesis import strategies as st
-from small import small_config
+from small import small_config, start_from
 
 from listopd_jax.metrics_log import read_metrics
 from listopd_jax.models.build import abstract_frozen, cast
@@ -19,7 +19,9 @@ from listopd_jax.models.quantized import Quantized, quantize
 from listopd_jax.plan.arithmetic import frozen_bytes
 from listopd_jax.rollout.decode import generate
 from listopd_jax.rollout.scoring import completion_logprobs
+from listopd_jax.stages.job import job_on_mesh
 from listopd_jax.stages.pipeline import run_stages
+from listopd_jax.stages.sft import train_sft
 
 SHAPE = ModelConfig(61, 32, 48, 3, 4, 2, 12, tied=False)
 PROMPTS, LENGTHS = jnp.arange(12).reshape(2, 6), jnp.array([6, 3])
@@ -37,7 +39,7 @@ def test_a_weight_is_off_by_half_a_step_of_its_channel_at_most(seed, name):
     weight[0, ..., 1] = 0  # a channel of zeros stays one
     kept = quantize(("layers", name), nnx.Param(jnp.asarray(weight)))[...]
     step = np.abs(weight).max((1, 2) if name == "o" else 1, keepdims=True) / 127
-    assert kept.shape == shape and kept.values.dtype == jnp.int8
+    assert kept.shape == shape and kept.values.dtype == jnp.int8 and kept.scale.shape == step.shape
     assert (np.abs(kept.astype(jnp.float32) - weight) <= step / 2 + 1e-6).all()
 
 
@@ -97,6 +99,22 @@ def test_the_planner_counts_their_bytes(dtype):
     whole = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(abstract_frozen(SHAPE, dtype)))
     scales = 4 * SHAPE.num_layers * (12 * (4 + 2 + 2) + 32 + 48 * 2 + 32) * (dtype == "int8")
     assert whole - scales == pytest.approx(frozen_bytes(SHAPE, dtype), rel=0.02)
+
+
+def test_a_teacher_that_is_used_as_it_is_is_rounded_at_once(finished_job, tmp_path):
+    """Unless it is exported, or its SFT goes on: these are about exact weights."""
+
+    def teacher(fields):
+        config = small_config(
+            **start_from(finished_job) | {"dtype.frozen": "int8", "train.export": False} | fields
+        )
+        with job_on_mesh(config, tmp_path / str(len(fields))) as job:
+            return nnx.to_flat_state(train_sft(job, "teacher"))
+
+    def rounded(flat):
+        return any(isinstance(p[...], Quantized) for _, p in flat)
+
+    assert rounded(teacher({})) and not rounded(teacher({"train.export": True}))
 
 
 @pytest.mark.slow

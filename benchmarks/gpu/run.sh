@@ -55,4 +55,4 @@ part() {
 }
 for name in ${PARTS:-step correct profile_update profile_drafts}; do part "$name"; done
 tail -n 2 "$OUT"/*.err >&2
-cat "$OUT/headline.json"
+[ ! -f "$OUT/headline.json" ] || cat "$OUT/headline.json"

@@ -137,7 +137,7 @@ def compile_rollout(
 
 
 def compile_evaluation(config: Any, shapes: Mapping[str, ModelConfig], vocab: int, mesh: Mesh) -> Program:
-    """What evaluates the teacher after its SFT, in the compute dtype: the same programs, of its own batch."""
+    """What evaluates the teacher: the same programs, of its own batch, in the compute dtype or as it is kept."""
     alone = ml_collections.ConfigDict(copy.deepcopy(config.to_dict()))
     alone.student.lora.rank = 0
     with use_mesh(mesh):

@@ -235,13 +235,17 @@ def evaluated_teacher(config: Any, shape: ModelConfig, frozen: float) -> float:
 
 
 def _builds(config: Any) -> dict[str, Callable[..., Any]]:
-    """What compiles the programs of each phase; the SFT of a role only where it is trained."""
+    """What compiles the programs of each phase; the SFT of a role only where it is trained, evaluated it is anyway."""
     from listopd_jax.plan import compile as aot
 
     trained = [role for role in ("teacher", "student") if config.sft[role].steps or config.sft[role].epochs]
     sft = {f"sft {role}": functools.partial(aot.compile_sft, role=role) for role in trained}
-    evaluation = {"evaluation": aot.compile_evaluation} if "teacher" in trained else {}
-    return sft | evaluation | {"rollout": aot.compile_rollout, "update": aot.compile_update}
+    others = {
+        "evaluation": aot.compile_evaluation,
+        "rollout": aot.compile_rollout,
+        "update": aot.compile_update,
+    }
+    return sft | others
 
 
 def _gib(sizes: Mapping[str, float]) -> dict[str, float]:
