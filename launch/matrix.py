@@ -1,8 +1,9 @@
-"""python -m launch.matrix --root=runs/matrix --out=docs/matrix.md [--only=clip,no_base]
+"""python -m launch.matrix --root=runs/matrix --out=docs/matrix.md [--only=clip,no_base] [--clothing=FILE]
 
 Run the paper's experiments (configs/paper) at tiny scale, one arm after another, and write what EC saw beside what we
 saw. Teacher and base are trained once and shared. What is done is left alone; Ctrl-C and SIGTERM let the run save and
-stop, and the same command resumes. The table is written anew after each call, also of what is done by then.
+stop, and the same command resumes. The table is written anew after each call, also of what is done by then. Experiments
+on real reviews run where their file is given.
 
 Exit code 0: all done; 1: some failed; 2: a mistake to fix; 130 or 143: stopped.
 """
@@ -48,9 +49,10 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--root", required=True, type=pathlib.Path, help="folder of the matrix")
     parser.add_argument("--out", required=True, type=pathlib.Path, help="the Markdown file to write")
     parser.add_argument("--only", default="", help="experiments, as NAME,NAME; default: all")
+    parser.add_argument("--clothing", default="", help="data.path of the experiments on real reviews")
     args = parser.parse_args(argv)
     chosen = select(args.only)
-    code = run(args.root, chosen)
+    code = run(args.root, chosen, args.clothing)
     files.write_text(args.out, page(args.root, chosen))
     print(args.out)
     return code
@@ -67,9 +69,13 @@ def select(only: str = "") -> dict[str, Experiment]:
 
 
 def run(
-    root: pathlib.Path, chosen: Mapping[str, Experiment], program: Sequence[str] = ("-m", "listopd_jax.main")
+    root: pathlib.Path,
+    chosen: Mapping[str, Experiment],
+    clothing: str = "",
+    program: Sequence[str] = ("-m", "listopd_jax.main"),
 ) -> int:
     """Train the models, then every arm; the exit code of `launch.local`, 1 too if a job stopped before its end."""
+    chosen = {name: e for name, e in chosen.items() if clothing or not e.on_clothing}
     logs = root / "logs"
     if not done(root, MODELS):
         code = run_all({MODELS: [sys.executable, *program, *_models_arguments(root)]}, 1, logs)
@@ -80,7 +86,7 @@ def run(
         arm.folder.replace("/", "_"): [
             sys.executable,
             *program,
-            *_arguments(root, arm, chosen[arm.experiment]),
+            *_arguments(root, arm, chosen[arm.experiment], clothing),
         ]
         for arm in waiting
     }
@@ -104,19 +110,28 @@ def _models_arguments(root: pathlib.Path) -> list[str]:
     ]  # fmt: skip
 
 
-def _arguments(root: pathlib.Path, arm: Arm, experiment: Experiment) -> list[str]:
-    """Those of an arm, whose teacher and base are the exported ones but for those that it trains itself."""
-    export, given = root / MODELS / "export", {}
-    for role, source in {"teacher": experiment.teacher, "student": "student"}.items():
-        if role not in experiment.own:
-            given |= {f"{role}.weights": export / f"sft_{source}"}
-            given |= {f"sft.{role}.{name}": 0 for name in ("steps", "epochs")}
-    given["tokenizer.path"] = export / "sft_teacher"
+def _arguments(root: pathlib.Path, arm: Arm, experiment: Experiment, clothing: str) -> list[str]:
+    """Those of an arm: its models are the exported ones but for those that it trains itself."""
+    given = {"data.path": clothing} if experiment.on_clothing else _exported(root, arm, experiment)
     return [
         f"--config=configs/paper/{arm.experiment}.py:tiny,{arm.name}",
         f"--workdir={root / arm.folder}",
         *(f"--config.{name}={value}" for name, value in given.items()),
     ]
+
+
+def _exported(root: pathlib.Path, arm: Arm, experiment: Experiment) -> dict[str, object]:
+    """The fields by which an arm reads models of the run that trains them, and their tokenizer."""
+    export = root / MODELS / "export"
+    given: dict[str, object] = {"tokenizer.path": export / "sft_teacher"}
+    for role, source in {"teacher": experiment.teacher, "student": "student"}.items():
+        if role not in experiment.own or role in experiment.trained_on:
+            given[f"{role}.weights"] = export / f"sft_{source}"
+        if role not in experiment.own:
+            given |= {f"sft.{role}.{name}": 0 for name in ("steps", "epochs")}
+    if arm.name in experiment.reference:
+        given["reference.weights"] = export / f"sft_{experiment.reference[arm.name]}"
+    return given
 
 
 # --- the table ---

@@ -121,6 +121,8 @@ def _data() -> ml_collections.ConfigDict:
         max_reviews_per_product=0,  # 0: all
         max_lists=0,  # 0: all
         validation_share=0.1,
+        category="",  # of source clothing: train on this department's reviews; empty: all
+        validation_category="",  # of source clothing: hold out this department's lists; empty: a share of all
         split_field="",  # of task json: the field that says "train" or "validation"; empty: at random, by `seed`
         synthetic_queries=0,  # of task cranfield: training lists besides, with queries of the abstracts' words
         seed=0,
@@ -900,7 +902,21 @@ def _validate_data(config: ml_collections.ConfigDict) -> None:
         not data.synthetic_queries or task_name(config) == "cranfield",
         f"data.synthetic_queries is of task.name='cranfield', not of {task_name(config)!r}; set it to 0",
     )
+    _validate_categories(config, who)
     _require(data.synthetic.products >= 2, f"data.synthetic.products={data.synthetic.products}: must be >= 2")
+
+
+def _validate_categories(config: ml_collections.ConfigDict, who: str) -> None:
+    data, known = config.data, ranks_reviews(config) and config.data.source == "clothing"
+    for name in ("category", "validation_category"):
+        _require(
+            known or not data[name],
+            f"data.{name}={data[name]}: {who} has no departments, data.source=clothing does; leave it empty",
+        )
+    _require(
+        not data.category or data.category != data.validation_category,
+        f"data.validation_category={data.validation_category} is data.category too; empty is a random split of it",
+    )
 
 
 def _validate_model(role: str, model: ml_collections.ConfigDict, vocab: int) -> None:

@@ -86,6 +86,16 @@ def test_k_follows_the_source():
         ({"sft.student.noise": "truncate"}, "sft.student.noise='truncate': write NAME:SHARE"),
         ({"sft.student.noise": "a:0.1,a:0.1"}, "no name stand twice"),
         ({"data.source": "clothing"}, "data.path is empty"),
+        ({"data.category": "Tops"}, "data.category=Tops: data.source='synthetic' has no departments"),
+        (
+            {
+                "data.source": "clothing",
+                "data.path": "F",
+                "data.category": "A",
+                "data.validation_category": "A",
+            },
+            "data.validation_category=A is data.category too",
+        ),
         ({"data.source": "yelp"}, "data.source='yelp' is unknown"),
         ({"data.vote_cap": 0}, "data.vote_cap=0: must be > 0"),
         ({"data.max_broken": 1.5}, "data.max_broken=1.5"),

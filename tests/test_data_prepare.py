@@ -8,6 +8,7 @@ import json
 import os
 import pathlib
 import random
+import re
 import shutil
 import socket
 import subprocess
@@ -45,6 +46,8 @@ class Data:
     max_reviews_per_product: int = 0
     validation_share: float = 0.1
     max_lists: int = 0
+    category: str = ""
+    validation_category: str = ""
     seed: int = 0
     verify: bool = True
     synthetic: Synthetic = dataclasses.field(default_factory=Synthetic)
@@ -170,6 +173,68 @@ def test_other_files_in_the_folder_are_left_alone(tmp_path):
     prepare(Data(), task(), tmp_path)
     prepare(Data(seed=1), task(), tmp_path)
     assert (tmp_path / "mine.txt").read_text() == "keep"
+
+
+def departments(path):
+    """A clothing file: products 0-5 are tops, 6-8 dresses, 9 a jacket, of eight reviews each; two share a text."""
+    rows = ["Clothing ID,Review Text,Positive Feedback Count,Department Name"]
+    names = ["Tops"] * 6 + ["Dresses"] * 3 + ["Jackets"]
+    rows += [f"{i},review {j} of item {i},{j},{names[i]}" for i in range(10) for j in range(8)]
+    rows += ["0,review 0 of item 6,0,Tops"]
+    path.write_text("\n".join(rows))
+    return str(path)
+
+
+@pytest.mark.parametrize(
+    "train, held_out, products, dropped",
+    [
+        ("Tops", "Dresses", (set("012345"), set("678")), 8),
+        ("", "Jackets", (set("012345678"), {"9"}), 0),
+        ("Dresses", "", (set("678"), None), 57),
+    ],
+)
+def test_a_category_is_trained_on_and_another_held_out(tmp_path, train, held_out, products, dropped):
+    data = Data("clothing", departments(tmp_path / "a.csv"), category=train, validation_category=held_out)
+    report = prepare(data, task(), tmp_path / "data")
+    lists = everything(tmp_path / "data")
+    sides = {side: {row.product_id for row in part} for side, part in lists.items()}
+    if held_out:
+        assert (sides["train"], sides["validation"]) == products
+    else:
+        assert (
+            sides["train"] | sides["validation"] == products[0] and not sides["train"] & sides["validation"]
+        )
+    assert report["read"].get("other_category", 0) == dropped
+    texts = {side: {text for row in part for text in row.reviews} for side, part in lists.items()}
+    assert not texts["train"] & texts["validation"]
+
+
+def test_another_category_is_another_data_set(tmp_path):
+    path = departments(tmp_path / "a.csv")
+    fields = [{}, {"category": "Tops"}, {"validation_category": "Tops"}]
+    prints = [prepare(Data("clothing", path, **f), task(), tmp_path / "data")["fingerprint"] for f in fields]
+    assert len(set(prints)) == 3
+
+
+@pytest.mark.parametrize(
+    "fields, message",
+    [
+        (
+            {"category": "Topps"},
+            "data.category=Topps: no review is of it; the file has Tops, Dresses, Jackets",
+        ),
+        ({"validation_category": "Shoes"}, "data.validation_category=Shoes: no review is of it"),
+    ],
+)
+def test_a_category_that_the_file_lacks(tmp_path, fields, message):
+    with pytest.raises(UserError, match=re.escape(message)):
+        prepare(Data("clothing", departments(tmp_path / "a.csv"), **fields), task(), tmp_path / "data")
+
+
+def test_a_held_out_category_without_a_list(tmp_path):
+    data = Data("clothing", departments(tmp_path / "a.csv"), validation_category="Jackets")
+    with pytest.raises(UserError, match="none of its products has 10 distinct reviews"):
+        prepare(data, task(10), tmp_path / "data")
 
 
 def test_real_clothing_to_the_report(tmp_path, shared):

@@ -18,7 +18,9 @@ SIZES = ("small", "middle", "large")
 def test_every_arm_is_a_config_at_both_scales(name, scale):
     experiment = EXPERIMENTS[name]
     for arm in experiment.arms:
-        config = config_module.validate(experiment.get_config(f"{scale},{arm}"))
+        config = experiment.get_config(f"{scale},{arm}")
+        config.data.path = "FILE" if experiment.on_clothing else config.data.path
+        config = config_module.validate(config)
         assert (
             config.opd.lambdas == experiment.lambdas and config.opd.steps >= {"tiny": 50, "paper": 42}[scale]
         )
@@ -101,7 +103,7 @@ def test_models_are_trained_once_and_what_is_done_stays(tmp_path):
     program.write_text(PRETENDER)
     root, chosen = tmp_path / "root", matrix.select("temperature,no_base")
     for _ in range(2):
-        assert matrix.run(root, chosen, [str(program)]) == 0
+        assert matrix.run(root, chosen, program=[str(program)]) == 0
     calls = {path.parent.relative_to(root).as_posix(): path.read_text() for path in root.rglob("calls")}
     assert sorted(calls) == ["models", "no_base/plain", "temperature/0.5", "temperature/1"]
     assert all(text.count("\n") == 1 for text in calls.values())
@@ -109,20 +111,44 @@ def test_models_are_trained_once_and_what_is_done_stays(tmp_path):
     assert "--config=configs/paper/temperature.py:tiny,0.5" in calls["temperature/0.5"]
 
 
-def test_an_arm_may_train_a_model_of_its_own_or_have_another_teacher(tmp_path):
-    def given(name):
-        (arm, *_), experiment = matrix.arms({name: EXPERIMENTS[name]}), EXPERIMENTS[name]
-        flags = matrix._arguments(tmp_path, arm, experiment)
-        return {k.removeprefix("--config."): v for k, _, v in (flag.partition("=") for flag in flags)}
+def given(root, name, arm="", clothing=""):
+    """The config fields that the matrix gives an arm of experiment `name`, the first where none is named."""
+    chosen = {name: EXPERIMENTS[name]}
+    found = {a.name: a for a in matrix.arms(chosen)}
+    flags = matrix._arguments(root, found.get(arm, next(iter(found.values()))), EXPERIMENTS[name], clothing)
+    return {k.removeprefix("--config."): v for k, _, v in (flag.partition("=") for flag in flags)}
 
+
+def test_an_arm_may_train_a_model_of_its_own_or_have_another_teacher(tmp_path):
     export = f"{tmp_path}/models/export"
-    plain, size, larger, itself = map(given, ("no_base", "size", "teacher_size", "self_distillation"))
+    names = ("no_base", "size", "teacher_size", "self_distillation")
+    plain, size, larger, itself = (given(tmp_path, name) for name in names)
     weights = {f"{role}.weights": f"{export}/sft_{role}" for role in ("teacher", "student")}
     assert weights.items() <= plain.items() and plain["sft.student.steps"] == "0"
     assert "student.weights" not in size and "sft.student.steps" not in size and "teacher.weights" in size
     assert "teacher.weights" not in larger and "student.weights" in larger
     assert itself["teacher.weights"] == itself["student.weights"] == f"{export}/sft_student"
     assert all("tokenizer.path" in flags for flags in (plain, size, larger, itself))
+
+
+def test_a_teacher_may_be_trained_further_and_what_it_was_be_the_reference(tmp_path):
+    export = f"{tmp_path}/models/export"
+    base, before = (given(tmp_path, "reference", arm) for arm in ("base", "before"))
+    assert before.pop("reference.weights") == f"{export}/sft_teacher"
+    assert before.keys() == base.keys() and base["teacher.weights"] == f"{export}/sft_teacher"
+    assert "sft.teacher.steps" not in base and base["sft.student.steps"] == "0"
+
+
+def test_real_reviews_are_run_where_their_file_is_given(tmp_path):
+    program = tmp_path / "pretender.py"
+    program.write_text(PRETENDER)
+    root, chosen = tmp_path / "root", matrix.select("second_category")
+    assert matrix.run(root, chosen, program=[str(program)]) == 0 and not (root / "second_category").exists()
+    assert matrix.run(root, chosen, "reviews.zip", program=[str(program)]) == 0
+    calls = (root / "second_category" / "other" / "calls").read_text()
+    assert "--config.data.path=reviews.zip" in calls and "weights" not in calls
+    config = chosen["second_category"].get_config("tiny,other")
+    assert (config.data.category, config.data.validation_category) == ("Tops", "Dresses")
 
 
 def test_sizes_are_those_of_their_names():
@@ -141,5 +167,5 @@ def test_a_job_that_stops_before_its_end_is_not_done(tmp_path, stops):
     program.write_text(
         PRETENDER.replace('(workdir / "report', f'workdir.name == "{stops}" or (workdir / "report')
     )
-    assert matrix.run(root, matrix.select("temperature"), [str(program)]) == 1
+    assert matrix.run(root, matrix.select("temperature"), program=[str(program)]) == 1
     assert (root / "temperature" / "0.5").exists() == (stops != "models"), "no arm without its models"

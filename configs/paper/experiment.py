@@ -24,7 +24,9 @@ class Experiment:
 
     arms: name -> config fields by their dotted names, besides `shared`. at: scale -> arm -> fields of that scale alone.
     policy: the stage whose models are judged, opd or sft_student. agrees: of arm -> curve. The matrix trains
-    teacher and base once for all; an arm trains those of `own` itself, and its teacher is the SFT model of `teacher`.
+    teacher and base once for all; an arm trains those of `own` itself (from the matrix's weights where it is in
+    `trained_on` too), and its teacher is the SFT model of `teacher`. reference: arm -> the role whose SFT model is
+    `reference.weights`. on_clothing: of real reviews, whose file the matrix has to be given.
     """
 
     ec: str
@@ -36,6 +38,9 @@ class Experiment:
     budget: float = 1.0  # of EC's 42 steps
     seeds: tuple[int, ...] = ()  # (): those of the scale
     own: tuple[str, ...] = ()
+    trained_on: tuple[str, ...] = ()
+    reference: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    on_clothing: bool = False
     teacher: str = "teacher"
     policy: str = "opd"
 

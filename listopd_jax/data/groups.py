@@ -1,6 +1,7 @@
 """Which reviews form which list, and which lists are held out: planned on hashes, before any text is kept.
 
-A list is K reviews of one product, no review is used twice, and the split is by cluster of products:
+A list is K reviews of one product, no review is used twice, and the split is by category where one is held out, else by
+cluster of products:
 - A review that the same user posted again (identical user and text) counts once, at its first row.
 - Products on which such copies occur are variants of one product (in Amazon 2018 eight ASINs share nearly all
   reviews), so they are joined before the copies are dropped, and a whole cluster goes to one side of the
@@ -37,10 +38,11 @@ def plan_lists(
     max_per_product: int = 0,
     seed: int = 0,
 ) -> ListPlan:
-    """Plan disjoint lists of `k` reviews within a product, split by cluster of products; a pure function.
+    """Plan disjoint lists of `k` reviews within a product, split by category or cluster; a pure function.
 
     Args:
       validation_share: share of the lists to hold out; met as nearly as whole clusters allow, at least one.
+        Where a category is held out, all its lists are, or its share of `max_lists`.
       max_lists: keep at most so many lists of both sides together (at least 2), drawn at random (0: all).
       max_per_product: use at most so many reviews of one product, drawn at random (0: all).
 
@@ -54,7 +56,10 @@ def plan_lists(
     rows = np.flatnonzero(original == np.arange(len(original)))
     reviews = np.bincount(product[rows], minlength=len(cluster))
     lists = np.minimum(reviews, max_per_product or len(rows)) // k
-    held_out = _held_out(cluster, lists, validation_share, rng, k)[product[rows]]
+    if table.held_out.any():
+        held_out = _of_category(table.held_out, product, lists, k)[product[rows]]
+    else:
+        held_out = _held_out(cluster, lists, validation_share, rng, k)[product[rows]]
 
     limit = min(max(1, round(max_lists * validation_share)), max_lists - 1) if max_lists else 0
     validation = _lists(rows[held_out], product, k, max_per_product, limit, rng)
@@ -122,6 +127,21 @@ def _held_out(
             taken.append(c)
             room -= sizes[c]
     return np.isin(cluster, taken or [min(order, key=lambda c: sizes[c])])
+
+
+def _of_category(
+    rows: Bool[np.ndarray, " rows"],
+    product: Int[np.ndarray, " rows"],
+    lists: Int[np.ndarray, " products"],
+    k: int,
+) -> Bool[np.ndarray, " products"]:
+    """The products of the `rows` that are held out; texts that the other side has too are left out there as ever."""
+    held_out = np.isin(np.arange(len(lists)), product[rows])
+    if not lists[held_out].any():
+        raise UserError(
+            f"data.validation_category: none of its products has {k} distinct reviews; lower task.k"
+        )
+    return held_out
 
 
 def _lists(

@@ -1,6 +1,7 @@
 """The prepare stage: reviews of any source to a data set of lists with a report, built once and reused."""
 
 import dataclasses
+import functools
 import hashlib
 import pathlib
 from collections import Counter
@@ -11,6 +12,7 @@ import numpy as np
 
 from listopd_jax import files
 from listopd_jax.data import builder, manifest
+from listopd_jax.data.categories import FIELDS, is_held_out, of_categories
 from listopd_jax.data.groups import ListPlan, plan_lists
 from listopd_jax.data.labels import LabelFile, score_from_votes
 from listopd_jax.data.readers import read_reviews, read_titles
@@ -96,6 +98,7 @@ def _fingerprint(data: Any, task: Any, inputs: dict[str, pathlib.Path]) -> str:
     stats = {name: (path.name, files.sha256(path)) for name, path in inputs.items()}
     fields = {name: getattr(data, name) for name in _DATA_FIELDS}
     fields |= {"k": task.k, "max_review_words": task.max_review_words}
+    fields |= {name: getattr(data, name) for name in FIELDS if getattr(data, name)}
     if data.source == "synthetic":
         fields |= {"synthetic": _synthetic_fields(data)}
     return files.json_sha256([FORMAT, fields, stats])
@@ -149,7 +152,7 @@ def _planned(
     synthetic = data.synthetic
     count = synthetic.products * synthetic.reviews_per_product if data.source == "synthetic" else None
     reviews = progress(_reviews(data, inputs, tally), "reading reviews", total=count)
-    table = scan(reviews, score, task.max_review_words, tally)
+    table = scan(reviews, score, task.max_review_words, tally, functools.partial(is_held_out, data=data))
     tally["usable"] = len(table.product)
     if isinstance(score, LabelFile):
         score.check(data.max_broken)
@@ -172,7 +175,7 @@ def _rows(plan: ListPlan) -> set[int]:
 def _reviews(data: Any, inputs: dict[str, pathlib.Path], tally: Counter) -> Iterator[Review]:
     if data.source == "synthetic":
         return synthetic_reviews(**_synthetic_fields(data), vote_cap=data.vote_cap, seed=data.seed)
-    return read_reviews(data.source, inputs["path"], data.max_broken, tally)
+    return of_categories(read_reviews(data.source, inputs["path"], data.max_broken, tally), data, tally)
 
 
 def _scorer(data: Any, inputs: dict[str, pathlib.Path]) -> Scorer:

@@ -169,9 +169,8 @@ def _clothing(row: dict) -> Review:
     # The file names neither users nor products: "Dresses, General Petite, item 1078" is all there is to say.
     product = _identifier(row, "Clothing ID")
     title = ", ".join([row[c] for c in ("Class Name", "Division Name") if row.get(c)] + [f"item {product}"])
-    return Review(
-        "", product, clean_text(title), clean_text(row["Review Text"]), _votes(row["Positive Feedback Count"])
-    )
+    votes, text = _votes(row["Positive Feedback Count"]), clean_text(row["Review Text"])
+    return Review("", product, clean_text(title), text, votes, row.get("Department Name", ""))
 
 
 def _amazon2018(row: dict) -> Review:

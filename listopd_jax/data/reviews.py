@@ -13,13 +13,14 @@ _UNPRINTABLE = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Review:
-    """One review as read: text cleaned but not cut; the product's title, '' if unknown; helpful votes."""
+    """One review as read: text cleaned but not cut; title and category of the product, '' if unknown; helpful votes."""
 
     user: str
     product: str
     title: str
     text: str
     votes: int
+    category: str = ""
 
     @property
     def key(self) -> str:

@@ -1,4 +1,4 @@
-"""All reviews as a table of hashes, 26 bytes per row, and the texts of chosen rows from a second reading.
+"""All reviews as a table of hashes, 27 bytes per row, and the texts of chosen rows from a second reading.
 
 Lists are planned on the table (`groups.py`), so that no more texts are ever held than the chosen lists
 contain, however large the file is.
@@ -28,17 +28,22 @@ class ReviewTable:
     text: UInt64[np.ndarray, " rows"]
     score: UInt8[np.ndarray, " rows"]
     links: Bool[np.ndarray, " rows"]  # long enough that a copy on another product links the two products
+    held_out: Bool[np.ndarray, " rows"]  # of the category that is held out, if one is
 
 
 def scan(
-    reviews: Iterable[Review], score: Callable[[Review], int | None], max_words: int, tally: Counter
+    reviews: Iterable[Review],
+    score: Callable[[Review], int | None],
+    max_words: int,
+    tally: Counter,
+    held_out: Callable[[Review], bool] = lambda review: False,
 ) -> ReviewTable:
     """First reading: hashes and scores of all reviews that `score` gives one; others count as `unlabelled`.
 
     Texts are compared as they will be shown, i.e. cut to `max_words` words (0: uncut).
     """
     product, copy, text = array.array("Q"), array.array("Q"), array.array("Q")
-    scores, links = array.array("B"), array.array("B")
+    scores, links, sides = array.array("B"), array.array("B"), array.array("B")
     for review in reviews:
         value = score(review)
         if value is None:
@@ -50,8 +55,10 @@ def scan(
         text.append(hash64(shown))
         scores.append(value)
         links.append(shown.count(" ") + 1 >= LINK_WORDS)
+        sides.append(held_out(review))
     columns = (np.frombuffer(c, np.uint64) for c in (product, copy, text))
-    return ReviewTable(*columns, np.frombuffer(scores, np.uint8), np.frombuffer(links, np.bool_))
+    flags = (np.frombuffer(c, np.bool_) for c in (links, sides))
+    return ReviewTable(*columns, np.frombuffer(scores, np.uint8), *flags)
 
 
 def fetch(
