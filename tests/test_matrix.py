@@ -17,8 +17,8 @@ SIZES = ("small", "middle", "large")
 @pytest.mark.parametrize("name", EXPERIMENTS)
 def test_every_arm_is_a_config_at_both_scales(name, scale):
     experiment = EXPERIMENTS[name]
-    for arm in experiment.arms:
-        config = config_module.validate(experiment.get_config(f"{scale},{arm}"))
+    for ablation in experiment.ablations:
+        config = config_module.validate(experiment.get_config(f"{scale},{ablation}"))
         assert (
             config.opd.lambdas == experiment.lambdas and config.opd.steps >= {"tiny": 50, "paper": 42}[scale]
         )
@@ -27,10 +27,15 @@ def test_every_arm_is_a_config_at_both_scales(name, scale):
 
 def test_an_arm_changes_its_field_and_unknown_ones_are_named():
     clip = EXPERIMENTS["clip"]
-    assert [clip.get_config(f"tiny,{arm}").opd.clip for arm in clip.arms] == [1.5, 2.0, 5.0, math.inf]
+    assert [clip.get_config(f"tiny,{ablation}").opd.clip for ablation in clip.ablations] == [
+        1.5,
+        2.0,
+        5.0,
+        math.inf,
+    ]
     assert EXPERIMENTS["budget"].get_config("paper").opd.steps == 196
     assert EXPERIMENTS["budget"].get_config("paper").opd.eval_steps == (42,)
-    with pytest.raises(UserError, match="arm"):
+    with pytest.raises(UserError, match="ablation"):
         clip.get_config("tiny,1.6")
     with pytest.raises(UserError, match="scale"):
         clip.get_config("tinny")
@@ -111,8 +116,8 @@ def test_models_are_trained_once_and_what_is_done_stays(tmp_path):
 
 def test_an_arm_may_train_a_model_of_its_own_or_have_another_teacher(tmp_path):
     def given(name):
-        (arm, *_), experiment = matrix.arms({name: EXPERIMENTS[name]}), EXPERIMENTS[name]
-        flags = matrix._arguments(tmp_path, arm, experiment)
+        (ablation, *_), experiment = matrix.ablations({name: EXPERIMENTS[name]}), EXPERIMENTS[name]
+        flags = matrix._arguments(tmp_path, ablation, experiment)
         return {k.removeprefix("--config."): v for k, _, v in (flag.partition("=") for flag in flags)}
 
     export = f"{tmp_path}/models/export"
@@ -128,8 +133,8 @@ def test_an_arm_may_train_a_model_of_its_own_or_have_another_teacher(tmp_path):
 def test_sizes_are_those_of_their_names():
     from configs.paper import size, teacher_size
 
-    assert [size.get_config(f"tiny,{arm}").student.num_layers for arm in SIZES] == [1, 2, 4]
-    assert [teacher_size.get_config(f"tiny,{arm}").teacher.num_layers for arm in SIZES] == [1, 3, 5]
+    assert [size.get_config(f"tiny,{ablation}").student.num_layers for ablation in SIZES] == [1, 2, 4]
+    assert [teacher_size.get_config(f"tiny,{ablation}").teacher.num_layers for ablation in SIZES] == [1, 3, 5]
     assert size.get_config("paper,small").student.weights == "Qwen/Qwen3-0.6B"
     assert teacher_size.get_config("paper").teacher.weights == "Qwen/Qwen3-1.7B"
 
@@ -142,4 +147,4 @@ def test_a_job_that_stops_before_its_end_is_not_done(tmp_path, stops):
         PRETENDER.replace('(workdir / "report', f'workdir.name == "{stops}" or (workdir / "report')
     )
     assert matrix.run(root, matrix.select("temperature"), [str(program)]) == 1
-    assert (root / "temperature" / "0.5").exists() == (stops != "models"), "no arm without its models"
+    assert (root / "temperature" / "0.5").exists() == (stops != "models"), "no ablation without its models"

@@ -16,6 +16,7 @@ import numpy as np
 from flax import nnx
 
 from listopd_jax.errors import Parser, UserError, exit_code, positive
+from listopd_jax.lifecycle import quiet_libraries
 from listopd_jax.models.build import GGUF
 from listopd_jax.models.decoder import Decoder, abstract
 from listopd_jax.models.hf import load_hf, resolve
@@ -141,6 +142,7 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--dtype", choices=sorted(TOLERANCE), default="float32")
     parser.add_argument("--json", action="store_true", help="print the result as one JSON object")
     flags = parser.parse_args(argv)
+    quiet_libraries()
     source = pathlib.Path(flags.weights) if flags.weights.endswith(GGUF) else resolve(flags.weights)
     result = compare(source, flags.tokens, flags.dtype)
     print(json.dumps(result) if flags.json else "\n".join(f"{key}: {value}" for key, value in result.items()))
