@@ -13,7 +13,7 @@ from flax import nnx
 from listopd_jax import files
 from listopd_jax.data import manifest
 from listopd_jax.errors import UserError
-from listopd_jax.models.config import Lora, ModelConfig, custom_config, named_config
+from listopd_jax.models.config import GGUF, Lora, ModelConfig, custom_config, named_config
 from listopd_jax.models.decoder import Decoder, abstract
 from listopd_jax.models.hf import adapter_files, check_hf, load_adapter, load_hf, read_eos_ids, resolve
 from listopd_jax.models.hf.gguf import gguf_folder
@@ -22,7 +22,6 @@ from listopd_jax.models.quantized import INT8, REST, is_quantized, quantize
 from listopd_jax.parallel.compiler import OTHER, backend_options
 from listopd_jax.parallel.rules import param_shardings
 
-GGUF = ".gguf"
 PARAM_DTYPE = "float32"  # of what trains: in bfloat16, p - lr*u rounds back to p at these learning rates
 
 
