@@ -1,7 +1,7 @@
 """Experiments that tell accounts of the cliff apart (docs/results.md, "Decisive experiments").
 
-    for arm in no_base_none no_base_teacher_student natural decay variance_plain variance_clean_teacher; do
-        python -m listopd_jax.main --config=configs/decisive.py:$arm --workdir=runs/decisive/$arm
+    for ablation in no_base_none no_base_teacher_student natural decay variance_plain variance_clean_teacher; do
+        python -m listopd_jax.main --config=configs/decisive.py:$ablation --workdir=runs/decisive/$ablation
     done
 
 `no_base_*`: λ log π_T without a base at λ = 2, with ratio `none` and with that of EC. Is it the advantage that ruins
@@ -16,7 +16,7 @@ import ml_collections
 from configs import forecast, gain
 from listopd_jax.errors import unknown_name
 
-ARMS = (
+ABLATIONS = (
     "no_base_none",
     "no_base_teacher_student",
     "natural",
@@ -35,9 +35,9 @@ SAMPLED = {
 
 
 def get_config(name: str = "natural") -> ml_collections.ConfigDict:
-    """The configuration of `name`, one of ARMS."""
-    if name not in ARMS:
-        raise unknown_name("arm", name, ARMS)
+    """The configuration of `name`, one of ABLATIONS."""
+    if name not in ABLATIONS:
+        raise unknown_name("ablation", name, ABLATIONS)
     if name == "natural":
         config = _natural()
     elif name == "decay":

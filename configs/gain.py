@@ -1,7 +1,7 @@
 """Does λ > 1 pay where base and teacher share their errors? The experiment behind docs/results/gain.json.
 
-    for arm in same plain guarded independent independent_guarded; do
-        python -m listopd_jax.main --config=configs/gain.py:$arm --workdir=runs/gain/$arm
+    for ablation in same plain guarded independent independent_guarded; do
+        python -m listopd_jax.main --config=configs/gain.py:$ablation --workdir=runs/gain/$ablation
     done
     python -m listopd_jax.report.gain runs/gain --out=docs/results/gain.json
 
@@ -9,8 +9,8 @@ The teacher continues the base's own SFT run, and only from there on a share of 
 are the base's, smaller, and extrapolation runs into a cliff. `same` trains the pair and distils it at λ = 1, for N
 steps and for 2N, the control that λ > 1 is no more than a larger step. `plain` and `guarded` extrapolate it, without a
 guard and with one of structure alone. `independent` and `independent_guarded` do the same with a teacher of its own
-initialisation, order and depth, for which there should be nothing to gain. Run `same` and `independent` before the arms
-that load their models. Endpoint: the error of the expected scores over all 1,000 held-out lists, by seed.
+initialisation, order and depth, for which there should be nothing to gain. Run `same` and `independent` first: the
+others load their models. Endpoint: the error of the expected scores over all 1,000 held-out lists, by seed.
 """
 
 import ml_collections
@@ -19,16 +19,16 @@ from configs.fashion import tiny
 from listopd_jax.errors import unknown_name
 
 RUNS = "runs/gain"
-ARMS = ("same", "plain", "guarded", "independent", "independent_guarded")
+ABLATIONS = ("same", "plain", "guarded", "independent", "independent_guarded")
 SEEDS = (7, 13, 21, 42, 95, 101, 123, 202)
 LAMBDA = 2.0
 STEPS = 100
 
 
 def get_config(name: str = "same") -> ml_collections.ConfigDict:
-    """The configuration of `name`, one of ARMS."""
-    if name not in ARMS:
-        raise unknown_name("arm", name, ARMS)
+    """The configuration of `name`, one of ABLATIONS."""
+    if name not in ABLATIONS:
+        raise unknown_name("ablation", name, ABLATIONS)
     config = tiny()
     config.preset = name
     config.remat = "full"  # was faster than storing activations on a CPU
@@ -55,7 +55,7 @@ def get_config(name: str = "same") -> ml_collections.ConfigDict:
 
 
 def _models(config: ml_collections.ConfigDict, name: str) -> None:
-    """How the arm's models are trained, or where it finds those of another arm."""
+    """How the ablation's models are trained, or where it finds those of another ablation."""
     config.sft.student.update(steps=100, noise="duplicate_id:0.53", seed=2)
     config.sft.teacher.update(steps=60, noise="truncate:0.25", seed=3)
     if name.startswith("independent"):

@@ -1,16 +1,17 @@
 """Which guard keeps the contract at λ = 2, and at what price? The experiment behind docs/results/guards.json.
 
     for pair in right wrong; do
-        for arm in one plain structure everywhere mask mask_structure floor per_class one_mask one_sampled \\
+        for ablation in one plain structure everywhere mask mask_structure floor per_class one_mask one_sampled \\
                 contract_reward; do
-            python -m listopd_jax.main --config=configs/guards.py:${pair}_$arm --workdir=runs/guards/${pair}_$arm
+            name=${pair}_$ablation
+            python -m listopd_jax.main --config=configs/guards.py:$name --workdir=runs/guards/$name
         done
     done
     python -m listopd_jax.report.guards runs/guards --out=docs/results/guards.json
 
 `right` is the pair of configs/gain.py: the teacher's greedy answers keep the contract. `wrong` is a teacher whose own
 greedy answers break half of the lists (EC's: some 42 %), with a base that breaks none. `one` trains each pair and
-distils it at λ = 1; run it before the arms that load its models. `one_mask`, λ = 1 under the mask, was added after the
+distils it at λ = 1; run it first: the others load its models. `one_mask`, λ = 1 under the mask, was added after the
 lock: how much of what a mask gives does λ = 2 give? The contract reward is about sampled tokens, so it stands beside a
 λ = 1 of its own, `one_sampled`. Seeds and held-out lists are those of configs/gain.py.
 """
@@ -26,7 +27,7 @@ RUNS = "runs/guards"
 PAIRS = ("right", "wrong")
 SAMPLED = {"estimator": "sampled", "ratio": "none", "control_variate": "optimal"}
 MARGIN = {"margin": 1.25, "fallback": "base"}
-ARMS: dict[str, dict[str, Any]] = {
+ABLATIONS: dict[str, dict[str, Any]] = {
     "one": {"lambdas": (1.0,)},
     "plain": {},
     "structure": {"guard": {**MARGIN, "scope": "structure"}},
@@ -42,18 +43,20 @@ ARMS: dict[str, dict[str, Any]] = {
 
 
 def get_config(name: str = "right_one") -> ml_collections.ConfigDict:
-    """The configuration of `name`, PAIR_ARM."""
-    pair, _, arm = name.partition("_")
-    if pair not in PAIRS or arm not in ARMS:
-        raise unknown_name("arm", name, [f"{pair}_{arm}" for pair in PAIRS for arm in ARMS])
+    """The configuration of `name`, PAIR_ABLATION."""
+    pair, _, ablation = name.partition("_")
+    if pair not in PAIRS or ablation not in ABLATIONS:
+        raise unknown_name(
+            "ablation", name, [f"{pair}_{ablation}" for pair in PAIRS for ablation in ABLATIONS]
+        )
     config = gain.get_config("same") if pair == "right" else _wrong()
     config.preset = name
     config.forecast.lambdas = (1.0, 2.0)
     config.evaluation.margins = True
-    config.train.export = arm == "one"
+    config.train.export = ablation == "one"
     config.opd.update(lambdas=(gain.LAMBDA,), steps=gain.STEPS, eval_steps=())
-    config.opd.update(ARMS[arm])
-    if arm != "one":
+    config.opd.update(ABLATIONS[ablation])
+    if ablation != "one":
         _load(config, pair)
     return config
 
@@ -69,7 +72,7 @@ def _wrong() -> ml_collections.ConfigDict:
 
 
 def _load(config: ml_collections.ConfigDict, pair: str) -> None:
-    """The models that arm `one` of the pair has trained."""
+    """The models that ablation `one` of the pair has trained."""
     for role in ("teacher", "student"):
         config[role].weights = f"{RUNS}/{pair}_one/export/sft_{role}"
         config.sft[role].update(steps=0, epochs=0.0)

@@ -8,7 +8,7 @@ other ways to distil `early`; `warm` lets the learning rate rise first, without 
 (docs/results.md). `more` has other λ. Each alone makes the pair anew; the script takes its checkpoints.
 
 At the commas where the target flips the base gives its second choice some e^-10, and the pull of the reverse KL is in
-proportion to that. Sampled tokens would not meet it once in a run, so the exact loss is the main arm, and the learning
+proportion to that. Sampled tokens would not meet it once in a run, so most ablations use the exact loss. The learning
 rate is ten times that of the first try, whose students hardly moved. λ = 2 shows whether such steps break lists by
 themselves: they do. The forward KL pulls as hard wherever the target is: its students say what the target does.
 """
@@ -18,14 +18,14 @@ import ml_collections
 from configs.fashion import smollm2
 from listopd_jax.errors import unknown_name
 
-ARMS = ("early", "late", "independent", "forward", "guarded", "warm", "sampled", "more")
+ABLATIONS = ("early", "late", "independent", "forward", "guarded", "warm", "sampled", "more")
 FORECASTS = (1.5, 2.0, 2.5, 3.0, 3.5, 4.0, 5.0, 6.0, 8.0)  # nine, as of a prediction: the same programs
 
 
 def get_config(name: str = "early") -> ml_collections.ConfigDict:
-    """The configuration of `name`, one of ARMS."""
-    if name not in ARMS:
-        raise unknown_name("arm", name, ARMS)
+    """The configuration of `name`, one of ABLATIONS."""
+    if name not in ABLATIONS:
+        raise unknown_name("ablation", name, ABLATIONS)
     config = smollm2()
     config.preset = name
     config.dtype.frozen = "float32"  # room enough, and students start from a copy of the base

@@ -1,9 +1,9 @@
 """python -m launch.matrix --root=runs/matrix --out=docs/matrix.md [--only=clip,no_base] [--clothing=FILE]
 
-Run the paper's experiments (configs/paper) at tiny scale, one arm after another, and write what EC saw beside what we
-saw. Teacher and base are trained once and shared. What is done is left alone; Ctrl-C and SIGTERM let the run save and
-stop, and the same command resumes. The table is written anew after each call, also of what is done by then. Experiments
-on real reviews run where their file is given.
+Run the paper's experiments (configs/paper) at tiny scale, one ablation after another, and write what EC saw beside
+what we saw. Teacher and base are trained once and shared. What is done is left alone; Ctrl-C and SIGTERM let the run
+save and stop, and the same command resumes. The table is written anew after each call, also of what is done by then.
+Experiments on real reviews run where their file is given.
 
 Exit code 0: all done; 1: some failed; 2: a mistake to fix; 130 or 143: stopped.
 """
@@ -28,10 +28,10 @@ from listopd_jax.report.wording import markdown
 from listopd_jax.theory.cliff import t_half_width
 
 MODELS = "models"  # the folder of the run that trains teacher and base
-HEAD = ("experiment", "arm", "λ", "seeds", "parse, 95 % t interval")
+HEAD = ("experiment", "ablation", "λ", "seeds", "parse, 95 % t interval")
 
 
-class Arm(NamedTuple):
+class Ablation(NamedTuple):
     """One job of the matrix."""
 
     experiment: str
@@ -74,28 +74,30 @@ def run(
     clothing: str = "",
     program: Sequence[str] = ("-m", "listopd_jax.main"),
 ) -> int:
-    """Train the models, then every arm; the exit code of `launch.local`, 1 too if a job stopped before its end."""
+    """Train the models, then every ablation; the exit code of `launch.local`, 1 too if a job stopped before its end."""
     chosen = {name: e for name, e in chosen.items() if clothing or not e.on_clothing}
     logs = root / "logs"
     if not done(root, MODELS):
         code = run_all({MODELS: [sys.executable, *program, *_models_arguments(root)]}, 1, logs)
         if code or not done(root, MODELS):
             return code or 1
-    waiting = [arm for arm in arms(chosen) if not done(root, arm.folder)]
+    waiting = [ablation for ablation in ablations(chosen) if not done(root, ablation.folder)]
     commands = {
-        arm.folder.replace("/", "_"): [
+        ablation.folder.replace("/", "_"): [
             sys.executable,
             *program,
-            *_arguments(root, arm, chosen[arm.experiment], clothing),
+            *_arguments(root, ablation, chosen[ablation.experiment], clothing),
         ]
-        for arm in waiting
+        for ablation in waiting
     }
-    return run_all(commands, 1, logs) or int(not all(done(root, arm.folder) for arm in waiting))
+    return run_all(commands, 1, logs) or int(not all(done(root, ablation.folder) for ablation in waiting))
 
 
-def arms(chosen: Mapping[str, Experiment]) -> list[Arm]:
-    """All arms, experiment by experiment."""
-    return [Arm(name, arm) for name, experiment in chosen.items() for arm in experiment.arms]
+def ablations(chosen: Mapping[str, Experiment]) -> list[Ablation]:
+    """All ablations, experiment by experiment."""
+    return [
+        Ablation(name, ablation) for name, experiment in chosen.items() for ablation in experiment.ablations
+    ]
 
 
 def done(root: pathlib.Path, folder: str) -> bool:
@@ -110,18 +112,18 @@ def _models_arguments(root: pathlib.Path) -> list[str]:
     ]  # fmt: skip
 
 
-def _arguments(root: pathlib.Path, arm: Arm, experiment: Experiment, clothing: str) -> list[str]:
-    """Those of an arm: its models are the exported ones but for those that it trains itself."""
-    given = {"data.path": clothing} if experiment.on_clothing else _exported(root, arm, experiment)
+def _arguments(root: pathlib.Path, ablation: Ablation, experiment: Experiment, clothing: str) -> list[str]:
+    """Those of an ablation: its models are the exported ones but for those that it trains itself."""
+    given = {"data.path": clothing} if experiment.on_clothing else _exported(root, ablation, experiment)
     return [
-        f"--config=configs/paper/{arm.experiment}.py:tiny,{arm.name}",
-        f"--workdir={root / arm.folder}",
+        f"--config=configs/paper/{ablation.experiment}.py:tiny,{ablation.name}",
+        f"--workdir={root / ablation.folder}",
         *(f"--config.{name}={value}" for name, value in given.items()),
     ]
 
 
-def _exported(root: pathlib.Path, arm: Arm, experiment: Experiment) -> dict[str, object]:
-    """The fields by which an arm reads models of the run that trains them, and their tokenizer."""
+def _exported(root: pathlib.Path, ablation: Ablation, experiment: Experiment) -> dict[str, object]:
+    """The fields by which an ablation reads models of the run that trains them, and their tokenizer."""
     export = root / MODELS / "export"
     given: dict[str, object] = {"tokenizer.path": export / "sft_teacher"}
     for role, source in {"teacher": experiment.teacher, "student": "student"}.items():
@@ -129,8 +131,8 @@ def _exported(root: pathlib.Path, arm: Arm, experiment: Experiment) -> dict[str,
             given[f"{role}.weights"] = export / f"sft_{source}"
         if role not in experiment.own:
             given |= {f"sft.{role}.{name}": 0 for name in ("steps", "epochs")}
-    if arm.name in experiment.reference:
-        given["reference.weights"] = export / f"sft_{experiment.reference[arm.name]}"
+    if ablation.name in experiment.reference:
+        given["reference.weights"] = export / f"sft_{experiment.reference[ablation.name]}"
     return given
 
 
@@ -139,9 +141,16 @@ def _exported(root: pathlib.Path, arm: Arm, experiment: Experiment) -> dict[str,
 
 def page(root: pathlib.Path, chosen: Mapping[str, Experiment]) -> str:
     """The matrix in Markdown: what EC saw, what we saw, whether they agree; then every number."""
-    seen = {name: {arm: curve(root / name / arm, e.policy) for arm in e.arms} for name, e in chosen.items()}
+    seen = {
+        name: {ablation: curve(root / name / ablation, e.policy) for ablation in e.ablations}
+        for name, e in chosen.items()
+    }
     verdicts = [(name, e.ec, verdict(e, seen[name])) for name, e in chosen.items()]
-    rows = [row for arm in arms(chosen) for row in _rows(arm, seen[arm.experiment][arm.name])]
+    rows = [
+        row
+        for ablation in ablations(chosen)
+        for row in _rows(ablation, seen[ablation.experiment][ablation.name])
+    ]
     return (
         "\n\n".join(
             [
@@ -172,9 +181,15 @@ def verdict(experiment: Experiment, seen: Mapping[str, Curve]) -> str:
         return f"open: {e}"
 
 
-def _rows(arm: Arm, seen: Curve) -> list[tuple[str, ...]]:
+def _rows(ablation: Ablation, seen: Curve) -> list[tuple[str, ...]]:
     return [
-        (arm.experiment, arm.name, "–" if lam is None else f"{lam:g}", str(len(parse)), _interval(parse))
+        (
+            ablation.experiment,
+            ablation.name,
+            "–" if lam is None else f"{lam:g}",
+            str(len(parse)),
+            _interval(parse),
+        )
         for lam, parse in seen.items()
     ]
 

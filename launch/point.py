@@ -75,7 +75,7 @@ def begin(grid: Grid, name: str) -> None:
     if not grid.done(COMMON):
         raise UserError(f"{common}: the common stages are not done; run --name={COMMON} first")
     try:
-        with files.whole_folder(workdir, replace=False) as new:
+        with files.atomic_folder(workdir, replace=False) as new:
             new.chmod(common.stat().st_mode)
             _take_over(common, new)
     except OSError as e:

@@ -648,7 +648,7 @@ def _validate_server(config: ml_collections.ConfigDict) -> None:
         not config.sft.continued,
         "sft.continued trains the teacher, which teacher.server only reads: drop one",
     )
-    whole = {
+    needing = {
         "opd.estimator": opd.estimator == "full_vocab",
         "opd.recommend": opd.recommend,
         "predict.anchors": bool(config.predict.anchors),
@@ -658,7 +658,7 @@ def _validate_server(config: ml_collections.ConfigDict) -> None:
         "opd.on_collapse": opd.on_collapse != "none",
         "opd.guard": bool(guard_text(opd.guard)),
     }
-    for field in (field for field, used in whole.items() if used):
+    for field in (field for field, used in needing.items() if used):
         raise UserError(
             f"{field} needs the teacher's whole distribution, and teacher.server gives one number a token: leave one "
             "of them out"

@@ -64,7 +64,7 @@ def not_written(path: str | os.PathLike, e: Exception, instead: str = "another -
 
 
 @contextlib.contextmanager
-def whole_folder(folder: str | os.PathLike, replace: bool = True) -> Iterator[pathlib.Path]:
+def atomic_folder(folder: str | os.PathLike, replace: bool = True) -> Iterator[pathlib.Path]:
     """A new folder to fill inside; at the end it is on disk and takes the name `folder`, unless the block failed.
 
     What stood there goes. With `replace=False` it stays, unless it is an empty folder, and that is an OSError. OSErrors

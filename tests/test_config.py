@@ -17,13 +17,13 @@ def test_presets_are_valid_and_are_json(preset):
     assert json.loads(json.dumps(config_module.to_json(config)))["opd"]["clip"] == 5.0
 
 
-@pytest.mark.parametrize("arm", natural.ARMS)
-def test_the_arms_on_a_pretrained_pair_forecast_the_same_grid(arm):
-    config = natural.get_config(arm)
+@pytest.mark.parametrize("ablation", natural.ABLATIONS)
+def test_the_ablations_on_a_pretrained_pair_forecast_the_same_grid(ablation):
+    config = natural.get_config(ablation)
     config.data.path = "reviews.csv"
     config = config_module.validate(config)
-    assert config_module.predicts(config) == (arm in ("early", "late"))
-    assert config.train.export == (arm == "early")  # the others start from its checkpoints
+    assert config_module.predicts(config) == (ablation in ("early", "late"))
+    assert config.train.export == (ablation == "early")  # the others start from its checkpoints
     guarded = config.opd.guard.margin > 0
     forecast = config.forecast.plain_lambdas if guarded else config.forecast.lambdas
     assert set(forecast) >= set(config.opd.plain_lambdas if guarded else config.opd.lambdas)

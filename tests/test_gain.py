@@ -27,18 +27,19 @@ def record(lam, seed, steps, mae, **fields):
     } | fields
 
 
-def arms(folder, seeds=SEED, **changes):
-    """A folder of arms: differences to λ = 1 are 0.1 · (…) plus OWN; λ = 1 gains 0.04 from 2N steps in every seed."""
-    for arm, level in (LEVEL | changes).items():
-        lam = 1.0 if arm in ("same", "independent") else 1.5
+def ablations(folder, seeds=SEED, **changes):
+    """Ablations whose differences to λ = 1 are 0.1 · (…) plus OWN; λ = 1 gains 0.04 from 2N steps in every seed."""
+    for ablation, level in (LEVEL | changes).items():
+        lam = 1.0 if ablation in ("same", "independent") else 1.5
         own = OWN if lam > 1 else dict.fromkeys(OWN, 0.0)
         rows = [
-            record(lam, s, 150, level + SEED[s] + own[s], parse=0.5 if arm == "plain" else 0.9) for s in seeds
+            record(lam, s, 150, level + SEED[s] + own[s], parse=0.5 if ablation == "plain" else 0.9)
+            for s in seeds
         ]
-        if arm == "same":
+        if ablation == "same":
             rows += [record(1.0, s, 300, level + SEED[s] - 0.04) for s in seeds]
             rows.append({"stage": "sft_teacher", "parse": 0.99, "expected_mae": 1.3, "seed": 3, "steps": 60})
-        path = folder / arm / "results.json"
+        path = folder / ablation / "results.json"
         path.parent.mkdir(parents=True)
         path.write_text(json.dumps(rows))
     return folder
@@ -46,7 +47,7 @@ def arms(folder, seeds=SEED, **changes):
 
 def test_the_file_has_the_form_and_the_numbers(tmp_path):
     out = tmp_path / "gain.json"
-    main([str(arms(tmp_path / "runs")), f"--out={out}"])
+    main([str(ablations(tmp_path / "runs")), f"--out={out}"])
     found = json.loads(out.read_text())
     assert found.keys() == {"lambda_1", "guarded", "teacher", "controls"}
     assert found["lambda_1"] == pytest.approx({"parse": 0.9, "mae": 1.5 + 0.02 / 3})
@@ -66,7 +67,7 @@ def test_the_file_has_the_form_and_the_numbers(tmp_path):
 
 
 def test_seeds_are_paired_and_those_without_a_partner_left_out_of_the_difference(tmp_path):
-    folder = arms(tmp_path)
+    folder = ablations(tmp_path)
     path = folder / "guarded" / "results.json"
     path.write_text(json.dumps(json.loads(path.read_text())[:2]))
     found = summary(folder)["guarded"]["mae_difference"]
@@ -75,12 +76,12 @@ def test_seeds_are_paired_and_those_without_a_partner_left_out_of_the_difference
 
 
 def test_one_seed_has_no_interval(tmp_path):
-    found = summary(arms(tmp_path, seeds=[7]))["guarded"]["mae_difference"]
+    found = summary(ablations(tmp_path, seeds=[7]))["guarded"]["mae_difference"]
     assert found == {"mean": pytest.approx(-0.09), "low": None, "high": None}
 
 
 def test_the_table_says_what_twice_the_training_would_have_given(tmp_path):
-    rows = {line.split(" | ")[0].strip("| "): line for line in table(arms(tmp_path)).splitlines()}
+    rows = {line.split(" | ")[0].strip("| "): line for line in table(ablations(tmp_path)).splitlines()}
     assert "-0.060 [" in rows["guarded"] and "+0.100 [" in rows["plain"] and "0.500 ± 0.000" in rows["plain"]
     assert rows.keys() >= {*LEVEL, "longer"}
 
@@ -95,12 +96,12 @@ def test_the_table_says_what_twice_the_training_would_have_given(tmp_path):
         (lambda f: (f / "same" / "results.json").write_text("[]"), "needs λ = 1 after N and after 2N steps"),
         (
             lambda f: (f / "guarded" / "results.json").write_text(json.dumps([record(1.5, 7, 150, None)])),
-            "has no expected_mae; run the arm with evaluation.expected=True",
+            "has no expected_mae; run the ablation with evaluation.expected=True",
         ),
     ],
 )
 def test_what_is_missing_is_one_line(tmp_path, break_it, says):
-    folder = arms(tmp_path)
+    folder = ablations(tmp_path)
     break_it(folder)
     with pytest.raises(UserError) as error:
         main([str(folder)])
@@ -110,12 +111,12 @@ def test_what_is_missing_is_one_line(tmp_path, break_it, says):
 def test_every_arm_is_a_config_and_only_the_guarded_ones_have_a_guard():
     from configs import gain
 
-    configs = {arm: validate(gain.get_config(arm)) for arm in gain.ARMS}
-    guards = {arm: config.opd.guard.margin > 0 for arm, config in configs.items()}
-    assert guards == {arm: arm.endswith("guarded") for arm in gain.ARMS}
+    configs = {ablation: validate(gain.get_config(ablation)) for ablation in gain.ABLATIONS}
+    guards = {ablation: config.opd.guard.margin > 0 for ablation, config in configs.items()}
+    assert guards == {ablation: ablation.endswith("guarded") for ablation in gain.ABLATIONS}
     assert all(config.evaluation.expected and len(config.opd.seeds) == 8 for config in configs.values())
     assert configs["same"].opd.eval_steps == (configs["plain"].opd.steps,)
-    with pytest.raises(UserError, match="arm"):
+    with pytest.raises(UserError, match="ablation"):
         gain.get_config("other")
 
 

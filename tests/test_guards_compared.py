@@ -1,4 +1,4 @@
-"""docs/results/guards.json from made-up records: paired differences, the goal, and the arms of configs/guards.py."""
+"""docs/results/guards.json from made-up records: paired differences, the goal, and configs/guards.py."""
 
 import json
 import pathlib
@@ -13,11 +13,11 @@ SEED = {7: 0.03, 13: -0.01, 21: 0.0}  # what a seed adds to every policy: pairs 
 T_975 = 4.302652730  # Student's t with two degrees of freedom, from a printed table
 
 
-def write(folder, arm, mae, parse=0.99, seeds=SEED, own=(0.0, 0.0, 0.0), **fields):
+def write(folder, ablation, mae, parse=0.99, seeds=SEED, own=(0.0, 0.0, 0.0), **fields):
     rows = [
         {
             "stage": "opd",
-            "lambda": 1.0 if "one" in arm else 2.0,
+            "lambda": 1.0 if "one" in ablation else 2.0,
             "seed": seed,
             "steps": 100,
             "parse": parse,
@@ -27,7 +27,7 @@ def write(folder, arm, mae, parse=0.99, seeds=SEED, own=(0.0, 0.0, 0.0), **field
         }
         for seed, more in zip(seeds, own, strict=False)
     ]
-    path = folder / arm / "results.json"
+    path = folder / ablation / "results.json"
     path.parent.mkdir(parents=True)
     path.write_text(json.dumps(rows))
 
@@ -118,14 +118,18 @@ def test_every_arm_is_a_config_whose_guard_is_its_own():
     from configs import guards
 
     for pair in guards.PAIRS:
-        configs = {arm: validate(guards.get_config(f"{pair}_{arm}")) for arm in guards.ARMS}
+        configs = {
+            ablation: validate(guards.get_config(f"{pair}_{ablation}")) for ablation in guards.ABLATIONS
+        }
         texts = [guard_text(config.opd.guard) for config in configs.values()]
         unguarded = {"one", "plain", "one_sampled", "contract_reward"}
-        assert {arm for arm, text in zip(configs, texts, strict=True) if not text} == unguarded
+        assert {ablation for ablation, text in zip(configs, texts, strict=True) if not text} == unguarded
         assert len(set(texts)) == len(configs) - len(unguarded)  # one_mask has that of mask, and "" is one
-        assert {c.opd.lambdas for arm, c in configs.items() if not arm.startswith("one")} == {(2.0,)}
+        assert {c.opd.lambdas for ablation, c in configs.items() if not ablation.startswith("one")} == {
+            (2.0,)
+        }
         assert all(c.evaluation.expected and len(c.opd.seeds) == 8 for c in configs.values())
-    with pytest.raises(UserError, match="arm"):
+    with pytest.raises(UserError, match="ablation"):
         guards.get_config("right_other")
 
 

@@ -226,15 +226,15 @@ def test_the_initial_state_is_freed_before_another_is_read(undisturbed, tmp_path
         made.append(start())
         return made[-1]
 
-    def reading(self, step, like, whole):
+    def reading(self, step, like, result_only):
         assert all(leaf.is_deleted() for leaf in jax.tree.leaves(made))
-        reads.append((step, whole))
-        return read(self, step, like, whole)
+        reads.append((step, result_only))
+        return read(self, step, like, result_only)
 
     monkeypatch.setattr(Checkpoints, "_read", reading)
     train(tmp_path, run_of(10), initial, batches(), update, Saving(3, 2))
     train(tmp_path, run_of(12), initial, batches(), update, Saving(3, 2))
-    assert reads == [(10, False), (10, True)]
+    assert reads == [(10, True), (10, False)]
 
 
 def test_the_best_stays(tmp_path):

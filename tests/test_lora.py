@@ -19,7 +19,13 @@ from listopd_jax.models import hf
 from listopd_jax.models.build import initial_params, model_config, weights_digest
 from listopd_jax.models.config import PROJECTIONS, Lora, ModelConfig, lora_params
 from listopd_jax.models.decoder import abstract
-from listopd_jax.models.lora import abstract_adapter, initial_adapter, joined, merged, stacked
+from listopd_jax.models.lora import (
+    abstract_adapter,
+    initial_adapter,
+    merge_adapter,
+    stack_adapters,
+    with_adapter,
+)
 from listopd_jax.ops.objective import Hyper, Variant
 from listopd_jax.ops.opd_loss import Frozen, Models
 from listopd_jax.records import read_results
@@ -75,8 +81,8 @@ def logits(graph, params):
 def test_it_is_as_large_as_is_said_and_changes_nothing_at_first():
     new = initial_adapter(SHAPE, LORA, seed=0)
     assert sum(x.size for x in jax.tree.leaves(new)) == lora_params(SHAPE, LORA)
-    bits(merged(BASE, new, LORA), BASE)
-    np.testing.assert_array_equal(logits(WITH, joined(BASE, new)), logits(GRAPH, BASE))
+    bits(merge_adapter(BASE, new, LORA), BASE)
+    np.testing.assert_array_equal(logits(WITH, with_adapter(BASE, new)), logits(GRAPH, BASE))
     other = initial_adapter(SHAPE, LORA, seed=1)
     assert not np.array_equal(new["layers"]["q_lora_a"][...], other["layers"]["q_lora_a"][...])
 
@@ -93,8 +99,8 @@ def test_gradients_are_those_of_the_merged_model(targets):
     def loss(graph, params):
         return (jax.nn.log_softmax(logits(graph, params)) * weights).sum()
 
-    ours = jax.jit(jax.value_and_grad(lambda a: loss(graph, joined(BASE, a))))(adapter)
-    dense = jax.jit(jax.value_and_grad(lambda p: loss(GRAPH, p)))(merged(BASE, adapter, lora))
+    ours = jax.jit(jax.value_and_grad(lambda a: loss(graph, with_adapter(BASE, a))))(adapter)
+    dense = jax.jit(jax.value_and_grad(lambda p: loss(GRAPH, p)))(merge_adapter(BASE, adapter, lora))
     assert float(ours[0]) == pytest.approx(float(dense[0]), rel=1e-5)
     factors, dW = ({p[-1]: x[...] for p, x in nnx.to_flat_state(t)} for t in (adapter, dense[1]))
     for path, grad in nnx.to_flat_state(ours[1]):
@@ -110,10 +116,10 @@ def test_every_pass_has_it():
     """Prefill and decoding too: greedy answers of the model with its adapter are those of the merged one."""
     options = dict(max_tokens=12, vocab=61, eos=(), pad=0, temperature=1.0)
     prompts, key = jnp.asarray(TOKENS), jax.random.key(0)
-    whole = merged(BASE, ADAPTER, LORA)
+    whole = merge_adapter(BASE, ADAPTER, LORA)
     ours, theirs = (
         generate((g,), (p,), jnp.ones((1, 2)), prompts, jnp.asarray(LENGTHS), key, **options)
-        for g, p in ((WITH, joined(BASE, ADAPTER)), (GRAPH, whole))
+        for g, p in ((WITH, with_adapter(BASE, ADAPTER)), (GRAPH, whole))
     )
     np.testing.assert_array_equal(ours.tokens, theirs.tokens)
     np.testing.assert_allclose(ours.logprobs, theirs.logprobs, atol=1e-4)
@@ -122,10 +128,10 @@ def test_every_pass_has_it():
 def test_several_are_one_of_the_sum_of_their_ranks():
     second = Lora(2, 7.0, ("q", "down"))
     added = drawn(abstract_adapter(SHAPE, second), 4)
-    expected = merged(merged(BASE, ADAPTER, LORA), added, second)
-    lora, adapter = stacked(SHAPE, [(LORA, ADAPTER), (second, added)])
+    expected = merge_adapter(merge_adapter(BASE, ADAPTER, LORA), added, second)
+    lora, adapter = stack_adapters(SHAPE, [(LORA, ADAPTER), (second, added)])
     assert (lora.rank, lora.scale, lora.targets) == (5, 1.0, PROJECTIONS)
-    close(merged(BASE, adapter, lora), expected, rtol=1e-6)
+    close(merge_adapter(BASE, adapter, lora), expected, rtol=1e-6)
 
 
 # --- the steps
@@ -151,7 +157,7 @@ def test_an_opd_step_scores_the_merged_student_and_keeps_moments_of_the_adapter_
         return run(init_state(jax.tree.map(jnp.copy, params), RECORD), frozen, batch, hyper, jnp.float32(0.1))
 
     state, metrics, per_token = step(WITH, ADAPTER)
-    _, whole_metrics, whole_per_token = step(GRAPH, merged(BASE, ADAPTER, LORA))
+    _, whole_metrics, whole_per_token = step(GRAPH, merge_adapter(BASE, ADAPTER, LORA))
     metrics.pop("grad_norm"), whole_metrics.pop("grad_norm")
     close((metrics, per_token), (whole_metrics, whole_per_token), rtol=2e-5)
     assert jax.tree.structure(state.params) == jax.tree.structure(ADAPTER)
@@ -201,7 +207,7 @@ def test_peft_loads_ours(folder):
     model = peft.AutoPeftModelForCausalLM.from_pretrained(folder / "adapter", dtype=torch.float32)
     with torch.no_grad():
         theirs = model(torch.tensor(TOKENS, dtype=torch.long)[:1]).logits.numpy()
-    close(logits(WITH, joined(BASE, ADAPTER))[:1], theirs, rtol=1e-4)
+    close(logits(WITH, with_adapter(BASE, ADAPTER))[:1], theirs, rtol=1e-4)
 
 
 @pytest.mark.parametrize("rslora", [False, True])
@@ -426,7 +432,7 @@ def test_it_is_exported_merged_from_its_checkpoints_and_as_an_adapter(job, tmp_p
     assert exit_code(export_main, [*flags, f"--out={out}", "--adapter"]) == 0, capsys.readouterr().err
     lora, adapter = hf.load_adapter(out, hf.read_config(workdir / "export" / policy))
     assert lora.rank == (2 if policy == "sft_student" else 4)
-    params = merged(hf.load_hf(config.student.weights)[1], adapter, lora)
+    params = merge_adapter(hf.load_hf(config.student.weights)[1], adapter, lora)
     close(dict(hf.hf_tensors(params)), exported, rtol=1e-6)
     assert (
         json.loads((out / "adapter_config.json").read_text())["base_model_name_or_path"]

@@ -15,10 +15,10 @@ SIZES = ("small", "middle", "large")
 
 @pytest.mark.parametrize("scale", ["tiny", "paper"])
 @pytest.mark.parametrize("name", EXPERIMENTS)
-def test_every_arm_is_a_config_at_both_scales(name, scale):
+def test_every_ablation_is_a_config_at_both_scales(name, scale):
     experiment = EXPERIMENTS[name]
-    for arm in experiment.arms:
-        config = experiment.get_config(f"{scale},{arm}")
+    for ablation in experiment.ablations:
+        config = experiment.get_config(f"{scale},{ablation}")
         config.data.path = "FILE" if experiment.on_clothing else config.data.path
         config = config_module.validate(config)
         assert (
@@ -27,12 +27,17 @@ def test_every_arm_is_a_config_at_both_scales(name, scale):
     assert f"configs/paper/{name}.py:tiny" in matrix.importlib.import_module(f"configs.paper.{name}").__doc__
 
 
-def test_an_arm_changes_its_field_and_unknown_ones_are_named():
+def test_an_ablation_changes_its_field_and_unknown_ones_are_named():
     clip = EXPERIMENTS["clip"]
-    assert [clip.get_config(f"tiny,{arm}").opd.clip for arm in clip.arms] == [1.5, 2.0, 5.0, math.inf]
+    assert [clip.get_config(f"tiny,{ablation}").opd.clip for ablation in clip.ablations] == [
+        1.5,
+        2.0,
+        5.0,
+        math.inf,
+    ]
     assert EXPERIMENTS["budget"].get_config("paper").opd.steps == 196
     assert EXPERIMENTS["budget"].get_config("paper").opd.eval_steps == (42,)
-    with pytest.raises(UserError, match="arm"):
+    with pytest.raises(UserError, match="ablation"):
         clip.get_config("tiny,1.6")
     with pytest.raises(UserError, match="scale"):
         clip.get_config("tinny")
@@ -111,15 +116,17 @@ def test_models_are_trained_once_and_what_is_done_stays(tmp_path):
     assert "--config=configs/paper/temperature.py:tiny,0.5" in calls["temperature/0.5"]
 
 
-def given(root, name, arm="", clothing=""):
-    """The config fields that the matrix gives an arm of experiment `name`, the first where none is named."""
+def given(root, name, ablation="", clothing=""):
+    """The config fields that the matrix gives an ablation of experiment `name`, the first where none is named."""
     chosen = {name: EXPERIMENTS[name]}
-    found = {a.name: a for a in matrix.arms(chosen)}
-    flags = matrix._arguments(root, found.get(arm, next(iter(found.values()))), EXPERIMENTS[name], clothing)
+    found = {a.name: a for a in matrix.ablations(chosen)}
+    flags = matrix._arguments(
+        root, found.get(ablation, next(iter(found.values()))), EXPERIMENTS[name], clothing
+    )
     return {k.removeprefix("--config."): v for k, _, v in (flag.partition("=") for flag in flags)}
 
 
-def test_an_arm_may_train_a_model_of_its_own_or_have_another_teacher(tmp_path):
+def test_an_ablation_may_train_a_model_of_its_own_or_have_another_teacher(tmp_path):
     export = f"{tmp_path}/models/export"
     names = ("no_base", "size", "teacher_size", "self_distillation")
     plain, size, larger, itself = (given(tmp_path, name) for name in names)
@@ -133,7 +140,7 @@ def test_an_arm_may_train_a_model_of_its_own_or_have_another_teacher(tmp_path):
 
 def test_a_teacher_may_be_trained_further_and_what_it_was_be_the_reference(tmp_path):
     export = f"{tmp_path}/models/export"
-    base, before = (given(tmp_path, "reference", arm) for arm in ("base", "before"))
+    base, before = (given(tmp_path, "reference", ablation) for ablation in ("base", "before"))
     assert before.pop("reference.weights") == f"{export}/sft_teacher"
     assert before.keys() == base.keys() and base["teacher.weights"] == f"{export}/sft_teacher"
     assert "sft.teacher.steps" not in base and base["sft.student.steps"] == "0"
@@ -154,8 +161,8 @@ def test_real_reviews_are_run_where_their_file_is_given(tmp_path):
 def test_sizes_are_those_of_their_names():
     from configs.paper import size, teacher_size
 
-    assert [size.get_config(f"tiny,{arm}").student.num_layers for arm in SIZES] == [1, 2, 4]
-    assert [teacher_size.get_config(f"tiny,{arm}").teacher.num_layers for arm in SIZES] == [1, 3, 5]
+    assert [size.get_config(f"tiny,{ablation}").student.num_layers for ablation in SIZES] == [1, 2, 4]
+    assert [teacher_size.get_config(f"tiny,{ablation}").teacher.num_layers for ablation in SIZES] == [1, 3, 5]
     assert size.get_config("paper,small").student.weights == "Qwen/Qwen3-0.6B"
     assert teacher_size.get_config("paper").teacher.weights == "Qwen/Qwen3-1.7B"
 
@@ -168,4 +175,4 @@ def test_a_job_that_stops_before_its_end_is_not_done(tmp_path, stops):
         PRETENDER.replace('(workdir / "report', f'workdir.name == "{stops}" or (workdir / "report')
     )
     assert matrix.run(root, matrix.select("temperature"), program=[str(program)]) == 1
-    assert (root / "temperature" / "0.5").exists() == (stops != "models"), "no arm without its models"
+    assert (root / "temperature" / "0.5").exists() == (stops != "models"), "no ablation without its models"

@@ -2,6 +2,8 @@
 
 import dataclasses
 import json
+import subprocess
+import sys
 
 import jax.numpy as jnp
 import pytest
@@ -43,11 +45,13 @@ def test_float32_agrees_and_continues_token_for_token(export, capsys):
 def test_a_wrong_model_is_noticed(export, capsys, monkeypatch):
     """Only one constant is off, as in systems that ignore a checkpoint's own RoPE θ."""
 
+    load_hf = hf.load_hf
+
     def wrong_theta(folder, dtype):
-        config, params = hf.load_hf(folder, dtype)
+        config, params = load_hf(folder, dtype)
         return dataclasses.replace(config, rope_theta=config.rope_theta * 2), params
 
-    monkeypatch.setattr(check, "load_hf", wrong_theta)
+    monkeypatch.setattr(hf, "load_hf", wrong_theta)
     assert check.main([f"--weights={export}", "--tokens=16"]) == 1
     assert "ok: False" in capsys.readouterr().out
 
@@ -64,6 +68,20 @@ def test_user_mistakes_are_one_line(tmp_path, capsys, monkeypatch):
         lines, ["no such folder", "--tokens", "config.json", "pip install torch"], strict=True
     ):
         assert part in line
+
+
+def test_a_missing_torch_is_said_without_library_chatter(tmp_path):
+    """transformers warns of it at its import; a process of its own, for here it is imported already."""
+    code = (
+        "import sys; sys.modules['torch'] = None\n"
+        "from listopd_jax.errors import exit_code\n"
+        "from listopd_jax.models import check\n"
+        f"sys.exit(exit_code(check.main, ['--weights={tmp_path}']))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 2 and not done.stdout
+    (line,) = done.stderr.splitlines()
+    assert "pip install torch" in line
 
 
 def test_bfloat16_is_close(tmp_path):

@@ -160,8 +160,8 @@ def test_an_adapter_leaves_two_models_and_its_own_state():
     own = 28 * 16 * (2048 + 2048 + 2048 + 1024)
     assert layout.trained(STUDENT) == own == lora_params(STUDENT, Lora(16, 1.0, ("q", "v")))
     memory = arithmetic.memory_estimate(STUDENT, TEACHER, EC, layout)
-    resting = [memory[kind] for kind in ("parameters", "optimizer", "teacher", "base", "rollout copy")]
-    assert resting == [4 * own, 8 * own, 2 * num_params(TEACHER), 2 * num_params(STUDENT), 2 * own]
+    persistent = [memory[kind] for kind in ("parameters", "optimizer", "teacher", "base", "rollout copy")]
+    assert persistent == [4 * own, 8 * own, 2 * num_params(TEACHER), 2 * num_params(STUDENT), 2 * own]
     flops = arithmetic.step_flops(STUDENT, TEACHER, EC, "full", adapted=True)
     assert flops["student"] == 2 * flops["base"]
     split = layout._replace(sizes=ONE | {"fsdp": 8})
@@ -315,8 +315,8 @@ def test_the_search_learns_from_a_compiler_that_needs_more(monkeypatch):
     def compiled(config, topology, load, compile_it):
         plan = make_plan(config, topology, load, False)
         if compile_it:
-            resting = sum(plan["memory_gib"][k] for k in ("parameters", "optimizer", "teacher", "base"))
-            peak = resting + 4 * (plan["peak_gib"] - resting)
+            persistent = sum(plan["memory_gib"][k] for k in ("parameters", "optimizer", "teacher", "base"))
+            peak = persistent + 4 * (plan["peak_gib"] - persistent)
             plan |= {"peak_gib": peak, "fits": peak <= plan["hbm_gib"], "bytes_compiled": {}}
         return plan
 

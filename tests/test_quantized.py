@@ -14,7 +14,7 @@ from listopd_jax.models.build import abstract_frozen, cast
 from listopd_jax.models.config import PROJECTIONS, ModelConfig
 from listopd_jax.models.decoder import Decoder
 from listopd_jax.models.hf import load_hf, save_hf
-from listopd_jax.models.lora import merged
+from listopd_jax.models.lora import merge_adapter
 from listopd_jax.models.quantized import Quantized, quantize
 from listopd_jax.plan.arithmetic import frozen_bytes
 from listopd_jax.rollout.decode import generate
@@ -82,7 +82,7 @@ def test_only_weights_of_products_are_rounded_and_a_float_leaves_them(model):
     again = cast(params, "int8")
     for a, b in zip(jax.tree.leaves(params), jax.tree.leaves(again), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-6)
-    dense = merged(params, params, None)  # no adapter: nothing to merge
+    dense = merge_adapter(params, params, None)  # no adapter: nothing to merge
     assert dense is params
 
 

@@ -16,7 +16,7 @@ from listopd_jax.metrics_log import read_metrics
 from listopd_jax.models import hf
 from listopd_jax.models.config import ModelConfig, num_params
 from listopd_jax.models.decoder import abstract
-from listopd_jax.plan.arithmetic import Layout, Load, memory_estimate, resting, step_flops
+from listopd_jax.plan.arithmetic import Layout, Load, memory_estimate, persistent, step_flops
 from listopd_jax.plan.search import shapes_of
 from listopd_jax.stages.job import base_of, open_job
 from listopd_jax.stages.pipeline import run_stages
@@ -137,7 +137,7 @@ def test_the_planner_counts_it_and_the_average(models):
     assert ours["base"] == 4 * num_params(base) and plain["base"] == 4 * num_params(student)
     assert ours["average"] == 4 * num_params(student) and "average" not in plain
     added = 4 * (num_params(base) - num_params(student)) + 4 * num_params(student)
-    assert resting(ours) - resting(plain) == added
+    assert persistent(ours) - persistent(plain) == added
     assert (
         step_flops(student, teacher, load, "none", base)["base"]
         > step_flops(student, teacher, load, "none")["base"]

@@ -26,7 +26,7 @@ ARROWS = {
     "train": "rollout models ops parallel metrics_log trackers lifecycle files errors",
     "report": "recommend records metrics_log files errors",
     "rollout": "models ops parallel rounding",
-    "models": "ops parallel data files errors",
+    "models": "ops parallel data lifecycle files errors",
     "simulate": "ops theory files errors",
     "ops": "parallel rounding errors",
     "parallel": "files rounding errors",

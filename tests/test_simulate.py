@@ -75,8 +75,10 @@ def test_listwise_process_has_its_centers():
 def test_lists_truncate_where_mode_flip_says_and_a_clean_teacher_never_collapses():
     recipe = Recipe(Variant("none", estimator="full_vocab"), lists=2, lr=0.1)
     lams = [1.0, 1.15, 1.275, 2.0]  # λ_flip = 1.212; EC Eq. 4 for the clean pair: 1.070 (c = 1.5)
-    truncating = run_grid(listwise((0.9993, 0.97), (P, B), prompts=8), recipe, lams, budgets=[200])
-    clean = run_grid(listwise((0.9993, 0.81), (0.9993, 0.81), prompts=8), recipe, lams, [1.5], budgets=[200])
+    truncating = run_grid(listwise((0.9993, 0.97), (P, B), prompts=8), recipe, lams, eval_steps=[200])
+    clean = run_grid(
+        listwise((0.9993, 0.81), (0.9993, 0.81), prompts=8), recipe, lams, [1.5], eval_steps=[200]
+    )
     np.testing.assert_array_equal(truncating.greedy[:, 0, 0, 0], [1, 1, 0, 0])
     np.testing.assert_array_equal(clean.greedy[:, 0, 0, 0], 1)
     assert np.all(np.diff(clean.sampled[:, 0, 0, 0]) > 0)  # larger λ: surer of its structure

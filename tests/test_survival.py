@@ -1,5 +1,7 @@
 """Training in real processes that are killed, terminated, run out of disk, or move to other devices."""
 
+import contextlib
+import itertools
 import os
 import pathlib
 import resource
@@ -63,21 +65,21 @@ def update(state, batch, step):
     return state, {"loss": loss, "first": batch[0], "tokens": 100}
 
 
-def train_here(workdir, saving=ALWAYS):
+def train_here(workdir, saving=ALWAYS, update=update):
     return train(pathlib.Path(workdir), RUN, initial, batches(), update, saving)
 
 
-def job(workdir, log, most_bytes, saving, signal_at, cut):
+def job(workdir, log, most_bytes, saving, signal_at, at_commit, in_code):
     """What a process of the tests does: train as main would, its stderr in `log`."""
     os.dup2(os.open(log, os.O_CREAT | os.O_WRONLY | os.O_APPEND), 2)
     os.environ[SIGNAL_VARIABLE] = signal_at
-    if cut:
-        die_at_commit(cut)
+    if at_commit:
+        die_at_commit(at_commit)
     if most_bytes:
         resource.setrlimit(resource.RLIMIT_FSIZE, (most_bytes, most_bytes))
     try:
         with interruptible():
-            train_here(workdir, saving)
+            train_here(workdir, saving, dying_in_code(*in_code) if in_code else update)
     except UserError as e:
         print(f"error: {e}", file=sys.stderr)
         sys.exit(2)
@@ -98,10 +100,29 @@ def die_at_commit(step):
     path.finalize = dying
 
 
-def start(workdir, most_bytes=0, saving=ALWAYS, signal_at="", cut=0):
+def dying_in_code(step, calls):
+    """`update`, after which kill -9 of this process at the `calls`-th call or return of its main thread from `step` on.
+
+    Some 15,000 of these make one step with its save, so a drawn number is a moment in the code, on any machine.
+    """
+    left = itertools.count(calls, -1)
+
+    def die(*_):
+        if next(left) == 0:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    def dying(state, batch, number):
+        if number + 1 == step:
+            sys.setprofile(die)
+        return update(state, batch, number)
+
+    return dying
+
+
+def start(workdir, most_bytes=0, saving=ALWAYS, signal_at="", at_commit=0, in_code=()):
     """Start a `job` in a new process in which the imports are done but nothing of JAX has started."""
     workdir.mkdir(exist_ok=True)
-    arguments = workdir, workdir / "log", most_bytes, saving, signal_at, cut
+    arguments = workdir, workdir / "log", most_bytes, saving, signal_at, at_commit, in_code
     process = FORKS.Process(target=job, args=arguments)
     process.start()
     return process
@@ -143,23 +164,19 @@ def wait_for(condition, process, seconds=300):
 # ---- kill -9
 
 
-MOMENTS = ("step", "saving", "cut", "random")
-"""A step done and not saved, a save begun, a save all but finished, and whatever comes."""
+MOMENTS = ("step", "saving", "commit", "random")
+"""A step done and not saved, a save begun, a save all but finished, and anywhere in the code."""
 
 
 def kill(workdir, rng, moment) -> None:
     """Train one or two checkpoints further, and kill -9 at `moment`."""
     step = max(saved_steps(workdir), default=0) + int(rng.integers(2, 4))
     stale = being_saved(workdir)
-    asked = {"cut": step} if moment == "cut" else {"signal_at": f"SIGKILL {RUN.name} {moment} {step}"}
-    process = start(workdir, **asked)
-    if moment == "random":
-        wait_for(lambda: max(saved_steps(workdir), default=0) >= step - 1, process)
-        time.sleep(float(rng.uniform(0, 0.06)))
-        os.kill(process.pid, signal.SIGKILL)
+    asked = {"commit": {"at_commit": step}, "random": {"in_code": (step, int(rng.integers(30_000)))}}
+    process = start(workdir, **asked.get(moment, {"signal_at": f"SIGKILL {RUN.name} {moment} {step}"}))
     process.join(300)
     assert process.exitcode == -signal.SIGKILL, "the run ended before it could be killed"
-    assert moment != "cut" or being_saved(workdir) - stale
+    assert moment != "commit" or being_saved(workdir) - stale
 
 
 def train_to_the_end(workdir) -> None:
@@ -215,16 +232,17 @@ def test_sigterm_saves_and_exits_with_0(tmp_path):
     assert [row["step"] for row in rows(tmp_path)] == list(range(1, STEPS + 1))
 
 
-def test_sigterm_from_outside_five_times_is_heard_once(tmp_path):
-    process = start(tmp_path, saving=AT_THE_END)
+def test_sigterm_from_outside_again_and_again_is_heard_once(tmp_path):
+    """The process stops itself after step 5, so the first is there when it looks; the others come until it is gone."""
+    process = start(tmp_path, saving=AT_THE_END, signal_at=f"SIGSTOP {RUN.name} step 5")
     wait_for(lambda: len(rows(tmp_path)) >= 5, process)
-    for _ in range(5):
-        os.kill(process.pid, signal.SIGTERM)
-        time.sleep(0.01)
-    process.join(30)
-    (step,) = saved_steps(tmp_path)
-    assert process.exitcode == 0 and step >= 5
-    assert [row["step"] for row in rows(tmp_path)] == list(range(1, step + 1))
+    while process.is_alive():
+        with contextlib.suppress(ProcessLookupError):
+            for number in (signal.SIGTERM, signal.SIGCONT):
+                os.kill(process.pid, number)
+        process.join(0.01)
+    assert process.exitcode == 0 and saved_steps(tmp_path) == [5]
+    assert [row["step"] for row in rows(tmp_path)] == [1, 2, 3, 4, 5]
 
 
 def test_a_full_disk_in_training_is_one_line_and_nothing_is_lost(tmp_path):

@@ -74,12 +74,12 @@ def decode(config: Any, tokens: tuple[int, int], most: int) -> None:
     step = Step(config, random_prompts(config, tokens[0]), *tokens)
     say(stage="compile and first rollout", seconds=round(timed(step.rollout)[0], 2))
     for _ in range(3):
-        prefill, whole = timed(lambda: step.rollout(response=1))[0], timed(step.rollout)[0]
-        per_token = round(1e3 * (whole - prefill) / max(1, tokens[1] - 1), 3)
+        prefill, full = timed(lambda: step.rollout(response=1))[0], timed(step.rollout)[0]
+        per_token = round(1e3 * (full - prefill) / max(1, tokens[1] - 1), 3)
         facts = {"tokens_per_step": round(step.tokens_per_step, 3)} if step.drafts else {}
         say(
             stage="rollout",
-            seconds=round(whole, 4),
+            seconds=round(full, 4),
             prefill=round(prefill, 4),
             ms_per_token=per_token,
             **facts,

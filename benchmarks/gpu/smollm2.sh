@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # SmolLM2-135M on real reviews on one GPU: does the cliff that is forecast come in training, and what does a guard do?
-# The arms of configs/natural.py, four at a time. A prediction is locked as soon as it is there, before any student.
+# The ablations of configs/natural.py, four at a time. A prediction is locked as soon as it is there, before any student.
 #   OUT=FOLDER GGUF=FILE DATA=womens_clothing_reviews.csv.zip [WHEELS=FOLDER] [SECONDS_LEFT=450] [ROOT=FOLDER] \
 #   bash benchmarks/gpu/smollm2.sh [--config.field=value …]
 set -uo pipefail
@@ -19,7 +19,7 @@ export XLA_PYTHON_CLIENT_PREALLOCATE=false TF_CPP_MIN_LOG_LEVEL=1 XDG_CACHE_HOME
 export JAX_COMPILATION_CACHE_DIR=$ROOT/compiled JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS=0.3
 python3 -c "from listopd_jax.models.build import weights_folder; print(weights_folder('$GGUF'))" || exit 2
 
-arm() { # NAME TEACHER STUDENT --config.field=value …
+ablation() { # NAME TEACHER STUDENT --config.field=value …
   local name=$1 teacher=$2 student=$3 began=$SECONDS
   shift 3
   mkdir -p "$ROOT/runs/$name"
@@ -28,10 +28,10 @@ arm() { # NAME TEACHER STUDENT --config.field=value …
     "--config.teacher.weights=$teacher" "--config.student.weights=$student" "$@" >"$ROOT/runs/$name.log" 2>&1
   echo "{\"arm\": \"$name\", \"exit\": $?, \"began\": $began, \"ended\": $SECONDS}" | tee -a "$OUT/lines.jsonl"
 }
-of_early() { # NAME --config.field=value …: with the checkpoints of the arm `early`
+of_early() { # NAME --config.field=value …: with the checkpoints of the ablation `early`
   local folder=$ROOT/runs/early/export name=$1
   shift
-  arm "$name" "$folder/sft_teacher" "$folder/sft_student" "$@" --config.sft.{teacher,student}.{steps=0,epochs=0.0}
+  ablation "$name" "$folder/sft_teacher" "$folder/sft_student" "$@" --config.sft.{teacher,student}.{steps=0,epochs=0.0}
 }
 until_there() { # COMMAND …: wait until it succeeds, but not past the end
   until "$@" 2>/dev/null; do [ $SECONDS -lt "$end" ] && sleep 1 || return 1; done
@@ -41,7 +41,7 @@ lock() { # NAME
     JAX_PLATFORMS=cpu python3 -m listopd_jax.prereg curve "--workdir=$ROOT/runs/$1" "--out=$ROOT/locks/$1.json" \
       >"$ROOT/runs/$1.lock.log" 2>&1
 }
-keep() { # what is small of all arms, as it is by now; tar says 1 of a log that grew meanwhile
+keep() { # what is small of all ablations, as it is by now; tar says 1 of a log that grew meanwhile
   (cd "$ROOT" && find runs locks -type f \( -path '*/checkpoints/*' -o -path '*/export/*' -o -path '*/data/*' \
     -o -path '*/tensorboard/*' \) -prune -o -type f \( -name '*.json' -o -name '*.jsonl' -o -name '*.log' \
     -o -name report.html \) -print0 | tar --null -czf "$OUT/part" -T -)
@@ -55,23 +55,23 @@ thin() { # a student that is evaluated needs no checkpoint
 }
 
 mkdir -p "$ROOT/locks" "$ROOT/runs"
-(arm early "$GGUF" "$GGUF" "$@" && of_early more "$@") &
-arms=$!
-arm late "$GGUF" "$GGUF" "$@" &
-arms+=" $!"
+(ablation early "$GGUF" "$GGUF" "$@" && of_early more "$@") &
+jobs=$!
+ablation late "$GGUF" "$GGUF" "$@" &
+jobs+=" $!"
 lock early &
-arms+=" $!"
+jobs+=" $!"
 lock late &
-arms+=" $!"
+jobs+=" $!"
 until_trained() { until_there grep -q '"sft_student"' "$ROOT/runs/early/results.json"; }
 (until_trained && of_early forward "$@") &
-arms+=" $!"
-(arm independent "$GGUF" "$GGUF" "$@" && until_trained && of_early warm "$@" && of_early guarded "$@" && of_early sampled "$@") &
-arms+=" $!"
+jobs+=" $!"
+(ablation independent "$GGUF" "$GGUF" "$@" && until_trained && of_early warm "$@" && of_early guarded "$@" && of_early sampled "$@") &
+jobs+=" $!"
 (while sleep 20; do keep && thin; done) >"$ROOT/keep.log" 2>&1 &
 keeping=$!
 # shellcheck disable=SC2086 # the numbers of several processes
-wait $arms
+wait $jobs
 kill $keeping
 wait $keeping 2>/dev/null
 nvidia-smi --query-gpu=name,memory.used --format=csv,noheader >>"$OUT/lines.jsonl"

@@ -2,7 +2,7 @@
 
     python -m listopd_jax.main --config=configs/paper/clip.py:tiny,1.5 --workdir=runs/paper/clip/1.5
 
-Arms 1.5, 2, 5 and inf. Cost: 12 runs at tiny, some 6 minutes.
+Ablations 1.5, 2, 5 and inf. Cost: 12 runs at tiny, some 6 minutes.
 """
 
 import math
@@ -12,7 +12,7 @@ from configs.paper.experiment import Experiment, mean
 EXPERIMENT = Experiment(
     ec="parse .948, .557, .859, .849 at c = 1.5, 2, 5, ∞: no order in c",
     lambdas=(1.15,),
-    arms={
+    ablations={
         name: {"opd.clip": value} for name, value in (("1.5", 1.5), ("2", 2.0), ("5", 5.0), ("inf", math.inf))
     },
     agrees=lambda seen: not mean(seen["1.5"], 1.15) < mean(seen["5"], 1.15) - 0.1,

@@ -2,7 +2,7 @@
 
     python -m listopd_jax.main --config=configs/paper/continued_sft.py:tiny,seed2 --workdir=runs/paper/continued_sft/2
 
-The student's SFT goes on for the steps that OPD would have. Nothing is distilled; judged is the SFT student. Arms:
+The student's SFT goes on for the steps that OPD would have. Nothing is distilled; judged is the SFT student. Ablations:
 three seeds of its SFT. At `paper`, EC's five epochs and 42 steps more. At `tiny`: three SFT stages, some 5 minutes; not
 run yet.
 """
@@ -14,7 +14,7 @@ EXPERIMENT = Experiment(
     ec="a control, without a figure in its table: SFT alone stays at .264 ± .105 (5 seeds)",
     lambdas=(),
     policy="sft_student",
-    arms={f"seed{seed}": {"sft.student.seed": seed} for seed in (2, 3, 5)},
+    ablations={f"seed{seed}": {"sft.student.seed": seed} for seed in (2, 3, 5)},
     at={
         scale: {f"seed{seed}": {"sft.student.steps": before + STEPS[scale]} for seed in (2, 3, 5)}
         for scale, before in (("tiny", 120), ("paper", EC_SFT))

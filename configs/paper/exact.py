@@ -10,7 +10,7 @@ from configs.paper.experiment import Experiment, falls
 EXPERIMENT = Experiment(
     ec="not in EC",
     lambdas=(1.0, 1.5),
-    arms={
+    ablations={
         "full_vocab": {"opd.estimator": "full_vocab", "opd.ratio": "none"},
         "normalize": {"opd.normalize": True},
     },

@@ -1,4 +1,4 @@
-"""What the files of this folder have in common: arms of one experiment, at two scales."""
+"""What the files of this folder have in common: ablations of one experiment, at two scales."""
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
@@ -22,17 +22,17 @@ Curve = Mapping[float | None, Sequence[float]]
 class Experiment:
     """What EC did and saw, and when our runs agree with it.
 
-    arms: name -> config fields by their dotted names, besides `shared`. at: scale -> arm -> fields of that scale alone.
-    policy: the stage whose models are judged, opd or sft_student. agrees: of arm -> curve. The matrix trains
-    teacher and base once for all; an arm trains those of `own` itself (from the matrix's weights where it is in
-    `trained_on` too), and its teacher is the SFT model of `teacher`. reference: arm -> the role whose SFT model is
-    `reference.weights`. on_clothing: of real reviews, whose file the matrix has to be given.
+    ablations: name -> config fields by their dotted names, besides `shared`. at: scale -> ablation -> fields of that
+    scale alone. policy: the stage whose models are judged, opd or sft_student. agrees: of ablation -> curve. The
+    matrix trains teacher and base once for all; an ablation trains those of `own` itself (from the matrix's weights
+    where it is in `trained_on` too), and its teacher is the SFT model of `teacher`. reference: ablation -> the role
+    whose SFT model is `reference.weights`. on_clothing: of real reviews, whose file the matrix has to be given.
     """
 
     ec: str
     lambdas: tuple[float, ...]
     agrees: Callable[[Mapping[str, Curve]], bool]
-    arms: Mapping[str, Mapping[str, Any]] = dataclasses.field(default_factory=lambda: {"plain": {}})
+    ablations: Mapping[str, Mapping[str, Any]] = dataclasses.field(default_factory=lambda: {"plain": {}})
     shared: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     at: Mapping[str, Mapping[str, Mapping[str, Any]]] = dataclasses.field(default_factory=dict)
     budget: float = 1.0  # of EC's 42 steps
@@ -45,10 +45,10 @@ class Experiment:
     policy: str = "opd"
 
     def get_config(self, choice: str = "tiny") -> ml_collections.ConfigDict:
-        """The config of SCALE or SCALE,ARM; the first arm where none is named."""
-        scale, _, arm = choice.partition(",")
-        arm = arm or next(iter(self.arms))
-        for what, name, known in (("scale", scale, STEPS), ("arm", arm, self.arms)):
+        """The config of SCALE or SCALE,ABLATION; the first ablation where none is named."""
+        scale, _, ablation = choice.partition(",")
+        ablation = ablation or next(iter(self.ablations))
+        for what, name, known in (("scale", scale, STEPS), ("ablation", ablation, self.ablations)):
             if name not in known:
                 raise unknown_name(what, name, known)
         config = {"tiny": fashion.tiny, "paper": fashion.paper}[scale]()
@@ -59,8 +59,8 @@ class Experiment:
         if steps > STEPS[scale]:
             config.opd.eval_steps = (STEPS[scale],)
         config.opd.update(lambdas=self.lambdas, steps=steps, seeds=self.seeds or SEEDS[scale])
-        own = self.at.get(scale, {}).get(arm, {})
-        config.update_from_flattened_dict({**self.shared, **self.arms[arm], **own})
+        own = self.at.get(scale, {}).get(ablation, {})
+        config.update_from_flattened_dict({**self.shared, **self.ablations[ablation], **own})
         return config
 
 

@@ -2,7 +2,7 @@
 
     python -m listopd_jax.main --config=configs/paper/gkd.py:tiny,forward_kl --workdir=runs/paper/gkd/forward_kl
 
-Arms: reverse_kl, forward_kl, jsd (β = .5), each on policy; mixed, jsd with half of the steps on right answers;
+Ablations: reverse_kl, forward_kl, jsd (β = .5), each on policy; mixed, jsd with half of the steps on right answers;
 off_policy, the forward KL on right answers alone. Exact gradients. At `tiny`: 30 runs; not run yet.
 """
 
@@ -12,7 +12,7 @@ EXPERIMENT = Experiment(
     ec="a control, without a figure in its table: is it the data or the divergence that lifts parse?",
     lambdas=(1.0, 1.5),
     shared={"opd.estimator": "full_vocab", "opd.ratio": "none"},
-    arms={
+    ablations={
         "reverse_kl": {},
         "forward_kl": {"opd.jsd": 0.0},
         "jsd": {"opd.jsd": 0.5},

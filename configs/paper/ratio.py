@@ -2,7 +2,7 @@
 
     python -m listopd_jax.main --config=configs/paper/ratio.py:tiny,aspo --workdir=runs/paper/ratio/aspo
 
-Arms teacher_student, trainer_rollout, aspo and none. Cost: 24 runs at tiny, some 10 minutes.
+Ablations teacher_student, trainer_rollout, aspo and none. Cost: 24 runs at tiny, some 10 minutes.
 """
 
 from configs.paper.experiment import Experiment, falls
@@ -11,7 +11,7 @@ RATIOS = ("teacher_student", "trainer_rollout", "aspo", "none")
 EXPERIMENT = Experiment(
     ec="ASPO: parse .932 ± .008 at λ = 1.0, .096 ± .020 at 1.5",
     lambdas=(1.0, 1.5),
-    arms={name: {"opd.ratio": name} for name in RATIOS},
+    ablations={name: {"opd.ratio": name} for name in RATIOS},
     agrees=lambda seen: falls(seen["aspo"], 1.0, 1.5),
 )
 get_config = EXPERIMENT.get_config

@@ -2,9 +2,10 @@
 
     python -m launch.matrix --root=runs/matrix --out=docs/matrix.md --only=reference
 
-The last stage is 100 steps of SFT on right answers, from the teacher of the other experiments. Arms: base (the
-student's SFT, EC's), before (the teacher before that stage, `reference.weights`). The matrix gives the arms their
-weights; `--config=configs/paper/reference.py:tiny,before` alone needs `teacher.weights` and `reference.weights`. Cost: 12 runs and two SFT stages at tiny. Not run yet.
+The last stage is 100 steps of SFT on right answers, from the teacher of the other experiments. Ablations: base (the
+student's SFT, EC's), before (the teacher before that stage, `reference.weights`). The matrix gives the ablations their
+weights; `--config=configs/paper/reference.py:tiny,before` alone needs `teacher.weights` and `reference.weights`. Cost:
+12 runs and two SFT stages at tiny. Not run yet.
 """
 
 from configs.paper.experiment import Experiment, mean
@@ -13,7 +14,7 @@ EXPERIMENT = Experiment(
     ec="not in EC. G-OPD (arXiv:2602.12125): λ > 1 gains more with the teacher before its last stage as the reference",
     lambdas=(1.0, 1.5),
     shared={"sft.teacher.steps": 100, "sft.teacher.noise": ""},
-    arms={"base": {}, "before": {}},
+    ablations={"base": {}, "before": {}},
     own=("teacher",),
     trained_on=("teacher",),
     reference={"before": "teacher"},

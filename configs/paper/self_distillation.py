@@ -2,7 +2,7 @@
 
     python -m launch.matrix --root=runs/matrix --out=docs/matrix.md --only=self_distillation
 
-The matrix gives the arm its weights; `--config=configs/paper/self_distillation.py:tiny` alone has a teacher of its own.
+The matrix gives this ablation its weights; `--config=configs/paper/self_distillation.py:tiny` alone trains a teacher.
 Teacher and base are one model, so the advantage vanishes at the start and λ does nothing: parse must stay where SFT
 left it. At `paper`, give both weights one fine-tuned folder. At `tiny`: 6 runs; not run yet.
 """

@@ -2,8 +2,8 @@
 
     python -m listopd_jax.main --config=configs/paper/size.py:tiny,small --workdir=runs/paper/size/small
 
-At `tiny` each arm trains its own student: one layer, two (that of the other experiments), four. At `paper` these are
-Qwen3-0.6B, 1.7B and 4B. At `tiny`: 3 runs and an SFT stage for each arm; not run yet.
+At `tiny` each ablation trains its own student: one layer, two (that of the others), four. At `paper` these are
+Qwen3-0.6B, 1.7B and 4B. At `tiny`: 3 runs and an SFT stage for each ablation; not run yet.
 """
 
 from configs.paper.experiment import Experiment, mean
@@ -11,7 +11,7 @@ from configs.paper.experiment import Experiment, mean
 EXPERIMENT = Experiment(
     ec="parse of SFT and after OPD: .547 → .953 (0.6B), .264 → .921 (1.7B), .516 → .953 (4B), .877 → .943 (8B)",
     lambdas=(1.0,),
-    arms={"small": {}, "middle": {}, "large": {}},
+    ablations={"small": {}, "middle": {}, "large": {}},
     at={
         "tiny": {
             "small": {"student.num_layers": 1},

@@ -2,8 +2,8 @@
 
     python -m listopd_jax.main --config=configs/paper/teacher_size.py:tiny,small --workdir=runs/paper/teacher_size/small
 
-At `tiny` each arm trains its own teacher: one layer, three (that of the other experiments), five. At `paper` these are
-Qwen3-1.7B, 4B and 8B. At `tiny`: 3 runs and an SFT stage for each arm; not run yet.
+At `tiny` each ablation trains its own teacher: one layer, three (that of the others), five. At `paper` these are
+Qwen3-1.7B, 4B and 8B. At `tiny`: 3 runs and an SFT stage for each ablation; not run yet.
 """
 
 from configs.paper.experiment import Experiment, mean
@@ -11,7 +11,7 @@ from configs.paper.experiment import Experiment, mean
 EXPERIMENT = Experiment(
     ec="no figure in its table for this task; Llama 1B under 3B and Qwen3-8B under 32B: no cliff up to λ = 1.5",
     lambdas=(1.0,),
-    arms={"small": {}, "middle": {}, "large": {}},
+    ablations={"small": {}, "middle": {}, "large": {}},
     at={
         "tiny": {
             "small": {"teacher.num_layers": 1},

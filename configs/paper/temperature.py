@@ -2,7 +2,8 @@
 
     python -m listopd_jax.main --config=configs/paper/temperature.py:tiny,0.5 --workdir=runs/paper/temperature/0.5
 
-Arms 0.5 and 1. (EC also has 0, which is no sampling: opd.temperature must be above 0.) Cost: 6 runs at tiny, 3 minutes.
+Ablations 0.5 and 1. (EC also has 0, which is no sampling: opd.temperature must be above 0.)
+Cost: 6 runs at tiny, 3 minutes.
 """
 
 from configs.paper.experiment import Experiment, mean
@@ -10,7 +11,7 @@ from configs.paper.experiment import Experiment, mean
 EXPERIMENT = Experiment(
     ec="T = 0, .5, 1 move parse by at most .071",
     lambdas=(1.0,),
-    arms={name: {"opd.temperature": float(name)} for name in ("0.5", "1")},
+    ablations={name: {"opd.temperature": float(name)} for name in ("0.5", "1")},
     agrees=lambda seen: abs(mean(seen["0.5"], 1.0) - mean(seen["1"], 1.0)) <= 0.071,
 )
 get_config = EXPERIMENT.get_config

@@ -98,7 +98,7 @@ def encode_split(
     prompts, answers = [], []
     for record in progress(records, f"encoding {task.name}"):
         ids = to_ids(record)
-        prompts.append(ids if len(ids) <= max_prompt else _cut_prompt(task, record, to_ids, max_prompt))
+        prompts.append(ids if len(ids) <= max_prompt else _truncate_prompt(task, record, to_ids, max_prompt))
         answers.append(answer_ids(task, record, tokenizer))
     _check_open(prompts[0], tokenizer, {tokenizer.eos_token_id, *ends}, chat_template)
     _check_answers(task, records, answers, tokenizer, max_answer)
@@ -250,7 +250,7 @@ def rendered(task: Task, records: Sequence[Any]) -> Iterator[str]:
             yield answer
 
 
-def _cut_prompt(
+def _truncate_prompt(
     task: Task, record: Any, to_ids: Callable[[Any], np.ndarray], max_prompt: int
 ) -> Int32[np.ndarray, " prompt"]:
     """The prompt of the record cut in the first of its task's ways that makes it fit, to the largest size."""

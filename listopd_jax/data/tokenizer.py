@@ -217,7 +217,7 @@ def train_tokenizer(
         tokenizer_object=bpe, eos_token=EOS, pad_token=PAD, clean_up_tokenization_spaces=False
     )
     try:
-        with files.whole_folder(folder) as new:
+        with files.atomic_folder(folder) as new:
             save_tokenizer(fast, new)
     except OSError as e:
         raise files.not_written(folder, e) from e

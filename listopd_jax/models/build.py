@@ -13,16 +13,15 @@ from flax import nnx
 from listopd_jax import files
 from listopd_jax.data import manifest
 from listopd_jax.errors import UserError
-from listopd_jax.models.config import Lora, ModelConfig, custom_config, named_config
+from listopd_jax.models.config import GGUF, Lora, ModelConfig, custom_config, named_config
 from listopd_jax.models.decoder import Decoder, abstract
 from listopd_jax.models.hf import adapter_files, check_hf, load_adapter, load_hf, read_eos_ids, resolve
 from listopd_jax.models.hf.gguf import gguf_folder
-from listopd_jax.models.lora import merged
+from listopd_jax.models.lora import merge_adapter
 from listopd_jax.models.quantized import INT8, REST, is_quantized, quantize
 from listopd_jax.parallel.compiler import OTHER, backend_options
 from listopd_jax.parallel.rules import param_shardings
 
-GGUF = ".gguf"
 PARAM_DTYPE = "float32"  # of what trains: in bfloat16, p - lr*u rounds back to p at these learning rates
 
 
@@ -132,7 +131,7 @@ def initial_params(model: ml_collections.FrozenConfigDict, config: ModelConfig, 
         return load_hf(weights_folder(model.weights), exact, quantize if dtype == INT8 else None)[1]
     if model.weights:
         lora, adapter = load_adapter(model.adapter, config)
-        params = merged(load_hf(weights_folder(model.weights), exact)[1], adapter, lora, exact.name)
+        params = merge_adapter(load_hf(weights_folder(model.weights), exact)[1], adapter, lora, exact.name)
         return cast(params, dtype)
     make = lambda: nnx.split(Decoder(config, rngs=nnx.Rngs(seed), param_dtype=exact))[1]  # noqa: E731
     shardings, options = param_shardings(jax.eval_shape(make)), backend_options(OTHER)

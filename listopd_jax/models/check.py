@@ -16,10 +16,9 @@ import numpy as np
 from flax import nnx
 
 from listopd_jax.errors import Parser, UserError, exit_code, positive
-from listopd_jax.models.build import GGUF
+from listopd_jax.lifecycle import quiet_libraries
+from listopd_jax.models.config import GGUF
 from listopd_jax.models.decoder import Decoder, abstract
-from listopd_jax.models.hf import load_hf, resolve
-from listopd_jax.models.hf.gguf import gguf_folder
 
 TOLERANCE = {"float32": 1e-4, "bfloat16": 5e-2}
 
@@ -32,7 +31,7 @@ def compare(source: pathlib.Path, tokens: int = 64, dtype: str = "float32") -> d
     (share of continuation tokens before the first difference), `tolerance`, `ok`. UserError without torch.
     """
     torch = _torch()
-    decoder = _decoder(gguf_folder(source) if source.suffix == GGUF else source, dtype)
+    decoder = _decoder(source, dtype)
     reference = _reference(torch, source, dtype)
     rng = np.random.default_rng(0)
     lengths = np.array([tokens, *rng.integers(1, tokens + 1, 3)])
@@ -67,8 +66,12 @@ def _torch():
     return torch
 
 
-def _decoder(folder: pathlib.Path, dtype: str) -> Decoder:
-    config, params = load_hf(folder, dtype)
+def _decoder(source: pathlib.Path, dtype: str) -> Decoder:
+    # Imported here and below, once `main` has asked transformers and the hub to be quiet.
+    from listopd_jax.models import hf
+    from listopd_jax.models.hf.gguf import gguf_folder
+
+    config, params = hf.load_hf(gguf_folder(source) if source.suffix == GGUF else source, dtype)
     return nnx.merge(abstract(config, dtype=dtype, param_dtype=dtype)[0], params)
 
 
@@ -141,6 +144,9 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--dtype", choices=sorted(TOLERANCE), default="float32")
     parser.add_argument("--json", action="store_true", help="print the result as one JSON object")
     flags = parser.parse_args(argv)
+    quiet_libraries()
+    from listopd_jax.models.hf import resolve
+
     source = pathlib.Path(flags.weights) if flags.weights.endswith(GGUF) else resolve(flags.weights)
     result = compare(source, flags.tokens, flags.dtype)
     print(json.dumps(result) if flags.json else "\n".join(f"{key}: {value}" for key, value in result.items()))

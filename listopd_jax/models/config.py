@@ -5,6 +5,8 @@ from typing import Any
 
 from listopd_jax.errors import UserError, unknown_name
 
+GGUF = ".gguf"  # the suffix of a checkpoint in one file
+
 
 @dataclasses.dataclass(frozen=True)
 class RopeScaling:

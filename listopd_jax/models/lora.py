@@ -32,14 +32,14 @@ def initial_adapter(config: ModelConfig, lora: Lora, seed: int) -> nnx.State:
     return _run(make)
 
 
-def joined(base: nnx.State, trained: nnx.State) -> nnx.State:
-    """All parameters of the model of which `trained` is what trains: the whole, or an adapter beside `base`."""
+def with_adapter(base: nnx.State, trained: nnx.State) -> nnx.State:
+    """All parameters of the model that trains: `trained` itself, or `base` with `trained` as its adapter."""
     is_adapter = all(isinstance(param, nnx.LoRAParam) for _, param in nnx.to_flat_state(trained))
     return nnx.merge_state(base, trained) if is_adapter else trained
 
 
-def merged(base: nnx.State, trained: nnx.State, lora: Lora | None, dtype="float32") -> nnx.State:
-    """The model that `joined` makes as one without adapter, in `dtype`: W + alpha/rank · A B, added in float32."""
+def merge_adapter(base: nnx.State, trained: nnx.State, lora: Lora | None, dtype="float32") -> nnx.State:
+    """`with_adapter` as weights without an adapter, in `dtype`: W + alpha/rank · A B, added in float32."""
     if lora is None:
         return trained
     dtype = jnp.dtype(dtype)
@@ -49,11 +49,13 @@ def merged(base: nnx.State, trained: nnx.State, lora: Lora | None, dtype="float3
 def _merge(base: nnx.State, adapter: nnx.State, lora: Lora, dtype) -> nnx.State:
     factors = {path: p[...] for path, p in nnx.to_flat_state(adapter)}
 
-    def whole(path: tuple, weight: Array) -> Array:
+    def merge_weight(path: tuple, weight: Array) -> Array:
         a, b = (factors.get((*path[:-1], f"{path[-1]}_lora_{factor}")) for factor in "ab")
         return weight if a is None else weight.astype(jnp.float32) + lora.scale * _product(a, b, weight.shape)
 
-    flat = [(path, p.replace(whole(path, p[...]).astype(dtype))) for path, p in nnx.to_flat_state(base)]
+    flat = [
+        (path, p.replace(merge_weight(path, p[...]).astype(dtype))) for path, p in nnx.to_flat_state(base)
+    ]
     return nnx.from_flat_state(flat)
 
 
@@ -65,11 +67,11 @@ def _product(a: Float[Array, "L *i r"], b: Float[Array, "L r *o"], shape: tuple[
     return product.reshape(shape)
 
 
-def stacked(config: ModelConfig, adapters: Sequence[tuple[Lora, nnx.State]]) -> tuple[Lora, nnx.State]:
+def stack_adapters(config: ModelConfig, adapters: Sequence[tuple[Lora, nnx.State]]) -> tuple[Lora, nnx.State]:
     """One adapter that changes what all of `adapters` change, in float32: of the sum of their ranks, scale 1."""
     rank = sum(lora.rank for lora, _ in adapters)
     targets = tuple(name for name in PROJECTIONS if any(name in lora.targets for lora, _ in adapters))
-    whole = Lora(rank, float(rank), targets)
+    combined = Lora(rank, float(rank), targets)
     parts = [(lora, {path: p[...] for path, p in nnx.to_flat_state(state)}) for lora, state in adapters]
 
     def factor(path: tuple, like: Any) -> Array:
@@ -82,11 +84,11 @@ def stacked(config: ModelConfig, adapters: Sequence[tuple[Lora, nnx.State]]) -> 
             pieces.append(piece * (lora.scale if axis == 1 else 1))
         return jnp.concatenate(pieces, axis)
 
-    flat = nnx.to_flat_state(abstract_adapter(config, whole))
-    return whole, nnx.from_flat_state([(path, p.replace(factor(path, p))) for path, p in flat])
+    flat = nnx.to_flat_state(abstract_adapter(config, combined))
+    return combined, nnx.from_flat_state([(path, p.replace(factor(path, p))) for path, p in flat])
 
 
 def _run(make: Any, *args: Any) -> nnx.State:
-    """make(*args) compiled, its results where parameters rest."""
+    """make(*args) compiled, its results sharded as parameters are."""
     shardings, options = param_shardings(jax.eval_shape(make, *args)), backend_options(OTHER)
     return jax.jit(make, out_shardings=shardings, compiler_options=options)(*args)

@@ -16,7 +16,7 @@ from listopd_jax.plan.chips import Topology
 WIDTHS = {"float32": 4, "bfloat16": 2, "int8": 1}
 AXES = ("grid", "data", "fsdp", "tensor")
 F32 = 4
-RESTING = ("parameters", "optimizer", "average", "teacher", "base")
+PERSISTENT = ("parameters", "optimizer", "average", "teacher", "base")
 
 
 class Load(NamedTuple):
@@ -78,7 +78,7 @@ class Layout(NamedTuple):
 
     @property
     def shards(self) -> int:
-        """Parts into which resting weights are split."""
+        """Parts into which persistent weights are split."""
         return self.sizes["fsdp"] * self.sizes["tensor"]
 
 
@@ -361,11 +361,11 @@ def _pass_bytes(student: ModelConfig, teachers: Sequence[ModelConfig], load: Loa
 
 
 def peak(memory: Mapping[str, float]) -> float:
-    """The larger of the two phases: what rests, and the rollout's or the update's own."""
+    """The larger of the two phases: the persistent part, and the rollout's or the update's own."""
     rollout = ("rollout copy", "kv cache", "rollout temporaries")
-    return resting(memory) + max(sum(memory[kind] for kind in rollout), memory["update temporaries"])
+    return persistent(memory) + max(sum(memory[kind] for kind in rollout), memory["update temporaries"])
 
 
-def resting(memory: Mapping[str, float]) -> float:
-    """What rests on a device through a run, of memory by kind."""
-    return sum(memory[kind] for kind in RESTING if kind in memory)
+def persistent(memory: Mapping[str, float]) -> float:
+    """GiB (or bytes) that stay on a device through a whole run, of memory by kind."""
+    return sum(memory[kind] for kind in PERSISTENT if kind in memory)

@@ -25,7 +25,7 @@ from listopd_jax.errors import UserError
 from listopd_jax.models.build import PARAM_DTYPE, abstract_frozen, as_given, cast, graph_of, lora_of
 from listopd_jax.models.config import Lora, ModelConfig
 from listopd_jax.models.decoder import KVCache, abstract
-from listopd_jax.models.lora import abstract_adapter, joined
+from listopd_jax.models.lora import abstract_adapter, with_adapter
 from listopd_jax.ops.attention_backends import resolve
 from listopd_jax.ops.grammar import Grammar
 from listopd_jax.ops.opd_loss import Frozen
@@ -33,7 +33,7 @@ from listopd_jax.parallel import rules
 from listopd_jax.parallel.compiler import ROLLOUT, UPDATE, Options, backend_options, product_precision
 from listopd_jax.parallel.mesh import use_mesh
 from listopd_jax.plan import gpu
-from listopd_jax.plan.arithmetic import RESTING
+from listopd_jax.plan.arithmetic import PERSISTENT
 from listopd_jax.plan.chips import GIB, Topology
 from listopd_jax.plan.traffic import traffic
 from listopd_jax.rollout.decode import (
@@ -107,12 +107,12 @@ def devices_of(topology: Topology) -> list[Any] | None:
 def state_memory(
     config: Any, shapes: Mapping[str, ModelConfig], mesh: Mesh, rolls_out_base: bool
 ) -> dict[str, int]:
-    """Bytes on one device of what rests there, by kind, and of the rollout's copy (but for the base) and cache."""
+    """Bytes on one device that are persistent, by kind, and of the rollout's copy (but for the base) and cache."""
     state, frozen = _state(config, shapes, mesh)
     trees = (state.params, state.opt_state, state.average, frozen.teachers, frozen.base)
-    named = zip(RESTING, trees, strict=True)
+    named = zip(PERSISTENT, trees, strict=True)
     memory = {kind: _shard_bytes(tree) for kind, tree in named if tree is not None}
-    copied = state.params if rolls_out_base else joined(frozen.base, state.params)
+    copied = state.params if rolls_out_base else with_adapter(frozen.base, state.params)
     memory["rollout copy"] = _shard_bytes(_rollout_params(config, copied, mesh))
     memory["kv cache"] = _shard_bytes(_caches(config, shapes["student"], mesh))
     return memory
@@ -178,7 +178,7 @@ def _sampler(
 ) -> Sampler:
     """The abstract student as the OPD stage samples from it, or the base."""
     state, frozen = _state(config, shapes, mesh)
-    writer = frozen.base if of_base else joined(frozen.base, state.params)
+    writer = frozen.base if of_base else with_adapter(frozen.base, state.params)
     params = _rollout_params(config, writer, mesh)
     weights, key, temperature = _replicate(
         jax.eval_shape(lambda: (jnp.ones((1, config.opd.rollouts)), jax.random.key(0), jnp.float32(1))), mesh
@@ -306,7 +306,7 @@ def _optimizer(config: Any) -> optax.GradientTransformation:
 
 
 def _state(config: Any, shapes: Mapping[str, ModelConfig], mesh: Mesh) -> tuple[TrainState, Frozen]:
-    """Abstract student, optimizer, teachers and base, split as they rest."""
+    """Abstract student, optimizer, teachers and base, sharded as they are stored."""
     student = _trained(shapes["student"], lora_of(config.student))
     teacher, base, *experts = (
         abstract_frozen(shape, config.dtype.frozen)

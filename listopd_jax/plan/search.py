@@ -201,7 +201,7 @@ def _compiled_memory(config, shapes, topology: Topology, layout: Layout) -> dict
     waiting = {
         "sft student": memory["teacher"],
         "evaluation": evaluated_teacher(config, shapes["teacher"], memory["teacher"]),
-        "rollout": arithmetic.resting(memory) - shared,
+        "rollout": arithmetic.persistent(memory) - shared,
     }
     peaks, moved = {}, {}
     for phase, build in _builds(config).items():
@@ -312,8 +312,8 @@ def search(config: Any, topology: Topology, load: Load, compiles: int) -> dict[s
 
 
 def _working_gib(plan: Mapping[str, Any], estimate: Mapping[str, Any]) -> float:
-    """What is needed at the peak beside what rests (known exactly, from the estimate)."""
-    return max(plan["peak_gib"] - arithmetic.resting(estimate["memory_gib"]), 1e-3)
+    """What is needed at the peak beside the persistent part (known exactly, from the estimate)."""
+    return max(plan["peak_gib"] - arithmetic.persistent(estimate["memory_gib"]), 1e-3)
 
 
 def _enlarged(estimate: Mapping[str, Any], factor: float) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Did extrapolation pay? The arms of configs/gain.py as one JSON file, and as a table for people.
+"""Did extrapolation pay? The ablations of configs/gain.py as one JSON file and as a Markdown table.
 
     python -m listopd_jax.report.gain runs/gain --out=docs/results/gain.json
 
@@ -32,7 +32,7 @@ def difference(policy: Seeds, reference: Seeds, metric: str = "expected_mae") ->
     """Mean of policy minus reference over the seeds that both have, with its 95 % t interval."""
     seeds = sorted(policy.keys() & reference.keys())
     if not seeds:
-        raise UserError("no seed is done in both of two arms that are compared; let the runs finish")
+        raise UserError("no seed is done in both of two ablations that are compared; let the runs finish")
     return mean_interval([policy[s].metric(metric) - reference[s].metric(metric) for s in seeds])
 
 
@@ -61,16 +61,16 @@ def compared(policy: Seeds, reference: Seeds) -> Json:
 
 
 def policies(folder: pathlib.Path) -> dict[str, Seeds]:
-    """The policies of the arms in `folder` by name; UserError where one is missing."""
-    arms = ("same", "plain", "guarded", "independent", "independent_guarded")
-    found = {arm: _trained(folder / arm / RESULTS) for arm in arms}
+    """The policies of the ablations in `folder` by name; UserError where one is missing."""
+    ablations = ("same", "plain", "guarded", "independent", "independent_guarded")
+    found = {ablation: _trained(folder / ablation / RESULTS) for ablation in ablations}
     budgets = sorted({steps for steps, _ in found["same"]})
     if len(budgets) != 2:
         raise UserError(f"{folder / 'same' / RESULTS}: needs λ = 1 after N and after 2N steps, has {budgets}")
-    names = {arm: (arm, budgets[0]) for arm in arms} | {"longer": ("same", budgets[1])}
+    names = {ablation: (ablation, budgets[0]) for ablation in ablations} | {"longer": ("same", budgets[1])}
     seeds = {
-        name: {seed: record for (steps, seed), record in found[arm].items() if steps == budget}
-        for name, (arm, budget) in names.items()
+        name: {seed: record for (steps, seed), record in found[ablation].items() if steps == budget}
+        for name, (ablation, budget) in names.items()
     }
     for name, records in seeds.items():
         if not records:
@@ -81,40 +81,40 @@ def policies(folder: pathlib.Path) -> dict[str, Seeds]:
 
 
 def _trained(path: pathlib.Path) -> dict[tuple[int, int], Result]:
-    """The distilled policies of an arm by steps and seed."""
+    """The distilled policies of an ablation by steps and seed."""
     records = [r for r in read_results(path) if r.stage == "opd"]
     if any(r.expected_mae is None for r in records):
-        raise UserError(f"{path}: has no expected_mae; run the arm with evaluation.expected=True")
+        raise UserError(f"{path}: has no expected_mae; run the ablation with evaluation.expected=True")
     return {(r.steps, r.seed): r for r in records}
 
 
 def summary(folder: pathlib.Path) -> Json:
-    """What gain.json says of the arms in `folder`."""
-    arms = policies(folder)
+    """What gain.json says of the ablations in `folder`."""
+    ablations = policies(folder)
     teachers = [r for r in read_results(folder / "same" / RESULTS) if r.stage == "sft_teacher"]
     if not teachers:
         raise UserError(f"{folder / 'same' / RESULTS}: has no record of the teacher")
     return {
-        "lambda_1": figures(arms["same"]),
-        "guarded": compared(arms["guarded"], arms["same"]),
+        "lambda_1": figures(ablations["same"]),
+        "guarded": compared(ablations["guarded"], ablations["same"]),
         "teacher": figures({0: teachers[0]}),
         "controls": {
-            "independent_teacher": compared(arms["independent_guarded"], arms["independent"]),
-            "longer_lambda_1": compared(arms["longer"], arms["same"]),
+            "independent_teacher": compared(ablations["independent_guarded"], ablations["independent"]),
+            "longer_lambda_1": compared(ablations["longer"], ablations["same"]),
         },
     }
 
 
 def table(folder: pathlib.Path) -> str:
     """Every policy in Markdown, means ± standard deviations over seeds."""
-    arms, rows = policies(folder), []
-    for name, seeds in arms.items():
-        reference = arms["independent" if name.startswith("independent") else "same"]
-        rest = _interval(seeds, arms["longer"]) if name in ("plain", "guarded") else ""
+    ablations, rows = policies(folder), []
+    for name, seeds in ablations.items():
+        reference = ablations["independent" if name.startswith("independent") else "same"]
+        to_longer = _interval(seeds, ablations["longer"]) if name in ("plain", "guarded") else ""
         to_one = "" if seeds is reference else _interval(seeds, reference)
         records = list(seeds.values())
         cells = (_spread([r.parse for r in records]), _spread([r.expected_mae for r in records]))
-        rows.append((name, str(len(records)), f"{records[0].lam:g}", *cells, to_one, rest))
+        rows.append((name, str(len(records)), f"{records[0].lam:g}", *cells, to_one, to_longer))
     return markdown(HEAD, rows)
 
 
@@ -130,9 +130,9 @@ def _interval(policy: Seeds, reference: Seeds) -> str:
 
 
 def main(argv: Sequence[str]) -> None:
-    """Print the table and write the file; UserError where an arm is missing."""
+    """Print the table and write the file; UserError where an ablation is missing."""
     parser = Parser(prog="python -m listopd_jax.report.gain", description=__doc__.split("\n")[0])
-    parser.add_argument("folder", type=pathlib.Path, help="the folder of the arms' workdirs")
+    parser.add_argument("folder", type=pathlib.Path, help="the folder of the ablations' workdirs")
     parser.add_argument("--out", help="the JSON file to write")
     args = parser.parse_args(argv)
     print(table(args.folder))

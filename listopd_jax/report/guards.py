@@ -1,4 +1,4 @@
-"""Which guard keeps the contract? The arms of configs/guards.py as one JSON file, and as a table for people.
+"""Which guard keeps the contract? The ablations of configs/guards.py as one JSON file and as a Markdown table.
 
     python -m listopd_jax.report.guards runs/guards --out=docs/results/guards.json
     python -m listopd_jax.report.guards runs/guards --against=one_mask    # or teacher, or a results.json
@@ -23,7 +23,7 @@ from listopd_jax.report.wording import markdown
 
 Json = dict[str, Any]
 REFERENCES = ("one", "one_sampled")
-OF_SAMPLES = ("contract_reward",)  # arms whose λ = 1 is that of the sampled estimator
+OF_SAMPLES = ("contract_reward",)  # ablations whose λ = 1 is that of the sampled estimator
 PARSE_LOSS = 0.02  # against λ = 1 that the goal allows
 MEASURED = ("parse", "useful", "expected_mae")
 BESIDES = {
@@ -44,14 +44,19 @@ HEAD = (
 )
 
 
-def compared(arms: Mapping[str, Seeds]) -> list[Json]:
-    """What guards.json says of each arm of one pair; an arm is compared once λ = 1 has a seed of it."""
+def compared(ablations: Mapping[str, Seeds]) -> list[Json]:
+    """What guards.json says of each ablation of one pair; an ablation is compared once λ = 1 has a seed of it."""
     rows = []
-    for arm, seeds in arms.items():
-        row = {"arm": arm, "lambda": next(iter(seeds.values())).lam, "seeds": len(seeds), **figures(seeds)}
+    for ablation, seeds in ablations.items():
+        row = {
+            "arm": ablation,
+            "lambda": next(iter(seeds.values())).lam,
+            "seeds": len(seeds),
+            **figures(seeds),
+        }
         row["useful"] = statistics.fmean(r.useful for r in seeds.values())
         row |= _besides(seeds)
-        rows.append(row if arm in REFERENCES else row | _to_one(arms, arm))
+        rows.append(row if ablation in REFERENCES else row | _to_one(ablations, ablation))
     return rows
 
 
@@ -65,34 +70,34 @@ def _besides(seeds: Seeds) -> Json:
     return found
 
 
-def _to_one(arms: Mapping[str, Seeds], arm: str) -> Json:
-    """The arm against λ = 1 of its estimator, over the seeds that both have, and whether that meets the goal."""
-    one = arms.get("one_sampled" if arm in OF_SAMPLES else "one", {})
-    both = arms[arm].keys() & one.keys()
+def _to_one(ablations: Mapping[str, Seeds], ablation: str) -> Json:
+    """The ablation against λ = 1 of its estimator, over the seeds that both have, and whether that meets the goal."""
+    one = ablations.get("one_sampled" if ablation in OF_SAMPLES else "one", {})
+    both = ablations[ablation].keys() & one.keys()
     if not both:
         return {}
-    mae = difference(arms[arm], one)
-    parse = statistics.fmean(arms[arm][s].parse - one[s].parse for s in both)
+    mae = difference(ablations[ablation], one)
+    parse = statistics.fmean(ablations[ablation][s].parse - one[s].parse for s in both)
     goal = parse >= -PARSE_LOSS and mae["high"] is not None and mae["high"] < 0
     return {"parse_difference": parse, "mae_difference": mae, "goal": goal}
 
 
 def pairs(folder: pathlib.Path) -> dict[str, dict[str, Seeds]]:
-    """Pair → arm → its distilled policies by seed, of the workdirs PAIR_ARM in `folder`; UserError where none is."""
+    """Pair → ablation → distilled policies by seed, of the workdirs PAIR_ABLATION in `folder`; UserError if none."""
     found: dict[str, dict[str, Seeds]] = {}
     for path in sorted(folder.glob(f"*/{RESULTS}")):
-        pair, _, arm = path.parent.name.partition("_")
+        pair, _, ablation = path.parent.name.partition("_")
         if seeds := _trained(path):
-            found.setdefault(pair, {})[arm] = seeds
+            found.setdefault(pair, {})[ablation] = seeds
     if not found:
         raise UserError(
-            f"{folder}: holds no workdir PAIR_ARM with a trained policy; run configs/guards.py first"
+            f"{folder}: holds no workdir PAIR_ABLATION with a trained policy; run configs/guards.py first"
         )
     return found
 
 
 def _trained(path: pathlib.Path) -> dict[int, Result]:
-    """The distilled policies of an arm by seed, after its last step."""
+    """The distilled policies of an ablation by seed, after its last step."""
     found = [r for r in read_results(path) if r.stage == "opd"]
     records = {r.seed: r for r in sorted(found, key=lambda r: r.steps or 0)}
     for record in records.values():
@@ -105,32 +110,32 @@ def _trained(path: pathlib.Path) -> dict[int, Result]:
 
 def summary(folder: pathlib.Path) -> list[Json]:
     """What guards.json says."""
-    return [{"pair": pair, **row} for pair, arms in pairs(folder).items() for row in compared(arms)]
+    return [{"pair": pair, **row} for pair, ablations in pairs(folder).items() for row in compared(ablations)]
 
 
 def against(folder: pathlib.Path, name: str) -> str:
-    """Every arm in Markdown beside another reference than λ = 1: an arm, `teacher`, or what a results.json holds."""
+    """Every ablation in Markdown against `name` instead of λ = 1: an ablation, `teacher`, or a results.json."""
     rows = []
-    for pair, arms in pairs(folder).items():
-        for arm, seeds in arms.items():
-            reference = _reference(folder, pair, arms, name, seeds)
+    for pair, ablations in pairs(folder).items():
+        for ablation, seeds in ablations.items():
+            reference = _reference(folder, pair, ablations, name, seeds)
             both = sorted(seeds.keys() & reference.keys())
-            if arm != name and both:
+            if ablation != name and both:
                 found = (difference(seeds, reference, metric) for metric in ("useful", "expected_mae"))
-                rows.append((pair, arm, str(len(both)), *map(_interval, found)))
+                rows.append((pair, ablation, str(len(both)), *map(_interval, found)))
     return markdown(("pair", "guard", "seeds", f"useful − {name}", f"MAE − {name}"), rows)
 
 
 def _reference(
-    folder: pathlib.Path, pair: str, arms: Mapping[str, Seeds], name: str, seeds: Seeds
+    folder: pathlib.Path, pair: str, ablations: Mapping[str, Seeds], name: str, seeds: Seeds
 ) -> Mapping[int, Result]:
     """By seed; the pair's teacher has none and stands for all."""
     if name == "teacher":
         records = read_results(folder / f"{pair}_one" / RESULTS)
         teacher = next((r for r in records if r.stage == "sft_teacher"), None)
         return {} if teacher is None else dict.fromkeys(seeds, teacher)
-    if name in arms or not name.endswith(".json"):
-        return arms.get(name, {})
+    if name in ablations or not name.endswith(".json"):
+        return ablations.get(name, {})
     return _trained(pathlib.Path(name))
 
 
@@ -166,9 +171,11 @@ def _interval(found: Json | None) -> str:
 def main(argv: Sequence[str]) -> None:
     """Print the table and, with --out, write the file."""
     parser = Parser(prog="python -m listopd_jax.report.guards", description=__doc__.split("\n")[0])
-    parser.add_argument("folder", type=pathlib.Path, help="the folder of the arms' workdirs")
+    parser.add_argument("folder", type=pathlib.Path, help="the folder of the ablations' workdirs")
     parser.add_argument("--out", help="the JSON file to write")
-    parser.add_argument("--against", help="print differences to this: an arm, teacher, or a results.json")
+    parser.add_argument(
+        "--against", help="print differences to this: an ablation, teacher, or a results.json"
+    )
     args = parser.parse_args(argv)
     rows = summary(args.folder)
     print(against(args.folder, args.against) if args.against else table(rows))

@@ -99,9 +99,9 @@ def shrink(prompts: Prompts, state: State, shape: tuple[int, int]) -> tuple[Prom
     """The rows that are not done, and as many done ones as fill `shape`; the caches given are freed."""
     B = len(prompts.lengths)
     rows, b, j = _select(state.rows, shape)
-    state = State(jax.tree.map(lambda x: _freed(_pick_rows(x, b, j), x), state.caches), rows)
+    state = State(jax.tree.map(lambda x: _freed(_take_rows(x, b, j), x), state.caches), rows)
     if shape[0] < B:
-        caches = jax.tree.map(lambda x: _freed(_pick_prompts(x, b), x), prompts.caches)
+        caches = jax.tree.map(lambda x: _freed(_take_prompts(x, b), x), prompts.caches)
         prompts = Prompts(prompts.lengths[b], prompts.hint[b], caches)
     return prompts, state
 
@@ -134,12 +134,12 @@ def _select(rows: Rows, shape: tuple[int, int]) -> tuple[Rows, Array, Array]:
 
 
 @jax.jit
-def _pick_rows(x: Array, b: Array, j: Array) -> Array:
+def _take_rows(x: Array, b: Array, j: Array) -> Array:
     return x[:, b[:, None], j]
 
 
 @jax.jit
-def _pick_prompts(x: Array, b: Array) -> Array:
+def _take_prompts(x: Array, b: Array) -> Array:
     return x[:, b]
 
 

@@ -88,7 +88,7 @@ def budget_shift() -> dict:
     }
     result, recipe = {}, VARIANTS["full_vocab"]
     for name, ((p, b), level, lr, lams, budgets) in cases.items():
-        run = run_grid(single_position(p, b, 64), Recipe(recipe, 64, "sgd", lr), lams, budgets=budgets)
+        run = run_grid(single_position(p, b, 64), Recipe(recipe, 64, "sgd", lr), lams, eval_steps=budgets)
         beyond = np.sign(b - p) * (run.log_odds[:, 0, 0, :, 0].T - level)
         dense = np.geomspace(budgets[0], budgets[-1], 60)
         result[name] = {

@@ -11,7 +11,7 @@ and one position is the Bernoulli reduction of EC §4.
 Each step draws rollouts from the current student and takes one optimizer step on the project's own
 objective, `ops.objective`, unchanged. Rollouts enter as visit counts, which is exact: given the parameters,
 the lists of a batch are independent and their loss depends on the counts only. A grid of λ × c × seeds is
-one `vmap`; budgets are read along each trajectory. This module imports JAX; the rest of `theory` does not.
+one `vmap`; every evaluation step is read along the same trajectory.
 """
 
 import functools
@@ -95,16 +95,16 @@ def run_grid(
     lambdas: Sequence[float],
     clips: Sequence[float] = (5.0,),
     seeds: Sequence[int] = (0,),
-    budgets: Sequence[int] = (100,),
+    eval_steps: Sequence[int] = (100,),
 ) -> Curves:
-    """Train at every λ, c and seed, and read the policy after each of `budgets` steps (ascending)."""
+    """Train at every λ, c and seed, and read the policy after each of `eval_steps` (ascending)."""
     grid = list(itertools.product(lambdas, clips, seeds))
     lam, clip = (jnp.array([point[i] for point in grid], jnp.float32) for i in (0, 1))
     keys = jnp.stack([jax.random.key(point[2]) for point in grid])
     arrays = tuple(jnp.asarray(x, jnp.float32) for x in process[:3])
-    static = (recipe, tuple(int(n) for n in process.repeat), process.ends, tuple(budgets))
+    static = (recipe, tuple(int(n) for n in process.repeat), process.ends, tuple(eval_steps))
     outputs = _train_grid(arrays, lam, clip, keys, static)
-    shape = (len(lambdas), len(clips), len(seeds), len(budgets))
+    shape = (len(lambdas), len(clips), len(seeds), len(eval_steps))
     return Curves(*(np.asarray(x).reshape(*shape, *x.shape[2:]) for x in outputs))
 
 
@@ -115,7 +115,7 @@ def _train_grid(arrays, lam, clip, keys, static):
 
 def _train(arrays, lam, clip, key, static):
     """One run: its readings at each budget."""
-    recipe, repeat, ends, budgets = static
+    recipe, repeat, ends, eval_steps = static
     teacher, base, features = arrays
     optimizer = {"adam": optax.adam(recipe.lr, b2=0.95), "sgd": optax.sgd(recipe.lr)}[recipe.optimizer]
     hyper = Hyper(lam=lam, clip=clip, kl_to_base=0.0, entropy_bonus=0.0, ppo_clip=0.0)
@@ -137,9 +137,9 @@ def _train(arrays, lam, clip, key, static):
         return (weights, state), _read(student(weights), jnp.array(repeat))
 
     weights = jnp.zeros((teacher.shape[1], features.shape[1]))
-    carry, keys = (weights, optimizer.init(weights)), jax.random.split(key, budgets[-1])
+    carry, keys = (weights, optimizer.init(weights)), jax.random.split(key, eval_steps[-1])
     readings = jax.lax.scan(step, carry, keys)[1]
-    return jax.tree.map(lambda x: x[np.array(budgets) - 1], readings)
+    return jax.tree.map(lambda x: x[np.array(eval_steps) - 1], readings)
 
 
 def _read(theta: Float[Array, "P D"], repeat: Int[Array, " D"]):

@@ -129,7 +129,7 @@ def measure(
         lengths = gather(rollout.lengths)
         size = min(decoding["max_tokens"], round_up(int(lengths.max()), ANSWER_STEP))
         parts += along(*models, batch, gather(rollout.tokens)[..., :size], lengths, codec, chunk)
-    return joined(parts)
+    return concatenate_positions(parts)
 
 
 def along(
@@ -163,7 +163,7 @@ def along(
     return found
 
 
-def joined(parts: Iterable[Positions]) -> Positions:
+def concatenate_positions(parts: Iterable[Positions]) -> Positions:
     """The positions of all `parts`, one part after the other."""
     return Positions(*(np.concatenate(columns) for columns in zip(*parts, strict=True)))
 
@@ -305,7 +305,7 @@ def calibrate_forecasts(
             tokens = padded(written, round_up(int(lengths.max()), ANSWER_STEP), job.codec.pad)
             parts.append(along(*models, batch, tokens, lengths, job.codec, job.config.opd.head_chunk))
     rows = [
-        dataclasses.replace(forecast_row(lam, joined(column)), guard=guard)
+        dataclasses.replace(forecast_row(lam, concatenate_positions(column)), guard=guard)
         for lam, column in zip(lambdas, zip(*parts, strict=True), strict=True)
     ]
     _add_forecasts(job.workdir / CALIBRATION, rows)

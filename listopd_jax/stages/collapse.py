@@ -3,7 +3,7 @@
 from typing import Any
 
 from listopd_jax.stages.job import Job
-from listopd_jax.stages.opd import Distillation, initial_state, opd_saving, whole
+from listopd_jax.stages.opd import Distillation, initial_state, merged_student, opd_saving
 from listopd_jax.stages.results import greedy, metrics_of
 from listopd_jax.train.checkpoints import abstract
 from listopd_jax.train.collapse import Thresholds, Watch
@@ -28,10 +28,10 @@ def best_checkpoint(job: Job, shared: Distillation, run: Run) -> tuple[int, Any]
         like = abstract(initial_state(job, shared, run.seed))
         useful = {}
         for step in checkpoints.steps:
-            params = whole(job, shared, checkpoints.params_at(step, like))
+            params = merged_student(job, shared, checkpoints.params_at(step, like))
             useful[step] = metrics_of(job, greedy(job, "student", params, f"{run.name} at {step}"))["useful"]
         best = max(useful, key=useful.__getitem__)
-        return best, whole(job, shared, checkpoints.params_at(best, like))
+        return best, merged_student(job, shared, checkpoints.params_at(best, like))
 
 
 def collapse_fields(watch: Watch | None, run: Run) -> dict[str, Any]:

@@ -103,7 +103,7 @@ def _metrics(task: Task, records: Sequence[Any], answers: Sequence[Answer], boot
     return found | {"ended": ended}
 
 
-def pick_examples(answers: Sequence[Answer], count: int) -> list[Answer]:
+def select_examples(answers: Sequence[Answer], count: int) -> list[Answer]:
     """Up to `count` good and `count` bad answers, in order; one of each failure class before a second of any."""
     good = [a for a in answers if a.parsed.ok][:count]
     by_class: dict[str, list[Answer]] = {}

@@ -28,7 +28,7 @@ from listopd_jax.models.build import (
 from listopd_jax.models.config import Lora, ModelConfig
 from listopd_jax.models.decoder import abstract
 from listopd_jax.models.hf import load_adapter, load_hf, read_eos_ids
-from listopd_jax.models.lora import abstract_adapter, merged, stacked
+from listopd_jax.models.lora import abstract_adapter, merge_adapter, stack_adapters
 from listopd_jax.records import RESULTS, Result, read_results
 from listopd_jax.stages.job import (
     completion_ends,
@@ -138,7 +138,7 @@ def _from_checkpoint(config: Any, digest: str, workdir: pathlib.Path, record: Re
         return Model(shape, _trained(config, digest, workdir, record, shape), codec.tokenizer, codec.ends)
     params = initial_params(config[role], shape, config.sft[role].seed, config.dtype.frozen)
     for lora, adapter in _adapters(config, digest, workdir, record, shape):
-        params = merged(cast(params, config.dtype.frozen), adapter, lora)
+        params = merge_adapter(cast(params, config.dtype.frozen), adapter, lora)
     return Model(shape, params, codec.tokenizer, codec.ends)
 
 
@@ -170,7 +170,9 @@ def policy_adapter(
     with locked(workdir):
         parts = _adapters(config, digest, workdir, record, shape)
     before = [load_adapter(model.adapter, shape)] if model.adapter else []
-    return Adapter(*stacked(shape, before + parts), os.path.abspath(weights_folder(model.weights)), tokenizer)
+    return Adapter(
+        *stack_adapters(shape, before + parts), os.path.abspath(weights_folder(model.weights)), tokenizer
+    )
 
 
 def _adapters(

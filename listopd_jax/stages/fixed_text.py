@@ -12,7 +12,7 @@ from jaxtyping import Array, Float
 from scipy import stats
 
 from listopd_jax.config import guard_text
-from listopd_jax.models.lora import joined
+from listopd_jax.models.lora import with_adapter
 from listopd_jax.ops.opd_loss import Frozen, Models
 from listopd_jax.parallel.compiler import OTHER, BackendJit
 from listopd_jax.rollout.state import Rollout
@@ -22,11 +22,11 @@ from listopd_jax.stages.opd import (
     Distillation,
     hyper_at,
     learning_rate,
+    merged_student,
     opd_steps,
     read_by_models,
     sample,
     variant_of,
-    whole,
 )
 from listopd_jax.stages.results import greedy
 from listopd_jax.stages.teachers import experts_of
@@ -48,7 +48,7 @@ def fixed_text_parse(job: Job, shared: Distillation, lambdas: Sequence[float]) -
     def parse(lam: float, seed: int) -> float:
         schedule = schedule_of(opd, lam, seed, len(texts.batch.prompts), opd_steps(job))
         trained = train(shared.start(seed), shared.frozen.base, heads, texts, schedule)
-        answers = greedy(job, "student", whole(job, shared, trained), f"fixed text, λ = {lam:g}")
+        answers = greedy(job, "student", merged_student(job, shared, trained), f"fixed text, λ = {lam:g}")
         return float(np.mean([a.parsed.ok for a in answers]))
 
     return np.array([[parse(lam, seed) for lam in lambdas] for seed in job.config.predict.seeds])
@@ -70,7 +70,7 @@ def band(
 def _texts(job: Job, shared: Distillation) -> tuple[Texts, Models]:
     """`predict.fixed_text_lists` prompts, or a few more, as the student answers them now; the frozen models' heads."""
     options, models, start = job.config, models_of(job), shared.start(0)
-    sampler, student = joined(shared.frozen.base, start), whole(job, shared, start)
+    sampler, student = with_adapter(shared.frozen.base, start), merged_student(job, shared, start)
     count = ceil_div(options.predict.fixed_text_lists, options.opd.batch_size)
     parts = []
     for number, batch in enumerate(itertools.islice(job.opd_batches(seed=0), count)):

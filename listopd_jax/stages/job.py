@@ -388,7 +388,7 @@ def open_job(
     `task` is that of the config unless given. `models` are config sections by role; if none is given, those of teacher,
     student and, if it is another, base.
     """
-    whole, models = not models, models or models_of(config)
+    all_roles, models = not models, models or models_of(config)
     backend = resolve(config.attention, jax.default_backend(), config.dtype.compute)
     task = task or load_task(config)
     with hosts.main_first():
@@ -402,7 +402,7 @@ def open_job(
         if hosts.is_main():
             refuse_other_inputs(workdir, **_digests(config, models))
             _say_dropped_noise(task, config)
-            if whole:
+            if all_roles:
                 _look_at_teacher_prompts(task, config, [*splits.train, *splits.validation])
     codec = Codec(tokenizer, completion_ends(config, tokenizer, writers_of(models)), task.token_classes)
     records = {"train": splits.train, "validation": splits.validation}
@@ -410,9 +410,9 @@ def open_job(
     # A checkpoint or template that does not fit shows now, not when its turn comes.
     _ = job.shapes, job.validation, job.guard_of(guard_text(config.opd.guard))
     _check_constraints(job)
-    if whole and config.opd.on_policy < 1:
+    if all_roles and config.opd.on_policy < 1:
         _check_all_answered(job)
-    if whole and (config.teachers.route or config.teachers.max_prompt):
+    if all_roles and (config.teachers.route or config.teachers.max_prompt):
         _ = job.for_teachers
     return job
 

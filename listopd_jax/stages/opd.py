@@ -16,7 +16,7 @@ from jaxtyping import Array, Bool, Float, Int
 from listopd_jax.config import eval_budgets, guard_text
 from listopd_jax.data.input import FOR_TEACHERS, as_teachers_read
 from listopd_jax.models.build import cast, lora_of
-from listopd_jax.models.lora import joined, merged
+from listopd_jax.models.lora import merge_adapter, with_adapter
 from listopd_jax.ops.grammar import Grammar
 from listopd_jax.ops.objective import Hyper, Variant, warmed_up_lambda
 from listopd_jax.ops.opd_loss import Frozen, Models
@@ -187,9 +187,9 @@ def initial_state(job: Job, shared: Distillation, seed: int) -> TrainState:
     return init_state(shared.start(seed), shared.tx, average=job.config.opd.ema > 0)
 
 
-def whole(job: Job, shared: Distillation, trained: Any) -> Any:
+def merged_student(job: Job, shared: Distillation, trained: Any) -> Any:
     """The student's parameters of what a run trained: themselves, or its adapter merged into the base."""
-    return merged(shared.frozen.base, trained, lora_of(job.config.student))
+    return merge_adapter(shared.frozen.base, trained, lora_of(job.config.student))
 
 
 def train_opd(
@@ -204,7 +204,10 @@ def train_opd(
 
     def update(state, batch, step):
         index, prompts, lengths, *for_teachers = read_by_models(job, batch)
-        student, own = joined(shared.frozen.base, state.params), is_on_policy(run.seed, step, opd.on_policy)
+        student, own = (
+            with_adapter(shared.frozen.base, state.params),
+            is_on_policy(run.seed, step, opd.on_policy),
+        )
         if own:
             masks = opd.constrained_rollouts
             constrained = job.constraint(masks, "train", hosts.gather(index).tolist(), opd.rollouts)
@@ -234,7 +237,7 @@ def train_opd(
     initial, batches = functools.partial(initial_state, job, shared, run.seed), job.opd_batches(run.seed)
     saving = opd_saving(config, best)
     result = train(job.workdir, run, initial, batches, update, saving, watch=watch, tracking=job.tracking)
-    return whole(job, shared, result)
+    return merged_student(job, shared, result)
 
 
 def read_by_models(job: Job, batch: Mapping[str, np.ndarray]) -> list[Any]:

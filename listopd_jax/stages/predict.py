@@ -162,12 +162,12 @@ def shape(job: Job, frozen: Frozen, guard: Guard | None) -> Shape:
     found = Shape(lambdas, _decoded(job, frozen, lambdas, guard))
     for _ in range(ROUNDS):
         if (more := gaps(found, job.config.predict.largest_gap)).size:
-            joined = np.concatenate([found.lambdas, more])
+            finer = np.concatenate([found.lambdas, more])
             parse, order = (
                 np.concatenate([found.parse, _decoded(job, frozen, more, guard)]),
-                np.argsort(joined),
+                np.argsort(finer),
             )
-            found = Shape(joined[order], parse[order])
+            found = Shape(finer[order], parse[order])
     return found
 
 

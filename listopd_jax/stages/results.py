@@ -30,7 +30,7 @@ from listopd_jax.records import (
     write_records,
 )
 from listopd_jax.stages.constrained import decodings
-from listopd_jax.stages.evaluate import Answer, greedy_answers, pick_examples, result_record
+from listopd_jax.stages.evaluate import Answer, greedy_answers, result_record, select_examples
 from listopd_jax.stages.expected import expected_scores
 from listopd_jax.stages.job import Job
 from listopd_jax.stages.margins import structural_margin
@@ -129,7 +129,7 @@ def keep(
         head["expected_mae"] = float(errors.mean())
     record = result_record(job.task, job.records["validation"], answers, head, evaluation.bootstrap)
     if of_policy:
-        shown = pick_examples(answers, evaluation.examples)
+        shown = select_examples(answers, evaluation.examples)
         path = job.workdir / EXAMPLES
         _replace(path, read_examples(path), run, [_example(job, run, a) for a in shown])
     if of_policy and errors is not None:

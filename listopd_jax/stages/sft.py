@@ -6,7 +6,7 @@ from typing import Any
 import jax.numpy as jnp
 
 from listopd_jax.models.build import PARAM_DTYPE, as_given, cast, initial_params, lora_of
-from listopd_jax.models.lora import initial_adapter, merged
+from listopd_jax.models.lora import initial_adapter, merge_adapter
 from listopd_jax.parallel.hosts import global_batch
 from listopd_jax.stages.job import Job, saving
 from listopd_jax.train.loop import Run, train
@@ -48,4 +48,4 @@ def train_sft(job: Job, role: str) -> Any:
         job.workdir, run, lambda: init_state(start(), tx), job.sft_batches(role), update, saving(config),
         tracking=job.tracking,
     )  # fmt: skip
-    return merged(frozen, params, lora)
+    return merge_adapter(frozen, params, lora)

@@ -105,8 +105,8 @@ def _reader(ids: Sequence[str]) -> Callable[[_Place, str], _Place | None]:
         used, part, written = place
         if character in _SPACE and not written:
             return place if part < _END else None
-        whole = written in SCORES and part == _SCORE
-        if whole and (character in _SPACE or character == "}"):
+        is_score = written in SCORES and part == _SCORE
+        if is_score and (character in _SPACE or character == "}"):
             after = (used, part + 1, "")
             return after if character in _SPACE else read(after, character)
         written += character

@@ -81,7 +81,7 @@ def read_sections(path: str | pathlib.Path, wanted: str) -> dict[int, str]:
     number, section = None, ""
     for row, line in enumerate(_lines(path), 1):
         if line.startswith(".I "):
-            number, section = _whole(line[3:], f"{path}:{row}"), ""
+            number, section = _integer(line[3:], f"{path}:{row}"), ""
             found[number] = []
         elif line[:1] == "." and line[1:].strip() in tuple("TABW"):
             section = line[1:].strip()
@@ -103,7 +103,7 @@ def read_judgements(path: str | pathlib.Path, queries: int, documents: Mapping[i
             continue
         if len(fields) != 3:
             raise UserError(f"{where}: {len(fields)} fields; write query, document and grade")
-        query, document, grade = (_whole(field, where) for field in fields)
+        query, document, grade = (_integer(field, where) for field in fields)
         if not 1 <= query <= queries or document not in documents or grade not in (-1, 1, 2, 3, 4):
             raise UserError(
                 f"{where}: no such query, document or grade; are the three files of one collection?"
@@ -122,7 +122,7 @@ def _lines(path: str | pathlib.Path) -> Sequence[str]:
     return pathlib.Path(path).read_text("utf-8", errors="replace").splitlines()
 
 
-def _whole(text: str, where: str) -> int:
+def _integer(text: str, where: str) -> int:
     try:
         return int(text)
     except ValueError as e:

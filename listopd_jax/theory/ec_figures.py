@@ -4,13 +4,6 @@ tables). Nothing here is measured by us.
 
 from typing import NamedTuple
 
-FIVE_SEEDS = {  # parse of each seed at the λ of the row "five_seeds", 42 steps
-    7: (0.901, 0.830, 0.731, 0.679),
-    13: (0.934, 0.797, 0.873, 0.486),
-    21: (0.863, 0.802, 0.901, 0.561),
-    42: (0.934, 0.934, 0.651, 0.684),
-    95: (0.858, 0.689, 0.788, 0.877),
-}
 CLIP_SWEEP = {1.5: 0.948, 2.0: 0.557, 5.0: 0.859, float("inf"): 0.849}  # parse by c at λ = 1.15, 42 steps
 
 

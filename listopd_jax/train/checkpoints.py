@@ -122,7 +122,7 @@ class Checkpoints:
         steps = self.steps[::-1]
         for i, step in enumerate(steps):
             try:
-                saved = self._read(step, like, whole=step != final)
+                saved = self._read(step, like, result_only=step == final)
             except _Damaged as e:
                 _warn(f"{self._folder / str(step)}: damaged checkpoint skipped ({e})")
                 continue
@@ -140,16 +140,16 @@ class Checkpoints:
         Nothing is changed on disk. UserError if it is not there, is damaged, or is of another run or model.
         """
         try:
-            return getattr(self._read(step, like, whole=False).state, like.result)
+            return getattr(self._read(step, like, result_only=True).state, like.result)
         except _Damaged as e:
             raise UserError(
                 f"{self._folder / str(step)}: no whole checkpoint ({e}); run the job again"
             ) from e
 
-    def _read(self, step: int, like: TrainState, whole: bool) -> Saved:
+    def _read(self, step: int, like: TrainState, result_only: bool) -> Saved:
         record = _unsealed(self._load(step, record=ocp.args.JsonRestore())["record"])
         self._check(step, record, like)
-        wanted = like.trees if whole else {like.result: getattr(like, like.result)}
+        wanted = {like.result: getattr(like, like.result)} if result_only else like.trees
         arrays = self._load(step, **{name: ocp.args.StandardRestore(tree) for name, tree in wanted.items()})
         for name, tree in arrays.items():
             if checksum(tree) != record["checksums"][name]:

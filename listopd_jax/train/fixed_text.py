@@ -16,7 +16,7 @@ import optax
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from listopd_jax.models.lora import joined
+from listopd_jax.models.lora import with_adapter
 from listopd_jax.ops.grammar import Grammar
 from listopd_jax.ops.head import log_distribution, map_positions, take_token
 from listopd_jax.ops.objective import Hyper, Variant, token_weights
@@ -65,7 +65,7 @@ def make_fixed_text(
     redrawn = functools.partial(_redrawn, vocab=vocab, chunk=chunk, temperature=temperature)
 
     def loss(params, base, heads: Models, texts: Texts, at: Schedule):
-        batch, decoder = texts.batch, nnx.merge(student, joined(base, params))
+        batch, decoder = texts.batch, nnx.merge(student, with_adapter(base, params))
         tokens = batch.rollout.tokens
         hidden = completion_hidden(decoder, batch.prompts, batch.prompt_lengths, tokens)
         mask = completion_mask(batch.rollout.lengths, tokens.shape[-1])

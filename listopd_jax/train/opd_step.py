@@ -16,7 +16,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from listopd_jax.models.decoder import Decoder, cast_once
-from listopd_jax.models.lora import joined
+from listopd_jax.models.lora import with_adapter
 from listopd_jax.ops.grammar import START, Grammar, states
 from listopd_jax.ops.objective import Hyper, Variant, token_weights
 from listopd_jax.ops.opd_loss import Frozen, Models, opd_loss
@@ -82,7 +82,7 @@ def make_opd_step(
             loss, per_token = _loss(graphs, params, frozen, part, weights, loss_function, hyper)
             return loss, {k: jnp.where(weights > 0, v, 0.0) for k, v in per_token.items()}
 
-        dtype = nnx.merge(graphs.student, joined(frozen.base, state.params)).dtype
+        dtype = nnx.merge(graphs.student, with_adapter(frozen.base, state.params)).dtype
         params = cast_once(state.params, dtype)
         loss, grads, per_token = accumulated_grad(loss_of, params, (batch, weights), microbatch)
         metrics = {"loss": loss, "grad_norm": optax.tree.norm(grads), **summarize(per_token, mask, hyper)}
@@ -95,7 +95,7 @@ def make_opd_step(
 
 def _loss(graphs: Models, params, frozen: Frozen, batch: OpdBatch, weights, loss_function: Callable, hyper):
     """Weighted loss of one microbatch, differentiable in `params`, and per-token quantities [B, n, T]."""
-    hiddens, heads = states_and_heads(graphs, joined(frozen.base, params), frozen, batch)
+    hiddens, heads = states_and_heads(graphs, with_adapter(frozen.base, params), frozen, batch)
     states = grammar_states(loss_function.keywords["grammar"], batch.rollout.tokens)
     return loss_at_states(
         hiddens, heads, batch.rollout, states, weights, loss_function, hyper,

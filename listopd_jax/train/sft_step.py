@@ -10,7 +10,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from listopd_jax.models.decoder import cast_once
-from listopd_jax.models.lora import joined
+from listopd_jax.models.lora import with_adapter
 from listopd_jax.ops.fused import fused_loss
 from listopd_jax.ops.head import entropy_of, take_token
 from listopd_jax.ops.objective import token_weights
@@ -43,7 +43,7 @@ def make_sft_step(
 
     def loss_of(params, rows, frozen):
         batch, weights = rows
-        decoder, answers = nnx.merge(graphdef, joined(frozen, params)), batch["answer"][:, None]
+        decoder, answers = nnx.merge(graphdef, with_adapter(frozen, params)), batch["answer"][:, None]
         hidden = completion_hidden(decoder, batch["prompt"], batch["prompt_length"], answers)
         flat = hidden.reshape(-1, hidden.shape[-1]), decoder.head_weight()
         rows = answers.reshape(-1), weights.reshape(-1)
@@ -54,7 +54,7 @@ def make_sft_step(
         mask = completion_mask(batch["answer_length"][:, None], batch["answer"].shape[-1])
         weights = token_weights(mask.astype(jnp.float32), "token")
         loss_of_rows = functools.partial(loss_of, frozen=frozen)
-        params = cast_once(state.params, nnx.merge(graphdef, joined(frozen, state.params)).dtype)
+        params = cast_once(state.params, nnx.merge(graphdef, with_adapter(frozen, state.params)).dtype)
         loss, grads, entropy = accumulated_grad(loss_of_rows, params, (batch, weights), microbatch)
         metrics = {
             "loss": loss,

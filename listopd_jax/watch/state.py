@@ -46,7 +46,7 @@ def page_state(root: pathlib.Path, chosen: str = "") -> dict[str, Any]:
     """Everything under `root`; `chosen` names the workdir whose curves, completions and results are sent with it."""
     found = workdirs(root)
     read = {name: _read(root, path) for name, path in found.items()}
-    overview = [_overview(name, found[name], whole) for name, whole in read.items()]
+    overview = [_overview(name, found[name], workdir) for name, workdir in read.items()]
     overview = _with_points(root, overview)
     name = chosen if chosen in read else _liveliest(overview)
     shown = [read[n] for n in _of(name, read) if isinstance(read[n], Workdir)]
@@ -56,7 +56,9 @@ def page_state(root: pathlib.Path, chosen: str = "") -> dict[str, Any]:
         "chosen": name,
         "curves": _curves(shown),
         "completions": _completions(shown),
-        "results": list({(r.identity, r.run): _result(r) for whole in shown for r in whole.results}.values()),
+        "results": list(
+            {(r.identity, r.run): _result(r) for workdir in shown for r in workdir.results}.values()
+        ),
     }
 
 
@@ -67,33 +69,33 @@ def _read(root: pathlib.Path, path: pathlib.Path) -> Workdir | UserError:
         return e
 
 
-def _overview(name: str, path: pathlib.Path, whole: Workdir | UserError) -> dict[str, Any]:
+def _overview(name: str, path: pathlib.Path, workdir: Workdir | UserError) -> dict[str, Any]:
     """State, stage and progress of a workdir."""
-    if isinstance(whole, UserError):
-        return _named(name) | {"state": "broken", "why": visible(str(whole)), "runs": []}
-    runs, working = _runs(whole), at_work(path)
+    if isinstance(workdir, UserError):
+        return _named(name) | {"state": "broken", "why": visible(str(workdir)), "runs": []}
+    runs, working = _runs(workdir), at_work(path)
     current = next((run for run in runs if run["state"] == "current"), None)
-    complete = bool(runs) and current is None and whole.reported
+    complete = bool(runs) and current is None and workdir.reported
     state = "running" if working else "done" if complete else "stopped"
     if current is not None:
         current["state"] = "running" if working else "stopped"
     return _named(name) | {
         "state": state,
-        "stage": "" if complete and not working else _stage(whole, current),
+        "stage": "" if complete and not working else _stage(workdir, current),
         "done": sum(run["step"] for run in runs),
         "total": sum(run["steps"] for run in runs),
         "eta": _seconds_left(path, runs, current) if working else None,
-        "report": whole.reported,
+        "report": workdir.reported,
         "runs": runs,
     }
 
 
-def _runs(whole: Workdir) -> list[dict[str, Any]]:
+def _runs(workdir: Workdir) -> list[dict[str, Any]]:
     """The trainings that are planned, each with where it stands: done, current (the first that is not) or waiting."""
-    last = {row["run"]: row["step"] for row in whole.metrics}
-    results = {r.identity: r for r in whole.results}
-    longest = {run.run: run for run in sorted(whole.planned, key=lambda run: run.steps or 0)}
-    order = dict.fromkeys(run.run for run in whole.planned)
+    last = {row["run"]: row["step"] for row in workdir.metrics}
+    results = {r.identity: r for r in workdir.results}
+    longest = {run.run: run for run in sorted(workdir.planned, key=lambda run: run.steps or 0)}
+    order = dict.fromkeys(run.run for run in workdir.planned)
     runs, current = [], "current"
     for plan in (longest[name] for name in order):
         result = results.get(plan.identity)
@@ -111,17 +113,17 @@ def _run(plan: Planned, step: int, state: str, result: Result | None) -> dict[st
     return about | {"step": steps if result else min(step, steps), "steps": steps, "state": state} | values
 
 
-def _stage(whole: Workdir, current: Mapping[str, Any] | None) -> str:
+def _stage(workdir: Workdir, current: Mapping[str, Any] | None) -> str:
     """What a job at this point does, in words."""
-    if not whole.planned:
+    if not workdir.planned:
         return "preparing data and models"
     if current is None:
         return "writing the report"
     if current["step"] >= current["steps"]:
         return f"evaluating {current['label']}"
-    begun = any(row["stage"] in DISTILLED for row in whole.metrics)
+    begun = any(row["stage"] in DISTILLED for row in workdir.metrics)
     if current["stage"] in DISTILLED and not current["step"] and not begun:
-        return "forecasting" if whole.calibrated else "calibrating"
+        return "forecasting" if workdir.calibrated else "calibrating"
     return f"training {current['label']}"
 
 
@@ -186,9 +188,9 @@ def _of(name: str, read: Mapping[str, Any]) -> list[str]:
 def _curves(shown: Sequence[Workdir]) -> list[dict[str, Any]]:
     """The figures of each stage: title, metric and one curve a training run, by λ and seed; only what was logged."""
     groups: dict[str, list[Mapping[str, Any]]] = defaultdict(list)
-    for whole in shown:
+    for workdir in shown:
         known = set(groups)  # a point's log begins with that of the common stages
-        for row in whole.metrics:
+        for row in workdir.metrics:
             if row["run"] not in known:
                 groups[row["run"]].append(row)
     runs = sorted(groups.values(), key=lambda rows: _order(rows[0]))
@@ -223,7 +225,7 @@ def _curve(rows: Sequence[Mapping[str, Any]], metric: str) -> dict[str, Any]:
 
 def _completions(shown: Sequence[Workdir]) -> list[dict[str, Any]]:
     """The newest sampled completions, their texts visible and cut."""
-    newest = [row for whole in shown for row in whole.completions[-COMPLETIONS:]][-COMPLETIONS:]
+    newest = [row for workdir in shown for row in workdir.completions[-COMPLETIONS:]][-COMPLETIONS:]
     return [
         {"label": _label(row), "step": row["step"], "failure": visible(str(row.get("failure")))}
         | {name: visible(cut(str(row.get(name, "")), MAX_TEXT)) for name in ("output", "prompt")}

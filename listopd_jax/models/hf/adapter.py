@@ -17,7 +17,7 @@ from listopd_jax.data.tokenizer import save_tokenizer
 from listopd_jax.errors import UserError
 from listopd_jax.models.config import PROJECTIONS, Lora, ModelConfig
 from listopd_jax.models.hf.config import read_object
-from listopd_jax.models.hf.tensors import hf_names, write_json
+from listopd_jax.models.hf.tensors import hf_names
 from listopd_jax.models.lora import abstract_adapter
 from listopd_jax.parallel.hosts import gather, is_main
 from listopd_jax.parallel.rules import place_state
@@ -48,9 +48,9 @@ def save_adapter(
     if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
         raise UserError(f"{folder}: is there already and will not be replaced; choose a new folder")
     try:
-        with files.whole_folder(folder, replace=False) as new:
+        with files.atomic_folder(folder, replace=False) as new:
             save_file(tensors, new / TENSORS, metadata={"format": "pt"})
-            write_json(new / CONFIG, _config_json(lora, base))
+            files.write_json(new / CONFIG, _config_json(lora, base))
             if tokenizer is not None:
                 save_tokenizer(tokenizer, new)
             if card:

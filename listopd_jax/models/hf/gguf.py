@@ -24,7 +24,7 @@ from listopd_jax.errors import UserError, one_line
 from listopd_jax.models.config import ModelConfig
 from listopd_jax.models.hf.config import config_json
 from listopd_jax.models.hf.load import check_hf
-from listopd_jax.models.hf.save import write_json, write_shards
+from listopd_jax.models.hf.save import write_shards
 from listopd_jax.models.hf.tensors import LAYER_NAMES, NAMES
 
 ARCHITECTURES = ("llama", "qwen3")
@@ -95,11 +95,11 @@ def convert(path: str | os.PathLike, folder: str | os.PathLike) -> None:
     config, tokenizer = _config(gguf), _tokenizer(gguf)
     ends = {gguf.fields.get(f"tokenizer.ggml.{kind}_token_id") for kind in ("eos", "eot")} - {None}
     try:
-        with files.whole_folder(folder) as new:
+        with files.atomic_folder(folder) as new:
             write_shards(new, _hf_tensors(gguf, config))
             save_tokenizer(tokenizer, new)
-            write_json(new / "config.json", config_json(config, np.float32, tokenizer))
-            write_json(new / "generation_config.json", {"eos_token_id": sorted(ends)})
+            files.write_json(new / "config.json", config_json(config, np.float32, tokenizer))
+            files.write_json(new / "generation_config.json", {"eos_token_id": sorted(ends)})
             check_hf(new)
     except OSError as e:
         raise files.not_written(folder, e, "another XDG_CACHE_HOME") from e

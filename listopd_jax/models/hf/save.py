@@ -15,7 +15,7 @@ from listopd_jax.data.tokenizer import save_tokenizer
 from listopd_jax.errors import UserError
 from listopd_jax.models.config import ModelConfig
 from listopd_jax.models.hf.config import config_json
-from listopd_jax.models.hf.tensors import INDEX, SINGLE, hf_names, to_hf, write_json
+from listopd_jax.models.hf.tensors import INDEX, SINGLE, hf_names, to_hf
 from listopd_jax.parallel.hosts import gather, is_main
 
 SHARD_BYTES = 5_000_000_000
@@ -47,13 +47,13 @@ def save_hf(
     _check_replaceable(folder, replace)
     weights = dtype or jax.tree.leaves(params)[0].dtype
     try:
-        with files.whole_folder(folder, replace) as new:
+        with files.atomic_folder(folder, replace) as new:
             write_shards(new, hf_tensors(params, dtype), max_shard_bytes)
             if tokenizer is not None:
                 save_tokenizer(tokenizer, new)
-            write_json(new / "config.json", config_json(config, weights, tokenizer))
+            files.write_json(new / "config.json", config_json(config, weights, tokenizer))
             if ends:
-                write_json(new / "generation_config.json", {"eos_token_id": list(ends)})
+                files.write_json(new / "generation_config.json", {"eos_token_id": list(ends)})
             if card:
                 (new / "README.md").write_text(card, encoding="utf-8")
     except (OSError, SafetensorError) as e:
@@ -99,7 +99,7 @@ def write_shards(
         final = f"model-{i + 1:05d}-of-{len(parts):05d}.safetensors"
         os.replace(folder / f"part-{i}", folder / final)
         weight_map |= dict.fromkeys(names, final)
-    write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
+    files.write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
 
 
 def _write_part(folder: pathlib.Path, index: int, shard: dict[str, np.ndarray]) -> list[str]:

@@ -1,9 +1,6 @@
 """How Hugging Face names, shapes and stores the tensors behind our parameters."""
 
-import json
 import math
-import pathlib
-from typing import Any
 
 import jax
 import numpy as np
@@ -47,8 +44,3 @@ def to_hf(name: str, array: jax.Array | np.ndarray) -> jax.Array | np.ndarray:
         return array
     inputs = math.prod(array.shape[:-1]) if name == "o" else array.shape[0]
     return array.reshape(inputs, -1).T
-
-
-def write_json(path: pathlib.Path, value: dict[str, Any]) -> None:
-    """Write a JSON file of a checkpoint's folder, as transformers lays them out."""
-    path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
