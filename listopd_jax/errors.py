@@ -32,6 +32,12 @@ def unknown_name(field: str, value: str, known: Iterable[str]) -> UserError:
     return UserError(f"{field}={value!r} is unknown; {did_you_mean(value, known)}known: {', '.join(known)}")
 
 
+def require(condition: bool, message: str) -> None:
+    """UserError with `message` unless `condition` holds."""
+    if not condition:
+        raise UserError(message)
+
+
 def one_line(e: BaseException) -> str:
     """The message of any exception on one line; the name of its type if it has none."""
     return " ".join(str(e).split()) or type(e).__name__
