@@ -100,6 +100,7 @@ def encode_split(
         ids = to_ids(record)
         prompts.append(ids if len(ids) <= max_prompt else _truncate_prompt(task, record, to_ids, max_prompt))
         answers.append(answer_ids(task, record, tokenizer))
+    # All prompts end in the same template, so one shows it.
     _check_open(prompts[0], tokenizer, {tokenizer.eos_token_id, *ends}, chat_template)
     _check_answers(task, records, answers, tokenizer, max_answer)
     return EncodedSplit(tuple(prompts), tuple(answers), tokenizer.pad_token_id)
@@ -183,6 +184,7 @@ def prompt_ids(
         text = chat_prompt(turns, tokenizer, chat_date)
     else:
         text = turns[0]["content"] if isinstance(prompt, str) else role_lines(turns)
+    # A chat template writes BOS itself; the tokenizer would add a second one.
     return np.array(tokenizer(text, add_special_tokens=not chat_template)["input_ids"], np.int32)
 
 
@@ -236,6 +238,7 @@ def noisy_answer(task: Task, record: Any, noise: AnswerNoise) -> str | None:
     right, seed = task.answer(record), hash64(record.key, str(noise.seed))
     names, shares = zip(*noise.shares, strict=True) if noise.shares else ((), ())
     ends = zip(names, itertools.accumulate(shares), strict=True)
+    # The hash is the record's own uniform number in [0, 1).
     name = next((name for name, end in ends if seed / 2**64 < end), None)
     broken = right is not None and name is not None
     return task.corruptions[name](record, random.Random(seed)) if broken else right
@@ -300,6 +303,7 @@ def plan_epoch(
         pool = np.concatenate([rest, order[bucket_of == i]])
         full = len(pool) - len(pool) % batch_size
         plan += [(bucket, rows) for rows in pool[:full].reshape(-1, batch_size)]
+        # Rows left over wait for the next, wider bucket.
         rest = pool[full:]
     return [plan[i] for i in rng.permutation(len(plan))]
 
@@ -319,6 +323,7 @@ class PlannedBatches:
         self._rows = np.arange(batch_size) if rows is None else rows
         self._per_epoch = max(1, len(split.prompts) // batch_size)
         plan = functools.partial(plan_epoch, split.prompt_lengths, tuple(buckets), batch_size, seed)
+        # Two epochs: prefetching reaches into the next one while this one is in use.
         self._plan = functools.lru_cache(maxsize=2)(plan)
 
     def __len__(self) -> int:
@@ -360,6 +365,7 @@ def train_batches(
 def evaluation_batches(split: EncodedSplit, *, buckets: Sequence[int], batch_size: int) -> Iterator[Batch]:
     """Every row once, from short prompts to long; the last batch is filled up with repeats of weight 0."""
     _check_buckets(split, buckets)
+    # Prompts of one batch are about as long, so little is padded.
     order = np.argsort(split.prompt_lengths, kind="stable")
     for start in range(0, len(order), batch_size):
         rows = order[start : start + batch_size]

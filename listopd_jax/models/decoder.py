@@ -66,6 +66,7 @@ class KVCache(NamedTuple):
 
 def rms_norm(x: Float[Array, "*r D"], weight: Float[Array, " D"], eps: float) -> Float[Array, "*r D"]:
     """x / rms(x) · weight over the last axis, in float32; the result has x's dtype."""
+    # float32: a mean of squares over the width keeps two or three digits in bfloat16.
     y = x.astype(jnp.float32)
     y = y * jax.lax.rsqrt(jnp.mean(y * y, axis=-1, keepdims=True) + eps)
     return (y * weight.astype(jnp.float32)).astype(x.dtype)
@@ -79,6 +80,8 @@ def rope_frequencies(config: ModelConfig) -> np.ndarray:
     s = config.rope_scaling
     if s is None:
         return frequencies
+    # Planes that turn often within the original context keep their frequency. Those that hardly turn are slowed by
+    # `factor`, and those in between by a mixture of the two.
     turns = s.original_max_position_embeddings * frequencies / (2 * np.pi)
     keep = np.clip((turns - s.low_freq_factor) / (s.high_freq_factor - s.low_freq_factor), 0, 1)
     return (frequencies * (keep + (1 - keep) / s.factor)).astype(np.float32)
@@ -88,6 +91,7 @@ def rotate(
     x: Float[Array, "*r N H"], cos: Float[Array, "*#r 1 H/2"], sin: Float[Array, "*#r 1 H/2"]
 ) -> Float[Array, "*r N H"]:
     """Rotary positions: the first and second half of a head are the two coordinates of its planes."""
+    # Hugging Face's pairing, coordinate i with i + H/2; the RoFormer paper pairs 2i with 2i + 1.
     a, b = jnp.split(x.astype(jnp.float32), 2, axis=-1)
     return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x.dtype)
 
@@ -101,6 +105,8 @@ class Layer(nnx.Module):
         c, D, F = config, config.hidden_size, config.intermediate_size
 
         def weight(*shape, fan_in, residual=False):
+            # A layer adds to the residual stream twice. Smaller by sqrt(2L), these weights keep its variance from
+            # growing with depth (GPT-2).
             return _normal(rngs, shape, fan_in * (2 * c.num_layers if residual else 1), param_dtype)
 
         def ones(size):
@@ -123,6 +129,7 @@ class Layer(nnx.Module):
         self.down = weight(F, D, fan_in=F, residual=True)
         self.lora = lora
         for name in lora.targets if lora else ():
+            # `o` reads two axes, heads and head_dim; every other projection reads one.
             shape, inputs = getattr(self, name).shape, 2 if name == "o" else 1
             a = _normal(rngs, (*shape[:inputs], lora.rank), math.prod(shape[:inputs]), param_dtype)
             setattr(self, f"{name}_lora_a", nnx.LoRAParam(a[...]))
@@ -155,6 +162,7 @@ class Layer(nnx.Module):
         """The new x of rows and of the values that attention mixed for them."""
         x = x + self._dense(mixed.reshape(len(x), -1), "o")
         y = self._norm(x, "mlp_norm")
+        # Over `tensor`, gate and up are split by columns and down by rows: one all-reduce, after down (Megatron-LM).
         units = jax.nn.silu(self._dense(y, "gate")) * self._dense(y, "up")
         x = x + self._dense(constrain(units, "batch", "mlp"), "down")
         return constrain(x.reshape(*mixed.shape[:3], -1), *ROWS, "hidden")
@@ -192,10 +200,12 @@ class Layer(nnx.Module):
         if name == "v":
             return heads
         norm = self.q_norm if name == "q" else self.k_norm
+        # Normalised first: a weight per coordinate does not commute with the rotation.
         return rotate(heads if norm is None else rms_norm(heads, norm[...], self.config.norm_eps), *rope)
 
     def _weight(self, name: str, dtype) -> Array:
         """Parameter `name` cast and, over devices, gathered; KV heads in `kv_copies` copies."""
+        # Cast first: over devices half the bytes are sent in bfloat16.
         weight = gathered(name, getattr(self, name)[...].astype(dtype))
         copies = kv_copies(self.config.num_kv_heads) if "kv_heads" in PARAMS[name] else 1
         if copies == 1:
@@ -254,6 +264,7 @@ class Decoder(nnx.Module):
     ) -> tuple[Float[Array, "B D"], KVCache]:
         """Read prompts (lengths ≥ 1): the state after each last token, and the KV that completions share."""
         hidden, kv = self._causal(tokens, keep_kv=True)
+        # One state per prompt meets the final norm, not P of them.
         last = jnp.take_along_axis(hidden, (lengths - 1)[:, None, None], axis=1)[:, 0]
         return self._final(last), kv
 
@@ -282,6 +293,7 @@ class Decoder(nnx.Module):
             prompt = Prompt(*kv, prompt_lengths)
             return layer(x, rope, lambda q, k, v: self._attend(q, k, v, prompt))[0], None
 
+        # [B, 1, T]: the n completions of a prompt share their positions.
         positions = (prompt_lengths[:, None] + jnp.arange(completions.shape[-1]))[:, None]
         hidden, _ = self._run(completions, positions, body, prompt)
         return self._final(hidden)
@@ -307,11 +319,14 @@ class Decoder(nnx.Module):
         its own. The cache must have room for S more; what it holds after `cached` is never read.
         """
         S, at = tokens.shape[-1], jnp.atleast_2d(cached)[..., None]
+        # Behind `cached` there may be keys of drafts that were not confirmed.
         written = jnp.arange(cache.capacity) < at[..., None]
+        # A single new token sees itself and needs no mask.
         causal = None if S == 1 else (jnp.arange(S) <= jnp.arange(S)[:, None])[None, None]
 
         def body(layer, x, rope, kvs):
             kv, own = kvs
+            # Three parts of one softmax: the prompt, the cache, and the new tokens, which are not in the cache yet.
             read = [Prompt(*kv, prompt_lengths).part(), Part(*own, written)]
             x, new = layer(x, rope, lambda q, k, v: attention(q, [*read, Part(*stored(k, v), causal)]))
             return x, KVCache(*stored(*new))
@@ -339,6 +354,7 @@ class Decoder(nnx.Module):
                 rows, kv = layer(rows, rope, self._attend)
                 return rows, _of_prompt(kv)
 
+            # Prefill has no backward pass, so nothing needs all rows at one time.
             x, kv = in_blocks(read, x)
             # Else XLA stacks the layers' arrays as they are computed and transposes the whole cache in the end.
             return x, KVCache(*(laid_out(array, *CACHE[5][1:]) for array in kv))
@@ -376,14 +392,17 @@ class Decoder(nnx.Module):
             layer_weights, number, of_layer = scanned
             return body(nnx.merge(graphdef, layer_weights), x, self._rope_of(rope, number), of_layer)
 
+        # Only with NoPE layers does a layer need to know which one it is.
         numbers = jnp.arange(self.config.num_layers) if self.config.nope_layers else None
         return jax.lax.scan(self._checkpointed(step), x, (weights, numbers, per_layer))
 
     def _embed(self, tokens: Int[Array, "B n T"]) -> Float[Array, "B n T D"]:
+        # Cast after the lookup: a few rows, not the table.
         return constrain(gathered("embed", self.embed[...])[tokens].astype(self.dtype), *ROWS, "hidden")
 
     def _rope(self, positions: Int[Array, "b m T"]) -> tuple[Array, Array]:
         """cos and sin of the rotary angles at each position, float32 [b,m,T,1,H/2]."""
+        # float32: beyond 256 bfloat16 skips positions.
         angles = positions[..., None, None].astype(jnp.float32) * rope_frequencies(self.config)
         return jnp.cos(angles), jnp.sin(angles)
 
@@ -398,6 +417,7 @@ class Decoder(nnx.Module):
         """The scanned `step` with what `remat` says of its backward pass."""
         if self.remat == "none":
             return step
+        # Inside a scan XLA cannot merge the recomputation with the forward pass, so no barrier is needed.
         return jax.checkpoint(step, policy=REMAT[self.remat], prevent_cse=False)
 
     def _final(self, x: Float[Array, "*r D"]) -> Float[Array, "*r D"]:
@@ -454,6 +474,7 @@ def in_blocks(f: Callable[[Array], Any], x: Float[Array, "B 1 T D"]) -> Any:
 
     A layer's intermediate results are a few times its input: gigabytes for 128 prompts of 2048 tokens.
     """
+    # The largest divisor of the batch that fits, or single rows.
     rows = next((n for n in range(len(x), 0, -1) if len(x) % n == 0 and n * x.shape[2] <= BLOCK), 1)
     if rows == len(x) or row_multiple() > 1:
         return f(x)
@@ -474,6 +495,7 @@ def _normal(rngs: nnx.Rngs, shape: tuple[int, ...], fan_in: int, dtype) -> nnx.P
 def _stacked(config: ModelConfig, rngs: nnx.Rngs, param_dtype, lora: Lora | None) -> Layer:
     """All layers as one Layer whose parameters have a leading layer axis."""
 
+    # With one key for all, vmap would draw the same weights for every layer.
     @nnx.split_rngs(splits=config.num_layers)
     @nnx.vmap
     def create(rngs):

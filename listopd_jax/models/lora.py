@@ -75,11 +75,13 @@ def stack_adapters(config: ModelConfig, adapters: Sequence[tuple[Lora, nnx.State
     parts = [(lora, {path: p[...] for path, p in nnx.to_flat_state(state)}) for lora, state in adapters]
 
     def factor(path: tuple, like: Any) -> Array:
+        # Ranks are concatenated: [A₁ A₂] [s₁B₁; s₂B₂] = s₁A₁B₁ + s₂A₂B₂. Axis 0 is the layer.
         axis = -1 if path[-1].endswith("_a") else 1
         pieces = []
         for lora, arrays in parts:
             shape = list(like.shape)
             shape[axis] = lora.rank
+            # An adapter without this target contributes zeros.
             piece = arrays.get(path, jnp.zeros(shape, jnp.float32))
             pieces.append(piece * (lora.scale if axis == 1 else 1))
         return jnp.concatenate(pieces, axis)

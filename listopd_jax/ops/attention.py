@@ -68,6 +68,7 @@ def _forward(q: Array, parts: Sequence[Part]) -> tuple[Array, tuple]:
     grouped = _by_kv_head(q, parts)
     tops, totals, outs = zip(*[_partial(grouped, part) for part in parts], strict=True)
     top = functools.reduce(jnp.maximum, tops)
+    # As FlashAttention merges blocks: the sums of each part are rescaled to the common maximum.
     scales = [jnp.exp(t - top) for t in tops]
     total = sum(map(jnp.multiply, scales, totals))
     out = (sum(map(jnp.multiply, scales, outs)) / total).astype(q.dtype)
@@ -79,6 +80,7 @@ def _backward(residuals: tuple, d_out: Float[Array, "B n T N H"]) -> tuple[Array
     """Of each part P = exp(S - lse), dP = dO·Vᵀ and dS = P·(dP - Σ_h dO·O); from these dQ, dK, dV."""
     q, parts, out, lse = residuals
     grouped, d_out, out = (_by_kv_head(x, parts) for x in (q, d_out, out))
+    # Σ_h dO·O equals Σ P·dP over the keys of all parts, so no part needs to see the others (FlashAttention-2).
     delta = (d_out.astype(jnp.float32) * out.astype(jnp.float32)).sum(-1, keepdims=True)
     d_q, d_parts = zip(*[_d_partial(grouped, part, lse, d_out, delta) for part in parts], strict=True)
     return _by_query(sum(d_q).astype(q.dtype)), type(parts)(d_parts)
@@ -113,6 +115,7 @@ def _partial(q: Float[Array, "B n KV T G H"], part: Part) -> tuple[Array, Array,
     scores = _scores(q, part)
     top = scores.max(-1, keepdims=True)
     weights = jnp.exp(scores - top)
+    # Probabilities meet the values in the values' dtype, as in fused kernels; their sum stays float32.
     out = _product("Rs,Ksh->Rh", part, weights.astype(part.v.dtype), part.v)
     return tuple(_swapped(part, x) for x in (top, weights.sum(-1, keepdims=True), out))
 
@@ -126,6 +129,7 @@ def _d_partial(q: Array, part: Part, lse: Array, d_out: Array, delta: Array) -> 
     d_v = _product("Rs,Rh->Ksh", part, weights.astype(d_out.dtype), d_out)
     d_k = _product("Rh,Rs->Khs", part, rows, d_scores)
     d_q = _swapped(part, _product("Rs,Khs->Rh", part, d_scores, part.k))
+    # The mask is not differentiated: its gradient is None.
     return d_q, Part(d_k.astype(part.k.dtype), d_v.astype(part.v.dtype))
 
 
@@ -154,6 +158,7 @@ def _swapped(part: Part, x: Array) -> Array:
 
 
 def _by_kv_head(x: Float[Array, "B n T N H"], parts: Sequence[Part]) -> Float[Array, "B n KV T G H"]:
+    # Query heads g·G to (g+1)·G − 1 share KV head g, as in the published checkpoints.
     B, n, T, _, H = x.shape
     return x.reshape(B, n, T, parts[0].k.shape[-3], -1, H).transpose(0, 1, 3, 2, 4, 5)
 

@@ -54,9 +54,11 @@ def _forward(f, vocab, chunk, hidden, head, rows, shared):
 
     def one(carry, xs):
         loss, d_head = carry
+        # The slice is differentiated too, which gives padding rows of the head a zero gradient.
         part, pull, extras = jax.vjp(
             lambda z: f(slice_vocab(z, vocab), xs[1], shared), logits_of(xs[0], cast), has_aux=True
         )
+        # Products run in the activations' dtype; the head's gradient adds up over chunks in float32.
         d_logits = pull(jnp.ones_like(part))[0].astype(hidden.dtype)
         d_head = constrain(d_head + _products(d_logits, xs[0], len(d_head)), "batch", "vocab", "hidden")
         return (loss + part, d_head), (d_logits @ cast, extras)
@@ -72,6 +74,7 @@ def _forward(f, vocab, chunk, hidden, head, rows, shared):
 
 def _backward(f, vocab, chunk, gradients, cotangents):
     scale, _ = cotangents  # extras are constants
+    # The loss is a scalar: both gradients were computed forward and only need its cotangent as a factor.
     d_hidden, d_head = ((scale * g).astype(g.dtype) for g in gradients)
     return d_hidden, d_head, None, None
 

@@ -78,7 +78,9 @@ def flip_lambda(
     is_rival = (
         (margin_b > margin_t) & (jnp.arange(teacher.shape[-1]) != mode[..., None]) & ~jnp.asarray(harmless)
     )
+    # 1 where there is no rival: no division by 0.
     gap = jnp.where(is_rival, margin_b - margin_t, 1.0)
+    # If the base rules v out, Δ_B is ∞ and the quotient tends to 1.
     quotient = jnp.where(jnp.isfinite(margin_b), margin_b / gap, 1.0)
     return jnp.where(is_rival, quotient, jnp.inf).min(-1)
 
@@ -91,6 +93,8 @@ def guarded(
     state: Int[Array, "*s"] | None = None,
 ) -> Guarded:
     """Positions of a run at `lam` under `guard`, from log-distributions; `state` is of its grammar, if it has one."""
+    # The order matters: the mask changes the two distributions that the margin compares, and the floor bounds
+    # whatever target the others leave.
     allowed, harmless = None, False
     if guard.mask:
         allowed = allowed_tokens(guard.grammar, state)
@@ -125,13 +129,17 @@ def guarded_lambda(
     mode = teacher.argmax(-1)
     kept = lam * margin <= flip_lambda(teacher, base, mode, harmless)
     agrees = base.argmax(-1) == mode
+    # The base is safe only where it has the same mode.
     safe = jnp.where(agrees, 0.0, 1.0) if fallback == "base" else 1.0
+    # A run below λ = 1 must not extrapolate further because of its guard.
     return jnp.where(kept, lam, jnp.minimum(lam, safe))
 
 
 def _masked(logp: Float[Array, "*s V"], allowed: Bool[Array, "*s V"]) -> Float[Array, "*s V"]:
     """The distribution over what is allowed."""
     rest = jnp.where(allowed, logp, IMPOSSIBLE)
+    # The normaliser shifted masked entries too. They must be equal in teacher and base, so that every λ leaves them
+    # IMPOSSIBLE.
     return jnp.where(allowed, rest - jax.nn.logsumexp(rest, -1, keepdims=True), IMPOSSIBLE)
 
 

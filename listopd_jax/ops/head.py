@@ -54,6 +54,7 @@ def _gathered_jvp(primals: tuple[Array, Array], tangents: tuple[Array, Any]) -> 
 
 
 def _only_token(x: Float[Array, "*s V"], tokens: Int[Array, "*s"]) -> Float[Array, "*s V"]:
+    # A comparison with an iota fuses into what reads it; no one-hot array is stored.
     return jnp.where(jnp.arange(x.shape[-1]) == tokens[..., None], x, 0)
 
 

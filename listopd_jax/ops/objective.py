@@ -118,6 +118,7 @@ def expected_weight(
     lam, shift = jnp.asarray(lam)[..., None], -jnp.asarray(log_z)[..., None]
     weight, *_ = _token_weight(student, teacher, base, student, hyper, variant, lam=lam, shift=shift)
     p = jnp.exp(student)
+    # Both are means over the vocabulary, so they do not depend on the sampled token and leave the gradient unbiased.
     counts = p * _squared_scores(p) if variant.control_variate == "optimal" else p
     return (counts * weight).sum(-1) / counts.sum(-1)
 
@@ -153,6 +154,7 @@ def sampled_loss(
     )  # fmt: skip
     weight = weight - baseline
     if variant.ppo:
+        # PPO's ratio π_S/π_rollout carries the gradient; `minimum` takes the pessimistic one of the two bounds.
         change = jnp.exp(student - rollout)
         bounded = jnp.clip(change, 1 - hyper.ppo_clip, 1 + hyper.ppo_clip)
         loss = -jnp.minimum(weight * change, weight * bounded)
@@ -213,6 +215,7 @@ def full_vocab_loss(
     if target is None:
         target = target_log_distribution(teacher, base, jnp.asarray(lam)[..., None], variant.advantage)
     if allowed is not None:
+        # log π_S − log target = −BANNED for a banned token, however unlikely it is: finite, and it never fades.
         target = jnp.where(allowed, target, jax.lax.stop_gradient(student) + BANNED)
     loss = divergence(student, target, variant.jsd)
     loss = loss + hyper.kl_to_base * _kl(student, base) - hyper.entropy_bonus * entropy_of(student)
@@ -228,6 +231,7 @@ def token_weights(mask: Float[Array, "B n T"], aggregate: str) -> Float[Array, "
     sequence's token mean.
     """
     if aggregate == "token":
+        # At least 1: a batch of empty completions has loss 0, not NaN.
         return mask / jnp.maximum(mask.sum(), 1.0)
     lengths = mask.sum(-1, keepdims=True)
     return mask / jnp.maximum(lengths, 1.0) / jnp.maximum((lengths > 0).sum(), 1)

@@ -93,6 +93,7 @@ def opd_loss(
     frozen = hiddens.frozen
     # Once, not in every chunk.
     frozen_heads = jax.tree.map(lambda w, h: w.astype(h.dtype), heads.frozen, frozen)
+    # λ is per position from here on: a guard may lower some of them.
     rows = {"token": tokens, "rollout": rollout, "weight": weights, "lam": jnp.full_like(weights, hyper.lam)}
     rows |= {"state": states, "own_teacher": own_teacher}
     guard = _guard(variant, hyper, grammar)
@@ -139,6 +140,7 @@ def _teacher_and_base(
     """
     teacher, base = f(hiddens.teacher, heads.teacher), f(hiddens.base, heads.base)
     for i, expert in enumerate(zip(hiddens.experts, heads.experts, strict=True), 1):
+        # [n, 1] for distributions, [n] for log-probabilities of tokens.
         own = (own_teacher == i).reshape(-1, *[1] * (teacher.ndim - 1))
         teacher = jnp.where(own, f(*expert), teacher)
     return teacher, base
@@ -213,6 +215,7 @@ def _sampled(variant: Variant, vocab: int, logits, rows, shared):
     if variant.control_variate:
         teacher, base, lam, found = _frozen_distributions(rows, heads, guard, vocab)
         rows = rows | _token_scores(rows, teacher, base, lam, found, variant)
+        # Of the guarded λ, like the weight that it is subtracted from.
         constants["baseline"] = expected_weight(
             logp, teacher, base, hyper, variant, lam=lam, log_z=rows["log_z"]
         )

@@ -152,6 +152,7 @@ def _connect(jax: Any) -> None:
     """Lines between process 0 and each other one, with a thread that listens on each."""
     from jax._src import distributed
 
+    # The port is open to the network. Whoever connects must know the word, which only these processes do.
     listener, word = socket.create_server(("", 0)) if is_main() else None, secrets.token_hex(16)
     port, word = from_main(lambda: (listener.getsockname()[1], word))
     if listener is None:
@@ -188,6 +189,7 @@ def _follow(line: socket.socket, peer: int) -> None:
         for text in said:
             news = json.loads(text)
             break
+    # Code 0 is a stop that was asked for. This process has most likely heard of it too and is saving.
     if news.get("done") or (news["code"] == 0 and _ending.wait(PATIENCE)):
         return
     if is_main():
@@ -220,6 +222,7 @@ def from_main(compute: Callable[[], Any]) -> Any:
     if _count == 1:
         return compute()
     text = np.frombuffer(json.dumps(compute()).encode() if is_main() else b"", np.uint8)
+    # The length first: an all-gather needs the same shape on every process.
     size = int(_everyone(np.int32(len(text)))[0])
     text = np.pad(text, (0, size - len(text))) if len(text) <= size else text[:size]
     return json.loads(_everyone(text)[0].tobytes())

@@ -101,6 +101,7 @@ def constrain_logits(x: Shaped[Array, "rows *r vocab"]) -> Shaped[Array, "rows *
     """`x`, split over rows and vocabulary, evenly or not: vocabularies cut to a tokenizer's are rarely divisible."""
     if jax.sharding.get_abstract_mesh().empty:
         return x
+    # Unlike `spec`, vocabulary is split even if it does not divide: XLA pads the last part.
     rows = RULES["batch"] if len(x) % row_multiple() == 0 else None
     axes = PartitionSpec(rows, *[None] * (x.ndim - 2), RULES["vocab"])
     return jax.lax.with_sharding_constraint(x, axes)
@@ -139,6 +140,7 @@ def to_chunks(x: Shaped[Array, "N *r"], size: int) -> Shaped[Array, "chunks rows
     x = x.reshape(shards, -1, *x.shape[1:])
     size = min(size, x.shape[1])
     x = jnp.pad(x, [(0, 0), (0, -x.shape[1] % size)] + [(0, 0)] * (x.ndim - 2))
+    # [devices, chunks, size] to [chunks, devices, size]: a chunk takes the next `size` rows of every device.
     x = x.reshape(shards, -1, size, *x.shape[2:]).swapaxes(0, 1)
     return constrain(x.reshape(len(x), -1, *x.shape[3:]), None, "batch", *[None] * (x.ndim - 3))
 
@@ -253,6 +255,7 @@ def _state_axes(path: tuple, x: Any) -> tuple[str | None, ...]:
 
 
 def _axes(keys: Sequence[Any], x: Any) -> tuple[str | None, ...]:
+    # The innermost name: Adam's moments repeat the path of their parameter behind a name of their own.
     name = next((key for key in reversed(keys) if key in PARAMS), None)
     if name is None:
         return (None,) * len(x.shape)

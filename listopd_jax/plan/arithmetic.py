@@ -172,6 +172,7 @@ def step_flops(
         "decode": completion_flops(student, load) + head_flops(student, load),
         "teacher": sum(forward_flops(c, load) for c in (teacher, *experts)),
         "base": forward_flops(base or student, load),
+        # Forward, gradient of the activations, gradient of the weights; frozen weights have no gradient.
         "student": (2 if adapted else 3) * forward_flops(student, load),
         "recomputed": recomputed_flops(student, load, remat),
     }
@@ -205,6 +206,7 @@ def costs(
     copy = width * num_params(student) / tensor
     prompts = load.prompts / layout.rows
     token = kv_bytes(student, tensor, width)
+    # Over `fsdp` once for the copy that decodes, or again for every token.
     gathers = 1 if layout.gather_rollout else 1 + load.response
     sent = _activations(student, load, layout)
     completion_share = load.completion_tokens / load.tokens
@@ -272,6 +274,7 @@ def phase_times(cost: Cost, topology: Topology, sizes: Mapping[str, int]) -> dic
     chip, times = topology.chip, {"flops": cost.flops / topology.chip.flops}
     times["hbm"] = cost.hbm / chip.bandwidth
     for axis, size in cost.arriving.items():
+        # Devices that are neighbours on this axis are `stride` apart in the order of the mesh.
         stride = math.prod(sizes[a] for a in AXES[AXES.index(axis) + 1 :])
         if size:
             times[f"{axis} axis"] = size / topology.arriving(sizes[axis], stride)
@@ -286,6 +289,7 @@ def roofline(phases: Mapping[str, Cost], topology: Topology, sizes: Mapping[str,
     table = {}
     for phase, cost in phases.items():
         times = phase_times(cost, topology, sizes)
+        # A roofline: the slowest resource hides all others.
         worst = max(times, key=times.__getitem__)
         table[phase] = {"seconds": times[worst], "bound_by": worst, "resources": times}
     longest = max(table, key=lambda phase: table[phase]["seconds"])
@@ -309,6 +313,7 @@ def memory_estimate(
     """
     width, tensor = WIDTHS[layout.compute], layout.sizes["tensor"]
     own, trained = num_params(student), layout.trained(student)
+    # Once gathered, the copy that decodes is split over `tensor` alone.
     copies = tensor if layout.gather_rollout else layout.shards
     prompts = load.prompts / layout.rows
     prefill_scores = (
@@ -349,6 +354,7 @@ def _pass_bytes(student: ModelConfig, teachers: Sequence[ModelConfig], load: Loa
     units = 3 * student.intermediate_size / tensor + 5 * mixed
     stored = {"full": 0.0, "attention": mixed, "dots": units, "none": 2 * units}[layout.remat]
     layer = max(layer_weights(c) / c.num_layers for c in (student, *teachers))
+    # Of each layer its input is kept, and what the remat policy stores besides.
     kept = student.num_layers * tokens * width * (student.hidden_size + stored)
     head_gradient = 0 if layout.lora else F32 * student.vocab_size * student.hidden_size / tensor
     return (

@@ -139,6 +139,7 @@ def compile_rollout(
 def compile_evaluation(config: Any, shapes: Mapping[str, ModelConfig], vocab: int, mesh: Mesh) -> Program:
     """What evaluates the teacher: the same programs, of its own batch, in the compute dtype or as it is kept."""
     alone = ml_collections.ConfigDict(copy.deepcopy(config.to_dict()))
+    # The teacher writes here in place of the student, and has no adapter.
     alone.student.lora.rank = 0
     with use_mesh(mesh):
         alone.opd.update(batch_size=rules.round_up_rows(config.evaluation.batch_size), rollouts=1)
@@ -167,6 +168,7 @@ def rollout_programs(
         first, shardings = _compiled(smallest, "rollout", ROLLOUT, mesh)
         segments = []
         for size in sizes:
+            # Shapes of the cache at hand, with the shardings that the compiler chose for the first one.
             state = rules.abstract(start(size).out_info, shardings)
             lowered = segment.lower(sampler, *state, least=rollout.lengths.size)
             segments.append(_compiled(lowered, "rollout", ROLLOUT, mesh)[0])
@@ -385,6 +387,7 @@ def _compiled(lowered: Any, name: str, options: Options, mesh: Mesh) -> tuple[Pr
     memory, text = compiled.memory_analysis(), compiled.as_text()
     program = Program(
         memory.argument_size_in_bytes,
+        # Donated arguments are counted once.
         memory.output_size_in_bytes - memory.alias_size_in_bytes,
         memory.temp_size_in_bytes,
         traffic(text, dict(mesh.shape)),

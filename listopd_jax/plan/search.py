@@ -262,6 +262,7 @@ def candidates(config: Any, topology: Topology) -> Iterator[ml_collections.Confi
                 changed.parallel.update(sizes)
                 changed.remat = remat
                 for section in (changed.opd, changed.sft.teacher, changed.sft.student):
+                    # SFT batches may have another size: the microbatch shrinks to one that divides it.
                     section.microbatch = math.gcd(microbatch, section.batch_size)
                 try:
                     layout = layout_of(changed, topology)
@@ -307,6 +308,7 @@ def search(config: Any, topology: Topology, load: Load, compiles: int) -> dict[s
         best = min(done, key=_rank)
         if plan["fits"]:
             break
+        # One compilation corrects all estimates: they are assumed to be off by the same factor.
         factor = max(factor, _working_gib(plan, estimate) / _working_gib(estimate, estimate))
     return best | {"tried": {"by_arithmetic": count, "compiled": [summary(p) for p in done]}}
 
@@ -324,6 +326,7 @@ def _enlarged(estimate: Mapping[str, Any], factor: float) -> dict[str, Any]:
 def _rank(plan: Mapping[str, Any]) -> tuple:
     """Fitting plans by time, of equals the largest microbatch; after them the others by memory, of equals likewise."""
     room = 1.0 if plan["bytes_compiled"] is not None else ROOM
+    # To three digits: arithmetic does not know more, and within that the larger microbatch wins.
     seconds, peak = (float(f"{plan[name]:.3g}") for name in ("step_s_floor", "peak_gib"))
     if plan["peak_gib"] <= room * plan["hbm_gib"]:
         return (0, seconds, -plan["microbatch"], plan["peak_gib"])

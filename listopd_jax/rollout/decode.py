@@ -127,6 +127,7 @@ def prefill(
     decoders, rows = sampler.decoders, _unwritten(sampler, len(prompts), budgets, allowed)
     shape = rows.done.shape
     last, caches = zip(*(d.prefill(prompts, prompt_lengths) for d in decoders), strict=True)
+    # The last state of a prompt predicts the first token of all its completions.
     hiddens = [jnp.broadcast_to(h[:, None, None], (*shape, 1, h.shape[-1])) for h in last]
     rows = sample_tokens(sampler, hiddens, rows, jnp.zeros((*shape, 0), jnp.int32))
     own = tuple(d.init_cache(*shape, capacity) for d in decoders)
@@ -165,12 +166,14 @@ def sample_tokens(
     confirmed with the model's probability of it, the most that any exact scheme reaches.
     """
     settings, greedy = sampler.settings, sampler.settings.greedy
+    # A greedy token is logged with its probability at temperature 1.
     temperature = 1.0 if greedy else sampler.temperature
     state = None if rows.state is None else _states(sampler.grammar, rows.state, drafted)
     logp = mixed_logprobs(
         sampler.decoders, hiddens, rows.weights[:, :, None], settings.vocab, temperature, sampler.guard, state,
         _allowed(sampler, rows, state),
     )  # fmt: skip
+    # A random number belongs to a row and a place in its text. Neither drafts nor batch shapes change what is drawn.
     place = rows.rollout.lengths[..., None] + jnp.arange(logp.shape[2])
     keys = None if greedy else row_keys(sampler.key, place, rows.number[..., None])
     tokens = (jnp.argmax(logp, -1) if greedy else categorical(keys, logp)).astype(jnp.int32)
@@ -202,6 +205,7 @@ def _standing(
 ) -> Int[Array, "B n"]:
     """How many of `tokens` stand: up to the first that was not drafted, an EOS, or the budget."""
     goes_on = (tokens[..., :-1] == drafted) & ~_ends(tokens[..., :-1], eos)
+    # The first mismatch voids everything after it.
     count = 1 + jnp.cumprod(goes_on, axis=-1).sum(-1)
     return jnp.where(rows.done, 0, jnp.minimum(count, rows.budgets - rows.rollout.lengths))
 
@@ -214,6 +218,7 @@ def _ends(tokens: Int[Array, "*s"], eos: tuple[int, ...]) -> Bool[Array, "*s"]:
 def _written(rows: Rows, tokens, logprobs, count: Int[Array, "B n"], settings: Settings) -> Rows:
     """`rows` with the first `count` of `tokens` [B, n, S] and their log-probabilities."""
     old = rows.rollout
+    # Every row writes its own number of tokens at its own place: selected position by position, without a scatter.
     place = jnp.arange(settings.max_tokens) - old.lengths[..., None]
     at, new = jnp.clip(place, 0, tokens.shape[-1] - 1), (place >= 0) & (place < count[..., None])
 
@@ -266,6 +271,7 @@ def decode_step(sampler: Sampler, prompts: Prompts, state: State, size: int) -> 
     drafted, source = draft(prompts.hint, rows.rollout.tokens, lengths, rows.source, size)
     # Without drafts all rows that are not done have the same length, and one place in the cache is written.
     cached = jnp.maximum(lengths - 1, 0) if size else longest(rows) - 1
+    # The last token was sampled, but no model has read it yet: it comes before its drafts.
     read = [
         d.decode_step(shared, prompts.lengths, own, cached, jnp.concatenate([last, drafted], axis=-1))
         for d, shared, own in zip(sampler.decoders, prompts.caches, state.caches, strict=True)
@@ -321,6 +327,7 @@ def first_segment(
     return prefill(sampler, prompts, prompt_lengths, budgets, hint, capacity, allowed)
 
 
+# The state is donated: the caches are updated in place.
 @functools.partial(BackendJit, options=ROLLOUT, static_argnames="least", donate_argnames="state")
 def segment(sampler: Sampler, prompts: Prompts, state: State, least: int) -> tuple[State, Int[Array, " 3"]]:
     """`decode_until`, compiled; and what the host must know: the length of the `longest` row, and what is `alive`."""
@@ -399,9 +406,11 @@ def generate(
         if masks is not None:
             state = _told(state, masks)
         state, seen = segment(sampler, shared, state, least)
+        # The only transfer to the host per segment. It waits for the segment to end.
         length, prompts_left, most = np.asarray(seen).tolist()
         if not most:
             return state.rows.rollout if out is None else put_back(out, state.rows)
+        # Rows that leave are kept in `out`, each in its place.
         smaller = fitting(shape, prompts_left, most, least)
         if smaller != shape:
             out = state.rows.rollout if out is None else put_back(out, state.rows)

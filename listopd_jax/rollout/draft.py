@@ -31,6 +31,7 @@ def draft(
     text = jnp.concatenate([jnp.broadcast_to(hint[:, None], (B, n, hint.shape[-1])), tokens], axis=-1)
     place, end = jnp.arange(text.shape[-1]), (hint.shape[-1] + lengths)[..., None]
     matches = _matches(text, lengths, end) + LOYALTY * (place == source[..., None])
+    # Nothing is written yet from `end` on.
     best = jnp.argmax(jnp.where(place < end, matches, -1.0), axis=-1, keepdims=True)
     # Past the end of what is written the copy starts over: a text that repeats itself goes on doing so.
     copied = best + jnp.arange(size) % jnp.maximum(end - best, 1)
@@ -42,6 +43,7 @@ def _matches(text: Int[Array, "B n L"], lengths: Int[Array, "B n"], end: Int[Arr
     found = jnp.zeros(text.shape)
     for back in range(1, WINDOW + 1):
         last = jnp.take_along_axis(text, jnp.maximum(end - back, 0), axis=-1)
+        # Only tokens that the row has written are compared; before them comes the hint.
         same = (text == last) & (back <= lengths[..., None])
         found += jnp.pad(same, ((0, 0), (0, 0), (back, 0)))[..., : text.shape[-1]]
     return found

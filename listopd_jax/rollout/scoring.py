@@ -58,9 +58,11 @@ def completion_hidden(
     """
     if in_one_row(decoder.attention, completions.shape[1]):
         return one_row_hidden(decoder, prompts, prompt_lengths, completions, width)
+    # `keys_values` also caches the last token of each prompt. The length is one less, so it is not attended to twice.
     prompt = decoder.keys_values(prompts)
     last = jnp.take_along_axis(prompts, prompt_lengths[:, None] - 1, axis=1)[:, None]
     last = jnp.broadcast_to(last, (*completions.shape[:2], 1))
+    # The last token of a completion predicts nothing and is not read.
     return decoder.extend(prompt, prompt_lengths - 1, jnp.concatenate([last, completions[..., :-1]], axis=2))
 
 
@@ -78,6 +80,7 @@ def one_row_hidden(
     own = jnp.take_along_axis(completions[:, 0], jnp.clip(place, 0, T - 1), axis=1)
     row = jnp.where(place < 0, jnp.pad(prompts, ((0, 0), (0, T)))[:, :W], own)
     predicts = prompt_lengths[:, None] - 1 + jnp.arange(T)
+    # Places beyond the row are after the end of a completion, where weights are 0.
     return decoder.states_at(row, jnp.minimum(predicts, W - 1))[:, None]
 
 

@@ -77,6 +77,7 @@ def fitting(shape: tuple[int, int], prompts: int, completions: int, least: int) 
     """(B, n), halved as often as the unfinished rows fit: n first, no further once it has `least` rows."""
     B, n = shape
     while B * n > least:
+        # Completions first: that leaves the caches of the prompts as they are.
         if n > 1 and completions <= ceil_div(n, 2):
             n = ceil_div(n, 2)
         elif B > 1 and prompts <= ceil_div(B, 2):
@@ -90,6 +91,7 @@ def can_shrink(done: Bool[Array, "B n"], least: int) -> Bool[Array, ""]:
     """Whether `fitting` would give another shape."""
     B, n = done.shape
     if B * n <= least:
+        # Known while tracing, so the loop does not even count rows.
         return jnp.bool_(False)
     prompts, completions = alive(done)
     return ((n > 1) & (completions <= ceil_div(n, 2))) | ((B > 1) & (prompts <= ceil_div(B, 2)))
@@ -109,6 +111,7 @@ def shrink(prompts: Prompts, state: State, shape: tuple[int, int]) -> tuple[Prom
 def grow(state: State, capacity: int) -> State:
     """The caches with room for `capacity` tokens per completion; those given are freed one by one."""
     longer = (
+        # Keys are stored [..., H, C] and values [..., C, H].
         KVCache(_freed(_pad(c.k, -1, capacity), c.k), _freed(_pad(c.v, -2, capacity), c.v))
         for c in state.caches
     )
@@ -126,6 +129,7 @@ def _select(rows: Rows, shape: tuple[int, int]) -> tuple[Rows, Array, Array]:
     B, n = rows.done.shape
     b, j = jnp.arange(B), jnp.broadcast_to(jnp.arange(n), (B, n))
     if shape[0] < B:
+        # False sorts before True, and the sort is stable: unfinished rows first, in their old order.
         b = jnp.argsort(rows.done.all(1))[: shape[0]]
     if shape[1] < n:
         j = jnp.argsort(rows.done, axis=1)[:, : shape[1]]
@@ -153,6 +157,7 @@ def _pad(x: Array, axis: int, capacity: int) -> Array:
 @jax.jit(donate_argnames="out")
 def _put_back(out: Rollout, number: Array, written: Rollout) -> Rollout:
     def put(full, part):
+        # By number, not by position: rows may have been reordered several times.
         flat = full.reshape(-1, *full.shape[2:])
         return flat.at[number].set(part.reshape(-1, *part.shape[2:])).reshape(full.shape)
 

@@ -158,6 +158,7 @@ def along(
         mask, written, mode = inside[:, i], answers[:, i], modes[:, i]
         classes = _classes(codec, written, mode, lengths[:, i])
         rows = np.broadcast_to(index[:, i, None], mask.shape)
+        # From here on NumPy in float64: nothing below runs on a device.
         columns = *(x[:, i].astype(np.float64) for x in numbers), classes, rows, mode, written
         found.append(Positions(*(x[mask] for x in columns)))
     return found
@@ -200,6 +201,7 @@ def _look(
 
     Each model reads prompts of its own.
     """
+    # Reductions to three numbers per position happen on the device; no distribution reaches the host.
     decoders = [nnx.merge(g, p) for g, p in zip(graphdefs, params, strict=True)]
     hiddens = [completion_hidden(d, *read, answers) for d, read in zip(decoders, prompts, strict=True)]
     heads = [d.head_weight().astype(h.dtype) for d, h in zip(decoders, hiddens, strict=True)]
@@ -364,12 +366,14 @@ def _estimates(weights: Float[np.ndarray, "R n"], table: Float[np.ndarray, "n 5"
     """p_typ, p_safe and both b under R weightings of the prompts, [R] each, with their log-odds ("logit_…")."""
     with np.errstate(invalid="ignore"):  # an infinite log-ratio (b = 0) that a resample leaves out: NaN
         p, tail, b, b_tail, log_ratio = (weights @ table / weights.sum(1, keepdims=True)).T
+    # The largest p, found by its complement: 1 − p keeps the digits that p loses next to 1.
     safest = np.where(weights > 0, table[:, 1], np.inf).argmin(1)
     implied = p * np.exp(-log_ratio)
     pairs = {
         "p_typ": (p, tail),
         "p_safe": (table[safest, 0], table[safest, 1]),
         "b_measured": (b, b_tail),
+        # 1 − p·exp(−r) = (1 − p) − p·(exp(−r) − 1), with r the mean log-ratio and no cancellation.
         "b_implied": (implied, tail - p * np.expm1(-log_ratio)),
     }
     with np.errstate(divide="ignore", invalid="ignore"):
@@ -414,6 +418,7 @@ def _intervals(table, clip: float, bootstrap: int, seed: int) -> tuple[dict[str,
     n = len(table)
     if n == 0 or bootstrap == 0:
         return dict.fromkeys(names), []
+    # A resample of prompts is a vector of counts, so all of them are one matrix product.
     counts = np.random.default_rng(seed).multinomial(n, np.full(n, 1 / n), size=bootstrap).astype(np.float64)
     found = _estimates(counts, table)
     for name in names[4:]:

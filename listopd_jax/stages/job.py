@@ -256,6 +256,7 @@ class Job:
         if not text:
             return None
         return Guard(
+            # An array: another margin runs the same program.
             jnp.float32(guard.margin),
             guard.fallback if guard.margin else "",
             self.grammar if guard_knows_contract(guard) else None,
@@ -300,6 +301,7 @@ class Job:
 
     def _train_batches(self, split: data_input.EncodedSplit, batch_size: int, seed: int) -> Any:
         """Of each global batch, the rows that this host's devices hold."""
+        # Every host plans the same global batch from the seed and reads only its rows.
         rows = hosts.local_rows(batch_size)
         return data_input.train_batches(
             split, buckets=self.buckets, batch_size=batch_size, seed=seed, rows=rows
@@ -392,6 +394,7 @@ def open_job(
     backend = resolve(config.attention, jax.default_backend(), config.dtype.compute)
     task = task or load_task(config)
     with hosts.main_first():
+        # Process 0 builds the data set and the tokenizer; the others find them.
         splits = task.splits(workdir / "data")
         fingerprint = splits.report["fingerprint"]
         refuse_other_inputs(workdir, fingerprint=fingerprint)
@@ -400,6 +403,7 @@ def open_job(
         tokenizer = _tokenizer(config, workdir, fingerprint, task, splits.train)
         _check_tokenizers(tokenizer, models)
         if hosts.is_main():
+            # Digests read every byte of the weights: one process does it.
             refuse_other_inputs(workdir, **_digests(config, models))
             _say_dropped_noise(task, config)
             if all_roles:

@@ -211,6 +211,7 @@ def train_opd(
         if own:
             masks = opd.constrained_rollouts
             constrained = job.constraint(masks, "train", hosts.gather(index).tolist(), opd.rollouts)
+            # Keys are folded from the step, so a resumed run draws what an uninterrupted one would.
             rollout = sample(job, student, prompts, lengths, jax.random.fold_in(key, step), **constrained)
         else:
             rollout = right_answers(job, batch)
@@ -218,10 +219,12 @@ def train_opd(
         reward = contract_reward(held, opd.contract_reward) if opd.contract_reward else None
         served = served_logprobs(shared.server, batch, rollout) if shared.server else None
         width = row_width(job.attention, lengths, rollout.lengths)
+        # Right answers have no decode steps. Without this field both kinds of batch run the same program.
         scored = rollout._replace(steps=None)
         sampled = OpdBatch(prompts, lengths, scored, reward, *for_teachers, served, width)
         hyper = hyper_at(opd, watch.lam(run.lam) if watch else run.lam, step)
         lr = jnp.float32(learning_rate(opd, step, steps))
+        # The rollout keeps the sampler's log-probabilities, against which PPO's ratio measures the later updates.
         for _ in range(opd.updates_per_batch):
             state, metrics, per_token = step_of(state, shared.frozen, sampled, hyper, lr)
         if opd.ema:
@@ -258,6 +261,7 @@ def sample(job: Job, params: Any, prompts, lengths, key, **constrained: Any) -> 
     `constrained`: the options of Job.constraint.
     """
     opd, decoding = job.config.opd, job.decoding
+    # Cast first: the copy gathered over devices is then half as large.
     params = cast(params, job.config.dtype.compute)
     if job.config.parallel.gather_rollout:
         params = decoding_copy(params)
@@ -288,6 +292,7 @@ def right_answers(job: Job, batch: Mapping[str, np.ndarray]) -> Rollout:
 def tokens_per_decode_step(rollout: Rollout) -> float:
     """Tokens that a row wrote in each pass after the prefill: 1, and more where drafts were confirmed."""
     steps = int(rollout.steps.sum())
+    # The first token of each row came from the prefill.
     return (int(rollout.lengths.sum()) - int((rollout.lengths > 0).sum())) / steps if steps else 1.0
 
 
@@ -295,6 +300,7 @@ def contract_reward(held: Bool[np.ndarray, "B n"], weight: float) -> Float[Array
     """`weight` times: 1 if a completion holds the contract, else 0, less the mean over its prompt's."""
     reward = weight * (held - held.mean(-1, keepdims=True))
     rows = hosts.local_rows(len(reward))
+    # Every host judged all completions; each puts only its own rows on its devices.
     own = reward if rows is None else reward[rows]
     return hosts.global_batch({"reward": own.astype(np.float32)}, len(reward))["reward"]
 

@@ -41,9 +41,11 @@ def _models_to_policies(job: Job) -> None:
     write_plan(job.workdir, planned(job, grid(job, recommended(job))))
     server = connected(job)
     frozen = frozen_models(job, server)
+    # With opd.recommend the λ to train is known only now, so the plan is written again.
     points = grid(job, _before(job, frozen, server))
     write_plan(job.workdir, planned(job, points))
     shared = distillation(job, frozen, server)
+    # Anchors train before the prediction, the sweep after it: the prediction cannot have seen what it predicts.
     for run in anchor_runs(job):
         distil(job, shared, [run])
     predict(job, shared)
@@ -73,6 +75,7 @@ def distillation(job: Job, frozen: Frozen, server: TeacherServer | None) -> Dist
         grammar = None if guard is None else guard.grammar
         return make_step(opd, tx, graphs, vocab=job.codec.vocab, attention=job.attention, grammar=grammar)
 
+    # One program with the guard and one without; they are the same entry where the run has none.
     steps = {guard_text(opd.guard): step(opd) for opd in (unguarded(config.opd), config.opd)}
     return Distillation(student_again(job, frozen.base), frozen, tx, steps, server)
 
@@ -98,6 +101,7 @@ def planned(job: Job, points: Sequence[tuple[float, int, bool]]) -> list[Run]:
 def frozen_models(job: Job, server: TeacherServer | None = None) -> Frozen:
     """Teachers and base, trained or read, after a look at each; the base is the SFT student unless another is named."""
     dtype = job.config.dtype.frozen
+    # With sft.continued the teacher starts from the trained student.
     order = ("student", "teacher") if job.config.sft.continued else ("teacher", "student")
     models = {role: cast(sft_stage(job, role), dtype) for role in order if role in job.models}
     for role in (role for role in job.models if role not in ROLES):

@@ -75,6 +75,7 @@ def predict(job: Job, shared: Distillation) -> None:
     before = from_main(lambda: [p.extra.get("made_from") for p in read_predictions(path)][:1])
     if before == [made_from]:
         return
+    # A prediction written after the first result would not be one.
     if from_main(lambda: _has_begun(job)):
         if is_main():
             print("no new prediction: runs of the sweep are evaluated already", file=sys.stderr)
@@ -97,6 +98,7 @@ def _predictions(job: Job, shared: Distillation, anchors: Sequence[Run]) -> list
         found.append(_of_anchors(job, shapes, anchors, lambdas) | {"seconds": seconds})
     if job.config.predict.fixed_text_lists:
         found.append(_of_fixed_text(job, shared, lambdas))
+        # The last two are anchors and fixed_text, in this order.
         found += [mean_of(*found[-2:])] if anchors and found[-2].get("parse") else []
     chosen = next(name for name in CHOICE if any(p["predictor"] == name and p.get("parse") for p in found))
     about = {"steps": opd_steps(job), "seeds": list(job.config.opd.seeds), "lambdas": lambdas}
@@ -161,6 +163,7 @@ def shape(job: Job, frozen: Frozen, guard: Guard | None) -> Shape:
     lambdas = np.linspace(min(0.9, *asked), most, COARSE)
     found = Shape(lambdas, _decoded(job, frozen, lambdas, guard))
     for _ in range(ROUNDS):
+        # Decoding costs the same everywhere, so points go where parse changes most.
         if (more := gaps(found, job.config.predict.largest_gap)).size:
             finer = np.concatenate([found.lambdas, more])
             parse, order = (

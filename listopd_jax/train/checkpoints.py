@@ -60,6 +60,7 @@ class Checkpoints:
         self, folder: pathlib.Path, keep: int, identity: Mapping[str, Any] = {}, best: int | None = None
     ):
         self._folder = folder.absolute()
+        # As JSON gives it back (tuples become lists), to compare equal with what a checkpoint holds.
         self._identity = json.loads(json.dumps(identity))
         policies = [LatestN(keep), CustomSteps([] if best is None else [best])]
         self._options = ocp.CheckpointManagerOptions(
@@ -89,12 +90,14 @@ class Checkpoints:
 
     def save(self, step: int, state: TrainState, progress: dict[str, Any]) -> None:
         """Save after `step` updates; `progress` is JSON (data iterator state and the like)."""
+        # Summed on the devices before the save begins: the next step may then overwrite these buffers.
         sums = {name: checksum(tree) for name, tree in state.trees.items()}
         record = {"step": step, "identity": self._identity, "progress": progress}
         record |= {"shapes": _shapes(state), "checksums": sums}
         arrays = {name: ocp.args.StandardSave(tree) for name, tree in state.trees.items()}
         items = ocp.args.Composite(**arrays, record=ocp.args.JsonSave(_sealed(record)))
         with self._reported():
+            # The loop decides when to save; `force` keeps orbax's own policy out of it.
             self._manager.save(step, args=items, force=True)
 
     def wait(self) -> None:
@@ -149,9 +152,11 @@ class Checkpoints:
     def _read(self, step: int, like: TrainState, result_only: bool) -> Saved:
         record = _unsealed(self._load(step, record=ocp.args.JsonRestore())["record"])
         self._check(step, record, like)
+        # Moments are most of a checkpoint, and a finished run needs none of them.
         wanted = {like.result: getattr(like, like.result)} if result_only else like.trees
         arrays = self._load(step, **{name: ocp.args.StandardRestore(tree) for name, tree in wanted.items()})
         for name, tree in arrays.items():
+            # A damaged chunk may still decode, so what was read is summed again.
             if checksum(tree) != record["checksums"][name]:
                 raise _Damaged(f"{name} is not what was saved")
         return Saved(step, TrainState(**dict.fromkeys(TrainState._fields) | arrays), record["progress"])

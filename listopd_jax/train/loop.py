@@ -127,11 +127,13 @@ def _train_on(
                 raise UserError(
                     f"{run.name}: the loss is not finite at step {step}; lower the lr or set opd.clip"
                 )
+            # Logged before it is saved: a run killed in between repeats the step, and its new row replaces this one.
             log.log(step, metrics | (watch.observe(step, metrics) if watch else {}))
             log.completions(step, completions)
             bar.set_postfix(loss=f"{metrics['loss']:.3f}", refresh=False)
             bar.update()
             reached(f"{run.name} step {step}")
+            # All hosts must save at the same step, and the signal may have reached only one of them.
             stopping = anywhere(stop.is_set())
             over = step == run.steps or bool(watch and watch.stopped)
             if stopping or over or step % every == 0:
@@ -153,6 +155,7 @@ def _timed(
     began = time.perf_counter()
     state, metrics = update(state, batch, step)
     completions = metrics.pop("completions", [])
+    # Also waits for the device, so the clock is read when the step is done.
     metrics = {name: float(value) for name, value in metrics.items()}
     metrics["tokens_per_second"] = metrics.pop("tokens") / (time.perf_counter() - began)
     return state, metrics, completions

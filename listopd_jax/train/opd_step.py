@@ -80,9 +80,11 @@ def make_opd_step(
         def loss_of(params, rows):
             part, weights = rows
             loss, per_token = _loss(graphs, params, frozen, part, weights, loss_function, hyper)
+            # After the end there are numbers of padding tokens, maybe not finite.
             return loss, {k: jnp.where(weights > 0, v, 0.0) for k, v in per_token.items()}
 
         dtype = nnx.merge(graphs.student, with_adapter(frozen.base, state.params)).dtype
+        # Cast once for all microbatches. The float32 parameters stay in `state` and are what AdamW updates.
         params = cast_once(state.params, dtype)
         loss, grads, per_token = accumulated_grad(loss_of, params, (batch, weights), microbatch)
         metrics = {"loss": loss, "grad_norm": optax.tree.norm(grads), **summarize(per_token, mask, hyper)}
@@ -90,6 +92,7 @@ def make_opd_step(
 
     if grid:
         step = jax.vmap(step, in_axes=(0, None, 0, 0, 0), spmd_axis_name="grid")
+    # Parameters and moments are updated in place.
     return jax.jit(step, donate_argnums=0, compiler_options=backend_options(UPDATE))
 
 
@@ -184,6 +187,7 @@ def summarize(per_token: dict[str, Float[Array, "B n T"]], mask, hyper: Hyper) -
         "log_ratio_variance": mean((log_ratio - mean(log_ratio)) ** 2),
         "guarded_fraction": mean(per_token["lambda"] != hyper.lam),
         "ratio_max": jnp.where(mask, per_token["ratio"], 0).max(),
+        # A clipped ratio is exp(log c) in float32, which may fall short of c by an ulp.
         "clip_fraction": mean(per_token["ratio"] >= hyper.clip * (1 - 1e-6)),
         "reverse_kl": mean(per_token["student"] - per_token["teacher"]),
         "entropy": mean(per_token["entropy"]),

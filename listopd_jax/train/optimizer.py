@@ -78,6 +78,7 @@ def _stored(state: optax.ScaleByAdamState) -> optax.ScaleByAdamState:
 def rounded_at_random(key: Array, x: Float[Array, "*s"]) -> BFloat16[Array, "*s"]:
     """float32 to one of the two bfloat16 around it, to the nearer with the larger probability: x on the average."""
     random = jax.random.bits(key, x.shape, jnp.uint16).astype(jnp.uint32)
+    # `random` is uniform on [0, 2^16): the sum carries with the probability of the part that is cut off.
     words = (
         jax.lax.bitcast_convert_type(x, jnp.uint32) + random
     )  # carries into the upper half, which is the bfloat16
@@ -96,6 +97,7 @@ def apply_gradients(
 ) -> TrainState:
     """One AdamW step; `lr` is traced, so that a schedule or a sweep over it never recompiles."""
     updates, opt_state = tx.update(grads, state.opt_state, state.params)
+    # Weight decay is in `u` already, so the learning rate scales it too (AdamW as in PyTorch and optax).
     params = jax.tree.map(lambda p, u: (p - lr * u).astype(p.dtype), state.params, updates)
     return constrain_state(state._replace(params=params, opt_state=opt_state))
 

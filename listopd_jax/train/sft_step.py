@@ -44,6 +44,7 @@ def make_sft_step(
     def loss_of(params, rows, frozen):
         batch, weights = rows
         decoder, answers = nnx.merge(graphdef, with_adapter(frozen, params)), batch["answer"][:, None]
+        # The same pass that scores rollouts, with one completion per prompt. No logits are computed for the prompt.
         hidden = completion_hidden(decoder, batch["prompt"], batch["prompt_length"], answers)
         flat = hidden.reshape(-1, hidden.shape[-1]), decoder.head_weight()
         rows = answers.reshape(-1), weights.reshape(-1)
@@ -54,6 +55,7 @@ def make_sft_step(
         mask = completion_mask(batch["answer_length"][:, None], batch["answer"].shape[-1])
         weights = token_weights(mask.astype(jnp.float32), "token")
         loss_of_rows = functools.partial(loss_of, frozen=frozen)
+        # As in opd_step: cast once for all microbatches, while AdamW updates the float32 parameters.
         params = cast_once(state.params, nnx.merge(graphdef, with_adapter(frozen, state.params)).dtype)
         loss, grads, entropy = accumulated_grad(loss_of_rows, params, (batch, weights), microbatch)
         metrics = {
