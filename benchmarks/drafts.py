@@ -33,7 +33,8 @@ from listopd_jax.models.config import custom_config
 from listopd_jax.models.hf import load_hf
 from listopd_jax.parallel.compiler import compile_quickly
 from listopd_jax.rollout.decode import Rollout, generate
-from listopd_jax.stages.job import Job, open_job
+from listopd_jax.stages.job import Job
+from listopd_jax.stages.prepare import open_job
 
 ROUNDS = 5
 

@@ -34,7 +34,7 @@ from listopd_jax.errors import Parser, exit_code, positive
 from listopd_jax.lifecycle import say
 from listopd_jax.main import set_up
 from listopd_jax.ops.opd_loss import Frozen
-from listopd_jax.stages.job import Job, job_on_mesh
+from listopd_jax.stages.job import Job
 from listopd_jax.stages.opd import (
     Distillation,
     hyper_at,
@@ -46,6 +46,7 @@ from listopd_jax.stages.opd import (
     train_opd,
 )
 from listopd_jax.stages.pipeline import frozen_models, student_again
+from listopd_jax.stages.prepare import job_on_mesh
 from listopd_jax.stages.results import greedy, metrics_of
 from listopd_jax.train.checkpoints import abstract
 from listopd_jax.train.loop import open_checkpoints

@@ -18,9 +18,11 @@ from listopd_jax.ops.guard import flip_lambda
 from listopd_jax.ops.opd_loss import Frozen
 from listopd_jax.records import read_calibration
 from listopd_jax.rollout.decode import generate
-from listopd_jax.stages import calibrate as module
-from listopd_jax.stages.calibrate import Positions, calibrate, calibrate_forecasts, calibrate_stage, measure
+from listopd_jax.stages import positions as module
+from listopd_jax.stages.calibrate import calibrate_forecasts, calibrate_stage
 from listopd_jax.stages.evaluate import Answer
+from listopd_jax.stages.positions import Positions, measure
+from listopd_jax.stages.thresholds import calibrate, forecast_row
 from listopd_jax.task.contract import TOKEN_CLASSES
 from listopd_jax.theory import thresholds
 
@@ -151,14 +153,12 @@ def test_along_the_forecasts_answers_lambda_flip_is_that_of_full_softmaxes(model
         np.testing.assert_array_equal(
             found.token != found.written, found.flip < lam, "it leaves the mode where that flips"
         )
-        row = module.forecast_row(lam, found)
+        row = forecast_row(lam, found)
         assert row.agreement == (tokens[:3, i] == alone).all(-1).mean()
         first = [found.flip[(found.prompt == p) & structural].min(initial=np.inf) for p in (0, 3, 5)]
         assert row.flipped == np.mean(np.array(first) < lam)
         assert row.min == (pytest.approx(min(first)) if np.isfinite(min(first)) else None)
-    assert (
-        module.forecast_row(1.0, parts[0]).agreement == 1 and module.forecast_row(1.0, parts[0]).flipped == 0
-    )
+    assert forecast_row(1.0, parts[0]).agreement == 1 and forecast_row(1.0, parts[0]).flipped == 0
 
 
 def test_a_position_is_structural_if_the_teachers_token_or_the_one_in_its_place_is():
@@ -395,6 +395,6 @@ def test_the_forecasts_rows_are_added_and_replaced_by_lambda(models, batch, fore
     graphdefs, params = zip(*models, strict=True)
     parts = module.along(graphdefs, params, batch, tokens, lengths, CODEC, chunk=5)
     for row, part in zip(found.forecasts, parts, strict=True):
-        oracle = module.forecast_row(row.lam, part)
+        oracle = forecast_row(row.lam, part)
         assert (row.agreement, row.flipped, row.never) == (oracle.agreement, oracle.flipped, oracle.never)
         assert row.min == pytest.approx(oracle.min, rel=1e-4)

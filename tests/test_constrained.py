@@ -28,9 +28,9 @@ from listopd_jax.rollout.decode import generate
 from listopd_jax.rollout.sampling import unpacked
 from listopd_jax.rollout.scoring import completion_hidden
 from listopd_jax.stages.checkpoint import evaluate_checkpoint
-from listopd_jax.stages.job import open_job
 from listopd_jax.stages.opd import sample
 from listopd_jax.stages.pipeline import run_stages
+from listopd_jax.stages.prepare import open_job
 from listopd_jax.task.codec import Codec
 from listopd_jax.task.contract import strict_parse
 from listopd_jax.task.prompt import render_answer, review_ids

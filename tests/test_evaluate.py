@@ -20,7 +20,7 @@ from listopd_jax.records import Result, read_results
 from listopd_jax.report.inputs import Inputs
 from listopd_jax.report.write import render, write_report
 from listopd_jax.stages.checkpoint import evaluate_checkpoint
-from listopd_jax.stages.job import open_job
+from listopd_jax.stages.prepare import open_job
 
 
 def settings(**fields):

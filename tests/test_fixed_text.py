@@ -23,8 +23,8 @@ from listopd_jax.ops.head import token_logprobs
 from listopd_jax.ops.objective import Variant
 from listopd_jax.rollout.decode import completion_mask
 from listopd_jax.stages import fixed_text as stage
-from listopd_jax.stages.job import job_on_mesh
 from listopd_jax.stages.pipeline import distillation, frozen_models
+from listopd_jax.stages.prepare import job_on_mesh
 from listopd_jax.train.fixed_text import Schedule, Texts, make_fixed_text
 from listopd_jax.train.opd_step import make_opd_step, states_and_heads
 from listopd_jax.train.optimizer import init_state

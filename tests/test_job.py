@@ -15,7 +15,7 @@ from listopd_jax.errors import UserError
 from listopd_jax.models import hf
 from listopd_jax.models.config import ModelConfig
 from listopd_jax.models.decoder import abstract
-from listopd_jax.stages.job import open_job, refuse_other_inputs
+from listopd_jax.stages.prepare import open_job, refuse_other_inputs
 from listopd_jax.task.prompt import render_answer
 
 

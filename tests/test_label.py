@@ -25,7 +25,7 @@ from listopd_jax.label.bill import estimate
 from listopd_jax.label.cache import digest, open_cache
 from listopd_jax.label.judges import PROVIDERS, Reply, Settings, check, retry_after
 from listopd_jax.label.questions import questions, score_of
-from listopd_jax.stages.job import open_job
+from listopd_jax.stages.prepare import open_job
 
 KEY = "sk-very-secret"
 REVIEWS = [Review(f"u{i}", "p", "A dress", f"review number {i}", 0) for i in range(12)]

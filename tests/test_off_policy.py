@@ -7,9 +7,9 @@ from test_reference import config_of, models  # noqa: F401 (a fixture)
 from listopd_jax.config import validate
 from listopd_jax.errors import UserError
 from listopd_jax.metrics_log import read_metrics
-from listopd_jax.stages.job import open_job
 from listopd_jax.stages.opd import is_on_policy, right_answers, variant_of
 from listopd_jax.stages.pipeline import run_stages
+from listopd_jax.stages.prepare import open_job
 
 EXACT = {"opd.estimator": "full_vocab", "opd.ratio": "none"}
 

@@ -19,8 +19,8 @@ from listopd_jax.models.quantized import Quantized, quantize
 from listopd_jax.plan.arithmetic import frozen_bytes
 from listopd_jax.rollout.decode import generate
 from listopd_jax.rollout.scoring import completion_logprobs
-from listopd_jax.stages.job import job_on_mesh
 from listopd_jax.stages.pipeline import run_stages
+from listopd_jax.stages.prepare import job_on_mesh
 from listopd_jax.stages.sft import train_sft
 
 SHAPE = ModelConfig(61, 32, 48, 3, 4, 2, 12, tied=False)

@@ -18,8 +18,9 @@ from listopd_jax.models.config import ModelConfig, num_params
 from listopd_jax.models.decoder import abstract
 from listopd_jax.plan.arithmetic import Layout, Load, memory_estimate, persistent, step_flops
 from listopd_jax.plan.search import shapes_of
-from listopd_jax.stages.job import base_of, open_job
+from listopd_jax.stages.job import base_of
 from listopd_jax.stages.pipeline import run_stages
+from listopd_jax.stages.prepare import open_job
 
 WIDTHS = {"teacher": 24, "student": 16, "other": 32}
 

@@ -16,7 +16,8 @@ from listopd_jax.report import findings, plots, script, wording
 from listopd_jax.report.findings import FAILURES, headline, sentences
 from listopd_jax.report.threshold_section import predicted
 from listopd_jax.report.write import write_report
-from listopd_jax.stages.calibrate import Positions, calibrate
+from listopd_jax.stages.positions import Positions
+from listopd_jax.stages.thresholds import calibrate
 from listopd_jax.task.contract import FAILURES as CONTRACT_FAILURES
 
 HOSTILE = "\"'><script>alert(1)</script><img src=x onerror=alert(2)></svg></style>{{7*7}}$\\frac"

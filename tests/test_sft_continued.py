@@ -6,7 +6,7 @@ import pytest
 
 from listopd_jax import config as config_module
 from listopd_jax.errors import UserError
-from listopd_jax.stages.job import open_job
+from listopd_jax.stages.prepare import open_job
 from listopd_jax.stages.sft import train_sft
 
 

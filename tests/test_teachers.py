@@ -28,8 +28,8 @@ from listopd_jax.plan.search import shapes_of
 from listopd_jax.report.write import write_report
 from listopd_jax.rollout.decode import Rollout
 from listopd_jax.stages.evaluate import greedy_answers
-from listopd_jax.stages.job import job_on_mesh, open_job
 from listopd_jax.stages.pipeline import frozen_models, run_stages
+from listopd_jax.stages.prepare import job_on_mesh, open_job
 from listopd_jax.train.opd_step import OpdBatch, make_opd_step
 from listopd_jax.train.optimizer import init_state
 

@@ -10,7 +10,7 @@ from listopd_jax.errors import UserError
 from listopd_jax.models.build import PARAM_DTYPE, initial_params, weights_digest, weights_folder
 from listopd_jax.parallel.hosts import from_main
 from listopd_jax.records import EVALUATE, RESULTS, Result
-from listopd_jax.stages.job import job_on_mesh
+from listopd_jax.stages.prepare import job_on_mesh
 from listopd_jax.stages.results import evaluate, evaluated
 from listopd_jax.train.loop import Run
 

@@ -30,15 +30,9 @@ from listopd_jax.models.decoder import abstract
 from listopd_jax.models.hf import load_adapter, load_hf, read_eos_ids
 from listopd_jax.models.lora import abstract_adapter, merge_adapter, stack_adapters
 from listopd_jax.records import RESULTS, Result, read_results
-from listopd_jax.stages.job import (
-    completion_ends,
-    models_of,
-    refuse_other_inputs,
-    saving,
-    tokenizer_digest,
-    writers_of,
-)
+from listopd_jax.stages.job import models_of, saving, writers_of
 from listopd_jax.stages.opd import opd_saving
+from listopd_jax.stages.prepare import completion_ends, refuse_other_inputs, tokenizer_digest
 from listopd_jax.task.codec import Codec, vocab_of
 from listopd_jax.train.checkpoints import Checkpoints
 from listopd_jax.train.loop import Run, checkpoint_folder

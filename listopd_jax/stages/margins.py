@@ -16,9 +16,9 @@ from listopd_jax.parallel.compiler import OTHER, BackendJit
 from listopd_jax.parallel.hosts import gather
 from listopd_jax.rollout.scoring import completion_hidden
 from listopd_jax.rounding import round_up
-from listopd_jax.stages.calibrate import ANSWER_STEP, padded
 from listopd_jax.stages.evaluate import Answer
 from listopd_jax.stages.job import Job
+from listopd_jax.stages.positions import ANSWER_STEP, padded
 from listopd_jax.task.codec import Codec
 
 QUANTILE = 0.05

@@ -9,8 +9,9 @@ from listopd_jax.ops.opd_loss import Frozen
 from listopd_jax.records import Recommendation
 from listopd_jax.stages.before import before_training
 from listopd_jax.stages.checkpoint import require_tokenizer
-from listopd_jax.stages.job import ROLES, job_on_mesh
+from listopd_jax.stages.job import ROLES
 from listopd_jax.stages.opd import preflight
+from listopd_jax.stages.prepare import job_on_mesh
 from listopd_jax.tasks.json_records import Prompts
 
 

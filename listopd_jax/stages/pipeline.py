@@ -19,9 +19,10 @@ from listopd_jax.records import Recommendation
 from listopd_jax.stages.before import before_training, recommended
 from listopd_jax.stages.collapse import best_checkpoint, collapse_fields, watch_of
 from listopd_jax.stages.forgetting import forgetting
-from listopd_jax.stages.job import REFERENCE, ROLES, Job, base_of, job_on_mesh
+from listopd_jax.stages.job import REFERENCE, ROLES, Job, base_of
 from listopd_jax.stages.opd import Distillation, connected, make_step, opd_runs, preflight, train_opd
 from listopd_jax.stages.predict import ANCHOR, anchor_runs, predict
+from listopd_jax.stages.prepare import job_on_mesh
 from listopd_jax.stages.results import evaluate, evaluated, guarded_share, summary, write_plan
 from listopd_jax.stages.sft import sft_run, train_sft
 from listopd_jax.stages.teacher_server import TeacherServer
