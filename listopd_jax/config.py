@@ -101,7 +101,7 @@ def _task() -> ml_collections.ConfigDict:
         max_review_words=200,  # 0: uncut
         prompt_buckets=4,  # prompt widths to compile for
         chat_template=False,
-        chat_date="2024-07-26",  # what a chat template that asks is told today's date is
+        chat_date="2024-07-26",  # the date for chat templates that ask for today's
         ndcg_gain="linear",
     )
 
@@ -534,7 +534,7 @@ def _validate_grid(config: ml_collections.ConfigDict) -> None:
         for x in values:
             _require(_is_lambda(x), f"{field}={values}: every lambda is a number >= 0, not {x!r}")
         _require(
-            len(set(values)) == len(values) or section != "opd", f"{field}={values}: a value stands twice"
+            len(set(values)) == len(values) or section != "opd", f"{field}={values}: a value appears twice"
         )
         _require(
             name == "lambdas" or not values or guard_text(config.opd.guard) != "",
@@ -552,7 +552,7 @@ def _validate_grid(config: ml_collections.ConfigDict) -> None:
         not config.opd.recommend or config.opd.advantage == "base_relative",
         "opd.recommend is about the base-relative target, not opd.advantage='no_base'; set one of the two",
     )
-    _require(len(set(seeds)) == len(seeds), f"opd.seeds={seeds}: a value stands twice")
+    _require(len(set(seeds)) == len(seeds), f"opd.seeds={seeds}: a value appears twice")
 
 
 def _validate_anchors(config: ml_collections.ConfigDict) -> None:
@@ -562,7 +562,7 @@ def _validate_anchors(config: ml_collections.ConfigDict) -> None:
     for x in seeds:
         _require(_is_seed(x), f"predict.seeds={seeds}: every seed is a whole number in [0, 2^32), not {x!r}")
     for name, values in (("anchors", anchors), ("seeds", seeds)):
-        _require(len(set(values)) == len(values), f"predict.{name}={values}: a value stands twice")
+        _require(len(set(values)) == len(values), f"predict.{name}={values}: a value appears twice")
     _require(
         predicts(config) or not config.predict.only,
         "predict.only=True stops after the prediction, and without predict.anchors there is none: give some, or "
@@ -606,7 +606,7 @@ def noise_shares(sft: Any, field: str = "sft") -> tuple[tuple[str, float], ...]:
         shares.append((found[1], float(found[2])))
     _require(
         sum(share for _, share in shares) <= 1 and len(dict(shares)) == len(shares),
-        f"{field}.noise={sft.noise!r}: shares must not sum to more than 1, and no name stand twice",
+        f"{field}.noise={sft.noise!r}: shares must not sum to more than 1, and no name may appear twice",
     )
     return tuple(shares)
 
@@ -660,7 +660,7 @@ def _validate_server(config: ml_collections.ConfigDict) -> None:
     }
     for field in (field for field, used in needing.items() if used):
         raise UserError(
-            f"{field} needs the teacher's whole distribution, and teacher.server gives one number a token: leave one "
+            f"{field} needs the teacher's full distribution, and teacher.server gives one number per token: leave one "
             "of them out"
         )
 
@@ -673,8 +673,8 @@ def _validate_teachers(config: ml_collections.ConfigDict) -> None:
     )
     _require(
         not routes or TEACHER in routes.values(),
-        f"teachers.route={teachers.route!r}: no record is of section teacher; write VALUE={TEACHER} for its own, with "
-        "teacher.weights",
+        f"teachers.route={teachers.route!r}: no record goes to section teacher; write VALUE={TEACHER} for its "
+        "own, with teacher.weights",
     )
     _require(
         not routes or bool(config.tokenizer.path),
@@ -767,7 +767,7 @@ def _validate_options(config: ml_collections.ConfigDict) -> None:
     _require(
         opd.estimator == "full_vocab" or (opd.jsd == 1 and opd.on_policy == 1),
         f"opd.jsd={opd.jsd:g}, opd.on_policy={opd.on_policy:g}: other divergences and other data than the student's "
-        "own ask for exact gradients; set opd.estimator='full_vocab' and opd.ratio='none'",
+        "own need exact gradients; set opd.estimator='full_vocab' and opd.ratio='none'",
     )
     _require(
         opd.jsd == 1 or not opd.guard.mask,
@@ -790,7 +790,7 @@ def _validate_options(config: ml_collections.ConfigDict) -> None:
     )
     _require(
         not config.reference.weights or opd.advantage == "base_relative" or opd.kl_to_base > 0,
-        "reference.weights is the base, which opd.advantage='no_base' does not look at; leave one of them out",
+        "reference.weights is the base, which opd.advantage='no_base' does not use; leave one of them out",
     )
     _require(
         bool(config.reference.weights) or not config.reference.adapter,
@@ -811,7 +811,7 @@ def _validate_constraints(config: ml_collections.ConfigDict) -> None:
     named = [field for field, names in asked.items() if "contract" in names]
     _require(
         not named or ranks_reviews(config),
-        f"{', '.join(named)}: 'contract' is of task.name='reviews', not of {task_name(config)!r}; take 'schema'",
+        f"{', '.join(named)}: 'contract' is of task.name='reviews', not of {task_name(config)!r}; use 'schema'",
     )
     _require(
         not opd.constrained_rollouts or opd.control_variate == "none",
@@ -835,7 +835,7 @@ def _validate_guard(config: ml_collections.ConfigDict) -> None:
     _require(
         not config.sft.continued
         or config.teacher.to_dict() == config.student.to_dict() | {"server": "", "served_name": ""},
-        "sft.continued trains the teacher on from the student's end: teacher and student must be the same section",
+        "sft.continued starts the teacher's SFT from the trained student: teacher and student must be the same section",
     )
     _require(
         ranks_reviews(config)
@@ -849,7 +849,7 @@ def _validate_guard(config: ml_collections.ConfigDict) -> None:
     )
     _require(
         opd.control_variate == "none" or not (opd.guard.mask or opd.guard.floor),
-        "opd.control_variate knows no target of opd.guard.mask or opd.guard.floor: leave one of them off",
+        "opd.control_variate does not support the target of opd.guard.mask or opd.guard.floor: leave one of them off",
     )
 
 
@@ -915,7 +915,7 @@ def _validate_categories(config: ml_collections.ConfigDict, who: str) -> None:
         )
     _require(
         not data.category or data.category != data.validation_category,
-        f"data.validation_category={data.validation_category} is data.category too; empty is a random split of it",
+        f"data.validation_category={data.validation_category} is data.category too; leave it empty for a random split",
     )
 
 
