@@ -22,7 +22,7 @@ RESOLUTION, PRIME = 1000, 7919
 def confirmed(probability: float | None) -> Iterator[None]:
     """While inside, rollouts confirm each draft with `probability`; None: where it is right.
 
-    Every compiled program of the process is forgotten at both ends: it would go on as it was compiled.
+    Every compiled program of the process is forgotten at both ends: it would stay as it was compiled.
     """
     if probability is None:
         yield

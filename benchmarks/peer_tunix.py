@@ -63,7 +63,7 @@ class Peer:
         self.trainer = distillation_trainer.DistillationTrainer(
             self.student, teacher, strategy, optimizer, config
         )
-        self.trainer.is_managed_externally = True  # train() is called once a step
+        self.trainer.is_managed_externally = True  # train() is called once per step
 
     def _logits(self, model, input_tokens, input_mask):
         """Logits [rows, new, V] that predict the completions."""

@@ -1,4 +1,4 @@
-"""Small files of the published form of MS MARCO and ESCI, whose relevance stands in the words of each text.
+"""Small files of the published form of MS MARCO and ESCI, whose relevance is written in the words of each text.
 
     python -m benchmarks.ranking_files --out=FOLDER [--queries=400] [--seed=0]
 

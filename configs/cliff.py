@@ -7,7 +7,7 @@ One preset for each ablation, five seeds (or THREE), each run evaluated after N 
 models are those of configs/fashion.py:tiny. `plain` goes first and trains the pair, a teacher that truncates 22 % of
 its training answers and a base that does not; `clean_teacher` trains a teacher that never truncates, `truncating_base`
 a base that truncates more than the teacher. The other ablations load those from runs/cliff. Hours on two cores: see
-docs/results.md for times and for what came out.
+docs/results.md for times and results.
 """
 
 import math

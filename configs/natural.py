@@ -34,7 +34,7 @@ def get_config(name: str = "early") -> ml_collections.ConfigDict:
     config.evaluation.update(batch_size=128, max_lists=256, bootstrap=200)
     config.train.update(checkpoint_every=1000, keep_checkpoints=1, export=name == "early")
     config.forecast.lambdas = FORECASTS
-    config.predict.update(seeds=(11,), largest_gap=1.0)  # what stands between these λ is not asked
+    config.predict.update(seeds=(11,), largest_gap=1.0)  # the curve between these λ is not asked for
     config.opd.update(
         estimator="full_vocab", ratio="none", batch_size=8, rollouts=2, steps=80, lr=2e-4, lr_decay="linear",
         lambdas=(4.0, 2.0, 6.0), seeds=(0, 1),

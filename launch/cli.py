@@ -39,7 +39,7 @@ def parse_grid(engine: Parser, argv: Sequence[str]) -> tuple[argparse.Namespace,
 
 
 def checked_config(arguments: Sequence[str]):
-    """The checked configuration that `arguments` give; they must stand on the command line of this process."""
+    """The checked configuration that `arguments` give; they must be on the command line of this process."""
     from listopd_jax import main  # registers absl flags: only where they are needed
 
     return main.parse(["launch", *arguments, "--workdir=not-used"])[0]
@@ -51,7 +51,7 @@ def load(args: argparse.Namespace, arguments: Sequence[str], record: bool = True
 
 
 def list_states(grid: Grid, skip: Iterable[str] = ()) -> None:
-    """Print where the common stages and every point stand, on stderr; not those in `skip`."""
+    """Print the state of the common stages and of every point, on stderr; not those in `skip`."""
     for name in (COMMON, *grid.names):
         if name not in skip:
             print(f"{name}: {grid.state(name)}", file=sys.stderr)

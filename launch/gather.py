@@ -48,11 +48,11 @@ def main(argv: Sequence[str]) -> int:
 
 def gather(grid: Grid) -> Gathered:
     """Read and check the common stages and every point; UserError if there is nothing yet, or it is broken."""
-    common, stands = grid.workdir(COMMON), grid.state(COMMON)
+    common, state = grid.workdir(COMMON), grid.state(COMMON)
     if not (common / "report.html").exists():
-        raise UserError(f"{common}: nothing to gather, the common stages are {stands}")
+        raise UserError(f"{common}: nothing to gather, the common stages are {state}")
     shared = read_inputs(common)
-    found, missing, completions = [shared], {} if grid.done(COMMON) else {COMMON: str(stands)}, []
+    found, missing, completions = [shared], {} if grid.done(COMMON) else {COMMON: str(state)}, []
     for point in grid.points:
         try:
             found.append(read_point(grid, point, shared))

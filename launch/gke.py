@@ -58,7 +58,7 @@ def _parser() -> Parser:
     parser.add_argument(
         "--mount", type=pathlib.Path, default=pathlib.Path("/mnt"), help="where it is mounted; /mnt"
     )
-    parser.add_argument("--name", default="listopd", help="how the names of the JobSets begin")
+    parser.add_argument("--name", default="listopd", help="prefix of the names of the JobSets")
     parser.add_argument("--restarts", type=positive, default=20, help="times a point may be restarted")
     parser.add_argument("--spot", action="store_true", help="machines that may be pre-empted")
     parser.add_argument("--queue", help="Kueue's LocalQueue")

@@ -39,7 +39,7 @@ class Point(NamedTuple):
 
 
 class State(NamedTuple):
-    """Where a stage stands: done, failed, stopped (resumes when run again), started or waiting, and the last words."""
+    """The state of a stage: done, failed, stopped (resumes when run again), started or waiting, and the last words."""
 
     word: str
     why: str = ""
@@ -69,7 +69,7 @@ class Grid:
         """The point called `name`; UserError if the grid has none."""
         found = [point for point in self.points if point.name == name]
         if not found:
-            raise UserError(f"{name!r} is no point of this grid: {COMMON}, {', '.join(self.names)}")
+            raise UserError(f"{name!r} is not a point of this grid: {COMMON}, {', '.join(self.names)}")
         return found[0]
 
     def workdir(self, name: str) -> pathlib.Path:
@@ -108,7 +108,7 @@ class Grid:
             raise UserError(f"{path}: not the record of a run; choose another --root") from e
 
     def state(self, name: str) -> State:
-        """Where the common stages or a point stand."""
+        """The state of the common stages or of a point."""
         if self.done(name):
             return State("done")
         path = self.root / "status" / f"{name}.json"

@@ -180,7 +180,7 @@ def outcome(grid: Grid, name: str, code: int, lines: Sequence[str]) -> tuple[Sta
 
 
 def keep(grid: Grid, name: str, state: State) -> None:
-    """Write down how a stage stands; the first host of a point does."""
+    """Write the state of a stage; only the first host of a point does."""
     if host_index() == 0:
         files.write_json(grid.root / "status" / f"{name}.json", state._asdict())
 

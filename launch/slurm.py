@@ -179,7 +179,7 @@ def queued_jobs() -> set[str]:
         )
     except FileNotFoundError as e:
         raise UserError(
-            "SLURM is not here (no squeue); use python -m launch.local, or run this on a login node"
+            "SLURM is not available (no squeue); use python -m launch.local, or run this on a login node"
         ) from e
     except subprocess.TimeoutExpired as e:
         raise UserError("squeue does not answer; try again when SLURM is up") from e

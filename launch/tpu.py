@@ -63,5 +63,5 @@ def parse_topology(text: str) -> Slice:
         raise UserError(f"--topology={text}: {name} has {generation.dimensions} sides, e.g. {name}:{example}")
     chips = math.prod(map(int, sides))
     if chips > 1 and chips % 4:
-        raise UserError(f"--topology={text}: {chips} chips are no whole number of hosts of 4")
+        raise UserError(f"--topology={text}: {chips} chips do not fill whole hosts of 4")
     return Slice(generation, shape, chips)

@@ -56,7 +56,7 @@ def _parser() -> Parser:
         "--setup", type=pathlib.Path, required=True, help="shell script that every host runs first"
     )
     parser.add_argument("--scripts", type=pathlib.Path, default=pathlib.Path("runs/tpu_vm"))
-    parser.add_argument("--name", default="listopd", help="how the names of the resources begin")
+    parser.add_argument("--name", default="listopd", help="prefix of the names of the resources")
     parser.add_argument("--spot", action="store_true", help="machines that may be pre-empted")
     parser.add_argument("--run", action="store_true", help="run the commands besides printing them")
     return parser

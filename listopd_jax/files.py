@@ -22,7 +22,7 @@ def run_on_process_0(yes: bool) -> None:
 
 
 def on_process_0() -> bool:
-    """Whether this process writes; true until it is told otherwise."""
+    """Whether this process writes; true unless `run_on_process_0` said otherwise."""
     return _on_process_0
 
 

@@ -19,7 +19,7 @@ from listopd_jax.errors import Interrupted, UserError
 
 
 def say(text: str) -> None:
-    """Print to stdout at once; a reader that has left (`| head`) is no error, and hears nothing more."""
+    """Print to stdout at once; a reader that has left (`| head`) is not an error, and hears nothing more."""
     try:
         print(text, flush=True)
     except BrokenPipeError:

@@ -32,7 +32,7 @@ class MetricsLog:
       stage: e.g. "opd".
       fixed: what identifies the run in every row, e.g. {"lambda": 1.2, "seed": 0}.
       resume_step: updates completed before this start; 0 starts the run anew. Rows count steps from 1.
-      tracking: the trackers that are told too.
+      tracking: trackers that get the rows too.
 
     Raises UserError if the log is broken before its last line, or cannot be written.
     """
@@ -153,7 +153,7 @@ def progress(
     """A progress bar with ETA on stderr: iterate over it, or give a total and call `update()`.
 
     `initial` is how many of the total were done before this start; `total` is for iterables that do not know their
-    length. Show key metrics with `bar.set_postfix(loss=…, refresh=False)`. Where stderr is no terminal, a line is
+    length. Show key metrics with `bar.set_postfix(loss=…, refresh=False)`. Where stderr is not a terminal, a line is
     printed at most every 10 s; only process 0 prints.
     """
     bar = tqdm if sys.stderr.isatty() else _Lines

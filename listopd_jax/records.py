@@ -30,7 +30,7 @@ Intervals = dict[str, list[float] | None]  # name of a number -> [low, high]
 
 
 class Record:
-    """A dataclass that stands in a file as a JSON object; the last field of each is `extra`."""
+    """A dataclass that is written to files as a JSON object; the last field of each is `extra`."""
 
     @classmethod
     def from_json(cls, value: Any, where: str) -> Self:
@@ -341,7 +341,7 @@ class Recommendation(Record):
     parse: float  # forecast at λ
     useful: float | None = None
     holds_to: float  # the largest λ up to which the forecast holds the contract
-    lines: list[str] = dataclasses.field(default_factory=list)  # λ, why and what next, for people
+    lines: list[str] = dataclasses.field(default_factory=list)  # λ, why and what next, in words
     extra: dict[str, Any] = _extra()
 
 

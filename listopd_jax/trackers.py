@@ -21,7 +21,7 @@ STAMP = "track.json"
 
 
 class Tracking(NamedTuple):
-    """Whom a job tells of its runs, under which project, and what they are told of the job itself."""
+    """The trackers of a job, the project that they log to, and the configuration that they show."""
 
     to: tuple[str, ...] = ()  # of TRACKERS
     project: str = ""
@@ -84,7 +84,7 @@ class Trackers:
             run.log({name: library.Table(columns=list(rows[0]), data=data)}, step=step)
 
     def page(self, name: str, path: pathlib.Path) -> None:
-        """Tell a page that stands alone, an HTML file."""
+        """Log a self-contained HTML page."""
         for library, run in self._runs:
             run.log({name: library.Html(str(path), inject=False)})
 

@@ -220,7 +220,7 @@ def test_a_single_bit_of_a_weight_shows(tmp_path, capsys, monkeypatch):
 
 
 def test_without_any_good_checkpoint_they_are_put_aside(tmp_path, capsys):
-    """The run starts anew, and nothing is lost."""
+    """The run starts over, and nothing is lost."""
     folder = tmp_path / "run"
     for content in (1, 2):  # also where something was put aside before
         save_all(folder, [content, 3])
@@ -230,7 +230,7 @@ def test_without_any_good_checkpoint_they_are_put_aside(tmp_path, capsys):
             assert checkpoints.restore(abstract(make_state(0))) is None
             assert checkpoints.steps == []
             checkpoints.save(1, make_state(5), {})
-        assert "put aside as run.damaged" in capsys.readouterr().err
+        assert "moved to run.damaged" in capsys.readouterr().err
         assert {p.name for p in (tmp_path / "run.damaged").iterdir()} == {str(content), "3"}
         assert_identical(restored(folder).state, make_state(5))
         shutil.rmtree(folder)

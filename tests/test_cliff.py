@@ -179,5 +179,5 @@ def test_table_from_records():
     np.testing.assert_allclose(parse, [[0.1, 0.12], [1.1, 1.12]])
     with pytest.raises(ValueError, match=r"seed 0 has no result at λ = 1\b"):
         cliff.table(records[:-1])
-    with pytest.raises(ValueError, match="stands twice"):
+    with pytest.raises(ValueError, match="appears twice"):
         cliff.table([*records, records[0]])

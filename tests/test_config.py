@@ -52,7 +52,7 @@ def test_k_follows_the_source():
     ("changes", "message"),
     [
         ({"opd.seeds": ()}, "opd.seeds is empty"),
-        ({"opd.lambdas": (1.0, 1.0)}, "stands twice"),
+        ({"opd.lambdas": (1.0, 1.0)}, "appears twice"),
         ({"opd.lambdas": (1.0, math.nan)}, "must not be NaN"),
         ({"opd.lambdas": (1.0, math.inf)}, "must be finite"),
         ({"opd.lambdas": (-0.5,)}, "every lambda is a number >= 0"),
@@ -84,7 +84,7 @@ def test_k_follows_the_source():
         ({"rollout.draft_tokens": 100_000}, "must be from 0 to 64, or -1"),
         ({"sft.teacher.noise": "truncate:1.5"}, "shares must not sum to more than 1"),
         ({"sft.student.noise": "truncate"}, "sft.student.noise='truncate': write NAME:SHARE"),
-        ({"sft.student.noise": "a:0.1,a:0.1"}, "no name stand twice"),
+        ({"sft.student.noise": "a:0.1,a:0.1"}, "no name may appear twice"),
         ({"data.source": "clothing"}, "data.path is empty"),
         ({"data.category": "Tops"}, "data.category=Tops: data.source='synthetic' has no departments"),
         (

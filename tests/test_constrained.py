@@ -381,7 +381,7 @@ def test_constrained_rollouts_have_the_log_probabilities_of_the_renormalised_stu
     [
         ({"evaluation.constrained": "shema"}, "did you mean 'schema'"),
         ({"opd.constrained_rollouts": "free"}, "opd.constrained_rollouts='free'"),
-        ({"evaluation.constrained": "contract", "task.name": "json", "data.path": "x"}, "take 'schema'"),
+        ({"evaluation.constrained": "contract", "task.name": "json", "data.path": "x"}, "use 'schema'"),
         ({"opd.constrained_rollouts": "schema", "opd.control_variate": "kl"}, "opd.control_variate"),
     ],
 )

@@ -221,9 +221,9 @@ def test_another_category_is_another_data_set(tmp_path):
     [
         (
             {"category": "Topps"},
-            "data.category=Topps: no review is of it; the file has Tops, Dresses, Jackets",
+            "data.category=Topps: no review has this category; the file has Tops, Dresses, Jackets",
         ),
-        ({"validation_category": "Shoes"}, "data.validation_category=Shoes: no review is of it"),
+        ({"validation_category": "Shoes"}, "data.validation_category=Shoes: no review has this category"),
     ],
 )
 def test_a_category_that_the_file_lacks(tmp_path, fields, message):

@@ -112,8 +112,8 @@ def test_the_policies_are_listed_where_a_name_is_wrong(job):
 def test_what_is_there_is_not_replaced(job):
     shutil.copytree(job / "export" / "sft_student", job.parent / "model")
     (job.parent / "file").write_text("notes")
-    refused(job, "model: is there already and will not be replaced", out="model")
-    refused(job, "file: is there already and will not be replaced", out="file")
+    refused(job, "model: already exists and will not be replaced", out="model")
+    refused(job, "file: already exists and will not be replaced", out="file")
     (job.parent / "empty").mkdir()
     export(job, POLICY, job.parent / "empty")
     assert (job.parent / "empty" / "README.md").exists()
@@ -129,7 +129,7 @@ def test_what_is_damaged_or_gone_is_one_line(job):
     for path in (job / "checkpoints" / POLICY / "3" / "params").rglob("*"):
         if path.is_file():
             path.write_bytes(path.read_bytes()[:-8])
-    refused(job, f"{POLICY}/3: no whole checkpoint (params cannot be read); run the job again")
+    refused(job, f"{POLICY}/3: no intact checkpoint (params cannot be read); run the job again")
     shutil.rmtree(job / "checkpoints" / POLICY)
     refused(job, f"has neither an export of {POLICY} at step 3 nor checkpoints/{POLICY}")
     (job / "config.json").write_text('{"config": {"seed": "x"}}')
@@ -163,7 +163,7 @@ def test_the_command_says_where_or_one_line(job, capsys):
 @pytest.mark.parametrize("name", ["../other/a", "/etc/a", "..", ""])
 def test_a_record_never_leads_out_of_the_workdir(tmp_path, name):
     record = Result(run=name, stage="opd", lam=1.0, seed=0, steps=3)
-    with pytest.raises(UserError, match="is no name of a policy"):
+    with pytest.raises(UserError, match="is not the name of a policy"):
         policy_model(config_module.defaults(), "", tmp_path, record)
 
 

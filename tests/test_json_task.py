@@ -110,7 +110,7 @@ def deep(levels):
 GOOD = {"name": "Anna", "count": 3}
 MISTAKES = [
     ('{"prompt": "p", "answer": {', "data.jsonl:1: not JSON: "),
-    ('{"prompt": "p", "prompt": "q"}', "data.jsonl:1: the key 'prompt' stands twice in one object"),
+    ('{"prompt": "p", "prompt": "q"}', "data.jsonl:1: the key 'prompt' appears twice in one object"),
     ('{"prompt": "p", "answer": {"name": "A", "count": NaN}}', "data.jsonl:1: NaN is not JSON"),
     ('{"prompt": "p", "answer": -Infinity}', "-Infinity is not JSON"),
     ('{"prompt": "p", "answer": 1e999}', "the number 1e999 is out of range"),
@@ -119,7 +119,7 @@ MISTAKES = [
     ('{"prompt": "p", "answer": ' + deep(100) + "}", "nested deeper than 64 levels"),
     ('{"prompt": "p", "answer": ' + deep(200_000) + "}", "nested deeper than 64 levels"),
     ("[1]", "data.jsonl:1: is list, not an object"),
-    ("[", "each line is one whole JSON object"),
+    ("[", "each line must be one JSON object"),
     ({"prompt": 3}, "data.jsonl:1: 'prompt' is int, not a text"),
     ({"prompt": " "}, "data.jsonl:1: the prompt is empty"),
     ({"promt": "p"}, "data.jsonl:1: unknown field 'promt'; did you mean 'prompt'? rename it"),
@@ -159,7 +159,7 @@ def test_a_mistake_in_the_file_is_one_line_that_names_it(tmp_path, line, says):
 @pytest.mark.parametrize(
     ("lines", "schema", "says"),
     [
-        ([], SCHEMA, "data.jsonl: is empty; give one JSON object a line"),
+        ([], SCHEMA, "data.jsonl: is empty; give one JSON object per line"),
         (["", "  "], SCHEMA, "data.jsonl: is empty"),
         (LINES[:1] * 3, SCHEMA, "at least 2 different prompts are needed"),
         (LINES, None, "data.jsonl:1: has no 'schema', and task.schema is not set; give one of them"),
@@ -174,8 +174,8 @@ def test_a_mistake_in_the_file_is_one_line_that_names_it(tmp_path, line, says):
         (LINES, {"$ref": "#"}, "the schema refers to itself without end"),
         (LINES, {"pattern": "^(a|aa)+$"}, "pattern '^(a|aa)+$' takes exponential time on 'aaa…'"),
         (LINES, {"patternProperties": {"^(\\d|\\d\\d)*$": {}}}, "takes exponential time on"),
-        (LINES, {"properties": {"a": {"pattern": "("}}}, "pattern '(' is no regular expression"),
-        (LINES, {"$schema": "https://example.com/mine"}, "is no version of JSON Schema that is known"),
+        (LINES, {"properties": {"a": {"pattern": "("}}}, "pattern '(' is not a regular expression"),
+        (LINES, {"$schema": "https://example.com/mine"}, "is not a known version of JSON Schema"),
         (LINES, json.dumps({"a": 1}) + deep(100_000), "schema.json: not JSON"),
         (LINES, '{"allOf": ' + deep(80) + "}", "schema.json: nested deeper than 64 levels"),
     ],

@@ -435,9 +435,9 @@ def test_a_run_trains_on_the_labels(tmp_path):
     [
         (["--judge=anthropic:x"], "--judge='anthropic' is unknown"),
         (["--judge=openai"], "names no model; write openai:MODEL"),
-        (["--base_url=ftp://x"], "--base_url: is no address"),
-        (["--base_url=http://host:99999/v1"], "--base_url: is no address"),
-        (["--base_url=http://host:port/v1"], "--base_url: is no address"),
+        (["--base_url=ftp://x"], "--base_url: is not an address"),
+        (["--base_url=http://host:99999/v1"], "--base_url: is not an address"),
+        (["--base_url=http://host:port/v1"], "--base_url: is not an address"),
         (["--rubric=none.txt"], "--rubric=none.txt: cannot be read"),
         (["--rubrik=x"], "rubrik"),
         (["--per_minute=-1"], "per_minute"),

@@ -434,7 +434,7 @@ def test_a_wrong_argument_is_one_line(module, arguments, says):
         ),
         (
             ["launch.point", "--name=lambda9.0_seed0", "--config=configs/fashion.py:tiny"],
-            "is no point of this grid",
+            "is not a point of this grid",
         ),
     ],
 )

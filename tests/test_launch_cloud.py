@@ -165,7 +165,7 @@ def test_xpk_gets_the_same_point(grid):
         ("v5x:2x2", "'v5x' is unknown; did you mean"),
         ("v5e:2x2x2", "v5e has 2 sides, e.g. v5e:4x4"),
         ("v5p:16x16", "v5p has 3 sides"),
-        ("v5e:3x3", "9 chips are no whole number of hosts of 4"),
+        ("v5e:3x3", "9 chips do not fill whole hosts of 4"),
         ("v5e", "v5e has 2 sides"),
         ("v5e:0x4", "v5e has 2 sides"),
     ],

@@ -74,7 +74,7 @@ def test_a_wrong_option_is_one_line(options, says):
 
 def test_without_slurm_it_says_so(tmp_path, monkeypatch):
     monkeypatch.setenv("PATH", str(tmp_path))
-    with pytest.raises(UserError, match="SLURM is not here"):
+    with pytest.raises(UserError, match="SLURM is not available"):
         slurm.queued_jobs()
 
 

@@ -184,11 +184,11 @@ def test_reformatting_a_lock_is_no_change(tmp_path):
 @pytest.mark.parametrize(
     ("rule", "message"),
     [
-        ([{"quantity": "__import__('os')"}], "none that a verdict can read"),
-        ([{"quantity": "parse", "at": "first"}], "none that a verdict can read"),
-        ([{"quantity": "onset", "reading": "grid", "within": "window"}], "none that a verdict can read"),
-        (["midpoint < 1.2"], "none that a verdict can read"),
-        ("midpoint", "no list"),
+        ([{"quantity": "__import__('os')"}], "cannot be read by a verdict"),
+        ([{"quantity": "parse", "at": "first"}], "cannot be read by a verdict"),
+        ([{"quantity": "onset", "reading": "grid", "within": "window"}], "cannot be read by a verdict"),
+        (["midpoint < 1.2"], "cannot be read by a verdict"),
+        ("midpoint", "not a list"),
     ],
 )
 def test_a_strange_rule_is_refused_even_under_a_right_hash(tmp_path, rule, message):
@@ -203,7 +203,7 @@ def test_a_strange_rule_is_refused_even_under_a_right_hash(tmp_path, rule, messa
     [
         (lambda rows: rows.pop(), "0 records of λ = 1.1, seed 42"),
         (lambda rows: rows.append(rows[0]), "2 records of λ = 1, seed 42"),
-        (lambda rows: rows[0].update(parse=None), "no rate"),
+        (lambda rows: rows[0].update(parse=None), "not a rate"),
         (lambda rows: rows[0].update(steps=42), "0 records"),
     ],
 )

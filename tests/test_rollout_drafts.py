@@ -29,7 +29,7 @@ def drafted(hint, written, size, source=0):
     return tokens[0, 0].tolist(), int(where[0, 0])
 
 
-def test_a_draft_goes_on_where_the_last_was_copied_from():
+def test_a_draft_continues_where_the_last_was_copied_from():
     assert drafted(SKELETON, SKELETON[:2], 4, source=2) == (SKELETON[2:6], 2)
 
 
@@ -51,7 +51,7 @@ def test_without_a_hint_a_row_is_drafted_from_itself():
     assert drafted([], written, 2)[0] == [8, 9]
 
 
-def test_a_text_that_repeats_itself_goes_on_repeating():
+def test_a_text_that_repeats_itself_keeps_repeating():
     assert drafted([], [5, 6, 5, 6, 5, 6], 6, source=4)[0] == [5, 6] * 3
 
 

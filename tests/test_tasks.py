@@ -260,9 +260,9 @@ def test_ndcg_is_trec_evals(passages):
     [
         ("cranqrel", "1 184\n", "cranqrel:1: 2 fields; write query, document and grade"),
         ("cranqrel", "1 184 2\n226 1 1\n", "cranqrel:2: no such query, document or grade"),
-        ("cranqrel", "1 a 1\n", "cranqrel:1: 'a' is no whole number"),
+        ("cranqrel", "1 a 1\n", "cranqrel:1: 'a' is not a whole number"),
         ("cran.qry", "hello\n", "cran.qry: has no .I entries"),
-        ("cran.all.1400", ".I one\n", "cran.all.1400:1: 'one' is no whole number"),
+        ("cran.all.1400", ".I one\n", "cran.all.1400:1: 'one' is not a whole number"),
     ],
 )
 def test_a_mistake_in_the_collection_is_one_line(shared, tmp_path, name, text, says):

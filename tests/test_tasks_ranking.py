@@ -168,7 +168,7 @@ def test_ndcg_is_that_of_trec_eval_itself(tmp_path):
             "900\ta\tb",
             "collection.tsv:151: 3 columns between tabs, not 2; correct the line",
         ),
-        ("collection.tsv", "1\ta", "collection.tsv:151: id '1' stands twice; keep one"),
+        ("collection.tsv", "1\ta", "collection.tsv:151: id '1' appears twice; keep one"),
         ("queries.tsv", "no tab", "queries.tsv:18: 1 columns between tabs, not 2"),
         ("queries.tsv", "\udcff\ta", "queries.tsv:18: not UTF-8 at byte 1"),
     ],
@@ -196,7 +196,7 @@ def test_what_is_missing_is_asked_for(tmp_path):
     top = candidates(tmp_path)
     with open(top["data.path"], "a") as file:
         file.write("3\t307\twhat is 3?\tagain\n")
-    assert_refused("passages", tmp_path, "top1000.dev:481: passage '307' stands twice for query '3'", **top)
+    assert_refused("passages", tmp_path, "top1000.dev:481: passage '307' appears twice for query '3'", **top)
     for text, says in (
         ("one column\n", "few.tsv:1: 1 columns between tabs; give a collection (2)"),
         ("", "few.tsv:1: 0 columns"),
@@ -290,7 +290,7 @@ def test_a_product_without_a_title_is_left_out(tmp_path):
         (
             2,
             {"product_id": "B0000"},
-            "examples.parquet: row 3: product_id 'B0000' stands twice for query_id 0",
+            "examples.parquet: row 3: product_id 'B0000' appears twice for query_id 0",
         ),
         (2, {"product_id": "B7"}, "examples.parquet: row 3: product_id 'B7' is not in "),
     ],
@@ -320,4 +320,4 @@ def test_files_that_are_not_those_are_one_line(tmp_path):
         whole[:200] + b"\xff" * 300 + whole[500:],
     ):
         fields["data.path"].write_bytes(content)
-        assert_refused("esci", tmp_path, "examples.parquet: is no Parquet file that can be read", **fields)
+        assert_refused("esci", tmp_path, "examples.parquet: is not a readable Parquet file", **fields)

@@ -191,7 +191,7 @@ def test_a_run_is_that_of_the_same_teacher_here(models, server, tmp_path, capsys
     assert not (tmp_path / "served" / "calibration.json").exists()
     said = capsys.readouterr().err
     assert "two identical requests differ by at most 0 nats" in said
-    assert said.count("no calibration, no forecast: teacher.server gives no whole distributions") == 1
+    assert said.count("no calibration, no forecast: teacher.server gives no full distributions") == 1
 
 
 def test_a_served_student_is_refused(models, tmp_path):
@@ -227,7 +227,7 @@ def test_a_server_may_move_but_is_another_teacher(models, server):
         ({"teacher.weights": "x"}, "teacher.server is the only teacher"),
         (
             {"opd.estimator": "full_vocab", "opd.ratio": "none"},
-            "opd.estimator needs the teacher's whole distribution",
+            "opd.estimator needs the teacher's full distribution",
         ),
         ({"opd.guard.margin": 1.25}, "opd.guard needs"),
         ({"opd.normalize": True}, "opd.normalize needs"),

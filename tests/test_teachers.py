@@ -257,7 +257,7 @@ def test_self_distillation_with_a_hint(models, tmp_path, capsys):
         ("hats", {}, "teachers.route='hats': write VALUE=WEIGHTS"),
         ("hats=teacher,", {}, "write VALUE=WEIGHTS"),
         ("hats=a,hats=teacher", {}, "no value twice"),
-        ("hats=MODELS/hats", {}, "no record is of section teacher; write VALUE=teacher"),
+        ("hats=MODELS/hats", {}, "no record goes to section teacher; write VALUE=teacher"),
         (ROUTE, {"teachers.field": ""}, "set both, or neither"),
         ("", {"teachers.field": "kind"}, "set both, or neither"),
         (
@@ -285,7 +285,7 @@ def test_a_wrong_config_is_one_line(models, route, fields, says):
         (
             "hats=teacher",
             {},
-            r"json data.jsonl:\d+ has kind='shoes', which no teacher is of; add VALUE=WEIGHTS",
+            r"json data.jsonl:\d+ has kind='shoes', which has no teacher; add VALUE=WEIGHTS",
         ),
         (
             "",

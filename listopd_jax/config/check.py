@@ -54,7 +54,7 @@ def _validate_grid(config: ml_collections.ConfigDict) -> None:
         for x in values:
             require(is_lambda(x), f"{field}={values}: every lambda is a number >= 0, not {x!r}")
         require(
-            len(set(values)) == len(values) or section != "opd", f"{field}={values}: a value stands twice"
+            len(set(values)) == len(values) or section != "opd", f"{field}={values}: a value appears twice"
         )
         require(
             name == "lambdas" or not values or guard_text(config.opd.guard) != "",
@@ -72,7 +72,7 @@ def _validate_grid(config: ml_collections.ConfigDict) -> None:
         not config.opd.recommend or config.opd.advantage == "base_relative",
         "opd.recommend is about the base-relative target, not opd.advantage='no_base'; set one of the two",
     )
-    require(len(set(seeds)) == len(seeds), f"opd.seeds={seeds}: a value stands twice")
+    require(len(set(seeds)) == len(seeds), f"opd.seeds={seeds}: a value appears twice")
 
 
 def _validate_anchors(config: ml_collections.ConfigDict) -> None:
@@ -82,7 +82,7 @@ def _validate_anchors(config: ml_collections.ConfigDict) -> None:
     for x in seeds:
         require(is_seed(x), f"predict.seeds={seeds}: every seed is a whole number in [0, 2^32), not {x!r}")
     for name, values in (("anchors", anchors), ("seeds", seeds)):
-        require(len(set(values)) == len(values), f"predict.{name}={values}: a value stands twice")
+        require(len(set(values)) == len(values), f"predict.{name}={values}: a value appears twice")
     require(
         predicts(config) or not config.predict.only,
         "predict.only=True stops after the prediction, and without predict.anchors there is none: give some, or "
@@ -152,7 +152,7 @@ def _validate_server(config: ml_collections.ConfigDict) -> None:
     }
     for field in (field for field, used in needing.items() if used):
         raise UserError(
-            f"{field} needs the teacher's whole distribution, and teacher.server gives one number a token: leave one "
+            f"{field} needs the teacher's full distribution, and teacher.server gives one number per token: leave one "
             "of them out"
         )
 
@@ -165,8 +165,8 @@ def _validate_teachers(config: ml_collections.ConfigDict) -> None:
     )
     require(
         not routes or TEACHER in routes.values(),
-        f"teachers.route={teachers.route!r}: no record is of section teacher; write VALUE={TEACHER} for its own, with "
-        "teacher.weights",
+        f"teachers.route={teachers.route!r}: no record goes to section teacher; write VALUE={TEACHER} for its "
+        "own, with teacher.weights",
     )
     require(
         not routes or bool(config.tokenizer.path),
@@ -259,7 +259,7 @@ def _validate_options(config: ml_collections.ConfigDict) -> None:
     require(
         opd.estimator == "full_vocab" or (opd.jsd == 1 and opd.on_policy == 1),
         f"opd.jsd={opd.jsd:g}, opd.on_policy={opd.on_policy:g}: other divergences and other data than the student's "
-        "own ask for exact gradients; set opd.estimator='full_vocab' and opd.ratio='none'",
+        "own need exact gradients; set opd.estimator='full_vocab' and opd.ratio='none'",
     )
     require(
         opd.jsd == 1 or not opd.guard.mask,
@@ -282,7 +282,7 @@ def _validate_options(config: ml_collections.ConfigDict) -> None:
     )
     require(
         not config.reference.weights or opd.advantage == "base_relative" or opd.kl_to_base > 0,
-        "reference.weights is the base, which opd.advantage='no_base' does not look at; leave one of them out",
+        "reference.weights is the base, which opd.advantage='no_base' does not use; leave one of them out",
     )
     require(
         bool(config.reference.weights) or not config.reference.adapter,
@@ -303,7 +303,7 @@ def _validate_constraints(config: ml_collections.ConfigDict) -> None:
     named = [field for field, names in asked.items() if "contract" in names]
     require(
         not named or ranks_reviews(config),
-        f"{', '.join(named)}: 'contract' is of task.name='reviews', not of {task_name(config)!r}; take 'schema'",
+        f"{', '.join(named)}: 'contract' is of task.name='reviews', not of {task_name(config)!r}; use 'schema'",
     )
     require(
         not opd.constrained_rollouts or opd.control_variate == "none",
@@ -318,7 +318,7 @@ def _validate_guard(config: ml_collections.ConfigDict) -> None:
     require(
         not config.sft.continued
         or config.teacher.to_dict() == config.student.to_dict() | {"server": "", "served_name": ""},
-        "sft.continued trains the teacher on from the student's end: teacher and student must be the same section",
+        "sft.continued starts the teacher's SFT from the trained student: teacher and student must be the same section",
     )
     require(
         ranks_reviews(config)
@@ -332,7 +332,7 @@ def _validate_guard(config: ml_collections.ConfigDict) -> None:
     )
     require(
         opd.control_variate == "none" or not (opd.guard.mask or opd.guard.floor),
-        "opd.control_variate knows no target of opd.guard.mask or opd.guard.floor: leave one of them off",
+        "opd.control_variate does not support the target of opd.guard.mask or opd.guard.floor: leave one of them off",
     )
 
 
@@ -398,7 +398,7 @@ def _validate_categories(config: ml_collections.ConfigDict, who: str) -> None:
         )
     require(
         not data.category or data.category != data.validation_category,
-        f"data.validation_category={data.validation_category} is data.category too; empty is a random split of it",
+        f"data.validation_category={data.validation_category} is data.category too; leave it empty for a random split",
     )
 
 

@@ -23,7 +23,7 @@ def noise_shares(sft: Any, field: str = "sft") -> tuple[tuple[str, float], ...]:
         shares.append((found[1], float(found[2])))
     require(
         sum(share for _, share in shares) <= 1 and len(dict(shares)) == len(shares),
-        f"{field}.noise={sft.noise!r}: shares must not sum to more than 1, and no name stand twice",
+        f"{field}.noise={sft.noise!r}: shares must not sum to more than 1, and no name may appear twice",
     )
     return tuple(shares)
 

@@ -79,7 +79,7 @@ def _task() -> ml_collections.ConfigDict:
         max_review_words=200,  # 0: uncut
         prompt_buckets=4,  # prompt widths to compile for
         chat_template=False,
-        chat_date="2024-07-26",  # what a chat template that asks is told today's date is
+        chat_date="2024-07-26",  # the date for chat templates that ask for today's
         ndcg_gain="linear",
     )
 

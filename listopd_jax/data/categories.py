@@ -25,7 +25,9 @@ def of_categories(reviews: Iterable[Review], data: Any, tally: Counter) -> Itera
     for field in FIELDS:
         if getattr(data, field) and getattr(data, field) not in seen:
             known = ", ".join(name for name, _ in seen.most_common() if name)
-            raise UserError(f"data.{field}={getattr(data, field)}: no review is of it; the file has {known}")
+            raise UserError(
+                f"data.{field}={getattr(data, field)}: no review has this category; the file has {known}"
+            )
 
 
 def is_held_out(review: Review, data: Any) -> bool:

@@ -11,7 +11,7 @@ from listopd_jax.errors import UserError, one_line
 from listopd_jax.task.protocol import Message
 
 DATE = "2024-07-26"
-"""What a template that asks is told today's date is: prompts must not change overnight."""
+"""The date for templates that ask for today's: prompts must not change overnight."""
 
 _THOUGHT = re.compile(
     r"[<\[◁]\|?(?P<closing>/|end_(?:of_)?)?(?:\w+:)?(?:start_|begin_of_)?"
@@ -56,7 +56,7 @@ def role_lines(turns: Sequence[Message]) -> str:
 def turn_ends(tokenizer: transformers.PreTrainedTokenizerBase) -> list[int]:
     """The id of the control token that the chat template writes after an assistant's words; [] if it writes none.
 
-    White space may stand before it. [] too if the template fails on an assistant's turn, which no prompt has.
+    White space may come before it. [] too if the template fails on an assistant's turn, which no prompt has.
     """
     words = "the answer"
     turns = [{"role": "user", "content": "question"}, {"role": "assistant", "content": words}]

@@ -23,7 +23,7 @@ def control_ids(tokenizer: transformers.PreTrainedTokenizerBase) -> set[int]:
 def spell_out(text: str, tokenizer: transformers.PreTrainedTokenizerBase) -> str:
     """`text` with a space put into whatever the tokenizer would read as a control token: `</s>` becomes `< /s>`.
 
-    It is the tokenizer that says where one stands, so that a normaliser cannot bring one back.
+    The tokenizer says where one is, so that a normaliser cannot bring one back.
     """
     control, separated = control_ids(tokenizer), False
     while spans := _spans(text, tokenizer, control):
@@ -34,7 +34,7 @@ def spell_out(text: str, tokenizer: transformers.PreTrainedTokenizerBase) -> str
 
 
 def _spans(text: str, tokenizer, control: set[int]) -> list[tuple[int, int]]:
-    """Where control tokens stand in `text`, and `<unk>` spelt out."""
+    """Where control tokens are in `text`, and `<unk>` spelt out."""
     encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
     spans = [
         (start, end)

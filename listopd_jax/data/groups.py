@@ -67,9 +67,7 @@ def plan_lists(
     leaks = np.isin(table.text[candidates], table.text[validation])
     train = _lists(candidates[~leaks], product, k, max_per_product, max_lists - limit, rng)
     if not len(train):
-        raise UserError(
-            f"no product is left with {k} reviews to train on; bring more reviews or lower task.k"
-        )
+        raise UserError(f"no product is left with {k} reviews to train on; add more reviews or lower task.k")
     counts = {
         "products": len(cluster),
         "clusters": len(np.unique(cluster)),
@@ -119,7 +117,7 @@ def _held_out(
     if len(order) < 2:
         raise UserError(
             f"{len(order)} product has {k} distinct reviews, and two are needed to split by product; "
-            "bring more reviews or lower task.k"
+            "add more reviews or lower task.k"
         )
     room, taken = min(max(1, round(share * sizes.sum())), sizes.sum() - 1), []
     for c in order:

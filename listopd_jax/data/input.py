@@ -175,7 +175,7 @@ def prompt_ids(
 ) -> Int32[np.ndarray, " prompt"]:
     """Ids of a prompt: a text is one user turn; without a chat template with the BOS that some tokenizers add.
 
-    Nothing in it gives a control token: what spells one is broken up. Without a chat template a text stands as it is,
+    Nothing in it gives a control token: what spells one is broken up. Without a chat template a text stays as it is,
     and messages are lines of roles.
     """
     turns = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
@@ -191,7 +191,7 @@ def prompt_ids(
 def _check_open(
     prompt: Int32[np.ndarray, " prompt"], tokenizer, ends: Collection[int], chat_template: bool
 ) -> None:
-    """UserError if the last token of a prompt that is no white space ends a turn: nothing is left to be said."""
+    """UserError if the last token of a prompt that is not white space ends a turn: nothing is left to be said."""
     last = next((i for i in prompt[::-1].tolist() if tokenizer.decode([i]).strip()), None)
     if last in ends:
         fix = (

@@ -21,7 +21,7 @@ def read_objects(path: str | os.PathLike) -> Iterator[tuple[int, dict[str, Any]]
         found = True
         yield number, _object(line, f"{path}:{number}")
     if not found:
-        raise UserError(f"{path}: is empty; give one JSON object a line")
+        raise UserError(f"{path}: is empty; give one JSON object per line")
 
 
 def _object(line: bytes, where: str) -> dict[str, Any]:
@@ -30,9 +30,9 @@ def _object(line: bytes, where: str) -> dict[str, Any]:
     except UnicodeDecodeError as e:
         raise UserError(f"{where}: not UTF-8 at byte {e.start + 1}; save the file as UTF-8") from e
     except ValueError as e:
-        raise UserError(f"{where}: {e}; each line is one whole JSON object") from e
+        raise UserError(f"{where}: {e}; each line must be one JSON object") from e
     if not isinstance(value, dict):
         raise UserError(
-            f"{where}: is {type(value).__name__}, not an object; each line is one whole JSON object"
+            f"{where}: is {type(value).__name__}, not an object; each line must be one JSON object"
         )
     return value

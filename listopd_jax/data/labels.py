@@ -55,7 +55,7 @@ class LabelFile:
         if not self._met or len(unmet) > max_unmet * len(self._scores):
             raise UserError(
                 f"{self._path}: {len(unmet)} of {len(self._scores)} keys, e.g. {unmet[0]}, name no review "
-                f"of this data, above data.max_broken={max_unmet}; what a key is says data/reviews.py"
+                f"of this data, above data.max_broken={max_unmet}; data/reviews.py says what a key is"
             )
 
 
@@ -65,7 +65,7 @@ def read_labels(path: str | os.PathLike) -> dict[str, int]:
     A score may be fractional (a rubric's mean): it is rounded to the nearest integer, halves to even.
 
     Raises:
-      UserError: naming file and line, for a line that is no such object, a score outside 0–10, a key with
+      UserError: naming file and line, for a line that is not such an object, a score outside 0–10, a key with
         two scores; or if the scores are fractions of 1.
     """
     labels: dict[str, int | float] = {}

@@ -168,7 +168,7 @@ def _planned(
 
 
 def _rows(plan: ListPlan) -> set[int]:
-    """The rows of the table that stand in a list."""
+    """The rows of the table that are in a list."""
     return {row for lists in (plan.train, plan.validation) for row in lists.ravel().tolist()}
 
 

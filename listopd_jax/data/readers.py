@@ -131,7 +131,7 @@ def _json_rows(path: str | os.PathLike) -> Iterator[dict | None]:
 def _csv_rows(path: str | os.PathLike) -> Iterator[dict | None]:
     """Rows of a CSV file with a header; None for a row that the csv module refuses or that is not UTF-8.
 
-    None too for one with more or fewer fields than the header, whose values may stand in the wrong columns.
+    None too for one with more or fewer fields than the header, whose values may be in the wrong columns.
     """
     reader = csv.DictReader(_decoded(path), strict=True)
     try:
@@ -194,7 +194,7 @@ def _amazon2023(row: dict) -> Review:
 
 
 def _identifier(row: dict, field: str) -> str:
-    """A non-empty string; KeyError if it is absent or empty, TypeError if it is no string."""
+    """A non-empty string; KeyError if it is absent or empty, TypeError if it is not a string."""
     value = row.get(field)
     if value is None or value == "":
         raise KeyError(field)

@@ -1,4 +1,4 @@
-"""Records to training and validation, so that no prompt stands on both sides."""
+"""Records to training and validation, so that no prompt is on both sides."""
 
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
@@ -29,7 +29,7 @@ def split_records(
       groups: what each record belongs to: its prompt, or whatever else would leak from one side to the other.
       max_records: of both sides together, 0 for all.
 
-    Raises UserError: a group stands on both sides; a side is empty.
+    Raises UserError: a group is on both sides; a side is empty.
     """
     members = defaultdict(list)
     for row, group in enumerate(groups):

@@ -41,7 +41,7 @@ def read_lines(path: str | os.PathLike) -> Iterator[bytes]:
 
     Raises:
       UserError: the file is missing, a folder, unreadable, a broken or truncated archive, an archive of
-        several files, of a format that is no text, packed or not, or has a line above `MAX_LINE`.
+        several files, of a format that is not text, packed or not, or has a line above `MAX_LINE`.
     """
     path = pathlib.Path(path)
     with _readable(path), open(path, "rb") as raw, _decompressed(raw, path) as stream:

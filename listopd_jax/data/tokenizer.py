@@ -57,8 +57,8 @@ def read_tokenizer(path: str | os.PathLike) -> transformers.PreTrainedTokenizerB
     A hub id that the manifest lists is loaded at its pinned revision. transformers rebuilds some classes by rules of
     its own: where these give other ids than the file, the file is read as it is, and that is said.
 
-    Raises UserError: not found, not reachable (offline), not a tokenizer, or none that knows where its tokens stand in
-    a text.
+    Raises UserError: not found, not reachable (offline), not a tokenizer, or one that does not know where its tokens
+    are in a text.
     """
     if pathlib.Path(path).is_dir() and not has_tokenizer(path):
         raise UserError(
@@ -156,7 +156,7 @@ def _check_eos(tokenizer: transformers.PreTrainedTokenizerBase, path: str | os.P
         return
     if tokenizers.Tokenizer.from_file(str(file)).token_to_id(tokenizer.eos_token) is None:
         raise UserError(
-            f"{path}: tokenizer_config.json says eos_token {tokenizer.eos_token!r}, which tokenizer.json has not; name "
+            f"{path}: tokenizer_config.json says eos_token {tokenizer.eos_token!r}, which tokenizer.json lacks; name "
             "the token that ends the model's turns"
         )
 

@@ -80,7 +80,7 @@ def run(argv: Sequence[str]) -> int:
     path = pathlib.Path(_CACHE.value or f"{out}.replies")
     if out.exists() and not path.exists():
         raise UserError(
-            f"--out={out}: is there and not of this command, as {path} is missing; choose another --out"
+            f"--out={out}: already exists and is not from this command ({path} is missing); choose another --out"
         )
     with open_cache(path) as cache:
         pending = {of: q for of, q in asked if _is_pending(cache.replies.get(of))}

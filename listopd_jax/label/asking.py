@@ -40,7 +40,7 @@ class Unanswered:
         if self.in_a_row >= IN_A_ROW:
             raise UserError(
                 f"the judge left {self.in_a_row} questions in a row without a reply, the last with: {reason}; fix "
-                "that and repeat the command, which asks no question twice"
+                "that and run the command again: it asks no question twice"
             )
 
 

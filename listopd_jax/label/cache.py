@@ -48,8 +48,8 @@ class Cache:
 def open_cache(path: pathlib.Path) -> Iterator[Cache]:
     """The cache in a file, made if absent, which no other process may have open meanwhile.
 
-    Raises UserError: the file cannot be written, is in use, or has a line that is no reply. The rest of a line that was
-    cut off by a kill is dropped.
+    Raises UserError: the file cannot be written, is in use, or has a line that is not a reply. The rest of a line
+    that was cut off by a kill is dropped.
     """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -83,6 +83,6 @@ def _read(path: pathlib.Path) -> Iterator[tuple[str, Reply]]:
         tokens = [row.get(f"tokens_{way}") for way in ("in", "out")]
         if not (isinstance(of, str) and isinstance(text, str | None) and all(type(n) is int for n in tokens)):
             raise UserError(
-                f"{path}:{number}: is no reply of a judge; delete the line, or choose another --cache"
+                f"{path}:{number}: is not a reply of a judge; delete the line, or choose another --cache"
             )
         yield of, Reply(text, *tokens)

@@ -1,6 +1,6 @@
 """Judges: Google's models by google-genai, all others by the chat completions of OpenAI, which most servers speak.
 
-What a server sends is hostile. Whatever is no answer in the form of its protocol is `Unavailable`; the text of an
+What a server sends is hostile. Whatever is not an answer in the form of its protocol is `Unavailable`; the text of an
 answer is only handed on. A key comes from the environment, goes into one header, and into nothing else.
 """
 
@@ -194,7 +194,7 @@ def check(settings: Settings) -> None:
     if not model:
         raise UserError(f"--judge={settings.judge}: names no model; write {provider}:MODEL")
     if settings.base_url and not _is_address(settings.base_url):
-        raise UserError("--base_url: is no address; it begins with https:// or http://")
+        raise UserError("--base_url: is not an address; it must begin with https:// or http://")
     if settings.response_format not in FORMATS:
         raise unknown_name("--response_format", settings.response_format, FORMATS)
     for library in ("httpx2", "tenacity"):
@@ -230,7 +230,7 @@ def _require(module: str, package: str) -> None:
 
 
 def _key(variables: tuple[str, ...], optional: bool) -> str:
-    """The API key; UserError, which does not show it, if there is none or it cannot stand in a header."""
+    """The API key; UserError, which does not show it, if there is none or it cannot be put in a header."""
     key = next((found for v in variables if (found := os.environ.get(v, "").strip())), "")
     if not key and not optional:
         raise UserError(f"{' or '.join(variables)} is not set in the environment: it is the judge's API key")

@@ -1,6 +1,6 @@
 """Causal attention on TPUs by jax's splash kernel: blocks of scores stay in the chip's fast memory.
 
-One call per prompt serves all n completions: their queries stand in one row of length n·T, the keys are the prompt's,
+One call per prompt serves all n completions: their queries form one row of length n·T, the keys are the prompt's,
 once, and then all the completions' own. A static block-sparse mask keeps completions apart, so blocks that no query
 sees cost nothing; the prompt's length, which is dynamic, comes in by segment ids.
 """

@@ -47,7 +47,7 @@ def chooses_score(grammar: Grammar, state: Int[Array, "*s"]) -> Bool[Array, "*s"
 
 
 def allowed_tokens(grammar: Grammar, state: Int[Array, "*s"]) -> Bool[Array, "*s V"]:
-    """The tokens that `state` lets through; all of them where none is left to go on with."""
+    """The tokens that `state` lets through; all of them where none is left to continue with."""
     # Looked up by kind of token first, [S, C] with C far below V; only the rows asked for grow to V.
     allowed = grammar.step != DEAD
     return (allowed | ~allowed.any(-1, keepdims=True))[state][..., grammar.column]

@@ -13,7 +13,7 @@ contract allows next, the one guard that repairs a teacher whose own mode breaks
 ahead of each rival v on its own, log q_m/q_v = max(λΔ_T − (λ−1)Δ_B, min(Δ_B, μ)), and leaves λ to all other tokens.
 `structure` is a λ of its own for the positions that choose no score: the simple rule that the others must beat.
 
-`limit` is no guard: the target gives way to where the estimator with ratio `teacher_student` and clip `clip` ends.
+`limit` is not a guard: the target gives way to where the estimator with ratio `teacher_student` and clip `clip` ends.
 """
 
 import dataclasses

@@ -1,4 +1,4 @@
-"""What the compiler is told besides the program: options per backend, memory, and how exact float32 is."""
+"""Compiler settings: options per backend, memory, and how exact float32 is."""
 
 import contextlib
 import functools
@@ -60,7 +60,7 @@ class BackendJit:
 
 
 def backend_options(options: Options, backend: str = "") -> dict[str, Any] | None:
-    """What of `options` (by backend) `backend` is told; empty: that of this process."""
+    """The `options` (by backend) for `backend`; empty: that of this process."""
     return options.get(backend or jax.default_backend())
 
 

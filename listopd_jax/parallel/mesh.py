@@ -1,4 +1,4 @@
-"""The mesh: how many devices stand along each of its four axes.
+"""The mesh: how many devices lie along each of its four axes.
 
 grid: independent (λ, seed) points, each with a student of its own. data: rows of the batch, weights copied. fsdp: rows
 of the batch too, weights split and gathered layer by layer. tensor: heads, MLP units and vocabulary. The order is that

@@ -4,8 +4,8 @@ Every axis has a logical name, and RULES is the one table from these to mesh axe
 array at a few places, `constrain(x, "batch", …)`, and XLA's partitioner derives the collectives. The mesh is that of
 the context (`use_mesh`); without one, all of this is the identity and a program is that of one device.
 
-Weights rest split over `fsdp` and `tensor` and are gathered over `fsdp`, in the compute dtype, where a layer uses them.
-A mesh axis that does not divide a dimension leaves it whole. Where `tensor` is no divisor of the KV heads, each head is
+Weights are stored split over `fsdp` and `tensor`. A layer gathers them over `fsdp`, in the compute dtype, for its use.
+A mesh axis that does not divide a dimension leaves it whole. Where `tensor` does not divide the KV heads, each head is
 used in several equal copies (`kv_copies`): a device then holds and caches the heads that its queries read, and no more,
 while the weights themselves stay single.
 """
@@ -108,12 +108,12 @@ def constrain_logits(x: Shaped[Array, "rows *r vocab"]) -> Shaped[Array, "rows *
 
 
 def gathered(name: str, weight: Shaped[Array, "..."]) -> Shaped[Array, "..."]:
-    """Parameter `name` as a layer uses it: whole over `fsdp`."""
+    """Parameter `name` as a layer uses it: gathered over `fsdp`."""
     return constrain(weight, *("hidden" if axis == "embed" else axis for axis in PARAMS[name]))
 
 
 def constrain_state(tree: Any) -> Any:
-    """Parameters, gradients or optimizer state, split as they rest (`state_shardings`)."""
+    """Parameters, gradients or optimizer state, split as they are stored (`state_shardings`)."""
     if jax.sharding.get_abstract_mesh().empty:
         return tree
     return jax.tree_util.tree_map_with_path(lambda path, x: constrain(x, *_state_axes(path, x)), tree)
@@ -196,20 +196,20 @@ def decoding_copy(params: Any) -> Any:
 
 
 def place_state(tree: Any) -> Any:
-    """Parameters or a train state, moved to where they rest; untouched without a mesh."""
+    """Parameters or a train state, moved to where they are stored; untouched without a mesh."""
     shardings = param_shardings(tree)
     return tree if shardings is None else jax.device_put(tree, shardings)
 
 
 def param_sharding(path: Sequence[str], x: Any, mesh: Mesh) -> NamedSharding:
-    """Where the parameter at `path` of a decoder, e.g. ("layers", "q"), rests."""
+    """Where the parameter at `path` of a decoder, e.g. ("layers", "q"), is stored."""
     return NamedSharding(mesh, spec(_axes(path, x), x.shape, mesh))
 
 
 def state_shardings(tree: Any, mesh: Mesh) -> Any:
     """NamedShardings of parameters, gradients, optimizer state or a TrainState, found by parameter name.
 
-    An axis in front of those that PARAMS names is `grid`; what is no parameter (a step count) is whole.
+    An axis in front of those that PARAMS names is `grid`; what is not a parameter (a step count) is replicated.
     """
 
     def sharding(path, x):

@@ -98,7 +98,7 @@ def _tokens(config: Any) -> tuple[float, float]:
 
 
 def set_environment(topology: Topology) -> None:
-    """What must stand before jax starts: no TPU is looked for or taken, and cpu:N has N devices."""
+    """What must be set before jax starts: no TPU is looked for or taken, and cpu:N has N devices."""
     if topology.kind == "h100":
         os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")  # what XLA says of memory, the plan says
         if shutil.which("nvidia-smi"):

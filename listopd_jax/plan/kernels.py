@@ -1,6 +1,6 @@
 """The kernels of a program compiled for a GPU, read from its HLO text: what each computes and moves, and how often.
 
-An instruction that is no bookkeeping is one kernel. Slices count for the bytes that are taken, updates in place for
+An instruction that is not bookkeeping is one kernel. Slices count for the bytes that are taken, updates in place for
 those that are written. Times are a roofline with the rates of chips.py, one kernel after another: what a kernel finds
 in the cache, kernels side by side and autotuning are not seen.
 """

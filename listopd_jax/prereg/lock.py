@@ -137,7 +137,7 @@ def write_lock(path: str | os.PathLike, lock: Json) -> None:
             os.fsync(f.fileno())
     except FileExistsError as e:
         raise UserError(
-            f"{path}: a lock is there already and is never overwritten; choose another --out"
+            f"{path}: a lock already exists here and is never overwritten; choose another --out"
         ) from e
     except OSError as e:
         raise UserError(f"{path}: cannot be written ({e.strerror or e})") from e
@@ -174,14 +174,14 @@ def check_lock(lock: Json, where: Any) -> None:
         kinds |= {"window": list, "rule": list, "midpoint": float}
     for name, kind in kinds.items():
         if not isinstance(lock.get(name), kind):
-            raise UserError(f"{where}: field {name} is missing or no {kind.__name__}")
+            raise UserError(f"{where}: field {name} is missing or not a {kind.__name__}")
     window = lock.get("window", [0, 0])
     numbers = [*lock["grid"], *window, *lock["seeds"]]
     if not all(isinstance(x, int | float) and math.isfinite(x) for x in numbers) or not lock["seeds"]:
         raise UserError(f"{where}: grid, window and seeds must be finite numbers, and there must be a seed")
     if lock.get("kind") == CURVE and len(lock["seeds"]) < 2:
         raise UserError(
-            f"{where}: seeds={lock['seeds']}: two at least say how much seeds differ; set opd.seeds"
+            f"{where}: seeds={lock['seeds']}: at least two are needed to tell how much seeds differ; set opd.seeds"
         )
     if len(window) != 2 or window[0] > window[1]:
         raise UserError(f"{where}: window={window}: give two numbers, LOW,HIGH")

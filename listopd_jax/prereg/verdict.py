@@ -40,7 +40,7 @@ def check_rule(check: Any, where: Any) -> None:
         known = known and check.get("within") == "window"
         known = known and isinstance(check.get("threshold"), _RATE) == (quantity == "onset")
     if not known:
-        raise UserError(f"{where}: the rule {check} is none that a verdict can read")
+        raise UserError(f"{where}: the rule {check} cannot be read by a verdict")
 
 
 def can_fail(lock: Json) -> bool:
@@ -67,7 +67,7 @@ def select(lock: Json, records: Any) -> list[Json]:
                 )
             parse = found[0].parse
             if parse is None or not 0 <= parse <= 1:
-                raise UserError(f"results.json: parse of {name} is {parse!r}, no rate")
+                raise UserError(f"results.json: parse of {name} is {parse!r}, not a rate")
             chosen.append({"stage": "opd", "lambda": lam, "seed": seed, "parse": parse})
     return chosen
 

@@ -11,9 +11,9 @@ from listopd_jax.report.wording import decimal, fact, interval
 NAMES = {FREE: "unconstrained", "schema": "JSON Schema", "contract": "the contract itself"}
 _LEAD = (
     "Greedy answers to the same prompts. Under a JSON Schema only tokens that it allows can be written; a schema "
-    "cannot say that every id stands once, the contract’s automaton can. The repair gives a missing id to the later of "
-    "two objects with the same one: it is a reading of the answer, and counts nowhere else on this page. Milliseconds "
-    "are from token to token of a batch, on the device of this run."
+    "cannot say that every id appears once; the contract’s automaton can. The repair gives a missing id to the later "
+    "of two objects with the same one: it is a reading of the answer, and counts nowhere else on this page. "
+    "Milliseconds are from token to token of a batch, on the device of this run."
 )
 
 

@@ -274,7 +274,7 @@ def _draw_point(axes: Axes, point: Point, x: float, series: Series, alone: bool)
 
 
 def _svg(figure: Figure, description: str) -> str:
-    """The figure as an <svg> element to stand in HTML: described, unsized, no links, no repeated ids."""
+    """The figure as an <svg> element for HTML: described, unsized, no links, no repeated ids."""
     buffer = io.StringIO()
     empty = dict.fromkeys(("Creator", "Date", "Format", "Type"))
     with matplotlib.rc_context({"svg.hashsalt": description}):

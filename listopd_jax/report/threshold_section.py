@@ -116,7 +116,7 @@ def main_numbers(
 
 
 def flip_text(value: float | None) -> str:
-    """A λ_flip for people: none means that no λ flips the mode."""
+    """A λ_flip as text: none means that no λ flips the mode."""
     return "never" if value is None else decimal(value)
 
 

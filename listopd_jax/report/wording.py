@@ -42,7 +42,7 @@ def interval(ends: Sequence[float] | None, form: Callable[[float], str] = decima
 
 
 def fact(value: Any) -> str:
-    """Any JSON value for people."""
+    """Any JSON value as readable text."""
     if isinstance(value, bool) or value is None:
         return {True: "yes", False: "no", None: "–"}[value]
     if isinstance(value, list):

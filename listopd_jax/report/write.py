@@ -1,4 +1,4 @@
-"""report.html: what a workdir holds, as one self-contained page for people.
+"""report.html: what a workdir holds, as one self-contained page.
 
 The page loads nothing, runs no script but the one that sorts its tables, and treats every text it shows (outputs,
 titles, names) as hostile.

@@ -161,7 +161,7 @@ def sample_tokens(
     """Write the next tokens of every row that is not done: one, and one more for each draft that it confirms.
 
     `hiddens` are the models' states before `drafted` and after each of its tokens. Each position is sampled from the
-    model's own distribution there, with the random number that belongs to row and position; it stands if all tokens
+    model's own distribution there, with the random number that belongs to row and position; it is kept if all tokens
     before it were drafted as they were sampled. So a row says what it says without drafts, and a drafted token is
     confirmed with the model's probability of it, the most that any exact scheme reaches.
     """
@@ -194,7 +194,7 @@ def _states(
 def _allowed(
     sampler: Sampler, rows: Rows, state: Int[Array, "B n S"] | None
 ) -> Bool[Array, "B n S V"] | None:
-    """The tokens that may stand at each position; None where all may."""
+    """The tokens allowed at each position; None where all are."""
     if sampler.constraint is not None:
         return allowed_tokens(sampler.constraint, state)
     return None if rows.allowed is None else unpacked(rows.allowed, sampler.settings.vocab)[:, :, None]
@@ -203,10 +203,10 @@ def _allowed(
 def _standing(
     rows: Rows, tokens: Int[Array, "B n S"], drafted: Int[Array, "B n S-1"], eos: tuple[int, ...]
 ) -> Int[Array, "B n"]:
-    """How many of `tokens` stand: up to the first that was not drafted, an EOS, or the budget."""
-    goes_on = (tokens[..., :-1] == drafted) & ~_ends(tokens[..., :-1], eos)
+    """How many of `tokens` are kept: up to the first that was not drafted, an EOS, or the budget."""
+    continues = (tokens[..., :-1] == drafted) & ~_ends(tokens[..., :-1], eos)
     # The first mismatch voids everything after it.
-    count = 1 + jnp.cumprod(goes_on, axis=-1).sum(-1)
+    count = 1 + jnp.cumprod(continues, axis=-1).sum(-1)
     return jnp.where(rows.done, 0, jnp.minimum(count, rows.budgets - rows.rollout.lengths))
 
 
@@ -341,12 +341,12 @@ def _last(rows: Rows) -> Int[Array, "3 B n"]:
     return jnp.stack([rows.number, rows.done.astype(jnp.int32), last_tokens(rows)])
 
 
-def _told(state: State, masks: Masks) -> State:
-    """Each row that is not done is told what it may write next."""
+def _with_masks(state: State, masks: Masks) -> State:
+    """Give each unfinished row the mask of what it may write next."""
     number, done, last = np.asarray(_last(state.rows))
-    allowed, goes_on = np.zeros(state.rows.allowed.shape, np.uint32), done == 0
-    if goes_on.any():
-        allowed[goes_on] = masks(number[goes_on], last[goes_on])
+    allowed, unfinished = np.zeros(state.rows.allowed.shape, np.uint32), done == 0
+    if unfinished.any():
+        allowed[unfinished] = masks(number[unfinished], last[unfinished])
     return state._replace(rows=state.rows._replace(allowed=allowed))
 
 
@@ -404,7 +404,7 @@ def generate(
     out = None  # rows that have left, once there are any
     while True:
         if masks is not None:
-            state = _told(state, masks)
+            state = _with_masks(state, masks)
         state, seen = segment(sampler, shared, state, least)
         # The only transfer to the host per segment. It waits for the segment to end.
         length, prompts_left, most = np.asarray(seen).tolist()

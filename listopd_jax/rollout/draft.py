@@ -1,4 +1,4 @@
-"""Drafts of the next tokens, copied from where a text like this one went on before.
+"""Drafts of the next tokens, copied from where a text like this one has continued before.
 
 Answers under a contract are mostly skeleton: of the ten or so tokens of an object, one or two carry information. The
 text to copy from is a hint (for instance an answer of the task's form) followed by what the row itself has written. A
@@ -11,7 +11,7 @@ from jaxtyping import Array, Int
 
 WINDOW = 8  # tokens before a place that are compared with the last ones written
 LOYALTY = (
-    2.5  # matches by which another place must be better than going on where the last draft was copied from
+    2.5  # matches by which another place must be better than continuing where the last draft was copied from
 )
 
 
@@ -25,7 +25,7 @@ def draft(
     """`size` tokens that may come after the first `lengths` of each row, and the place they were copied from.
 
     `source` is the place after the last copy, or 0: places count through hint and row. A token that was drafted wrong
-    is one mismatch of WINDOW, so a draft goes on behind it as if the skeleton's slot had been filled.
+    is one mismatch of WINDOW, so a draft continues behind it as if the skeleton's slot had been filled.
     """
     B, n, _ = tokens.shape
     text = jnp.concatenate([jnp.broadcast_to(hint[:, None], (B, n, hint.shape[-1])), tokens], axis=-1)
@@ -33,7 +33,7 @@ def draft(
     matches = _matches(text, lengths, end) + LOYALTY * (place == source[..., None])
     # Nothing is written yet from `end` on.
     best = jnp.argmax(jnp.where(place < end, matches, -1.0), axis=-1, keepdims=True)
-    # Past the end of what is written the copy starts over: a text that repeats itself goes on doing so.
+    # Past the end of what is written the copy starts over: a text that repeats itself keeps doing so.
     copied = best + jnp.arange(size) % jnp.maximum(end - best, 1)
     return jnp.take_along_axis(text, copied, axis=-1), best[..., 0]
 

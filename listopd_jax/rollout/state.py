@@ -35,7 +35,7 @@ class Rows(NamedTuple):
     weights: Float[Array, "B n m"]
     budgets: Int[Array, "B n"]
     done: Bool[Array, "B n"]
-    source: Int[Array, "B n"]  # where the next draft goes on copying (rollout/draft.py)
+    source: Int[Array, "B n"]  # where the next draft continues copying (rollout/draft.py)
     rollout: Rollout
     state: Int[Array, "B n"] | None = None  # in the sampler's grammar, where it has one
     allowed: UInt32[Array, "B n W"] | None = None  # tokens that may come next (decode.Masks)

@@ -84,7 +84,7 @@ def result_record(
 ) -> Result:
     """One entry of results.json: `head` (run, stage, lam, seed, steps), the metrics with intervals, and `ended`.
 
-    `records` are those that `index` counts. An answer may parse and go on to its budget all the same: the contract
+    `records` are those that `index` counts. An answer may parse and still run to its budget: the contract
     judges what it says, `ended` that it stops.
     """
     return Result.of(head | _metrics(task, records, answers, bootstrap))

@@ -1,6 +1,6 @@
 """The scores that a policy expects, whatever it would write: an endpoint for which every list counts, parsed or not.
 
-The right answer is read with the policy (teacher-forced), and where each score stands, the policy's probabilities of 0
+The right answer is read with the policy (teacher-forced), and where each score is, the policy's probabilities of 0
 to 10 give its mean. So a policy whose lists break is judged by the same lists as one whose lists hold, on one footing:
 the scores before are the true ones, whoever is judged.
 """
@@ -31,13 +31,13 @@ SCORES = tuple(range(11))
 class Forced(NamedTuple):
     """The right answers of N lists of K reviews, once for each review, whose own score is 1 there.
 
-    After that 1 the answer may go on to 10, so one reading gives the probability of all scores.
+    After that 1 the answer may continue to 10, so one reading gives the probability of all scores.
     """
 
     tokens: Int[np.ndarray, "N K T"]
     place: Int[np.ndarray, "N K"]  # of the score
     first: Int[np.ndarray, " 11"]  # the token that each score begins with
-    second: int | None  # the token that 10 goes on with; None where 10 is one token
+    second: int | None  # the second token of 10; None where 10 is one token
 
 
 def forced_answers(scores: Float[np.ndarray, "N K"], codec: Codec) -> Forced:
@@ -126,6 +126,6 @@ def _mean_score(
     """The mean over 0 to 10 from the distributions before a score and after a 1, renormalised."""
     p = jnp.exp(logp[:, :, 0, first])
     if second is not None:
-        goes_on = jnp.exp(logp[:, :, 1, second])
-        p = p.at[..., 1].multiply(1 - goes_on).at[..., 10].multiply(goes_on)
+        continues = jnp.exp(logp[:, :, 1, second])
+        p = p.at[..., 1].multiply(1 - continues).at[..., 10].multiply(continues)
     return p @ jnp.arange(11.0) / p.sum(-1)

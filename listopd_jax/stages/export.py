@@ -101,9 +101,11 @@ def policy_model(
 
 
 def _check_name(workdir: pathlib.Path, record: Result) -> None:
-    """UserError if what a record says of a run is no name: results.json is a file like any other."""
+    """UserError if what a record says of a run is not a name: results.json is a file like any other."""
     if pathlib.PurePath(record.run).name != record.run or record.run in ("", ".."):
-        raise UserError(f"{workdir / RESULTS}: run {record.run!r} is no name of a policy; restore the file")
+        raise UserError(
+            f"{workdir / RESULTS}: run {record.run!r} is not the name of a policy; restore the file"
+        )
 
 
 def _on_the_way(opd: Any, record: Result) -> bool:
@@ -154,7 +156,7 @@ def policy_adapter(
     role = TRAINED[record.stage]
     model = config[role]
     if lora_of(model) is None:
-        raise UserError(f"{record.run}: was trained whole ({role}.lora.rank=0); leave out --adapter")
+        raise UserError(f"{record.run}: was trained in full ({role}.lora.rank=0); leave out --adapter")
     if not model.weights:
         raise UserError(
             f"{record.run}: {role}.weights is empty, and an adapter is of a model; leave out --adapter"

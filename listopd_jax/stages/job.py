@@ -65,7 +65,7 @@ class Job:
 
     @property
     def tracking(self) -> Tracking:
-        """Whom the job tells of its runs."""
+        """The trackers of the job's runs."""
         return tracking(self.config)
 
     @functools.cached_property
@@ -329,7 +329,7 @@ def base_of(by_role: Mapping[str, Any]) -> Any:
 
 
 def tracking(config: Any) -> Tracking:
-    """Whom section `track` of `config` says to tell."""
+    """The trackers that section `track` of `config` asks for."""
     return Tracking(config.track.to, config.track.project, to_json(config) if config.track.to else {})
 
 

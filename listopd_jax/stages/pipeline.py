@@ -59,7 +59,7 @@ def _models_to_policies(job: Job) -> None:
 def _before(job: Job, frozen: Frozen, server: TeacherServer | None) -> Recommendation | None:
     """What calibration and forecast recommend, said on stderr; None where a server gives no distributions."""
     found = None if server else before_training(job, frozen)
-    lines = ["no calibration, no forecast: teacher.server gives no whole distributions"] if server else []
+    lines = ["no calibration, no forecast: teacher.server gives no full distributions"] if server else []
     if is_main():
         sys.stderr.writelines(line + "\n" for line in (found.lines if found else lines))
     return found

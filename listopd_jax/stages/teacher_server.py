@@ -89,8 +89,8 @@ class TeacherServer:
             if attempt < self.attempts:
                 time.sleep(min(pause, LONGEST_WAIT))
         raise UserError(
-            f"teacher.server={self.url}{path}: {self.attempts} attempts failed, the last with {failure}; see to the "
-            "server and start again, the run resumes where it was"
+            f"teacher.server={self.url}{path}: {self.attempts} attempts failed, the last with {failure}; check "
+            "the server and run again: the run resumes"
         )
 
     def _exchange(self, path: str, body: Mapping[str, Any] | None) -> Any:
@@ -126,7 +126,7 @@ class TeacherServer:
 
 
 def _key() -> str:
-    """The server's key, "" if there is none; UserError, which does not show it, if it cannot stand in a header."""
+    """The server's key, "" if there is none; UserError, which does not show it, if it cannot be put in a header."""
     key = os.environ.get(KEY, "").strip()
     if not re.fullmatch(r"[!-~]*", key):
         raise UserError(f"{KEY}: holds a character that no key has; copy the key again")

@@ -67,7 +67,7 @@ def _value(task: Task, record: Any, field: str, routes: Mapping[str, str]) -> st
     value = str(fields[field])
     if value not in routes:
         raise UserError(
-            f"teachers.route: {task.name} {record.key} has {field}={value[:60]!r}, which no teacher is of; add "
+            f"teachers.route: {task.name} {record.key} has {field}={value[:60]!r}, which has no teacher; add "
             "VALUE=WEIGHTS for it"
         )
     return value

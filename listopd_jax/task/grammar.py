@@ -20,7 +20,7 @@ MOST_REVIEWS = 10  # the ids that are used belong to the state, so there are 2^K
 SCORES = tuple(map(str, range(11)))
 _SPACE = " \t\n\r"
 
-# The parts of an answer in order. ID, SCORE and NEXT (`,` or `]`) stand for one of several texts.
+# The parts of an answer in order. ID, SCORE and NEXT (`,` or `]`) are one of several texts each.
 _PARTS = ("[", "{", '"review_id"', ":", "ID", ",", '"score"', ":", "SCORE", "}", "NEXT", "END", "DONE")
 _OBJECT, _ID, _SCORE, _NEXT, _END, _DONE = map(_PARTS.index, ("{", "ID", "SCORE", "NEXT", "END", "DONE"))
 
@@ -121,7 +121,7 @@ def _reader(ids: Sequence[str]) -> Callable[[_Place, str], _Place | None]:
 
 
 def _choices(used: frozenset[str], part: int, ids: Sequence[str]) -> Sequence[str]:
-    """The texts that may stand as `part`."""
+    """The texts that `part` may be."""
     if part == _ID:
         return [f'"{name}"' for name in ids if name not in used]
     if part == _NEXT:

@@ -97,7 +97,7 @@ def _dialect(schema: dict[str, Any], where: str) -> type:
     kind = jsonschema.validators.validator_for(schema, default=None) if isinstance(named, str) else None
     if kind is None:
         raise UserError(
-            f"{where}: $schema={named!r} is no version of JSON Schema that is known; take "
+            f"{where}: $schema={named!r} is not a known version of JSON Schema; use "
             "https://json-schema.org/draft/2020-12/schema"
         )
     return kind
@@ -154,7 +154,7 @@ def _check_pattern(pattern: str, where: str) -> None:
             warnings.simplefilter("ignore")
             compiled = regex.compile(pattern)
     except (regex.error, RecursionError, OverflowError) as e:
-        raise UserError(f"{where}: pattern {pattern[:60]!r} is no regular expression ({e}); {_FIX}") from e
+        raise UserError(f"{where}: pattern {pattern[:60]!r} is not a regular expression ({e}); {_FIX}") from e
     for character in sorted({*pattern, "a", "0", " ", "_", "-"}):
         for end in ("", "\x00"):
             try:
@@ -199,7 +199,7 @@ def _additional_properties(
         if isinstance(additional, dict):
             yield from validator.descend(instance[name], additional, path=name)
         elif additional is False:
-            yield ValidationError(f"{name[:60]!r} is no property that is allowed")
+            yield ValidationError(f"{name[:60]!r} is not an allowed property")
 
 
 def _bounded(kind: type) -> type:

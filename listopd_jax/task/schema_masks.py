@@ -1,4 +1,4 @@
-"""JSON Schemas as masks over tokens, by llguidance: what an answer may go on with if the schema is to hold.
+"""JSON Schemas as masks over tokens, by llguidance: what may follow in an answer if the schema is to hold.
 
 Answers are compact JSON, the form that SFT trains on, with the properties of an object in the order of its schema.
 What a schema leaves no choice about is spelt in the tokenizer's own tokens for it.

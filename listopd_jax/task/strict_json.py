@@ -47,7 +47,7 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     fields: dict[str, Any] = {}
     for key, value in pairs:
         if key in fields:
-            raise ValueError(f"the key {key[:40]!r} stands twice in one object")
+            raise ValueError(f"the key {key[:40]!r} appears twice in one object")
         fields[key] = value
     return fields
 

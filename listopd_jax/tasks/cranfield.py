@@ -1,7 +1,7 @@
 """Rank K abstracts by relevance to a query: the Cranfield collection as it is published.
 
 `data.path` is cran.all.1400, `data.meta_path` cran.qry, `data.labels` cranqrel. An abstract (`.W`) begins with its
-title. A query in cranqrel is a position in cran.qry, not the number that stands there. Grades are 1 (a complete answer)
+title. A query in cranqrel is a position in cran.qry, not the number printed there. Grades are 1 (a complete answer)
 to 4 (of minimum interest) and become labels 4 to 1; what is judged −1 or not at all has label 0.
 
 225 queries are too few to learn from what a query has to do with a text. `data.synthetic_queries` adds that many lists
@@ -70,7 +70,7 @@ class Cranfield(Listwise, FileTask):
         return report | {"notes": report["notes"] + said}
 
     def _texts(self, path: str | pathlib.Path) -> dict[int, str]:
-        """Number → the words of each abstract that stand in a list."""
+        """Number → the words of each abstract that is in a list."""
         documents = read_sections(path, "W")
         return {i: first_words(text, self.options.max_review_words) for i, text in documents.items()}
 
@@ -126,4 +126,4 @@ def _integer(text: str, where: str) -> int:
     try:
         return int(text)
     except ValueError as e:
-        raise UserError(f"{where}: {text.strip()[:20]!r} is no whole number; correct it") from e
+        raise UserError(f"{where}: {text.strip()[:20]!r} is not a whole number; correct it") from e

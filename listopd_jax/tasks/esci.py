@@ -115,7 +115,7 @@ def read_examples(path: str | pathlib.Path) -> dict[int, Query]:
         query = asked.setdefault(row["query_id"], Query(clean_text(row["query"]), split, {}, {}))
         if product in query.labels or split != query.split:
             what = (
-                f"product_id {product[:20]!r} stands twice"
+                f"product_id {product[:20]!r} appears twice"
                 if split == query.split
                 else "split is not that of others"
             )
@@ -178,5 +178,5 @@ def _rows(path: str | pathlib.Path, columns: Mapping[str, Any]) -> Iterator[tupl
                 yield number, row
     except (pa.ArrowException, OSError, ValueError) as e:
         raise UserError(
-            f"{path}: is no Parquet file that can be read ({first_line(e)[:120]}); fetch it again"
+            f"{path}: is not a readable Parquet file ({first_line(e)[:120]}); fetch it again"
         ) from e

@@ -70,7 +70,7 @@ class JsonTask(FileTask):
         return record.side
 
     def prompt(self, record: JsonRecord) -> Prompt:
-        """The prompt or messages as they stand in the line."""
+        """The prompt or messages as the line has them."""
         return record.prompt
 
     def teacher_prompt(self, record: JsonRecord) -> Prompt | None:

@@ -39,7 +39,7 @@ class Listwise(Task):
         return strict_parse(text, review_ids(len(record.scores)), f"{self.noun}_id")
 
     def schema(self, record: ListExample) -> dict[str, Any]:
-        """K objects, each with an id of the list and a whole score; that no id stands twice no schema can say."""
+        """K objects, each with an id of the list and a whole score; no schema can say that no id appears twice."""
         return list_schema(len(record.scores), f"{self.noun}_id", self.best)
 
     def repair(self, text: str, record: ListExample) -> Parsed:

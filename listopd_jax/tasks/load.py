@@ -50,7 +50,7 @@ def _executed(path: pathlib.Path) -> types.ModuleType:
     name = f"task_file_{path.stem}"  # no module that is there already
     spec = importlib.util.spec_from_file_location(name, path)
     if spec is None or spec.loader is None:
-        raise UserError(f"task.file={path}: is no Python file; its name must end in .py")
+        raise UserError(f"task.file={path}: is not a Python file; its name must end in .py")
     module = sys.modules[name] = importlib.util.module_from_spec(spec)  # dataclasses look themselves up
     try:
         spec.loader.exec_module(module)

@@ -9,7 +9,7 @@
 | 4: query id, passage id, query, passage | top1000.dev, msmarco-passagetest2019-top1000.tsv | qrels as `data.labels` |
 
 Qrels are lines of query id, an unused field, passage id and grade, 0 to 3; what is not judged is 0, as in trec_eval.
-Only the passages that may stand in a list are kept, so the collection may be larger than the memory.
+Only passages that may be in a list are kept, so the collection may be larger than the memory.
 """
 
 import pathlib
@@ -129,7 +129,7 @@ class Passages(Listwise, FileTask):
                 continue
             if passage in pool.relevant[query] or passage in pool.others[query]:
                 raise UserError(
-                    f"{where}: passage {passage[:40]!r} stands twice for query {query[:20]!r}; keep one"
+                    f"{where}: passage {passage[:40]!r} appears twice for query {query[:20]!r}; keep one"
                 )
             pool.queries[query], pool.passages[passage] = _text(text, where, "query"), words
             if grade > 0:
@@ -183,7 +183,7 @@ def _texts(path: str | pathlib.Path, wanted: Collection[str]) -> dict[str, str]:
     found: dict[str, str] = {}
     for where, (name, text) in _rows(path, 2):
         if name in found:
-            raise UserError(f"{where}: id {name[:40]!r} stands twice; keep one")
+            raise UserError(f"{where}: id {name[:40]!r} appears twice; keep one")
         if name in wanted:
             found[name] = _text(text, where, "text")
     return found

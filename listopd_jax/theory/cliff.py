@@ -25,7 +25,7 @@ from scipy import special
 
 THRESHOLDS = (0.80, 0.85, 0.90)
 MIDPOINT = 0.70  # at this parse level EC's c = 1.5 midpoint, 1.0695, comes out to the printed digits
-MIN_DROP = 0.10  # a smaller fall from the peak is no cliff
+MIN_DROP = 0.10  # a smaller fall from the peak is not a cliff
 
 Curves = Float[np.ndarray, "R L"]
 
@@ -39,7 +39,7 @@ def table(
 ) -> tuple[np.ndarray, list[int], np.ndarray]:
     """λ [L] ascending, seeds [S] and metric [S, L] from the records of results.json whose stage is "opd".
 
-    ValueError for a (λ, seed) that is missing or stands twice: filter the records to one budget and one
+    ValueError for a (λ, seed) that is missing or appears twice: filter the records to one budget and one
     clip first.
     """
     cells: dict[tuple[float, int], float] = {}
@@ -48,7 +48,9 @@ def table(
             continue
         cell = (float(record["lambda"]), int(record["seed"]))
         if cell in cells:
-            raise ValueError(f"λ = {cell[0]:g}, seed {cell[1]} stands twice: filter by budget and clip first")
+            raise ValueError(
+                f"λ = {cell[0]:g}, seed {cell[1]} appears twice: filter by budget and clip first"
+            )
         cells[cell] = float(record[metric])
     lambdas, seeds = (sorted({cell[i] for cell in cells}) for i in (0, 1))
     missing = [(lam, seed) for lam in lambdas for seed in seeds if (lam, seed) not in cells]

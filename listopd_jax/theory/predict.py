@@ -1,13 +1,13 @@
 """From where the estimator ends to what finite runs parse: the curve of trained students from a few anchor runs (ours).
 
 `C(λ)` is the parse of greedy answers from the target, or from the limit of the estimator in use (ops/limit.py), read
-without training. A run of N steps has not reached either. Where its lists break it stands between base and target, as
+without training. A run of N steps has not reached either. Where its lists break it is between base and target, as
 the target of another λ does, so its parse is read as that of an *effective* λ:
 
     parse(λ) = E C(a + s·(λ − 1) + σ z),   z ~ N(0, 1)
 
 The *reach* (a, s) is the effective λ of N steps at λ = 1, and what they make of one unit more; σ is what seeds differ
-by. All three come from anchor runs, at few λ and of seeds that the sweep does not use: each stands where C has the
+by. All three come from anchor runs, at few λ and of seeds that the sweep does not use: each lies where C has the
 run's parse. A run whose parse is nearly 1 or nearly 0 says almost nothing of its place, so anchors outside of
 INFORMATIVE are left out. Of several curves C, the one from which the anchors stray least in λ is used.
 """
@@ -38,7 +38,7 @@ class Shape(NamedTuple):
     parse: Float[np.ndarray, " L"]
 
     def at(self, lam: Float[np.ndarray, "*s"]) -> Float[np.ndarray, "*s"]:
-        """C(λ), between the grid's points by a cubic that does not overshoot; its ends go on unchanged."""
+        """C(λ), between the grid's points by a cubic that does not overshoot; constant beyond its ends."""
         inside = np.clip(lam, self.lambdas[0], self.lambdas[-1])
         return np.clip(interpolate.PchipInterpolator(*self)(inside), 0.0, 1.0)
 
@@ -77,7 +77,7 @@ def reach(shape: Shape, lambdas: Float[np.ndarray, " A"], parse: Float[np.ndarra
     """a, s and σ from anchors at `lambdas` that had `parse`, by least squares in the effective λ.
 
     Undetermined if fewer than three anchors are informative, or all of these have one λ, or one of them has a parse
-    that the curve does not come to: it would stand at the curve's end, wherever that is.
+    that the curve does not come to: it would lie at the curve's end, wherever that is.
     """
     low, high = INFORMATIVE
     told = (parse >= low) & (parse <= high)

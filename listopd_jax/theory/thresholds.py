@@ -11,7 +11,7 @@ clip of the importance ratio. All functions take scalars or arrays, broadcast th
 return a float for scalars. A float64 cannot tell p from 1 within 1e-16; where that matters
 (log-probabilities of a model) use log-odds and `clip_safe_lambda_log_odds`.
 
-Errors: `ValueError` for a value that is no probability, clip or λ; its subclass `Undefined` where the
+Errors: `ValueError` for a value that is not a probability, clip or λ; its subclass `Undefined` where the
 values are fine but the threshold does not exist (b ≥ p, p ≤ ½, c ≤ 1). The thresholds take
 `undefined="nan"` to get NaN there instead.
 

@@ -146,7 +146,7 @@ class Checkpoints:
             return getattr(self._read(step, like, result_only=True).state, like.result)
         except _Damaged as e:
             raise UserError(
-                f"{self._folder / str(step)}: no whole checkpoint ({e}); run the job again"
+                f"{self._folder / str(step)}: no intact checkpoint ({e}); run the job again"
             ) from e
 
     def _read(self, step: int, like: TrainState, result_only: bool) -> Saved:
@@ -190,7 +190,7 @@ class Checkpoints:
     def _put_aside(self) -> None:
         """Rename the folder, so that the run can start anew and nothing is lost."""
         aside = self._folder.with_name(self._folder.name + ".damaged")
-        _warn(f"{self._folder}: no checkpoint is whole; put aside as {aside.name}, the run starts anew")
+        _warn(f"{self._folder}: no checkpoint is intact; moved to {aside.name}, the run starts over")
         with self._reported():
             self._manager.close()
             if jax.process_index() == 0:
@@ -201,7 +201,7 @@ class Checkpoints:
 
 
 def abstract(state: TrainState) -> TrainState:
-    """Shapes, dtypes and shardings of `state`; on a mesh, what stands on one device is a copy on each."""
+    """Shapes, dtypes and shardings of `state`; on a mesh, what is on one device becomes a copy on each."""
     named = (x.sharding for x in jax.tree.leaves(state) if isinstance(x.sharding, NamedSharding))
     mesh = next((s.mesh for s in named), None)
 

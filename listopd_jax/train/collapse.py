@@ -2,7 +2,7 @@
 
 Every step samples completions anyway; how many of them hold the contract, how long they are and at how many structural
 tokens the target flips is a free look at the policy. Means over a window of steps are compared with those of the window
-in which most completions held the contract: a noisy step is no collapse, and neither is a student that starts low.
+in which most completions held the contract: a noisy step is not a collapse, and neither is a student that starts low.
 """
 
 import sys
@@ -110,7 +110,7 @@ class Watch:
         }
 
     def set_state(self, state: Mapping[str, Any]) -> None:
-        """Go on from what `get_state` gave."""
+        """Resume from what `get_state` gave."""
         self._recent = [Seen(*seen) for seen in state["recent"]]
         self._best = None if state["best"] is None else Seen(*state["best"])
         self._scale, self.collapses = state["scale"], list(state["collapses"])

@@ -31,7 +31,7 @@ class OpdBatch(NamedTuple):
     """Prompts, their n sampled completions, and a reward of each, to be added to the advantage of its tokens.
 
     With experts, `own_teacher` says whose row it is: 0 the teacher's, i the i-th expert's. Teachers read prompts of
-    their own where there are some. `teacher_logprobs` are those of a teacher that is no model here.
+    their own where there are some. `teacher_logprobs` are those of a teacher that is not a model here.
     """
 
     prompts: Int[Array, "B P"]

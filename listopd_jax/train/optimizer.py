@@ -48,7 +48,7 @@ def adamw(
 def _in_bfloat16(adam: optax.GradientTransformation) -> optax.GradientTransformation:
     """`adam` with moments kept in bfloat16, half the memory, rounded at random so that the mean is right.
 
-    Rounded to nearest, the second moment would stand still: at b2 = .999 a step changes it by less than bfloat16 tells.
+    Rounded to nearest, the second moment would not move: at b2 = .999 a step changes it by less than bfloat16 tells.
     """
 
     def init(params):

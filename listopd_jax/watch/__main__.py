@@ -32,7 +32,7 @@ def main(argv: Sequence[str]) -> None:
     if not 0 <= args.port < 2**16:
         raise UserError(f"--port={args.port}: must be from 0 to 65535")
     with Server(args.root, args.port) as server:
-        print(f"{args.root}: {server.url} (Ctrl-C ends it)", flush=True)
+        print(f"{args.root}: {server.url} (Ctrl-C stops it)", flush=True)
         server.serve_forever()
 
 

@@ -91,7 +91,7 @@ def _overview(name: str, path: pathlib.Path, workdir: Workdir | UserError) -> di
 
 
 def _runs(workdir: Workdir) -> list[dict[str, Any]]:
-    """The trainings that are planned, each with where it stands: done, current (the first that is not) or waiting."""
+    """The trainings that are planned, each with its state: done, current (the first that is not) or waiting."""
     last = {row["run"]: row["step"] for row in workdir.metrics}
     results = {r.identity: r for r in workdir.results}
     longest = {run.run: run for run in sorted(workdir.planned, key=lambda run: run.steps or 0)}
@@ -169,7 +169,7 @@ def _unborn(point: PointState) -> dict[str, Any]:
 
 
 def _named(name: str) -> dict[str, str]:
-    """A workdir's name for requests and, with nothing hidden in it, for people."""
+    """A workdir's name for requests and, with nothing hidden in it, to be shown."""
     return {"name": name, "label": visible(name)}
 
 

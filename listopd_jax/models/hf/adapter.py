@@ -46,7 +46,7 @@ def save_adapter(
         return
     folder = pathlib.Path(folder)
     if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
-        raise UserError(f"{folder}: is there already and will not be replaced; choose a new folder")
+        raise UserError(f"{folder}: already exists and will not be replaced; choose a new folder")
     try:
         with files.atomic_folder(folder, replace=False) as new:
             save_file(tensors, new / TENSORS, metadata={"format": "pt"})

@@ -34,7 +34,7 @@ def resolve(source: str | os.PathLike, revision: str | None = None) -> pathlib.P
         )
     except (OSError, ValueError) as e:
         raise UserError(
-            f"{source}: no such folder, and not to be had from the hub ({first_line(e)}); "
+            f"{source}: no such folder, and not found on the hub ({first_line(e)}); "
             "check the name and the network, or give a local folder"
         ) from e
 
@@ -70,7 +70,9 @@ def read_eos_ids(folder: pathlib.Path) -> tuple[int, ...]:
         value = read_object(path).get("eos_token_id")
     ids = [] if value is None else value if isinstance(value, list) else [value]
     if not all(isinstance(i, int) and not isinstance(i, bool) and i >= 0 for i in ids):
-        raise UserError(f"{path}: eos_token_id {value!r} is no token id and no list of them; correct it")
+        raise UserError(
+            f"{path}: eos_token_id {value!r} is neither a token id nor a list of them; correct it"
+        )
     return tuple(ids)
 
 

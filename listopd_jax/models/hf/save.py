@@ -74,7 +74,7 @@ def _check_replaceable(folder: pathlib.Path, replace: bool) -> None:
     entries = list(folder.iterdir()) if folder.is_dir() else [folder]
     ours = any(e.name == "config.json" for e in entries) and any(e.suffix == ".safetensors" for e in entries)
     if entries and not replace:
-        raise UserError(f"{folder}: is there already and will not be replaced; choose a new folder")
+        raise UserError(f"{folder}: already exists and will not be replaced; choose a new folder")
     if entries and not (ours and all(e.is_file() for e in entries)):
         raise UserError(f"{folder}: is not an earlier export and will not be replaced; choose a new folder")
 

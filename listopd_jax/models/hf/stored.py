@@ -19,7 +19,7 @@ from listopd_jax.parallel.rules import context_mesh
 FLOATS = ("F32", "BF16", "F16", "F64")
 _EMBED, _HEAD = (f"{NAMES[name]}.weight" for name in ("embed", "head"))
 _QUANTIZED = re.compile(r"\.(qweight|qzeros|weight_packed|weight_scale(_inv)?|weight\.(absmax|quant_map))$")
-_ANCHOR = "layers.0.input_layernorm.weight"  # of every model, once: what stands before it is before all names
+_ANCHOR = "layers.0.input_layernorm.weight"  # of every model, once: what precedes it precedes all names
 
 
 class Stored(NamedTuple):
