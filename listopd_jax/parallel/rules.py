@@ -194,9 +194,13 @@ def decoding_copy(params: Any) -> Any:
 
 
 def place_state(tree: Any) -> Any:
-    """Parameters or a train state, moved to where they rest; untouched without a mesh."""
+    """Parameters or a train state, moved to where they rest: split by the mesh, or on the one device.
+
+    There they are committed to it, all of them: a step's results are, and jax compiles a program anew for arguments
+    that are not.
+    """
     shardings = param_shardings(tree)
-    return tree if shardings is None else jax.device_put(tree, shardings)
+    return jax.device_put(tree, jax.devices()[0] if shardings is None else shardings)
 
 
 def param_sharding(path: Sequence[str], x: Any, mesh: Mesh) -> NamedSharding:
