@@ -55,6 +55,9 @@ RENAMED = {
         for rate in ("truncation_rate", "duplicate_rate")
     },
 }  # fields that had another name before
+REMOVED = {
+    "parallel.grid": "the main job trains one (lambda, seed) at a time, launch/ runs many side by side",
+}  # fields that are gone, and what holds without them
 
 
 def _section(**fields: Any) -> ml_collections.ConfigDict:
@@ -244,7 +247,6 @@ def _opd() -> ml_collections.ConfigDict:
 
 def _parallel() -> ml_collections.ConfigDict:
     return _section(
-        grid=1,  # points of (λ, seed) trained at once: 1, the main job trains them one after another
         data=-1,  # devices among which rows are split, weights copied; -1: all that are left
         fsdp=1,  # devices among which rows and weights are split
         tensor=1,  # devices among which heads, MLP units and vocabulary are split
@@ -361,9 +363,11 @@ def unknown_field(argv: Sequence[str], e: Exception) -> str:
     names = [a.split("=")[0] for a in argv if a.startswith("--config.")]
     wrong = (re.search(r'(?:Key "|\b)(\w+)', message) or [""])[1]
     where = next((n for n in names if n.rsplit(".", 1)[-1] == wrong), "--config")
-    for old, new in RENAMED.items():
+    answers = {old: f"{old} is {new} now" for old, new in RENAMED.items()}
+    answers |= {old: f"{old} is gone, leave it out: {why}" for old, why in REMOVED.items()}
+    for old, answer in answers.items():
         if where == f"--config.{old}" or (where == "--config" and old.endswith(f".{wrong}")):
-            return f"{where}: {old} is {new} now"
+            return f"{where}: {answer}"
     near = re.search(r'Did you mean \\?"([^"\\]+)', message)
     hint = f"did you mean {near[1]}? " if near else ""
     return f"{where}: there is no such field; {hint}listopd_jax/config.py has them all"
@@ -865,11 +869,6 @@ def _validate_trackers(track: ml_collections.ConfigDict) -> None:
 
 def _validate_parallel(parallel: ml_collections.ConfigDict) -> None:
     axes = {axis: parallel[axis] for axis in ("data", "fsdp", "tensor")}
-    _require(
-        parallel.grid == 1,
-        f"parallel.grid={parallel.grid}: the main job trains one (lambda, seed) at a time, set it to 1; launch/ runs "
-        "many side by side",
-    )
     for axis, size in axes.items():
         _require(size == -1 or size > 0, f"parallel.{axis}={size}: must be > 0, or -1 for all devices left")
     _require(
@@ -1018,10 +1017,13 @@ def to_json(config: ml_collections.ConfigDict | ml_collections.FrozenConfigDict)
 def from_json(saved: dict[str, Any]) -> ml_collections.FrozenConfigDict:
     """The checked config whose `to_json` is `saved`; a field that an older one lacks has its default.
 
-    UserError for a field that does not exist, or a value that is none of its.
+    What an older one has of REMOVED is left out. UserError for a field that does not exist, or a value that is none of
+    its.
     """
     config, known = defaults(), dict(flatten(defaults().to_dict()))
     for field, value in flatten(saved):
+        if field in REMOVED:
+            continue
         _require(field not in RENAMED, f"{field} is {RENAMED.get(field)} now; rename it in the saved config")
         _require(field in known, f"{field}: there is no such field in this version")
         _require(value is not None, f"{field}=None: must have a value")

@@ -24,7 +24,6 @@ from jaxtyping import Array, Shaped
 from listopd_jax.rounding import round_up
 
 RULES: dict[str, tuple[str, ...]] = {
-    "grid": ("grid",),
     "batch": ("data", "fsdp"),  # also rows × positions, flat, rows first
     "embed": ("fsdp",),  # the model's width, in weights
     "heads": ("tensor",),
@@ -211,7 +210,7 @@ def param_sharding(path: Sequence[str], x: Any, mesh: Mesh) -> NamedSharding:
 def state_shardings(tree: Any, mesh: Mesh) -> Any:
     """NamedShardings of parameters, gradients, optimizer state or a TrainState, found by parameter name.
 
-    An axis in front of those that PARAMS names is `grid`; what is no parameter (a step count) is whole.
+    What is no parameter (a step count) is whole.
     """
 
     def sharding(path, x):
@@ -230,12 +229,11 @@ def rollout_shardings(params: Any, mesh: Mesh) -> Any:
     return jax.tree_util.tree_map_with_path(sharding, params)
 
 
-def batch_shardings(tree: Any, mesh: Mesh, grid: bool = False) -> Any:
-    """NamedShardings of arrays with leading rows [B, …] ([G, B, …] if `grid`): rows over `data` and `fsdp`."""
-    lead = ("grid", "batch") if grid else ("batch",)
+def batch_shardings(tree: Any, mesh: Mesh) -> Any:
+    """NamedShardings of arrays with leading rows [B, …]: rows over `data` and `fsdp`."""
 
     def sharding(x):
-        axes = (*lead, *[None] * (len(x.shape) - len(lead)))
+        axes = ("batch", *[None] * (len(x.shape) - 1))
         return NamedSharding(mesh, spec(axes, x.shape, mesh))
 
     return jax.tree.map(sharding, tree)
@@ -260,5 +258,4 @@ def _axes(keys: Sequence[Any], x: Any) -> tuple[str | None, ...]:
     name = next((key for key in reversed(keys) if key in PARAMS), None)
     if name is None:
         return (None,) * len(x.shape)
-    axes = ("layers", *PARAMS[name]) if "layers" in keys else PARAMS[name]
-    return ("grid",) * (len(x.shape) - len(axes)) + axes
+    return ("layers", *PARAMS[name]) if "layers" in keys else PARAMS[name]
