@@ -17,7 +17,7 @@ from listopd_jax.parallel.mesh import configured_mesh, use_mesh
 
 def agree() -> None:
     """Rows read apart add up to one batch, values of process 0 reach all, and files are written once."""
-    with use_mesh(configured_mesh({"grid": 1, "data": -1, "fsdp": 2, "tensor": 1})):
+    with use_mesh(configured_mesh({"data": -1, "fsdp": 2, "tensor": 1})):
         rows = hosts.local_rows(8)
         assert len(rows) == 4
         batch = hosts.global_batch({"x": np.arange(24.0).reshape(8, 3)[rows]}, 8)

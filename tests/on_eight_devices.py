@@ -36,9 +36,9 @@ from listopd_jax.parallel.mesh import AXES, make_mesh, use_mesh
 from listopd_jax.parallel.rules import batch_shardings, param_sharding, rollout_shardings, state_shardings
 from listopd_jax.plan.traffic import traffic
 from listopd_jax.rollout import decode
-from listopd_jax.rollout.decode import Rollout, generate, generate_grid
+from listopd_jax.rollout.decode import Rollout, generate
 from listopd_jax.train.opd_step import OpdBatch, make_opd_step
-from listopd_jax.train.optimizer import TrainState, init_state
+from listopd_jax.train.optimizer import TrainState
 from listopd_jax.train.sft_step import cross_entropy, make_sft_step
 
 VOCAB, B, P, N, T = 90, 8, 6, 2, 5  # 90 tokens: no tensor axis but 2 divides them
@@ -100,8 +100,8 @@ def sft_batch(batch):
     return {"prompt": batch.prompts, "prompt_length": batch.prompt_lengths} | answers
 
 
-def mesh_of(data, fsdp, tensor, grid=1):
-    return make_mesh(dict(zip(AXES, (grid, data, fsdp, tensor), strict=True)))
+def mesh_of(*sizes):
+    return make_mesh(dict(zip(AXES, sizes, strict=True)))
 
 
 def put(tree, shardings, mesh):
@@ -128,9 +128,9 @@ def opd_step(microbatch):
     return make_opd_step(MODELS, TX, Variant(guard="teacher"), vocab=VOCAB, chunk=7, microbatch=microbatch)
 
 
-def opd(mesh, seed=3, hyper=HYPER, microbatch=8):
-    batch = put(opd_batch(seed), batch_shardings, mesh)
-    return three_steps(mesh, opd_step(microbatch), (put(FROZEN, state_shardings, mesh), batch, hyper))
+def opd(mesh, microbatch=8):
+    batch = put(opd_batch(3), batch_shardings, mesh)
+    return three_steps(mesh, opd_step(microbatch), (put(FROZEN, state_shardings, mesh), batch, HYPER))
 
 
 def sft(mesh):
@@ -370,41 +370,6 @@ def test_steps_of_an_adapter_are_those_of_one_device(sizes, adapted_alone):
         results = adapted(mesh)
     for (ours, _), theirs in zip(results, adapted_alone, strict=True):
         assert_close(ours, theirs)
-
-
-# --- the grid axis ---
-
-
-def test_a_grid_step_is_its_points_one_by_one(alone):
-    points = [HYPER, HYPER._replace(lam=np.float32(0.7))]
-    stacked = jax.tree.map(
-        lambda *x: np.stack(x), *[(opd_batch(seed), h) for seed, h in zip((3, 4), points, strict=True)]
-    )
-    mesh = mesh_of(1, 2, 2, grid=2)
-    with use_mesh(mesh):
-        step = make_opd_step(
-            MODELS, TX, Variant(guard="teacher"), vocab=VOCAB, chunk=7, microbatch=8, grid=True
-        )
-        twice = jax.tree.map(
-            lambda x: np.stack([x, x]),
-            jax.tree.map(np.asarray, init_state(jax.tree.map(jnp.copy, STUDENT), TX)),
-        )
-        state = put(twice, state_shardings, mesh)
-        assert state.params["embed"][...].sharding.spec[0] == "grid"
-        batch = jax.device_put(stacked[0], batch_shardings(stacked[0], mesh, grid=True))
-        frozen = put(FROZEN, state_shardings, mesh)
-        for _ in range(3):
-            state, metrics, _ = step(state, frozen, batch, stacked[1], np.stack([LR, LR]))
-        students = TrainState(put(twice.params, state_shardings, mesh), None).params
-        keys = jnp.stack([jax.random.key(1), jax.random.key(2)])
-        rollouts = generate_grid(STUDENT_DEF, students, jnp.ones((1, N)), *batch[:2], keys, **OPTIONS)
-    second, _ = opd(None, seed=4, hyper=points[1])
-    for i, one in enumerate((alone[0], second)):
-        assert_close(jax.tree.map(lambda x, i=i: np.asarray(x)[i], (state, metrics)), one)
-    np.testing.assert_array_equal(np.asarray(rollouts.tokens)[0], alone[2].tokens)
-    batch = opd_batch(4)
-    other = generate((STUDENT_DEF,), (STUDENT,), jnp.ones((1, N)), *batch[:2], jax.random.key(2), **OPTIONS)
-    np.testing.assert_array_equal(np.asarray(rollouts.tokens)[1], other.tokens)
 
 
 # --- weights ---

@@ -90,7 +90,7 @@ def test_padding_is_less_than_a_block(length):
 def test_splash_compiles_for_four_tpus_without_an_array_of_scores(passes, monkeypatch):
     """Over rows and heads; XLA's own backend stores B·N·P·P float32 scores of a prefill of 2048 tokens."""
     monkeypatch.setenv("TPU_SKIP_MDS_QUERY", "1")
-    sizes = {"grid": 1, "data": 1, "fsdp": 2, "tensor": 2}
+    sizes = {"data": 1, "fsdp": 2, "tensor": 2}
     mesh = make_mesh(sizes, topologies.get_topology_desc("v5e:2x2", "tpu").devices)
     B, n, T, P, N, KV, H = (
         (4, 1, 2048, 0, 16, 8, 128) if passes == "prefill" else (4, 4, 225, 2048, 16, 8, 128)

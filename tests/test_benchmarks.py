@@ -74,7 +74,7 @@ def test_flops_floor_and_utilisation_of_a_known_model_are_those_counted_by_hand(
     shapes = shapes_of(cpu(dataclasses.replace(TINY, completions=1)))
     load, layout = (
         Load(2, 1, 12, 6),
-        Layout(dict.fromkeys(("grid", "data", "fsdp", "tensor"), 1), 0, "none", "float32"),
+        Layout(dict.fromkeys(("data", "fsdp", "tensor"), 1), 0, "none", "float32"),
     )
     chip = CHIPS["cpu"]._replace(flops=1e9, bandwidth=1e15)
     seconds = {"prefill": 0.1, "decode": 0.3, "rollout": 0.4, "update": 2.0, "step": 2.4}
@@ -106,7 +106,7 @@ def test_flops_floor_and_utilisation_of_a_known_model_are_those_counted_by_hand(
 
 def test_a_phase_that_memory_bounds_has_the_bytes_over_the_bandwidth_as_its_floor():
     shapes, load = shapes_of(cpu(TINY)), Load(2, 2, 12, 6)
-    layout = Layout(dict.fromkeys(("grid", "data", "fsdp", "tensor"), 1), 0, "none", "float32")
+    layout = Layout(dict.fromkeys(("data", "fsdp", "tensor"), 1), 0, "none", "float32")
     chip = CHIPS["cpu"]._replace(flops=1e15, bandwidth=1e6)
     seconds = dict.fromkeys(("prefill", "decode", "rollout", "update", "step"), 1.0)
     for row in stage_rows(shapes, load, layout, Topology("here", "here", chip, (1,)), [seconds]):

@@ -181,6 +181,23 @@ def test_a_renamed_field_is_answered_with_its_new_name(flags):
     assert "opd.budgets is opd.eval_steps now" in config_module.unknown_field(flags, e.value)
 
 
+@pytest.mark.parametrize("flags", [[], ["--config.parallel.grid=1"]])
+def test_a_removed_field_is_answered_with_what_holds_without_it(flags):
+    config = config_module.defaults()
+    with pytest.raises(KeyError) as e:
+        config.parallel.update(grid=1)
+    answer = config_module.unknown_field(flags, e.value)
+    assert "parallel.grid is gone, leave it out: the main job trains one" in answer
+
+
+def test_a_saved_config_may_have_a_removed_field():
+    config = config_module.validate(config_module.defaults())
+    saved = config_module.to_json(config)
+    saved["parallel"]["grid"] = 1
+    assert config_module.from_json(saved) == config
+    assert config_module.saved_digest(saved) == config_module.digest(config)
+
+
 def test_no_field_can_be_added():
     with pytest.raises(AttributeError) as e:
         config_module.defaults().opd.lamdas = (1.0,)

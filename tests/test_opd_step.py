@@ -267,6 +267,15 @@ def test_a_sweep_never_recompiles(batch):
     assert step._cache_size() <= max(before, 1)
 
 
+def test_the_second_step_runs_the_program_of_the_first(batch):
+    """Also from a student that was read from a checkpoint, whose arrays are committed to a device."""
+    step, restored = compiled(Variant()), jax.device_put(own(STUDENT), jax.devices()[0])
+    state, *_ = step(init_state(restored, TX), FROZEN, batch, hyper(), 1e-3)
+    before = step._cache_size()
+    step(state, FROZEN, batch, hyper(), 1e-3)
+    assert step._cache_size() == before
+
+
 def test_positions_after_the_end_cannot_poison_the_gradient(batch):
     """Without a clip π_T/π_S may overflow at a position that is not part of the completion."""
     sharp = jax.tree.map(lambda x: x * (60 if x.shape[0] == 20 else 1), STUDENT)

@@ -26,7 +26,7 @@ from listopd_jax.plan.traffic import traffic
 
 STUDENT, TEACHER = named_config("qwen3_1_7b"), named_config("qwen3_4b")
 EC = Load(prompts=128, rollouts=1, prompt=700, response=225)
-ONE = {"grid": 1, "data": 1, "fsdp": 1, "tensor": 1}
+ONE = {"data": 1, "fsdp": 1, "tensor": 1}
 SMALL = ModelConfig(
     vocab_size=512, hidden_size=128, intermediate_size=384, num_layers=1, num_heads=4, num_kv_heads=2, head_dim=32
 )  # fmt: skip
@@ -225,7 +225,7 @@ ENTRY %main (p: f32[2]) -> f32[2] {
 
 def test_traffic_counts_loops_groups_and_rings():
     """By hand, in fours: 5 gathers of 512 B, one of 32 B, 24 B permuted; in twos: 60 B reduced, 16 B scattered."""
-    moved = traffic(HLO, {"grid": 1, "data": 2, "fsdp": 4, "tensor": 1})
+    moved = traffic(HLO, {"data": 2, "fsdp": 4, "tensor": 1})
     assert moved == {"fsdp": 5 * 512 * 3 / 4 + 32 * 3 / 4 + 24, "data": 2 * 60 / 2 + 16}
 
 
@@ -244,7 +244,7 @@ ENTRY %main (a: f32[64,8], b: f32[16]) -> f32[8,8] {
 def test_of_a_collective_that_is_started_the_results_arrive():
     """Operands stand before them in its shape. By hand: 7 x 256 B scattered; 7/8 of 16,896 B; 2 x 7/8 of 2,112 B."""
     expected = [7 * 256, 7 / 8 * (16384 + 512), 2 * 7 / 8 * (2048 + 64)]
-    assert traffic(STARTED, {"grid": 1, "data": 1, "fsdp": 8, "tensor": 1}) == {"fsdp": sum(expected)}
+    assert traffic(STARTED, {"data": 1, "fsdp": 8, "tensor": 1}) == {"fsdp": sum(expected)}
     assert [k.written for k in kernels(STARTED) if k.kind == "collective"] == expected
 
 

@@ -38,7 +38,7 @@ def planned(*flags):
 def test_the_real_programs_compile_for_eight_devices(topology):
     plan, code = planned(*TINY, f"--topology={topology}")
     assert code == 0 and plan["fits"] and plan["memory_source"].startswith("compiled for")
-    assert plan["mesh"] == {"grid": 1, "data": 2, "fsdp": 2, "tensor": 2}
+    assert plan["mesh"] == {"data": 2, "fsdp": 2, "tensor": 2}
     assert plan["peaks_gib"].keys() == {"sft teacher", "sft student", "evaluation", "rollout", "update"}
     assert plan["peak_gib"] == max(plan["peaks_gib"].values())
     moved = plan["bytes_compiled"]["update"]
@@ -48,7 +48,7 @@ def test_the_real_programs_compile_for_eight_devices(topology):
 @needs_libtpu
 def test_a_mesh_axis_may_take_a_part_of_a_slices_axis():
     """4 x 2 of a row of 8 chips, and 2 x 8 of 4 x 4: jax refuses to split an axis of the slice unless it is told to."""
-    for name, sizes in (("v5e:2x4", (1, 2, 2, 2)), ("v5e:4x4", (1, 1, 2, 8))):
+    for name, sizes in (("v5e:2x4", (2, 2, 2)), ("v5e:4x4", (1, 2, 8))):
         topology = parse_topology(name)
         with mock.patch.dict(os.environ):
             set_environment(topology)

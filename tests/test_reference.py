@@ -131,7 +131,7 @@ def test_what_cannot_be_is_one_line(models, fields, says):
 def test_the_planner_counts_it_and_the_average(models):
     shapes = shapes_of(config_of(models, "other"))
     student, teacher, base = shapes["student"], shapes["teacher"], base_of(shapes)
-    sizes = dict.fromkeys(("grid", "data", "fsdp", "tensor"), 1)
+    sizes = dict.fromkeys(("data", "fsdp", "tensor"), 1)
     load, layout = Load(2, 2, 64, 16), Layout(sizes, 2, "none", frozen="float32")
     plain = memory_estimate(student, teacher, load, layout)
     ours = memory_estimate(student, teacher, load, layout._replace(average=True), base)

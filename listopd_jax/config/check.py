@@ -348,11 +348,6 @@ def _validate_trackers(track: ml_collections.ConfigDict) -> None:
 
 def _validate_parallel(parallel: ml_collections.ConfigDict) -> None:
     axes = {axis: parallel[axis] for axis in ("data", "fsdp", "tensor")}
-    require(
-        parallel.grid == 1,
-        f"parallel.grid={parallel.grid}: the main job trains one (lambda, seed) at a time, set it to 1; launch/ runs "
-        "many side by side",
-    )
     for axis, size in axes.items():
         require(size == -1 or size > 0, f"parallel.{axis}={size}: must be > 0, or -1 for all devices left")
     require(

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 
 from absl import flags
 
-from listopd_jax.config.fields import RENAMED, defaults, flatten
+from listopd_jax.config.fields import REMOVED, RENAMED, defaults, flatten
 from listopd_jax.errors import UserError, did_you_mean, one_line
 
 
@@ -45,9 +45,11 @@ def unknown_field(argv: Sequence[str], e: Exception) -> str:
     names = [a.split("=")[0] for a in argv if a.startswith("--config.")]
     wrong = (re.search(r'(?:Key "|\b)(\w+)', message) or [""])[1]
     where = next((n for n in names if n.rsplit(".", 1)[-1] == wrong), "--config")
-    for old, new in RENAMED.items():
+    answers = {old: f"{old} is {new} now" for old, new in RENAMED.items()}
+    answers |= {old: f"{old} is gone, leave it out: {why}" for old, why in REMOVED.items()}
+    for old, answer in answers.items():
         if where == f"--config.{old}" or (where == "--config" and old.endswith(f".{wrong}")):
-            return f"{where}: {old} is {new} now"
+            return f"{where}: {answer}"
     near = re.search(r'Did you mean \\?"([^"\\]+)', message)
     hint = f"did you mean {near[1]}? " if near else ""
     return f"{where}: there is no such field; {hint}listopd_jax/config/fields.py has them all"

@@ -33,6 +33,9 @@ RENAMED = {
         for rate in ("truncation_rate", "duplicate_rate")
     },
 }  # fields that had another name before
+REMOVED = {
+    "parallel.grid": "the main job trains one (lambda, seed) at a time, launch/ runs many side by side",
+}  # fields that are gone, and what holds without them
 
 
 def _section(**fields: Any) -> ml_collections.ConfigDict:
@@ -222,7 +225,6 @@ def _opd() -> ml_collections.ConfigDict:
 
 def _parallel() -> ml_collections.ConfigDict:
     return _section(
-        grid=1,  # points of (λ, seed) trained at once: 1, the main job trains them one after another
         data=-1,  # devices among which rows are split, weights copied; -1: all that are left
         fsdp=1,  # devices among which rows and weights are split
         tensor=1,  # devices among which heads, MLP units and vocabulary are split

@@ -10,7 +10,7 @@ from typing import Any
 import ml_collections
 
 from listopd_jax.config.check import validate
-from listopd_jax.config.fields import RENAMED, defaults, flatten
+from listopd_jax.config.fields import REMOVED, RENAMED, defaults, flatten
 from listopd_jax.errors import UserError, one_line, require
 from listopd_jax.files import json_sha256
 
@@ -23,10 +23,13 @@ def to_json(config: ml_collections.ConfigDict | ml_collections.FrozenConfigDict)
 def from_json(saved: dict[str, Any]) -> ml_collections.FrozenConfigDict:
     """The checked config whose `to_json` is `saved`; a field that an older one lacks has its default.
 
-    UserError for a field that does not exist, or a value that is none of its.
+    What an older one has of REMOVED is left out. UserError for a field that does not exist, or a value that is none of
+    its.
     """
     config, known = defaults(), dict(flatten(defaults().to_dict()))
     for field, value in flatten(saved):
+        if field in REMOVED:
+            continue
         require(field not in RENAMED, f"{field} is {RENAMED.get(field)} now; rename it in the saved config")
         require(field in known, f"{field}: there is no such field in this version")
         require(value is not None, f"{field}=None: must have a value")

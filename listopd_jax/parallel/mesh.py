@@ -1,8 +1,8 @@
-"""The mesh: how many devices lie along each of its four axes.
+"""The mesh: how many devices each of its three axes has.
 
-grid: independent (λ, seed) points, each with a student of its own. data: rows of the batch, weights copied. fsdp: rows
-of the batch too, weights split and gathered layer by layer. tensor: heads, MLP units and vocabulary. The order is that
-of the traffic, so that the chattiest axis is of neighbouring devices. What is split along which axis: rules.py.
+data: rows of the batch, weights copied. fsdp: rows of the batch too, weights split and gathered layer by layer. tensor:
+heads, MLP units and vocabulary. The order is that of the traffic, so that the chattiest axis is of neighbouring
+devices. What is split along which axis: rules.py.
 """
 
 import contextlib
@@ -16,7 +16,7 @@ from jax.sharding import AxisType, Mesh
 
 from listopd_jax.errors import UserError
 
-AXES = ("grid", "data", "fsdp", "tensor")
+AXES = ("data", "fsdp", "tensor")
 
 
 def mesh_sizes(parallel: Mapping[str, int], devices: int) -> dict[str, int]:
@@ -46,8 +46,8 @@ def make_mesh(sizes: Mapping[str, int], devices: Sequence[Any] | None = None) ->
     """
     devices = jax.devices() if devices is None else devices
     shape = [sizes[axis] for axis in AXES]
-    grid = mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
-    return Mesh(grid, AXES, axis_types=(AxisType.Auto,) * len(AXES))
+    placed = mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
+    return Mesh(placed, AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
 
 def configured_mesh(parallel: Mapping[str, int]) -> Mesh | None:

@@ -24,7 +24,6 @@ from jaxtyping import Array, Shaped
 from listopd_jax.rounding import round_up
 
 RULES: dict[str, tuple[str, ...]] = {
-    "grid": ("grid",),
     "batch": ("data", "fsdp"),  # also rows × positions, flat, rows first
     "embed": ("fsdp",),  # the model's width, in weights
     "heads": ("tensor",),
@@ -196,9 +195,12 @@ def decoding_copy(params: Any) -> Any:
 
 
 def place_state(tree: Any) -> Any:
-    """Parameters or a train state, moved to where they are stored; untouched without a mesh."""
+    """Parameters or a train state, moved to where they are stored: split by the mesh, or on the one device.
+
+    All arrays are committed there. A step's results are, and jax compiles a program again for arguments that are not.
+    """
     shardings = param_shardings(tree)
-    return tree if shardings is None else jax.device_put(tree, shardings)
+    return jax.device_put(tree, jax.devices()[0] if shardings is None else shardings)
 
 
 def param_sharding(path: Sequence[str], x: Any, mesh: Mesh) -> NamedSharding:
@@ -209,7 +211,7 @@ def param_sharding(path: Sequence[str], x: Any, mesh: Mesh) -> NamedSharding:
 def state_shardings(tree: Any, mesh: Mesh) -> Any:
     """NamedShardings of parameters, gradients, optimizer state or a TrainState, found by parameter name.
 
-    An axis in front of those that PARAMS names is `grid`; what is not a parameter (a step count) is replicated.
+    What is not a parameter (a step count) is replicated.
     """
 
     def sharding(path, x):
@@ -228,12 +230,11 @@ def rollout_shardings(params: Any, mesh: Mesh) -> Any:
     return jax.tree_util.tree_map_with_path(sharding, params)
 
 
-def batch_shardings(tree: Any, mesh: Mesh, grid: bool = False) -> Any:
-    """NamedShardings of arrays with leading rows [B, …] ([G, B, …] if `grid`): rows over `data` and `fsdp`."""
-    lead = ("grid", "batch") if grid else ("batch",)
+def batch_shardings(tree: Any, mesh: Mesh) -> Any:
+    """NamedShardings of arrays with leading rows [B, …]: rows over `data` and `fsdp`."""
 
     def sharding(x):
-        axes = (*lead, *[None] * (len(x.shape) - len(lead)))
+        axes = ("batch", *[None] * (len(x.shape) - 1))
         return NamedSharding(mesh, spec(axes, x.shape, mesh))
 
     return jax.tree.map(sharding, tree)
@@ -259,5 +260,4 @@ def _axes(keys: Sequence[Any], x: Any) -> tuple[str | None, ...]:
     name = next((key for key in reversed(keys) if key in PARAMS), None)
     if name is None:
         return (None,) * len(x.shape)
-    axes = ("layers", *PARAMS[name]) if "layers" in keys else PARAMS[name]
-    return ("grid",) * (len(x.shape) - len(axes)) + axes
+    return ("layers", *PARAMS[name]) if "layers" in keys else PARAMS[name]

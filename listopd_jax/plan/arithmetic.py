@@ -14,7 +14,7 @@ from listopd_jax.models.config import Lora, ModelConfig, lora_params, num_params
 from listopd_jax.plan.chips import Topology
 
 WIDTHS = {"float32": 4, "bfloat16": 2, "int8": 1}
-AXES = ("grid", "data", "fsdp", "tensor")
+AXES = ("data", "fsdp", "tensor")
 F32 = 4
 PERSISTENT = ("parameters", "optimizer", "average", "teacher", "base")
 

@@ -253,9 +253,9 @@ def _gib(sizes: Mapping[str, float]) -> dict[str, float]:
 
 
 def candidates(config: Any, topology: Topology) -> Iterator[ml_collections.ConfigDict]:
-    """Configs like `config` with every mesh (its grid kept), microbatch and remat policy that divides what it must."""
-    batch, grid = config.opd.batch_size, max(1, config.parallel.grid)
-    for sizes in _meshes(topology.devices, grid):
+    """Configs like `config` with every mesh, microbatch and remat policy that divides what it must."""
+    batch = config.opd.batch_size
+    for sizes in _meshes(topology.devices):
         for microbatch in (m for m in range(1, batch + 1) if batch % m == 0):
             for remat in REMATS:
                 changed = ml_collections.ConfigDict(copy.deepcopy(config.to_dict()))
@@ -272,13 +272,10 @@ def candidates(config: Any, topology: Topology) -> Iterator[ml_collections.Confi
                     yield changed
 
 
-def _meshes(devices: int, grid: int) -> Iterator[dict[str, int]]:
-    if devices % grid:
-        raise UserError(f"parallel.grid={grid} does not divide {devices} devices")
-    rest = devices // grid
-    for fsdp in (n for n in range(1, rest + 1) if rest % n == 0):
-        for tensor in (n for n in range(1, rest // fsdp + 1) if (rest // fsdp) % n == 0):
-            yield {"grid": grid, "data": rest // fsdp // tensor, "fsdp": fsdp, "tensor": tensor}
+def _meshes(devices: int) -> Iterator[dict[str, int]]:
+    for fsdp in (n for n in range(1, devices + 1) if devices % n == 0):
+        for tensor in (n for n in range(1, devices // fsdp + 1) if (devices // fsdp) % n == 0):
+            yield {"data": devices // fsdp // tensor, "fsdp": fsdp, "tensor": tensor}
 
 
 def search(config: Any, topology: Topology, load: Load, compiles: int) -> dict[str, Any]:

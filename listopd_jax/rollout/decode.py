@@ -417,25 +417,3 @@ def generate(
             shape, (shared, state) = smaller, shrink(shared, state, smaller)
         if (needed := length + drafts) > state.caches[0].capacity:
             state = grow(state, min(s for s in sizes if s >= needed))
-
-
-@functools.partial(jax.jit, static_argnames=("graphdef", "max_tokens", "vocab", "eos", "pad", "greedy"))
-def generate_grid(
-    graphdef: nnx.GraphDef,
-    params: Any,
-    weights: Float[Array, "1 n"],
-    prompts: Int[Array, "G B P"],
-    prompt_lengths: Int[Array, "G B"],
-    keys: Array,
-    **options: Any,
-) -> Rollout:
-    """`decode` for G students at once, each with its own prompts and key: Rollout of [G, B, n, …].
-
-    Every leaf of `params` has the leading axis G, split along the mesh's `grid`. A student whose rows have all ended
-    waits for the others.
-    """
-
-    def one(params, prompts, lengths, key):
-        return decode((graphdef,), (params,), weights, prompts, lengths, key, **options)
-
-    return jax.vmap(one, spmd_axis_name="grid")(params, prompts, prompt_lengths, keys)

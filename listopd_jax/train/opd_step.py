@@ -53,16 +53,14 @@ def make_opd_step(
     vocab: int,
     chunk: int,
     microbatch: int = 0,
-    grid: bool = False,
     pallas: bool = False,
     grammar: Grammar | None = None,
 ) -> Callable:
     """A jitted step(state, frozen, batch: OpdBatch, hyper: Hyper, lr) → (state, metrics, per_token).
 
     `graphs` are the static halves of the models, `frozen` the parameters of teachers and base. A student with an
-    adapter (of `lora`) has in its state the adapter alone; the rest of it are the arrays of the base. With `grid`, a
-    step of G independent students (λ, seeds) in one program: everything but `frozen`, which they share, has a leading
-    axis G, split along the mesh's `grid`. `pallas`, `grammar`: see `opd_loss`.
+    adapter (of `lora`) has in its state the adapter alone; the rest of it are the arrays of the base. `pallas`,
+    `grammar`: see `opd_loss`.
 
     metrics: scalars over completion tokens (loss, advantage_mean, log_ratio_variance, guarded_fraction, ratio_max,
     clip_fraction, reverse_kl, entropy, sampler_trainer_gap, grad_norm). per_token: float32 arrays [B, n, T] of
@@ -90,8 +88,6 @@ def make_opd_step(
         metrics = {"loss": loss, "grad_norm": optax.tree.norm(grads), **summarize(per_token, mask, hyper)}
         return apply_gradients(state, grads, lr, tx), metrics, per_token
 
-    if grid:
-        step = jax.vmap(step, in_axes=(0, None, 0, 0, 0), spmd_axis_name="grid")
     # Parameters and moments are updated in place.
     return jax.jit(step, donate_argnums=0, compiler_options=backend_options(UPDATE))
 
