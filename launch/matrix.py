@@ -2,7 +2,7 @@
 
 Run the paper's experiments (configs/paper) at tiny scale, one ablation after another, and write what EC saw beside
 what we saw. Teacher and base are trained once and shared. What is done is left alone; Ctrl-C and SIGTERM let the run
-save and stop, and the same command resumes. The table is written anew after each call, also of what is done by then.
+save and stop, and the same command resumes. The table is rewritten after each call, with what is done by then.
 Experiments on real reviews run where their file is given.
 
 Exit code 0: all done; 1: some failed; 2: a mistake to fix; 130 or 143: stopped.

@@ -6,7 +6,7 @@ script that mounts the folder of --root and changes into a checkout of this repo
 its part of the point. When a point ends, well or not, its resource is deleted and costs nothing more.
 
 First --stage=common; when it is done, --stage=points. With --run a resource that waits or works is left alone, and
-one that was pre-empted, or failed, is made anew and resumes from the last checkpoint.
+one that was pre-empted, or failed, is made again and resumes from the last checkpoint.
 """
 
 import argparse
@@ -119,7 +119,7 @@ def start(resource: str, create: Sequence[str], args: argparse.Namespace) -> str
     if described.returncode == 0:
         _checked(_delete_command(resource, args))
     _checked(create)
-    return "asked for anew" if state else "asked for"
+    return "requested again" if state else "requested"
 
 
 def _checked(command: Sequence[str]) -> None:

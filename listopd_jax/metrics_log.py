@@ -31,7 +31,7 @@ class MetricsLog:
       run: unique name of the run, e.g. "opd_lambda1.2_seed0"; also its folder under `workdir`/tensorboard.
       stage: e.g. "opd".
       fixed: what identifies the run in every row, e.g. {"lambda": 1.2, "seed": 0}.
-      resume_step: updates completed before this start; 0 starts the run anew. Rows count steps from 1.
+      resume_step: updates completed before this start; 0 starts the run over. Rows count steps from 1.
       tracking: trackers that get the rows too.
 
     Raises UserError if the log is broken before its last line, or cannot be written.

@@ -261,10 +261,10 @@ def test_resources_are_asked_for_once_and_anew_after_pre_emption(grid, tmp_path,
     assert {"--accelerator-type=v5litepod-256", "--runtime-version=v2-alpha-tpuv5-lite", "--spot"} <= set(
         create
     )
-    assert tpu_vm.start("listopd-x", create, args) == "asked for"
+    assert tpu_vm.start("listopd-x", create, args) == "requested"
     assert tpu_vm.start("listopd-x", create, args) == "left alone, WAITING_FOR_RESOURCES"
     (gcloud / "listopd-x").write_text("SUSPENDED")
-    assert tpu_vm.start("listopd-x", create, args) == "asked for anew"
+    assert tpu_vm.start("listopd-x", create, args) == "requested again"
     verbs = [line.split()[0] for line in (gcloud / "calls").read_text().splitlines()]
     assert verbs == ["describe", "create", "describe", "describe", "delete", "create"]
     (gcloud / "full").touch()

@@ -54,6 +54,7 @@ def quantize(path: tuple, param: nnx.Variable) -> nnx.Variable:
 
 
 def _rounded(weight: Float[Array, "L *s"], inputs: tuple[int, ...]) -> Quantized:
+    # Never 0, so a channel of zeros stays zero instead of NaN.
     scale = jnp.maximum(jnp.abs(weight).max(inputs, keepdims=True), jnp.finfo(jnp.float32).tiny) / 127
     return Quantized(jnp.round(weight / scale).astype(jnp.int8), scale)
 

@@ -29,6 +29,7 @@ def causal(
         past_k, past_v = (_padded(jnp.repeat(x, n, 0)) for x in past)
         mask = _visible(jnp.repeat(prompt.lengths, n), past_k.shape[1], q.shape[1])
         k, v = jnp.concatenate([past_k, k], 1), jnp.concatenate([past_v, v], 1)
+    # The scale is that of H before padding: zeros in a head change no score.
     out = jax.nn.dot_product_attention(
         q, k, v, mask=mask, scale=H**-0.5, is_causal=prompt is None, implementation=implementation
     )

@@ -57,6 +57,7 @@ def causal(
     """
     B, n, T, N, H = q.shape
     queries = round_up_to_blocks(n * T)
+    # The kernel does not scale scores, so the queries are scaled here, in float32.
     rows = _in_a_row((q.astype(jnp.float32) * H**-0.5).astype(q.dtype), queries)
     keys, values = _in_a_row(k, queries), _in_a_row(v, queries)
     slots, segments = 0, None
@@ -66,6 +67,7 @@ def causal(
         values = jnp.concatenate([_lengthened(prompt.v, slots), values], 2)
         segments = _segments(prompt.lengths, slots, queries)
     kernel = _kernel(CompletionsMask(slots, T, queries), N, interpret)
+    # One call per prompt: the mask is static and the same for all of them.
     out = jax.vmap(kernel)(rows, keys, values, segments)
     return out[:, :, : n * T].reshape(B, N, n, T, H).transpose(0, 2, 3, 1, 4)
 

@@ -37,6 +37,7 @@ def mixed_logprobs(
         mixed = sum(weights[..., i, None] * z for i, z in enumerate(logits))
     else:
         mixed = guarded(*map(jax.nn.log_softmax, logits), weights[..., 0], guard, state).target
+    # Last, since a guard compares the distributions at temperature 1.
     logits = mixed / temperature
     return jax.nn.log_softmax(logits if allowed is None else jnp.where(allowed, logits, IMPOSSIBLE))
 
@@ -61,6 +62,7 @@ def categorical(keys: Array, logp: Float[Array, "*s V"]) -> Int[Array, "*s"]:
     takes about 2·√V random numbers per row where one maximum over all tokens takes V, which on a CPU cost more than a
     small model's decoding step.
     """
+    # A power of two near √V, so both stages draw about as many numbers.
     width = 1 << (logp.shape[-1] - 1).bit_length() // 2
     blocks = jnp.pad(
         logp, [(0, 0)] * (logp.ndim - 1) + [(0, -logp.shape[-1] % width)], constant_values=IMPOSSIBLE

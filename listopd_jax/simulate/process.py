@@ -43,7 +43,7 @@ class Process(NamedTuple):
 
 
 class Recipe(NamedTuple):
-    """How to train. Static: a new value compiles anew."""
+    """How to train. Static: a new value compiles again."""
 
     variant: Variant = Variant()
     lists: int = 4  # rollouts of each prompt and step

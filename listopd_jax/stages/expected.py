@@ -44,6 +44,7 @@ def forced_answers(scores: Float[np.ndarray, "N K"], codec: Codec) -> Forced:
     """The answers to lists of true `scores`."""
     ids = lambda row: codec.tokenizer.encode(render_answer(row), add_special_tokens=False)  # noqa: E731
     rows = [list(map(int, row)) for row in scores]
+    # With 1 and with 7 at the same place: where the two encodings differ is the token of the score.
     changed = [[[*r[:i], s, *r[i + 1 :]] for i in range(len(r)) for s in (1, 7)] for r in rows]
     encoded = [[ids(r) for r in row] for row in changed]
     ones = [row[::2] for row in encoded]

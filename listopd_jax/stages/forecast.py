@@ -72,6 +72,7 @@ def target_answers(
 
 def target_of(job: Job, frozen: Frozen, role: str, lambdas: Sequence[float]) -> tuple:
     """Static halves, parameters and weights [2, n] of the targets of a teacher at n λ."""
+    # A column of weights per λ: the teacher counts λ, the base 1 − λ.
     lam, params = jnp.array(lambdas), dict(zip(teacher_roles(job.models), frozen.teachers, strict=True))
     graphs = job.graphs[role], base_of(job.graphs)
     return graphs, (params[role], frozen.base), jnp.stack([lam, 1 - lam])

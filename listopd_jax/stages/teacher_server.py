@@ -74,6 +74,7 @@ class TeacherServer:
         sequences = [[*prompt, *completion] for prompt, completion in pairs]
         body = {"prompt": sequences, "max_tokens": 1, "temperature": 0, "prompt_logprobs": 1}
         rows = self.ask("/v1/completions", functools.partial(_token_logprobs, sequences), body)
+        # The server scores prompt and completion as one prompt; only the completion is asked for.
         return [row[len(prompt) :] for row, (prompt, _) in zip(rows, pairs, strict=True)]
 
     def ask(self, path: str, read: Callable[[Any], Any], body: Mapping[str, Any] | None = None) -> Any:

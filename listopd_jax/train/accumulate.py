@@ -21,6 +21,7 @@ def accumulated_grad(loss_of: Callable, params: Any, batch: Any, microbatch: int
     if microbatch in (0, rows):  # a loop of one turn would still copy what it carries
         (loss, aux), grads = jax.value_and_grad(loss_of, has_aux=True)(params, batch)
         return loss, constrain_state(to_float32(grads)), aux
+    # `to_chunks` takes so many rows of every device, `microbatch` is of all devices.
     parts = jax.tree.map(lambda x: to_chunks(x, microbatch // row_multiple()), batch)
     grad = jax.value_and_grad(loss_of, has_aux=True)
 
@@ -28,6 +29,7 @@ def accumulated_grad(loss_of: Callable, params: Any, batch: Any, microbatch: int
         (loss, aux), grads = grad(params, part)
         return tree_add(total, (loss, constrain_state(grads))), aux
 
+    # Summed in float32 whatever the parameters are: bfloat16 would lose the smaller terms.
     zero = (jnp.float32(0), constrain_state(jax.tree.map(jnp.zeros_like, to_float32(params))))
     (loss, grads), aux = jax.lax.scan(one, zero, parts)
     return loss, grads, jax.tree.map(lambda x: from_chunks(x, rows), aux)

@@ -188,7 +188,7 @@ class Checkpoints:
         return found
 
     def _put_aside(self) -> None:
-        """Rename the folder, so that the run can start anew and nothing is lost."""
+        """Rename the folder, so that the run can start over and nothing is lost."""
         aside = self._folder.with_name(self._folder.name + ".damaged")
         _warn(f"{self._folder}: no checkpoint is intact; moved to {aside.name}, the run starts over")
         with self._reported():

@@ -86,7 +86,7 @@ class Watch:
         return log | {"collapsed": float(bool(why))}
 
     def _act(self, step: int, why: str) -> None:
-        """What comes next is compared with itself: the window starts anew."""
+        """What comes next is compared with itself: the window starts over."""
         self.collapses.append(step)
         self._recent, self._best = [], None
         if self._action == "lower_lambda":

@@ -70,6 +70,7 @@ def make_fixed_text(
         hidden = completion_hidden(decoder, batch.prompts, batch.prompt_lengths, tokens)
         mask = completion_mask(batch.rollout.lengths, tokens.shape[-1])
         weights, head = token_weights(mask.astype(jnp.float32), variant.aggregate), decoder.head_weight()
+        # A draw is not differentiated: the gradient is that of the loss at the tokens drawn.
         rollout = redrawn(batch.rollout, *jax.lax.stop_gradient((hidden, head)), at.keys)
         return loss_at_states(
             texts.hiddens._replace(student=hidden), heads._replace(student=head), rollout,
@@ -78,6 +79,7 @@ def make_fixed_text(
 
     def trained(params, base, heads: Models, texts: Texts, schedule: Schedule) -> Any:
         def step(state: TrainState, at: Schedule):
+            # Of texts and states alike: those of the frozen models were computed once and are only looked up.
             own = jax.tree.map(lambda x: x[at.lists], texts)
             grads = jax.grad(loss)(state.params, base, heads, own, at)
             return apply_gradients(state, grads, at.lr, tx), None

@@ -67,6 +67,7 @@ def _read_param(path: tuple, param: nnx.Variable, config: ModelConfig, tensors: 
     for row, stored in zip(buffer if path[0] == "layers" else buffer[None], rows, strict=True):
         tensor = stored.read()
         with np.errstate(over="ignore"):  # an overflow becomes an infinity, which is reported next
+            # Norms, biases and embeddings have our layout already; projections are stored [outputs, inputs].
             if path[-1] in PROJECTIONS:
                 _copy_transposed(row, tensor)
             else:
