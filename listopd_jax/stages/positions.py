@@ -124,7 +124,7 @@ def along(
         mask, written, mode = inside[:, i], answers[:, i], modes[:, i]
         classes = _classes(codec, written, mode, lengths[:, i])
         rows = np.broadcast_to(index[:, i, None], mask.shape)
-        # From here on NumPy in float64: nothing below runs on a device.
+        # float64 on the host: thresholds are differences of nearly equal numbers.
         columns = *(x[:, i].astype(np.float64) for x in numbers), classes, rows, mode, written
         found.append(Positions(*(x[mask] for x in columns)))
     return found
