@@ -10,7 +10,7 @@ import sys
 import numpy as np
 import pytest
 
-from benchmarks import opd_step, peers, shared
+from benchmarks import grid, opd_step, peers, shared
 from benchmarks.confirmed import confirmed
 from benchmarks.models import write_models
 from benchmarks.presets import PRESETS, cpu, paper
@@ -22,6 +22,8 @@ from listopd_jax.errors import exit_code
 from listopd_jax.plan.arithmetic import Layout, Load
 from listopd_jax.plan.chips import CHIPS, Topology
 from listopd_jax.plan.search import shapes_of
+from listopd_jax.stages.job import job_on_mesh
+from listopd_jax.stages.pipeline import distillation, frozen_models
 
 ROOT = pathlib.Path(__file__).parents[1]
 TINY = Shape(
@@ -59,6 +61,8 @@ needs_torch = pytest.mark.skipif(
         (peers.main, ["--peers=ours,tunix"], "--tunix-python"),
         (shared.main, ["--tokens=700"], "--tokens=700: give tokens"),
         (shared.main, ["--layers=4,x"], "--layers=4,x: give layers"),
+        (grid.main, ["--workdir=x", "--points=2,x"], "--points=2,x: give numbers of points"),
+        (grid.main, ["--workdir=x", "--steps=2"], "--steps=2: give at least 3"),
         (opd_step.main, ["--preset=cpu", "--trace=/proc/x"], "--trace=/proc/x: cannot be written"),
         (opd_step.main, ["--preset=tpu", "--steps=3"], "compiles only"),
         (peers.main, ["--peers=ours,tunix", "--tunix-python=."], "--tunix-python"),
@@ -182,6 +186,15 @@ def test_shared_and_unshared_do_the_same_work():
     configs = shared.configurations(TINY)
     assert configs["unshared"].opd.batch_size == 4 and configs["unshared"].opd.rollouts == 1
     assert shared.configurations(dataclasses.replace(TINY, completions=1))["shared"].opd.microbatch == 1
+
+
+@pytest.mark.slow
+def test_points_in_one_program_are_the_points_one_after_another(tmp_path):
+    """Four λ of one seed and a fifth point of another, after three updates from equal completions."""
+    with job_on_mesh(grid.config_of(small=True), tmp_path) as job:
+        result = grid.compare(job, distillation(job, frozen_models(job), None), 5, steps=grid.COMPARED)
+    assert result["max_abs_difference"] < 1e-4
+    assert len(grid.render([result]).splitlines()) == 2 + len(grid.STAGES) + 1
 
 
 @pytest.fixture(scope="module")
