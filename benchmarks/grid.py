@@ -34,9 +34,10 @@ from listopd_jax.main import set_up
 from listopd_jax.parallel.compiler import ROLLOUT, UPDATE, backend_options
 from listopd_jax.report import wording
 from listopd_jax.rollout.decode import Rollout, decode
-from listopd_jax.stages.job import Job, job_on_mesh
+from listopd_jax.stages.job import Job
 from listopd_jax.stages.opd import Distillation, hyper_at, initial_state, sample
 from listopd_jax.stages.pipeline import distillation, frozen_models
+from listopd_jax.stages.prepare import job_on_mesh
 from listopd_jax.train.opd_step import OpdBatch
 
 COMPARED = 3  # updates after which the parameters are compared

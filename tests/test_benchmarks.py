@@ -10,7 +10,7 @@ import sys
 import numpy as np
 import pytest
 
-from benchmarks import grid, opd_step, peers, shared
+from benchmarks import grid, opd_step, peers, scaling, shared
 from benchmarks.confirmed import confirmed
 from benchmarks.models import write_models
 from benchmarks.presets import PRESETS, cpu, paper
@@ -22,8 +22,8 @@ from listopd_jax.errors import exit_code
 from listopd_jax.plan.arithmetic import Layout, Load
 from listopd_jax.plan.chips import CHIPS, Topology
 from listopd_jax.plan.search import shapes_of
-from listopd_jax.stages.job import job_on_mesh
 from listopd_jax.stages.pipeline import distillation, frozen_models
+from listopd_jax.stages.prepare import job_on_mesh
 
 ROOT = pathlib.Path(__file__).parents[1]
 TINY = Shape(
@@ -56,6 +56,9 @@ needs_torch = pytest.mark.skipif(
         ),
         (opd_step.main, ["--preset=paper_small", "--microbatch=3"], "opd.microbatch=3 must divide"),
         (peers.main, ["--peers=ours,jax"], "--peers=ours,jax"),
+        (scaling.main, ["--axes=vocabs"], "did you mean 'vocab'?"),
+        (scaling.main, ["--peers=ours,jax"], "--peers='jax' is unknown"),
+        (scaling.main, ["--peers=torch"], "ours is missing"),
         (peers.main, ["--peers=torch"], "give ours and others"),
         (peers.main, ["--completions=1,x"], "--completions: 'x' is not a whole number"),
         (peers.main, ["--peers=ours,tunix"], "--tunix-python"),
@@ -233,6 +236,35 @@ def test_peers_in_processes_agree_and_give_a_row_for_every_stage(models):
     assert ["ratio" in r for r in rows if r["stage"] in ("score", "gradient")] == [False, False]
     json.dumps(rows, allow_nan=False)
     assert len(peers.markdown(rows).splitlines()) == 2 + len(rows)
+
+
+def test_scaling_finds_the_slopes_of_a_known_cost(tmp_path, monkeypatch, capsys):
+    """Ours does not depend on n and grows as the square of the prompt, torch's is 2 ms per completion and token."""
+
+    def known(peers, pythons, shape, steps, folder):
+        seconds = {
+            "ours": shape.prompt_tokens**2 * 1e-6,
+            "torch": shape.completions * shape.prompt_tokens * 2e-3,
+        }
+        turns = {peer: [{"step": seconds[peer]}] * steps for peer in peers}
+        return {"turns": turns, "memory": {peer: {"peak_bytes": 0, "start_up_bytes": 0} for peer in peers}}
+
+    monkeypatch.setattr(scaling, "measure", known)
+    monkeypatch.setattr("benchmarks.models.write_models", lambda shape, folder: None)
+    out, figure = tmp_path / "scaling.json", tmp_path / "scaling.png"
+    scaling.main(["--axes=completions,prompt_tokens", f"--out={out}", f"--figure={figure}"])
+    found = {
+        (r["axis"], r["peer"]): (r["exponent"], r["marginal"]) for r in json.loads(out.read_text())["slopes"]
+    }
+    assert found["completions", "ours"] == pytest.approx((0, 0), abs=1e-12)
+    assert found["completions", "torch"] == pytest.approx((1, 256 * 2e-3))
+    assert found["prompt_tokens", "ours"][0] == pytest.approx(2)
+    assert found["prompt_tokens", "torch"] == pytest.approx((1, 2e-3))
+    assert figure.read_bytes().startswith(b"\x89PNG")
+    assert (
+        "| prompt_tokens | torch | 64: 0.13, 128: 0.26, 256: 0.51, 512: 1.02 | 1.00 | 2 |"
+        in capsys.readouterr().out
+    )
 
 
 def test_losses_that_differ_end_the_comparison(tmp_path):
