@@ -173,7 +173,7 @@ def noise_of_seeds(workdir: pathlib.Path, small: bool, lam: float, seeds: int, e
             for seed in range(seeds):
                 (run,) = opd_runs(job, lam, seed)
                 train_opd(job, shared, run)
-                with open_checkpoints(job.workdir, run, opd_saving(config)) as checkpoints:
+                with open_checkpoints(job.workdir, run, opd_saving(config, job.workdir)) as checkpoints:
                     state = checkpoints.restore(abstract(initial_state(job, shared, seed))).state
                 for name, of in worth.items():
                     answers = greedy(job, "student", getattr(state, name), f"{run.name} {name}")

@@ -45,7 +45,7 @@ def _evaluate(config: Any, workdir: pathlib.Path, argv: list[str]) -> pathlib.Pa
 
 def _record_config(config: Any, workdir: pathlib.Path, argv: list[str]) -> None:
     """Save what this run is in a new workdir; in that of a run, only see that it judges by the same lists."""
-    path = workdir / "config.json"
+    path = workdir / config_module.CONFIG
     if hosts.is_main() and path.exists():
         main_module.refuse_changes(path, config, config_module.EVALUATION)
     else:

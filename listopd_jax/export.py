@@ -36,7 +36,7 @@ def export(
     if not (saved := inputs.config.get("config")):
         raise UserError(f"{workdir}: holds no config.json of a run; give the --workdir of one")
     record, config = find_policy(inputs.results, policy, steps), config_module.from_json(saved)
-    source = config, config_module.saved_digest(saved), workdir, record
+    source = config, workdir, record
     card = model_card(config, inputs, record)
     if adapter:
         save_adapter(out, *policy_adapter(*source), card=card)

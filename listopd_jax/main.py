@@ -109,15 +109,15 @@ def record_config(
     Of many hosts the first does; the others only look that the workdir is one they share.
     The grid may grow: points that are done are kept, new ones are added. Where only checkpoints from elsewhere were
     evaluated, the config need but judge by the same lists. What a later call was made with is appended
-    to the list "resumed".
+    to the list "resumed". Fields that are newer than the workdir are at their defaults, and are not recorded.
     """
     if not hosts.is_main():
-        if not (workdir / "config.json").exists():
+        if not (workdir / config_module.CONFIG).exists():
             raise UserError(
                 f"--workdir={workdir}: not seen on every host; choose a folder that all of them share"
             )
         return
-    path, now = workdir / "config.json", config_module.to_json(config)
+    path, now = workdir / config_module.CONFIG, config_module.to_json(config)
     made = description(config, argv, module)
     records = read_results(workdir / RESULTS)
     begun = (workdir / "checkpoints").exists() or any(record.stage != EVALUATE for record in records)
@@ -128,6 +128,7 @@ def record_config(
         return
     first = refuse_changes(path, config)
     again = {name: made[name] for name in ("command", "revision", "device", "versions")}
+    now = config_module.as_first_saved(now, first["config"])
     files.write_json(path, first | {"config": now, "resumed": [*first.get("resumed", []), again]})
 
 

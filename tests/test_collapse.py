@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from test_average import Numbers
 
 from configs.fashion import tiny
-from listopd_jax.config import digest, validate
+from listopd_jax.config import validate
 from listopd_jax.metrics_log import read_metrics
 from listopd_jax.records import RESULTS, Result, read_results
 from listopd_jax.report.findings import find, sentences
@@ -219,9 +219,9 @@ def test_a_run_that_collapses_stops_and_gives_its_most_useful_checkpoint(stopped
 def test_the_checkpoint_of_a_stopped_run_is_what_is_exported(stopped):
     config, workdir = stopped
     last = opd_records(workdir)[-1]
-    exported = policy_model(config, digest(config), workdir, last).params
+    exported = policy_model(config, workdir, last).params
     (workdir / "export" / last.run).rename(workdir / "export" / "aside")
-    saved = policy_model(config, digest(config), workdir, last).params
+    saved = policy_model(config, workdir, last).params
     (workdir / "export" / "aside").rename(workdir / "export" / last.run)
     for a, b in zip(*(map(np.asarray, jax.tree.leaves(x)) for x in (exported, saved)), strict=True):
         np.testing.assert_array_equal(a, b)

@@ -7,6 +7,7 @@ import pytest
 
 from configs import fashion, natural
 from listopd_jax import config as config_module
+from listopd_jax import files
 from listopd_jax.errors import UserError
 
 
@@ -134,13 +135,13 @@ def test_no_clip_is_infinity_and_survives_json():
     assert config_module.to_json(config_module.validate(config))["opd"]["clip"] == "inf"
 
 
-def test_the_digest_changes_with_any_field():
+def test_the_digest_changes_with_any_field(tmp_path):
     a, b = fashion.get_config("tiny"), fashion.get_config("tiny")
-    assert config_module.digest(a) == config_module.digest(b)
+    assert config_module.digest(a, tmp_path) == config_module.digest(b, tmp_path)
     b.attention = "xla"  # may change: a run may resume on other devices
-    assert config_module.digest(a) == config_module.digest(b)
+    assert config_module.digest(a, tmp_path) == config_module.digest(b, tmp_path)
     b.opd.lr *= 2
-    assert config_module.digest(a) != config_module.digest(b)
+    assert config_module.digest(a, tmp_path) != config_module.digest(b, tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -154,22 +155,21 @@ def test_the_digest_changes_with_any_field():
         ("on_collapse", "warn"),
     ],
 )
-def test_an_option_changed_is_another_run(field, value):
+def test_an_option_changed_is_another_run(field, value, tmp_path):
     """Of checkpoints by the digest, of a workdir by name."""
-    saved = config_module.to_json(fashion.get_config("tiny"))
-    config = fashion.get_config("tiny")
+    config, first = fashion.get_config("tiny"), fashion.get_config("tiny")
     before, config.opd[field] = config.opd[field], value
-    now = config_module.to_json(config_module.validate(config))
-    assert config_module.saved_digest(now) != config_module.saved_digest(saved)
+    saved, now = (config_module.to_json(config_module.validate(c)) for c in (first, config))
+    assert config_module.digest(config, tmp_path) != config_module.digest(first, tmp_path)
     assert config_module.changed_field(saved, now) == ("opd." + field, before, value)
 
 
-def test_the_digest_is_of_what_may_not_change_in_a_workdir():
+def test_the_digest_is_of_what_may_not_change_in_a_workdir(tmp_path):
     """The grid may grow and the devices may be others."""
     a, b = fashion.get_config("tiny"), fashion.get_config("tiny")
     b.opd.lambdas, b.opd.seeds, b.forecast.lambdas, b.parallel.fsdp = (1.0, 9.0), (3, 4), (7.0,), 4
     b.predict.update(anchors=(1.1, 1.2), only=True)
-    assert config_module.digest(a) == config_module.digest(b)
+    assert config_module.digest(a, tmp_path) == config_module.digest(b, tmp_path)
     assert "opd.lambda_warmup_steps" in config_module.fixed_fields(config_module.to_json(a))
 
 
@@ -190,12 +190,45 @@ def test_a_removed_field_is_answered_with_what_holds_without_it(flags):
     assert "parallel.grid is gone, leave it out: the main job trains one" in answer
 
 
-def test_a_saved_config_may_have_a_removed_field():
-    config = config_module.validate(config_module.defaults())
+@pytest.fixture
+def older():
+    """A config, and the same in JSON values as a version saved it that had parallel.grid, and fewer fields."""
+    config = config_module.validate(fashion.get_config("tiny"))
     saved = config_module.to_json(config)
     saved["parallel"]["grid"] = 1
+    del saved["data"]["category"], saved["opd"]["guard"]
+    return config, saved
+
+
+def test_a_saved_config_may_have_a_removed_field_and_lack_new_ones(older):
+    config, saved = older
     assert config_module.from_json(saved) == config
-    assert config_module.saved_digest(saved) == config_module.digest(config)
+
+
+def test_a_field_that_an_older_workdir_lacks_had_its_default(older, tmp_path):
+    """Its checkpoints name the digest of then, and so does what later versions keep there."""
+    config, saved = older
+    now = config_module.to_json(config)
+    assert config_module.changed_field(saved, now) is None
+    (tmp_path / "config.json").write_text(json.dumps({"config": saved}))
+    digest = config_module.digest(config, tmp_path)
+    assert digest == files.json_sha256(config_module.fixed_fields(saved))
+    kept = config_module.as_first_saved(now, saved)
+    assert "category" not in kept["data"] and "guard" not in kept["opd"]
+    assert kept | {"parallel": saved["parallel"]} == saved
+    (tmp_path / "config.json").write_text(json.dumps({"config": kept}))
+    assert config_module.digest(config, tmp_path) == digest
+
+
+def test_a_field_that_an_older_workdir_lacks_is_refused_by_name_away_from_its_default(older):
+    config, saved = older
+    now = config_module.to_json(config)
+    now["opd"]["guard"]["margin"] = 1.25
+    assert config_module.changed_field(saved, now) == ("opd.guard.margin", 0.0, 1.25)
+    saved["opd"]["budgets"] = saved["opd"].pop("eval_steps")
+    assert (
+        config_module.changed_field(saved, now)[0] == "opd.budgets"
+    )  # the name that is no more, to be renamed
 
 
 def test_no_field_can_be_added():
@@ -240,7 +273,6 @@ def test_a_config_comes_back_from_json(preset):
     config = config_module.validate(config)
     saved = json.loads(json.dumps(config_module.to_json(config)))
     assert config_module.from_json(saved).to_dict() == config.to_dict()
-    assert config_module.digest(config_module.from_json(saved)) == config_module.digest(config)
 
 
 @pytest.mark.parametrize(

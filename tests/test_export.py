@@ -164,7 +164,7 @@ def test_the_command_says_where_or_one_line(job, capsys):
 def test_a_record_never_leads_out_of_the_workdir(tmp_path, name):
     record = Result(run=name, stage="opd", lam=1.0, seed=0, steps=3)
     with pytest.raises(UserError, match="is not the name of a policy"):
-        policy_model(config_module.defaults(), "", tmp_path, record)
+        policy_model(config_module.defaults(), tmp_path, record)
 
 
 def test_another_tokenizer_than_the_runs_is_not_exported_with_its_weights(job):

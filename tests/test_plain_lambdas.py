@@ -108,7 +108,7 @@ def test_the_grid_may_grow_and_what_is_done_stays(job):
 def test_a_checkpoint_of_the_other_kind_is_not_taken_for_ones_own(job):
     run = Run("opd_lambda2.0_seed0", "opd", 2.0, 0, 2)  # plain, where a guarded one lies
     with (
-        open_checkpoints(job[0], run, opd_saving(settings())) as saved,
+        open_checkpoints(job[0], run, opd_saving(settings(), job[0])) as saved,
         pytest.raises(UserError, match="guard"),
     ):
         saved.restore({"w": jax.ShapeDtypeStruct((), np.float32)}, 2)

@@ -23,23 +23,26 @@ from listopd_jax.config.derived import (
 )
 from listopd_jax.config.fields import DTYPES, REMATS, RENAMED, TASKS, TEACHER, defaults, flatten
 from listopd_jax.config.saved import (
+    CONFIG,
     EVALUATION,
+    as_first_saved,
     changed_field,
     code_revision,
     digest,
     fixed_fields,
     from_json,
-    saved_digest,
     to_json,
 )
 
 __all__ = [
+    "CONFIG",
     "DTYPES",
     "EVALUATION",
     "REMATS",
     "RENAMED",
     "TASKS",
     "TEACHER",
+    "as_first_saved",
     "auto_preset",
     "changed_field",
     "code_revision",
@@ -59,7 +62,6 @@ __all__ = [
     "noise_shares",
     "predicts",
     "ranks_reviews",
-    "saved_digest",
     "task_name",
     "teacher_routes",
     "to_json",

@@ -1,5 +1,6 @@
 """A configuration as JSON: how a workdir keeps it, and which fields a later call may change."""
 
+import functools
 import json
 import math
 import pathlib
@@ -9,10 +10,13 @@ from typing import Any
 
 import ml_collections
 
+from listopd_jax import files
 from listopd_jax.config.check import validate
 from listopd_jax.config.fields import REMOVED, RENAMED, defaults, flatten
 from listopd_jax.errors import UserError, one_line, require
-from listopd_jax.files import json_sha256
+
+CONFIG = "config.json"
+"""In a workdir: the config of its run, and what it was made with."""
 
 
 def to_json(config: ml_collections.ConfigDict | ml_collections.FrozenConfigDict) -> dict[str, Any]:
@@ -82,21 +86,34 @@ def changed_field(
 ) -> tuple[str, Any, Any] | None:
     """(name, before, now) of the first of `fixed_fields` in which two configs in JSON values differ.
 
-    Only fields whose names begin as one of `among` count.
+    A field that `before` lacks had its default; fields of `before` that exist no more come first. Only fields whose
+    names begin as one of `among` count.
     """
-    old, new = map(fixed_fields, (before, now))
-    names = (name for name in sorted(old.keys() | new.keys()) if old.get(name) != new.get(name))
-    return next(((name, old.get(name), new.get(name)) for name in names if name.startswith(among)), None)
+    old, new = fixed_fields(to_json(defaults())) | fixed_fields(before), fixed_fields(now)
+    names = sorted(old.keys() | new.keys(), key=lambda name: (name in new, name))
+    differing = (name for name in names if old.get(name) != new.get(name) and name.startswith(among))
+    return next(((name, old.get(name), new.get(name)) for name in differing), None)
 
 
-def digest(config: ml_collections.ConfigDict | ml_collections.FrozenConfigDict) -> str:
-    """SHA-256 of the fixed fields of a config."""
-    return saved_digest(to_json(config))
+def as_first_saved(now: dict[str, Any], first: dict[str, Any]) -> dict[str, Any]:
+    """The config `now`, in JSON values, without those `fixed_fields` that the version that saved `first` did not have.
+
+    So a workdir that a later version resumes keeps the digest that its checkpoints name.
+    """
+    later = fixed_fields(now).keys() - fixed_fields(first).keys()
+    kept: dict[str, Any] = {}
+    for field, value in flatten(now):
+        *sections, name = field.split(".")
+        if field not in later:
+            functools.reduce(lambda section, name: section.setdefault(name, {}), sections, kept)[name] = value
+    return kept
 
 
-def saved_digest(saved: dict[str, Any]) -> str:
-    """`digest` of the config whose `to_json` is `saved`, in the version that saved it: fields may have come since."""
-    return json_sha256(fixed_fields(saved))
+def digest(config: ml_collections.ConfigDict | ml_collections.FrozenConfigDict, workdir: pathlib.Path) -> str:
+    """SHA-256 of the fixed fields of a config: of those that it had when the run in `workdir` began."""
+    path, now = workdir / CONFIG, to_json(config)
+    first = files.read_json(path)["config"] if path.exists() else now
+    return files.json_sha256(fixed_fields(as_first_saved(now, first)))
 
 
 def code_revision() -> str:

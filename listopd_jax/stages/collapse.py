@@ -24,7 +24,7 @@ def best_checkpoint(job: Job, shared: Distillation, run: Run) -> tuple[int, Any]
 
     Chosen on the validation lists, which flatters what they say of it a little.
     """
-    with open_checkpoints(job.workdir, run, opd_saving(job.config)) as checkpoints:
+    with open_checkpoints(job.workdir, run, opd_saving(job.config, job.workdir)) as checkpoints:
         like = abstract(initial_state(job, shared, run.seed))
         useful = {}
         for step in checkpoints.steps:

@@ -80,10 +80,8 @@ def find_policy(results: Iterable[Result], name: str, steps: str = "last") -> Re
     return choices[steps]
 
 
-def policy_model(
-    config: ml_collections.FrozenConfigDict, digest: str, workdir: pathlib.Path, record: Result
-) -> Model:
-    """The policy that `record` is of, of the run in `workdir`, whose config has the `digest` that checkpoints name.
+def policy_model(config: ml_collections.FrozenConfigDict, workdir: pathlib.Path, record: Result) -> Model:
+    """The policy that `record` is of, of the run of `config` in `workdir`.
 
     UserError if neither its export nor its checkpoint is there and whole.
     """
@@ -97,7 +95,7 @@ def policy_model(
             "restore one"
         )
     with locked(workdir):
-        return _from_checkpoint(config, digest, workdir, record)
+        return _from_checkpoint(config, workdir, record)
 
 
 def _check_name(workdir: pathlib.Path, record: Result) -> None:
@@ -125,15 +123,15 @@ def _from_export(folder: pathlib.Path) -> Model:
         ) from e
 
 
-def _from_checkpoint(config: Any, digest: str, workdir: pathlib.Path, record: Result) -> Model:
+def _from_checkpoint(config: Any, workdir: pathlib.Path, record: Result) -> Model:
     tokenizer = _tokenizer(config, workdir)
     ends = completion_ends(config, tokenizer, writers_of(models_of(config)))
     codec, role = Codec(tokenizer, ends), TRAINED[record.stage]
     shape = model_config(config[role], codec.vocab)
     if lora_of(config[role]) is None:
-        return Model(shape, _trained(config, digest, workdir, record, shape), codec.tokenizer, codec.ends)
+        return Model(shape, _trained(config, workdir, record, shape), codec.tokenizer, codec.ends)
     params = initial_params(config[role], shape, config.sft[role].seed, config.dtype.frozen)
-    for lora, adapter in _adapters(config, digest, workdir, record, shape):
+    for lora, adapter in _adapters(config, workdir, record, shape):
         params = merge_adapter(cast(params, config.dtype.frozen), adapter, lora)
     return Model(shape, params, codec.tokenizer, codec.ends)
 
@@ -146,9 +144,7 @@ def _tokenizer(config: Any, workdir: pathlib.Path) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
-def policy_adapter(
-    config: ml_collections.FrozenConfigDict, digest: str, workdir: pathlib.Path, record: Result
-) -> Adapter:
+def policy_adapter(config: ml_collections.FrozenConfigDict, workdir: pathlib.Path, record: Result) -> Adapter:
     """What the policy of `record` adds to its model's published weights, as one adapter; see `policy_model`.
 
     UserError if it did not train one, or its model has no published weights.
@@ -164,7 +160,7 @@ def policy_adapter(
     tokenizer = _tokenizer(config, workdir)
     shape = model_config(model, vocab_of(tokenizer))
     with locked(workdir):
-        parts = _adapters(config, digest, workdir, record, shape)
+        parts = _adapters(config, workdir, record, shape)
     before = [load_adapter(model.adapter, shape)] if model.adapter else []
     return Adapter(
         *stack_adapters(shape, before + parts), os.path.abspath(weights_folder(model.weights)), tokenizer
@@ -172,7 +168,7 @@ def policy_adapter(
 
 
 def _adapters(
-    config: Any, digest: str, workdir: pathlib.Path, record: Result, shape: ModelConfig
+    config: Any, workdir: pathlib.Path, record: Result, shape: ModelConfig
 ) -> list[tuple[Lora, nnx.State]]:
     """The adapters that a policy was trained by, one after the other: of SFT and, for OPD, its own."""
     role, records = TRAINED[record.stage], [record]
@@ -185,17 +181,15 @@ def _adapters(
         if not checkpoint_folder(workdir, r.run).is_dir():
             raise UserError(f"{workdir}: has no checkpoints/{r.run}, which holds an adapter; restore it")
     lora = lora_of(config[role])
-    return [(lora, _trained(config, digest, workdir, r, shape)) for r in records]
+    return [(lora, _trained(config, workdir, r, shape)) for r in records]
 
 
-def _trained(
-    config: Any, digest: str, workdir: pathlib.Path, record: Result, shape: ModelConfig
-) -> nnx.State:
+def _trained(config: Any, workdir: pathlib.Path, record: Result, shape: ModelConfig) -> nnx.State:
     """What the checkpoint of a policy of `shape` has: all its parameters, or its adapter."""
     run = Run(record.run, record.stage, record.lam, record.seed, record.steps, record.guard)
-    saved = opd_saving(config) if record.stage == "opd" else saving(config)
+    saved = (opd_saving if record.stage == "opd" else saving)(config, workdir)
     folder = checkpoint_folder(workdir, record.run)
-    with Checkpoints(folder, saved.keep, run.labels | saved.identity | {"config": digest}) as checkpoints:
+    with Checkpoints(folder, saved.keep, run.labels | saved.identity) as checkpoints:
         # of a run that collapsed, the record is of its best checkpoint (stages/collapse.py)
         step = record.extra.get("checkpoint", record.steps)
         return checkpoints.params_at(step, _state_like(config, record.stage, shape))

@@ -333,7 +333,7 @@ def tracking(config: Any) -> Tracking:
     return Tracking(config.track.to, config.track.project, to_json(config) if config.track.to else {})
 
 
-def saving(config: Any, best: int | None = None, **identity: Any) -> Saving:
-    """Saving as section `train` of `config` says, of a run that `config` and `identity` make."""
-    identity["config"] = digest(config)
+def saving(config: Any, workdir: pathlib.Path, best: int | None = None, **identity: Any) -> Saving:
+    """Saving as section `train` of `config` says, of a run in `workdir` that `config` and `identity` make."""
+    identity["config"] = digest(config, workdir)
     return Saving(config.train.checkpoint_every, config.train.keep_checkpoints, best, identity)

@@ -2,6 +2,7 @@
 
 import functools
 import itertools
+import pathlib
 import sys
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
@@ -238,7 +239,7 @@ def train_opd(
         return state, metrics | count | contract | logged_completions(job, sampled, index, step + 1)
 
     initial, batches = functools.partial(initial_state, job, shared, run.seed), job.opd_batches(run.seed)
-    saving = opd_saving(config, best)
+    saving = opd_saving(config, job.workdir, best)
     result = train(job.workdir, run, initial, batches, update, saving, watch=watch, tracking=job.tracking)
     return merged_student(job, shared, result)
 
@@ -250,9 +251,9 @@ def read_by_models(job: Job, batch: Mapping[str, np.ndarray]) -> list[Any]:
     return [rows.get(name) for name in names]
 
 
-def opd_saving(config: Any, best: int | None = None) -> Saving:
-    """How the runs of section `opd` of `config` are saved; the checkpoint at step `best` is kept."""
-    return saving(config, best, lambda_warmup_steps=config.opd.lambda_warmup_steps)
+def opd_saving(config: Any, workdir: pathlib.Path, best: int | None = None) -> Saving:
+    """How the runs of section `opd` of `config` are saved in `workdir`; the checkpoint at step `best` is kept."""
+    return saving(config, workdir, best, lambda_warmup_steps=config.opd.lambda_warmup_steps)
 
 
 def sample(job: Job, params: Any, prompts, lengths, key, **constrained: Any) -> Rollout:

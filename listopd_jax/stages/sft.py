@@ -45,7 +45,7 @@ def train_sft(job: Job, role: str) -> Any:
         return sft_step(state, global_batch(batch, sft.batch_size), jnp.float32(lr), frozen)
 
     params = train(
-        job.workdir, run, lambda: init_state(start(), tx), job.sft_batches(role), update, saving(config),
-        tracking=job.tracking,
+        job.workdir, run, lambda: init_state(start(), tx), job.sft_batches(role), update,
+        saving(config, job.workdir), tracking=job.tracking,
     )  # fmt: skip
     return merge_adapter(frozen, params, lora)
