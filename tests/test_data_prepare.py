@@ -221,14 +221,33 @@ def test_another_category_is_another_data_set(tmp_path):
     [
         (
             {"category": "Topps"},
-            "data.category=Topps: no review has this category; the file has Tops, Dresses, Jackets",
+            "data.category='Topps' is unknown; did you mean 'Tops'? known: Tops, Dresses, Jackets",
         ),
-        ({"validation_category": "Shoes"}, "data.validation_category=Shoes: no review has this category"),
+        ({"validation_category": "Shoes"}, "data.validation_category='Shoes' is unknown"),
     ],
 )
 def test_a_category_that_the_file_lacks(tmp_path, fields, message):
     with pytest.raises(UserError, match=re.escape(message)):
         prepare(Data("clothing", departments(tmp_path / "a.csv"), **fields), task(), tmp_path / "data")
+
+
+def test_a_file_without_categories(tmp_path):
+    path = tmp_path / "a.csv"
+    path.write_text("Clothing ID,Review Text,Positive Feedback Count\n0,fine,1\n")
+    with pytest.raises(UserError, match="a.csv: no review has a category; leave data.category empty"):
+        prepare(Data("clothing", str(path), category="Tops"), task(), tmp_path / "data")
+
+
+def test_of_a_product_of_two_categories_only_the_held_out_reviews_are_evaluated(tmp_path):
+    path = tmp_path / "a.csv"
+    departments(path)
+    with path.open("a") as f:
+        f.writelines(f"\n6,a top sold as item 6 number {j},{j},Tops" for j in range(8))
+    prepare(Data("clothing", str(path), validation_category="Dresses"), task(), tmp_path / "data")
+    texts = {
+        side: {t for row in rows for t in row.reviews} for side, rows in everything(tmp_path / "data").items()
+    }
+    assert not any(text.startswith("a top") for text in texts["train"] | texts["validation"])
 
 
 def test_a_held_out_category_without_a_list(tmp_path):

@@ -5,7 +5,7 @@ from collections.abc import Iterable, Iterator
 from typing import Any
 
 from listopd_jax.data.reviews import Review
-from listopd_jax.errors import UserError
+from listopd_jax.errors import UserError, unknown_name
 
 FIELDS = ("category", "validation_category")
 
@@ -24,10 +24,9 @@ def of_categories(reviews: Iterable[Review], data: Any, tally: Counter) -> Itera
             tally["other_category"] += 1
     for field in FIELDS:
         if getattr(data, field) and getattr(data, field) not in seen:
-            known = ", ".join(name for name, _ in seen.most_common() if name)
-            raise UserError(
-                f"data.{field}={getattr(data, field)}: no review has this category; the file has {known}"
-            )
+            if not (known := [name for name, _ in seen.most_common() if name]):
+                raise UserError(f"data.path={data.path}: no review has a category; leave data.{field} empty")
+            raise unknown_name(f"data.{field}", getattr(data, field), known)
 
 
 def is_held_out(review: Review, data: Any) -> bool:

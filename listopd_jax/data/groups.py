@@ -57,12 +57,19 @@ def plan_lists(
     reviews = np.bincount(product[rows], minlength=len(cluster))
     lists = np.minimum(reviews, max_per_product or len(rows)) // k
     if table.held_out.any():
-        held_out = _of_category(table.held_out, product, lists, k)[product[rows]]
+        held_out = np.isin(product[rows], product[table.held_out])
+        evaluated = table.held_out[
+            rows
+        ]  # a product may have reviews of other categories, which no side takes
     else:
-        held_out = _held_out(cluster, lists, validation_share, rng, k)[product[rows]]
+        held_out = evaluated = _held_out(cluster, lists, validation_share, rng, k)[product[rows]]
 
     limit = min(max(1, round(max_lists * validation_share)), max_lists - 1) if max_lists else 0
-    validation = _lists(rows[held_out], product, k, max_per_product, limit, rng)
+    validation = _lists(rows[evaluated], product, k, max_per_product, limit, rng)
+    if not len(validation):
+        raise UserError(
+            f"data.validation_category: none of its products has {k} distinct reviews; lower task.k"
+        )
     candidates = rows[~held_out]
     leaks = np.isin(table.text[candidates], table.text[validation])
     train = _lists(candidates[~leaks], product, k, max_per_product, max_lists - limit, rng)
@@ -125,21 +132,6 @@ def _held_out(
             taken.append(c)
             room -= sizes[c]
     return np.isin(cluster, taken or [min(order, key=lambda c: sizes[c])])
-
-
-def _of_category(
-    rows: Bool[np.ndarray, " rows"],
-    product: Int[np.ndarray, " rows"],
-    lists: Int[np.ndarray, " products"],
-    k: int,
-) -> Bool[np.ndarray, " products"]:
-    """The products of the `rows` that are held out; texts that the other side has too are left out there as ever."""
-    held_out = np.isin(np.arange(len(lists)), product[rows])
-    if not lists[held_out].any():
-        raise UserError(
-            f"data.validation_category: none of its products has {k} distinct reviews; lower task.k"
-        )
-    return held_out
 
 
 def _lists(
