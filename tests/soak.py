@@ -116,8 +116,10 @@ def full_disk(place: Place, job: subprocess.Popen) -> Iterator[subprocess.Popen]
 @contextlib.contextmanager
 def read_only(place: Place, job: subprocess.Popen) -> Iterator[subprocess.Popen]:
     """No folder of the workdir takes a new file, or gives one up."""
-    folders = [str(p) for p in (place.workdir, *place.workdir.rglob("*")) if p.is_dir()]
-    subprocess.run(["chattr", "+i", *folders], check=False)
+    until(place.workdir.exists, job)
+    subprocess.run(["chattr", "+i", place.workdir], check=True)  # tmpfs knows this since Linux 6.6
+    folders = [place.workdir, *(p for p in place.workdir.rglob("*") if p.is_dir())]
+    subprocess.run(["chattr", "+i", *folders], check=False)  # temporary ones may be gone by now
     yield job
     subprocess.run(["chattr", "-i", *folders], check=False)
 
@@ -140,13 +142,23 @@ def damaged_checkpoint(place: Place, job: subprocess.Popen) -> Iterator[subproce
 
 @contextlib.contextmanager
 def other_input(place: Place, job: subprocess.Popen) -> Iterator[subprocess.Popen]:
-    """kill -9, and the reviews are others when the command is given again."""
+    """kill -9, and the reviews are others when the command is given again.
+
+    Not before a model was made from them: until then they may change.
+    """
+    until((place.workdir / "checkpoints").exists, job)
     job.send_signal(signal.SIGKILL)
     job.wait()
     before = place.reviews.read_text()
     place.reviews.write_text(before.replace("review 3 of", "review three of"))
     yield place.start(place.workdir)
     place.reviews.write_text(before)
+
+
+def until(happened: Callable[[], bool], job: subprocess.Popen) -> None:
+    """Wait for it while `job` lives."""
+    while not happened() and job.poll() is None:
+        time.sleep(0.05)
 
 
 FAULTS: dict[str, tuple[Callable, tuple[int, ...], str]] = {
@@ -160,14 +172,18 @@ FAULTS: dict[str, tuple[Callable, tuple[int, ...], str]] = {
 """What is done, the exit codes that answer it, and what the last line then has in it, unless a signal ended the job."""
 
 
-def disturb(place: Place, kind: str, rng: random.Random, span: float) -> Fault:
-    """Start the job, let the fault of `kind` happen within `span` seconds, and see how the job ends."""
+def disturb(place: Place, kind: str, rng: random.Random, span: float) -> Fault | None:
+    """Start the job, let the fault of `kind` happen within `span` seconds, and see how the job ends.
+
+    None if it came to its end before; RuntimeError if that was no good one.
+    """
     cause, codes, says = FAULTS[kind]
     job, moment = place.start(place.workdir), rng.uniform(0, span)
     with contextlib.suppress(subprocess.TimeoutExpired):
         job.wait(moment)
     if job.returncode is not None:  # it came to its end before
-        return Fault(kind, -1.0, job.returncode, "", job.returncode == 0)
+        _ended_well(place, place.workdir, job)
+        return None
     with cause(place, job) as seen:
         lines = place.last_words(seen)
     code, last = seen.returncode, lines[-1] if lines else ""
@@ -197,6 +213,10 @@ def to_the_end(place: Place, workdir: pathlib.Path) -> None:
     """Run the job without a fault; RuntimeError, with its last words, if it does not end well."""
     job = place.start(workdir)
     job.wait()
+    _ended_well(place, workdir, job)
+
+
+def _ended_well(place: Place, workdir: pathlib.Path, job: subprocess.Popen) -> None:
     if job.returncode or not finished(workdir):
         raise RuntimeError(f"exit code {job.returncode}: {place.said.read_text()[-2000:]}")
 
@@ -213,7 +233,7 @@ def soak(place: Place, wanted: int, seed: int) -> tuple[list[Fault], int]:
     while waiting or place.workdir.exists():
         if waiting:
             fault = disturb(place, waiting[0], rng, span)
-            if fault.after_s >= 0:
+            if fault is not None:
                 faults.append(fault)
                 waiting.pop(0)
                 print(json.dumps(dataclasses.asdict(fault), ensure_ascii=False), flush=True)
