@@ -53,6 +53,9 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     for flag, known in (("peers", set(CANNOT) - {"tunix"}), ("axes", set(AXES))):
         for name in set(getattr(args, flag)) - known:
             raise unknown_name(f"--{flag}", name, sorted(known))
+    for flag, names in (("peers", args.peers), ("axes", args.axes)):
+        if len(set(names)) < len(names):
+            raise UserError(f"--{flag}={','.join(names)}: give each once")
     if "ours" not in args.peers:
         raise UserError(f"--peers={','.join(args.peers)}: ours is missing; the others are compared with it")
     return args
@@ -117,6 +120,7 @@ def draw(rows: Sequence[Mapping[str, Any]], path: pathlib.Path) -> None:
         panel.set_xlabel(axis)
     panels[0].set_ylabel("seconds per step")
     panels[0].legend()
+    path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=120)
 
 

@@ -52,6 +52,7 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--clothing", default="", help="data.path of the experiments on real reviews")
     args = parser.parse_args(argv)
     chosen = select(args.only)
+    _check_clothing(args.clothing, chosen if args.only else {})
     code = run(args.root, chosen, args.clothing)
     files.write_text(args.out, page(args.root, chosen))
     print(args.out)
@@ -68,6 +69,17 @@ def select(only: str = "") -> dict[str, Experiment]:
     return {name: importlib.import_module(f"configs.paper.{name}").EXPERIMENT for name in asked}
 
 
+def _check_clothing(clothing: str, asked: Mapping[str, Experiment]) -> None:
+    """UserError if the file of real reviews is missing, or is not given though an experiment of `asked` needs it."""
+    if clothing and not pathlib.Path(clothing).is_file():
+        raise UserError(f"--clothing={clothing}: no such file")
+    needing = [name for name, experiment in asked.items() if experiment.on_clothing]
+    if needing and not clothing:
+        raise UserError(
+            f"--clothing=FILE is missing: {', '.join(needing)} is about real reviews (docs/data.md)"
+        )
+
+
 def run(
     root: pathlib.Path,
     chosen: Mapping[str, Experiment],
@@ -77,7 +89,7 @@ def run(
     """Train the models, then every ablation; the exit code of `launch.local`, 1 too if a job stopped before its end."""
     chosen = {name: e for name, e in chosen.items() if clothing or not e.on_clothing}
     logs = root / "logs"
-    if not done(root, MODELS):
+    if not done(root, MODELS) and not all(e.on_clothing for e in chosen.values()):
         code = run_all({MODELS: [sys.executable, *program, *_models_arguments(root)]}, 1, logs)
         if code or not done(root, MODELS):
             return code or 1

@@ -59,6 +59,7 @@ needs_torch = pytest.mark.skipif(
         (scaling.main, ["--axes=vocabs"], "did you mean 'vocab'?"),
         (scaling.main, ["--peers=ours,jax"], "--peers='jax' is unknown"),
         (scaling.main, ["--peers=torch"], "ours is missing"),
+        (scaling.main, ["--peers=ours,ours"], "--peers=ours,ours: give each once"),
         (peers.main, ["--peers=torch"], "give ours and others"),
         (peers.main, ["--completions=1,x"], "--completions: 'x' is not a whole number"),
         (peers.main, ["--peers=ours,tunix"], "--tunix-python"),

@@ -154,8 +154,22 @@ def test_real_reviews_are_run_where_their_file_is_given(tmp_path):
     assert matrix.run(root, chosen, "reviews.zip", program=[str(program)]) == 0
     calls = (root / "second_category" / "other" / "calls").read_text()
     assert "--config.data.path=reviews.zip" in calls and "weights" not in calls
+    assert not (root / "models").exists(), "no ablation reads them"
     config = chosen["second_category"].get_config("tiny,other")
     assert (config.data.category, config.data.validation_category) == ("Tops", "Dresses")
+
+
+@pytest.mark.parametrize(
+    ("flags", "says"),
+    [
+        (["--only=second_category"], "--clothing=FILE is missing: second_category"),
+        (["--clothing=absent.zip"], "--clothing=absent.zip: no such file"),
+    ],
+)
+def test_the_file_of_real_reviews_is_asked_for_before_anything_is_trained(tmp_path, flags, says):
+    with pytest.raises(UserError, match=says):
+        matrix.main([f"--root={tmp_path}/root", f"--out={tmp_path}/matrix.md", *flags])
+    assert not list(tmp_path.iterdir())
 
 
 def test_sizes_are_those_of_their_names():
