@@ -5,7 +5,7 @@
 `early` is the pair of configs/fashion.py:smollm2, SFT of 60 and 30 steps; `late` has 120 steps, its teacher 120 more.
 `independent` is a teacher of another seed, which is only forecast. `forward`, `guarded`, `warm` and `sampled` are
 other ways to distil `early`; `warm` lets the learning rate rise first, without which the first step broke the lists
-(docs/results.md). `more` has other λ. Each alone makes the pair anew; the script takes its checkpoints.
+(docs/results.md). `more` has other λ. Each alone trains the pair again; the script takes its checkpoints.
 
 At the commas where the target flips the base gives its second choice some e^-10, and the pull of the reverse KL is in
 proportion to that. Sampled tokens would not meet it once in a run, so most ablations use the exact loss. The learning

@@ -67,7 +67,7 @@ class Trackers:
             library = importlib.import_module(name)
             if name == "wandb":
                 own = {"id": f"{made}-{self._run}", "dir": str(self._workdir)}
-                # An id of its own says which run to resume: what "never" would refuse is a run made anew.
+                # An id of its own says which run to resume: what "never" would refuse is a run started over.
                 own["resume"] = "allow" if self._resumed else None
                 return library, library.init(name=self._run, **about | own)
             return library, library.init(name=f"{self._run}-{made}", **about)

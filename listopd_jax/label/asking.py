@@ -106,7 +106,7 @@ async def _reply(judge: Judge, question: Question, limits: Limits, pacer: Pacer)
 async def _attempt(judge: Judge, question: Question, timeout: float, pacer: Pacer) -> Reply:
     await pacer.turn()
     try:
-        async with asyncio.timeout(timeout):  # the client's own begins anew with every byte
+        async with asyncio.timeout(timeout):  # the client's own restarts with every byte
             return await judge.ask(question)
     except Unavailable as e:
         pacer.hold(e.after)

@@ -62,7 +62,7 @@ def model_ends(model: ml_collections.FrozenConfigDict, vocab: int) -> tuple[int,
 
 
 def weights_digest(model: ml_collections.FrozenConfigDict) -> str | None:
-    """SHA-256 of what the checkpoint of config section `model` consists of, read anew; None without one."""
+    """SHA-256 of what the checkpoint of config section `model` consists of, read each time; None without one."""
     if not model.weights:
         return None
     folder = weights_folder(model.weights)

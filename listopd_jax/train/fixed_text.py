@@ -1,4 +1,4 @@
-"""OPD without rollouts: the texts are those of the student before training, at each step a token of each position anew.
+"""OPD without rollouts: the texts are those of the student before training; each step draws new tokens.
 
 What is slow of OPD, writing completions token by token, happens once. At each step every position of the texts has
 another token, drawn from the student's distribution there as it is by then; what follows stays as it was. So teacher
