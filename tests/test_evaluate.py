@@ -156,6 +156,22 @@ def test_a_run_may_begin_where_only_checkpoints_were_evaluated(folder):
         record_config(settings(**{"opd.steps": 8}), workdir, ["main.py", "--b"])
 
 
+def test_a_later_version_resumes_where_the_fields_that_are_new_are_at_their_defaults(tmp_path):
+    """What config.json does not have it never gets: the digest that checkpoints name stays."""
+    record_config(settings(), tmp_path, ["main.py"])
+    (tmp_path / "checkpoints").mkdir()
+    saved = json.loads((tmp_path / "config.json").read_text())
+    del saved["config"]["data"]["category"], saved["config"]["opd"]["contract_reward"]
+    (tmp_path / "config.json").write_text(json.dumps(saved))
+    record_config(settings(**{"opd.lambdas": (1.0, 9.0)}), tmp_path, ["main.py"])
+    resumed = json.loads((tmp_path / "config.json").read_text())
+    assert resumed["config"]["opd"].pop("lambdas") == [1.0, 9.0] and len(resumed["resumed"]) == 1
+    del saved["config"]["opd"]["lambdas"]
+    assert resumed["config"] == saved["config"]
+    with pytest.raises(UserError, match="opd.contract_reward=0.0, not 0.5; choose another --workdir"):
+        record_config(settings(**{"opd.contract_reward": 0.5, "opd.rollouts": 2}), tmp_path, ["main.py"])
+
+
 # --- the command, in the workdir of a run
 
 MODULE = {"module": "evaluate"}
