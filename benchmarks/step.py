@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Int
 
-from listopd_jax.data.input import WIDTH_MULTIPLE
+from listopd_jax.data.batches import WIDTH_MULTIPLE
 from listopd_jax.models.build import PARAM_DTYPE, cast, graph_of, initial_params
 from listopd_jax.models.hf import load_hf
 from listopd_jax.ops.attention_backends import resolve

@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerFast
 from listopd_jax import config as config_module
 from listopd_jax.data.chat import chat_prompt, turn_ends
 from listopd_jax.data.control import control_ids, spell_out
-from listopd_jax.data.input import encode_split, prompt_ids
+from listopd_jax.data.encode import encode_split, prompt_ids
 from listopd_jax.data.reviews import clean_text
 from listopd_jax.data.tokenizer import load_tokenizer, train_tokenizer
 from listopd_jax.errors import UserError

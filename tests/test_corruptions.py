@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from listopd_jax import config as config_module
-from listopd_jax.data.input import AnswerNoise, noisy_answer
+from listopd_jax.data.encode import AnswerNoise, noisy_answer
 from listopd_jax.records import Result
 from listopd_jax.report.errors_section import errors_section
 from listopd_jax.report.inputs import Inputs

@@ -13,17 +13,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from listopd_jax import config as config_module
-from listopd_jax.data import input as data_input
-from listopd_jax.data.input import (
+from listopd_jax.data import batches as batches_module
+from listopd_jax.data.batches import choose_buckets, evaluation_batches, plan_epoch, train_batches
+from listopd_jax.data.encode import (
     AnswerNoise,
     answer_ids,
-    choose_buckets,
     encode_split,
-    evaluation_batches,
-    plan_epoch,
     prompt_ids,
     rendered,
-    train_batches,
     with_noise,
 )
 from listopd_jax.data.reviews import clean_text
@@ -106,7 +103,7 @@ def test_the_trained_tokenizer_has_the_boundaries_of_qwens(tokenizer, qwen):
 
 def test_training_depends_on_the_texts_alone(tokenizer, tmp_path):
     """In another process, with another hash seed and other threads, the same file comes out."""
-    code = "import sys; from tests.test_data_input import *; from listopd_jax.data.input import rendered\n"
+    code = "import sys; from tests.test_data_input import *; from listopd_jax.data.encode import rendered\n"
     code += "train_tokenizer(rendered(TASK, make_examples()), 1024, sys.argv[1])"
     environment = os.environ | {"PYTHONHASHSEED": "7", "RAYON_NUM_THREADS": "1"}
     root = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
@@ -306,7 +303,7 @@ def test_the_iterator_resumes_where_it_was_saved(split):
 
 def test_a_split_smaller_than_a_batch_wraps_and_says_so(examples, tokenizer, monkeypatch):
     said = []
-    monkeypatch.setattr(data_input.logging, "warning", lambda text, *args: said.append(text % args))
+    monkeypatch.setattr(batches_module.logging, "warning", lambda text, *args: said.append(text % args))
     small = encode_split(TASK, examples[:3], tokenizer, max_prompt=512, max_answer=128)
     batches = train_batches(small, buckets=choose_buckets(small.prompt_lengths), batch_size=8, seed=0)
     for _ in range(3):

@@ -120,7 +120,7 @@ def test_the_teacher_as_reference_is_refused(models, tmp_path):
     ("fields", "says"),
     [
         ({"tokenizer.path": "", "teacher.weights": "", "student.weights": ""}, "tokenizer.path is empty"),
-        ({"opd.advantage": "no_base"}, "does not look at"),
+        ({"opd.advantage": "no_base"}, "does not use"),
     ],
 )
 def test_what_cannot_be_is_one_line(models, fields, says):

@@ -9,7 +9,7 @@ from typing import Any
 import ml_collections
 from jax.sharding import Mesh
 
-from listopd_jax.data.input import WIDTH_MULTIPLE
+from listopd_jax.data.batches import WIDTH_MULTIPLE
 from listopd_jax.models.config import ModelConfig
 from listopd_jax.plan import compile as aot
 from listopd_jax.plan.arithmetic import Load

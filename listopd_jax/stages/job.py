@@ -20,7 +20,7 @@ from listopd_jax.config import (
     noise_shares,
     to_json,
 )
-from listopd_jax.data import input as data_input
+from listopd_jax.data import batches, encode
 from listopd_jax.errors import UserError
 from listopd_jax.models.build import (
     graph_of,
@@ -90,38 +90,36 @@ class Job:
         return graphs
 
     @functools.cached_property
-    def train(self) -> data_input.EncodedSplit:
+    def train(self) -> encode.EncodedSplit:
         """The training records with their right answers."""
         return self._encoded(self.records["train"])
 
     @functools.cached_property
-    def validation(self) -> data_input.EncodedSplit:
+    def validation(self) -> encode.EncodedSplit:
         """The records that policies are evaluated on: the first `evaluation.max_lists` (0: all)."""
         return self._encoded(self.records["validation"][: self.config.evaluation.max_lists or None])
 
     @functools.cached_property
-    def for_teachers(self) -> dict[str, data_input.EncodedSplit]:
+    def for_teachers(self) -> dict[str, encode.EncodedSplit]:
         """Both splits with what several teachers, and teachers with prompts of their own, need of each record."""
         splits = {"train": self.train, "validation": self.validation}
         return {name: self._for_teachers(split, self.records[name]) for name, split in splits.items()}
 
-    def _for_teachers(
-        self, split: data_input.EncodedSplit, records: Sequence[Any]
-    ) -> data_input.EncodedSplit:
+    def _for_teachers(self, split: encode.EncodedSplit, records: Sequence[Any]) -> encode.EncodedSplit:
         teachers, options = self.config.teachers, self.config.task
         records = records[: len(split.prompts)]
         own, prompts = own_teachers(self.task, records, teachers), None
         if teachers.max_prompt:
-            prompts = data_input.teacher_prompts(
+            prompts = encode.teacher_prompts(
                 split, self.task, records, self.codec.tokenizer, max_prompt=teachers.max_prompt,
                 chat_template=options.chat_template, chat_date=options.chat_date, ends=self.codec.ends,
             )  # fmt: skip
         return dataclasses.replace(split, own_teacher=own, teacher_prompts=prompts)
 
-    def _encoded(self, records: Sequence[Any]) -> data_input.EncodedSplit:
+    def _encoded(self, records: Sequence[Any]) -> encode.EncodedSplit:
         """Records as ids."""
         options = self.config.task
-        return data_input.encode_split(
+        return encode.encode_split(
             self.task, records, self.codec.tokenizer, max_prompt=options.max_prompt, max_answer=self.max_response,
             chat_template=options.chat_template, chat_date=options.chat_date, ends=self.codec.ends,
         )  # fmt: skip
@@ -134,7 +132,7 @@ class Job:
         records = [r for part in self.records.values() for r in part if self.task.answer(r) is not None]
         if not records:
             raise UserError("task.max_response=0: no record has an answer to take it from; set it")
-        longest = max(len(data_input.answer_ids(self.task, r, self.codec.tokenizer)) for r in records)
+        longest = max(len(encode.answer_ids(self.task, r, self.codec.tokenizer)) for r in records)
         return round_up(longest, 16)
 
     def judge(self, split: str) -> Callable[[str, int], Parsed]:
@@ -242,7 +240,7 @@ class Job:
     def buckets(self) -> tuple[int, ...]:
         """The prompt widths that programs are compiled for."""
         both = [*self.train.prompt_lengths, *self.validation.prompt_lengths]
-        return data_input.choose_buckets(both, self.config.task.prompt_buckets)
+        return batches.choose_buckets(both, self.config.task.prompt_buckets)
 
     def sft_batches(self, role: str) -> Any:
         """Endless shuffled batches for the SFT of `role`: records with an answer, and the noise that its section asks.
@@ -256,21 +254,19 @@ class Job:
                 f"no training record has an answer, so there is nothing to train the {role} on; give answers, or set "
                 f"{role}.weights to a model that is fine-tuned and sft.{role}.epochs=0"
             )
-        noise = data_input.AnswerNoise(known_noise(self.task, sft), seed=sft.seed)
-        split = data_input.with_noise(self.train, self.task, records, self.codec.tokenizer, noise)
-        return self._train_batches(data_input.rows_of(split, answered), sft.batch_size, sft.seed)
+        noise = encode.AnswerNoise(known_noise(self.task, sft), seed=sft.seed)
+        split = encode.with_noise(self.train, self.task, records, self.codec.tokenizer, noise)
+        return self._train_batches(encode.rows_of(split, answered), sft.batch_size, sft.seed)
 
     def opd_batches(self, seed: int) -> Any:
         """Endless shuffled batches of prompts for OPD."""
         return self._train_batches(self.for_teachers["train"], self.config.opd.batch_size, seed)
 
-    def _train_batches(self, split: data_input.EncodedSplit, batch_size: int, seed: int) -> Any:
+    def _train_batches(self, split: encode.EncodedSplit, batch_size: int, seed: int) -> Any:
         """Of each global batch, the rows that this host's devices hold."""
         # Every host plans the same global batch from the seed and reads only its rows.
         rows = hosts.local_rows(batch_size)
-        return data_input.train_batches(
-            split, buckets=self.buckets, batch_size=batch_size, seed=seed, rows=rows
-        )
+        return batches.train_batches(split, buckets=self.buckets, batch_size=batch_size, seed=seed, rows=rows)
 
     def evaluation_batches(self, batch_size: int = 0) -> Iterator[dict[str, Any]]:
         """Every validation list once, `batch_size` (0: `evaluation.batch_size`) or a few more at a time."""
@@ -288,17 +284,15 @@ class Job:
                 yield role, self._batches_of_rows(split, rows, batch_size)
 
     def _batches_of_rows(
-        self, split: data_input.EncodedSplit, rows: Int32[np.ndarray, " R"], batch_size: int
+        self, split: encode.EncodedSplit, rows: Int32[np.ndarray, " R"], batch_size: int
     ) -> Iterator[dict[str, Any]]:
         """Evaluation batches of some rows, which keep the numbers that they have in the split."""
-        for batch in self._evaluation_batches(data_input.rows_of(split, rows), batch_size):
+        for batch in self._evaluation_batches(encode.rows_of(split, rows), batch_size):
             yield batch | {"index": rows[batch["index"]]}
 
-    def _evaluation_batches(
-        self, split: data_input.EncodedSplit, batch_size: int
-    ) -> Iterator[dict[str, Any]]:
+    def _evaluation_batches(self, split: encode.EncodedSplit, batch_size: int) -> Iterator[dict[str, Any]]:
         size = rules.round_up_rows(batch_size or self.config.evaluation.batch_size)
-        return data_input.evaluation_batches(split, buckets=self.buckets, batch_size=size)
+        return batches.evaluation_batches(split, buckets=self.buckets, batch_size=size)
 
 
 def known_noise(task: Task, sft: Any) -> tuple[tuple[str, float], ...]:

@@ -15,7 +15,7 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
 from listopd_jax.config import eval_budgets, guard_text
-from listopd_jax.data.input import FOR_TEACHERS, as_teachers_read
+from listopd_jax.data.batches import FOR_TEACHERS, as_teachers_read
 from listopd_jax.models.build import cast, lora_of
 from listopd_jax.models.lora import merge_adapter, with_adapter
 from listopd_jax.ops.grammar import Grammar

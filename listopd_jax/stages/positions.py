@@ -10,7 +10,7 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
-from listopd_jax.data.input import as_teachers_read
+from listopd_jax.data.batches import as_teachers_read
 from listopd_jax.metrics_log import progress
 from listopd_jax.ops.guard import flip_lambda
 from listopd_jax.ops.head import log_distribution, map_positions, take_token

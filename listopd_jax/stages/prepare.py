@@ -16,8 +16,8 @@ from listopd_jax.config import (
     guard_text,
     noise_shares,
 )
-from listopd_jax.data import input as data_input
 from listopd_jax.data.chat import turn_ends
+from listopd_jax.data.encode import rendered
 from listopd_jax.data.tokenizer import (
     check_tokenizers_agree,
     has_tokenizer,
@@ -196,7 +196,7 @@ def _tokenizer(config, workdir: pathlib.Path, fingerprint: str, task: Task, reco
     folder, stamp = workdir / "tokenizer", workdir / "tokenizer.json"
     made_from = {"data": fingerprint, "vocab_size": config.tokenizer.vocab_size}
     if not stamp.exists() or files.read_json(stamp) != made_from:
-        train_tokenizer(data_input.rendered(task, records), config.tokenizer.vocab_size, folder)
+        train_tokenizer(rendered(task, records), config.tokenizer.vocab_size, folder)
         files.write_json(stamp, made_from)
     return load_tokenizer(folder)
 

@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Bool, Float, Int
 
-from listopd_jax.data.input import as_teachers_read
+from listopd_jax.data.batches import as_teachers_read
 from listopd_jax.errors import UserError, one_line, unknown_name
 
 KEY = "LISTOPD_TEACHER_KEY"

@@ -35,7 +35,7 @@ def cross_entropy(
 def make_sft_step(
     graphdef: nnx.GraphDef, tx: optax.GradientTransformation, vocab: int, chunk: int, microbatch: int = 0
 ) -> Callable:
-    """A jitted step(state, batch, lr, frozen) → (state, metrics); `batch` as in listopd_jax.data.input.
+    """A jitted step(state, batch, lr, frozen) → (state, metrics); `batch` as in listopd_jax.data.batches.
 
     `frozen` are the parameters beside which an adapter trains; none where the whole model trains.
     Metrics are scalars: loss (nats per token), entropy, grad_norm, tokens (answer tokens in the batch).
