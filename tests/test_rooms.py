@@ -32,7 +32,7 @@ ARROWS = {
     "parallel": "files rounding errors",
     "tasks": "data task files errors",
     "data": "task metrics_log files rounding errors",
-    "task": "errors",
+    "task": "rounding errors",
     "recommend": "records",
     "records": "files errors",
     "theory": "errors",

@@ -13,6 +13,7 @@ from jaxtyping import Int, UInt32
 from transformers import PreTrainedTokenizerBase
 
 from listopd_jax.errors import UserError, one_line
+from listopd_jax.rounding import ceil_div
 
 _OFF = "or leave 'schema' out of evaluation.constrained and opd.constrained_rollouts"
 _COMPACT = {"whitespace_flexible": False}
@@ -47,7 +48,7 @@ class SchemaMasks:
             raise UserError(
                 f"llguidance cannot read the tokenizer {tokenizer.name_or_path} ({one_line(e)}); take another, {_OFF}"
             ) from e
-        self._llguidance, self._tokenizer, self._words = llguidance, read, -(-vocab // 32)
+        self._llguidance, self._tokenizer, self._words = llguidance, read, ceil_div(vocab, 32)
         self._executor, self._compiled = llguidance.LLExecutor(), {}
 
     def compile(self, given: Schema) -> Any:
