@@ -11,6 +11,7 @@ import pytest
 from listopd_jax.errors import UserError
 from listopd_jax.prereg import __main__ as prereg
 from listopd_jax.prereg.curve import judge_curve, make_curve_lock, noise_floor
+from listopd_jax.prereg.curves import figures, judged_pairs
 from listopd_jax.records import PREDICTIONS, Prediction, Result, read_predictions, write_records
 from listopd_jax.report.inputs import Inputs
 from listopd_jax.report.prediction_section import prediction_section, prediction_series
@@ -251,6 +252,19 @@ def test_several_curves_are_one_list_beside_what_needs_no_predictor(job, tmp_pat
     assert rows["near", "logistic_of_far"]["baseline"] and rows["near", "logistic_of_far"]["rmse"] > 0.1
 
 
+def test_the_committed_file_is_what_the_committed_locks_and_records_give():
+    """Up to the last digits of the logistics, which are fitted."""
+    docs = pathlib.Path(__file__).resolve().parents[1] / "docs"
+    locks = sorted((docs / "locks" / "forecast").glob("*.json"))
+    found = figures(judged_pairs(locks, docs / "results" / "forecast"), locks)
+    committed = json.loads((docs / "results" / "forecast.json").read_text("utf-8"))
+    for row, expected in zip(committed, found, strict=True):
+        path = pathlib.Path(expected["lock"]).relative_to(docs.parent).as_posix()
+        assert row == expected | {"lock": path, "rmse": pytest.approx(expected["rmse"], abs=1e-6)}
+    chosen = [row["pair"] for row in committed if row["chosen"]]
+    assert chosen == [path.stem for path in locks]
+
+
 def test_two_locks_of_one_name_and_the_lock_of_a_threshold_are_one_line(job, tmp_path):
     stage.predict(job, SHARED)
     paths = [tmp_path / "pair.json", tmp_path / "pair" / "pair.json"]
@@ -275,10 +289,39 @@ def test_the_report_shows_the_chosen_curve_beside_what_came(job):
     results = [Result.from_json(r, "r") for r in sweep(0.0)]
     section = prediction_section(Inputs(predictions=found, results=results))
     assert [t.caption for t in section.tables] == ["Predictors", "Parse by anchors"]
-    assert [row[0].text for row in section.tables[0].rows] == ["nominal", "limit", "anchors, chosen"]
+    rows = section.tables[0].rows
+    assert [row[0].text for row in rows] == ["nominal", "limit", "anchors, chosen"]
+    judged = judge_curve(make_curve_lock(job.workdir, CONFIG), sweep(0.0))
+    for row, verdict in zip(rows, judged["predictors"], strict=True):
+        assert row[1].small == "and 0 s" and row[2].text == f"{verdict['rmse']:.3f}"
+        assert row[2].small == f"floor {judged['floor']:.3f}"
     (series,) = prediction_series(Inputs(predictions=found))
     assert series.name == "predicted (anchors)" and len(series.points) == len(LAMBDAS)
     assert prediction_section(Inputs()) is None and prediction_series(Inputs()) == []
+
+
+def test_the_trained_curve_is_that_under_the_guard_if_there_is_one():
+    """`opd.plain_lambdas` trains the same λ without it, of which nothing is predicted."""
+    curve = Prediction(predictor="nominal", lambdas=[2.0], parse=[0.9], chosen=True)
+    parse = {"margin=1.25": (0.8, 0.9), "": (0.0, 0.1)}
+    results = [
+        Result(stage="opd", lam=2.0, seed=seed, steps=9, guard=guard, parse=rate)
+        for guard, rates in parse.items()
+        for seed, rate in enumerate(rates)
+    ]
+    for order in (results, results[::-1]):
+        section = prediction_section(Inputs(predictions=[curve], results=order))
+        assert section.tables[0].rows[0][2] == ("0.050", "floor 0.050")
+        assert section.tables[1].rows[0][3].text == "0.850"
+
+
+def test_the_report_says_why_a_predictor_has_no_curve():
+    none = Prediction(predictor="anchors", lambdas=[1.0], anchors=6, why="no anchor broke")
+    curve = Prediction(predictor="nominal", lambdas=[1.0], parse=[0.5], chosen=True)
+    assert prediction_section(Inputs(predictions=[none])) is None
+    section = prediction_section(Inputs(predictions=[curve, none]))
+    assert [cell.text for cell in section.tables[0].rows[1]] == ["anchors", "6", "–", "no anchor broke"]
+    assert section.tables[0].rows[0][2].text == "not trained yet"
 
 
 def test_predictions_come_back_from_their_file(job):
