@@ -18,6 +18,7 @@ from listopd_jax.ops.objective import (
     sampled_loss,
     target_log_distribution,
 )
+from listopd_jax.stages.opd import contract_reward
 
 V, CASES = 5, 60
 RATIOS = ("teacher_student", "trainer_rollout", "aspo", "none")
@@ -171,3 +172,13 @@ def test_between_two_tokens_no_variance_is_left(certainty):
     expected = -((p * of_tokens)[..., None] * (np.eye(V) - p[:, None])).sum(1)
     for gradient in found:
         np.testing.assert_allclose(gradient, expected, rtol=2e-3, atol=1e-6)
+
+
+def test_the_contract_reward_is_centred_over_the_completions_of_a_prompt():
+    """Where all or none of them hold the contract there is nothing to learn."""
+    held = np.array([[True, False, False, True], [True] * 4, [False] * 4, [True, False, False, False]])
+    found = np.asarray(contract_reward(held, 0.5))
+    np.testing.assert_allclose(
+        found[[0, 3]], [[0.25, -0.25, -0.25, 0.25], [0.375, -0.125, -0.125, -0.125]], rtol=1e-6
+    )
+    assert (found[1:3] == 0).all() and found.dtype == np.float32

@@ -17,8 +17,8 @@ def prediction_section(inputs: Inputs) -> Section | None:
         return None
     lead = (
         "The parse of trained students, predicted before they were trained. The chosen predictor was fixed beforehand; "
-        "its band should hold the mean over seeds at 9 of 10 λ. The floor is what a predictor that knows the true means "
-        "would miss those of these seeds by."
+        "its band should hold the mean over seeds at 9 of 10 λ. The floor is what a predictor that knows the true "
+        "means would miss those of these seeds by."
     )
     head = ("predictor", "anchor runs", "RMSE to the trained means", "how")
     rows = [_row(inputs, p) for p in inputs.predictions]
