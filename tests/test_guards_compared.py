@@ -49,11 +49,19 @@ def test_an_arm_is_compared_seed_by_seed_with_the_one_of_its_pair_and_estimator(
     assert "goal" not in rows["right", "one"] and rows["right", "one"]["lambda"] == 1.0
 
 
-def test_margins_and_guarded_tokens_stand_there_if_every_seed_has_them(tmp_path):
+def test_margins_and_guarded_tokens_are_of_the_seeds_that_have_them(tmp_path, capsys):
     write(tmp_path, "right_one", 1.5)
     write(tmp_path, "right_mask", 1.4, structural_margin=1.25, guarded=0.125)
+    path = tmp_path / "right_mask" / "results.json"
+    rows = json.loads(path.read_text())
+    rows[0] = {k: v for k, v in rows[0].items() if k != "guarded"}
+    rows[1]["guarded"] = 0.25
+    path.write_text(json.dumps(rows))
     one, mask = sorted(summary(tmp_path), key=lambda row: row["arm"], reverse=True)
-    assert (mask["margin"], mask["guarded"]) == (1.25, 0.125) and not {"margin", "guarded"} & one.keys()
+    assert (mask["margin"], mask["guarded"], mask["guarded_seeds"]) == (1.25, 0.1875, 2)
+    assert "margin_seeds" not in mask and not {"margin", "guarded", "guarded_seeds"} & one.keys()
+    main([str(tmp_path)])
+    assert "| 0.188 (2 seeds) | 1.25 |" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

@@ -61,12 +61,14 @@ def compared(ablations: Mapping[str, Seeds]) -> list[Json]:
 
 
 def _besides(seeds: Seeds) -> Json:
-    """Means over the seeds of what all of their records have."""
-    found = {}
+    """Means of what records may have, over the seeds that have it; their number where these are not all."""
+    found: Json = {}
     for field, name in BESIDES.items():
-        values = [r.metric(field) for r in seeds.values()]
-        if None not in values:
+        values = [value for r in seeds.values() if (value := r.metric(field)) is not None]
+        if values:
             found[name] = statistics.fmean(values)
+        if 0 < len(values) < len(seeds):
+            found[f"{name}_seeds"] = len(values)
     return found
 
 
@@ -146,9 +148,7 @@ def table(rows: Sequence[Json]) -> str:
 
 def _cells(row: Json) -> tuple[str, ...]:
     numbers = (f"{row[name]:.3f}" for name in ("parse", "useful", "mae"))
-    besides = (
-        f"{row[name]:.{digits}f}" if name in row else "" for name, digits in (("guarded", 3), ("margin", 2))
-    )
+    besides = (_beside(row, name, digits) for name, digits in (("guarded", 3), ("margin", 2)))
     met = {True: "met", False: "not met"}.get(row.get("goal"), "")
     return (
         row["pair"],
@@ -159,6 +159,14 @@ def _cells(row: Json) -> tuple[str, ...]:
         *besides,
         met,
     )
+
+
+def _beside(row: Json, name: str, digits: int) -> str:
+    """A number that a row may have, with that of its seeds where these are not all."""
+    if name not in row:
+        return ""
+    seeds = row.get(f"{name}_seeds")
+    return f"{row[name]:.{digits}f}" + (f" ({seeds} seeds)" if seeds else "")
 
 
 def _interval(found: Json | None) -> str:
