@@ -98,6 +98,21 @@ def pytest_unconfigure():
     multiprocessing.forkserver._forkserver._stop()
 
 
+MOST_MAPS = 40_000
+"""Memory maps of a process beyond which its compiled programs are dropped. Linux allows 65,530, and there XLA crashes."""
+
+
+@pytest.fixture(autouse=True, scope="module")
+def few_programs():
+    """Every compiled program has maps of its own; with jax 0.12 those of the whole suite were more than Linux allows."""
+    yield
+    maps = pathlib.Path("/proc/self/maps")
+    if maps.exists() and maps.read_bytes().count(b"\n") > MOST_MAPS:
+        import jax
+
+        jax.clear_caches()
+
+
 @pytest.fixture(scope="session")
 def finished_job(tmp_path_factory) -> pathlib.Path:
     """The workdir of a whole run of SMALL, never interrupted; tests that change anything copy it."""
