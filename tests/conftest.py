@@ -99,12 +99,12 @@ def pytest_unconfigure():
 
 
 MOST_MAPS = 40_000
-"""Memory maps of a process beyond which its compiled programs are dropped. Linux allows 65,530, and there XLA crashes."""
+"""Memory maps of a process beyond which its compiled programs are dropped. Linux allows 65,530; there XLA crashes."""
 
 
 @pytest.fixture(autouse=True, scope="module")
 def few_programs():
-    """Every compiled program has maps of its own; with jax 0.12 those of the whole suite were more than Linux allows."""
+    """Every compiled program has maps of its own; with jax 0.12 those of the whole suite are more than Linux allows."""
     yield
     maps = pathlib.Path("/proc/self/maps")
     if maps.exists() and maps.read_bytes().count(b"\n") > MOST_MAPS:
