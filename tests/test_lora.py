@@ -446,7 +446,7 @@ def test_an_adapter_that_is_not_there_is_one_line(job, tmp_path, capsys):
     copy = shutil.copytree(workdir, tmp_path / "copy")
     shutil.rmtree(copy / "checkpoints" / "sft_student")
     flags = [f"--workdir={copy}", f"--out={tmp_path / 'out'}", "--adapter"]
-    for policy, says in ((POLICY, "has no checkpoints/sft_student"), ("sft_teacher", "was trained whole")):
+    for policy, says in ((POLICY, "has no checkpoints/sft_student"), ("sft_teacher", "was trained in full")):
         assert exit_code(export_main, [*flags, f"--policy={policy}"]) == 2
         (line,) = capsys.readouterr().err.splitlines()
         assert says in line and not (tmp_path / "out").exists()

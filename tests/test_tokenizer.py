@@ -80,7 +80,7 @@ def test_a_folder_of_weights_alone_holds_no_tokenizer(tmp_path):
 
 def test_an_eos_that_the_vocabulary_lacks_is_refused(folder):
     """transformers would give it an id of its own, which no model has learnt."""
-    refused(configure(folder, eos_token="<|nope|>"), r"eos_token '<\|nope\|>', which tokenizer.json has not")
+    refused(configure(folder, eos_token="<|nope|>"), r"eos_token '<\|nope\|>', which tokenizer.json lacks")
     refused(configure(folder, eos_token=None), "no EOS token")
     size = len(load_tokenizer(configure(folder)))
     added = {str(size): {"content": "<|nope|>", "special": True}}
