@@ -110,4 +110,5 @@ def timed_stages(step: Step) -> dict[str, float]:
     step.rollout(response=1)
     prefill = time.perf_counter() - began
     seconds = timed(step)
-    return {"prefill": prefill, "decode": max(0.0, seconds["rollout"] - prefill)} | seconds
+    # Apart, a prefill may take longer than a rollout with it: noise on a busy machine, and no stage takes no time.
+    return {"prefill": prefill, "decode": max(1e-6, seconds["rollout"] - prefill)} | seconds
