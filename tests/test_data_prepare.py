@@ -14,6 +14,7 @@ import socket
 import subprocess
 import sys
 import tomllib
+from collections import Counter
 from types import SimpleNamespace
 
 import pytest
@@ -22,6 +23,7 @@ import tensorflow_datasets as tfds
 from listopd_jax.data import builder, manifest
 from listopd_jax.data.builder import read_split
 from listopd_jax.data.prepare import prepare
+from listopd_jax.data.readers import read_reviews
 from listopd_jax.errors import UserError
 from listopd_jax.task.prompt import ListExample
 
@@ -248,6 +250,15 @@ def test_of_a_product_of_two_categories_only_the_held_out_reviews_are_evaluated(
         side: {t for row in rows for t in row.reviews} for side, rows in everything(tmp_path / "data").items()
     }
     assert not any(text.startswith("a top") for text in texts["train"] | texts["validation"])
+
+
+def test_a_held_out_category_without_labels_is_not_split_at_random(tmp_path):
+    reviews = list(read_reviews("clothing", departments(tmp_path / "a.csv"), 0.05, Counter()))
+    labels = [{"key": r.key, "score": i % 11} for i, r in enumerate(reviews) if r.category != "Jackets"]
+    (tmp_path / "labels.jsonl").write_text("\n".join(map(json.dumps, labels)))
+    fields = {"labels": str(tmp_path / "labels.jsonl"), "validation_category": "Jackets"}
+    with pytest.raises(UserError, match="Jackets: none of its reviews has a label in data.labels"):
+        prepare(Data("clothing", str(tmp_path / "a.csv"), **fields), task(), tmp_path / "data")
 
 
 def test_a_held_out_category_without_a_list(tmp_path):

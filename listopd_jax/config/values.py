@@ -77,6 +77,7 @@ opd.collapse.lower
 
 
 def validate_fields(values: dict[str, Any]) -> None:
+    """UserError for the first of the dotted fields whose value is wrong whatever the others are."""
     for field, value in values.items():
         numbers = value if isinstance(value, tuple) else (value,)
         for x in numbers:
@@ -101,14 +102,17 @@ def validate_fields(values: dict[str, Any]) -> None:
 
 
 def is_lambda(x: Any) -> bool:
+    """Whether `x` is a number ≥ 0."""
     return isinstance(x, int | float) and not isinstance(x, bool) and x >= 0
 
 
 def is_seed(x: Any) -> bool:
+    """Whether `x` is a whole number of 32 bits."""
     return isinstance(x, int) and 0 <= x < 2**32
 
 
 def is_date(text: str) -> bool:
+    """Whether `text` is a date as YYYY-MM-DD."""
     try:
         return bool(datetime.date.fromisoformat(text))
     except ValueError:

@@ -58,9 +58,8 @@ def plan_lists(
     lists = np.minimum(reviews, max_per_product or len(rows)) // k
     if table.held_out.any():
         held_out = np.isin(product[rows], product[table.held_out])
-        evaluated = table.held_out[
-            rows
-        ]  # a product may have reviews of other categories, which no side takes
+        # A product may have reviews of other categories, too: neither side takes them.
+        evaluated = table.held_out[rows]
     else:
         held_out = evaluated = _held_out(cluster, lists, validation_share, rng, k)[product[rows]]
 

@@ -20,7 +20,7 @@ from listopd_jax.data.report import summarize
 from listopd_jax.data.reviews import Review, first_words
 from listopd_jax.data.synthetic import synthetic_reviews
 from listopd_jax.data.table import ReviewTable, fetch, scan
-from listopd_jax.errors import UserError
+from listopd_jax.errors import UserError, require
 from listopd_jax.metrics_log import progress
 
 FORMAT = 2
@@ -156,6 +156,10 @@ def _planned(
     tally["usable"] = len(table.product)
     if isinstance(score, LabelFile):
         score.check(data.max_broken)
+    require(
+        data.validation_category == "" or bool(table.held_out.any()),
+        f"data.validation_category={data.validation_category}: none of its reviews has a label in data.labels",
+    )
     plan = plan_lists(
         table,
         task.k,
