@@ -2,8 +2,10 @@
 
 import argparse
 import difflib
+import os
 import sys
 from collections.abc import Callable, Iterable, Sequence
+from typing import NoReturn
 
 
 class UserError(Exception):
@@ -101,3 +103,10 @@ def exit_code(main: Callable[[Sequence[str]], int | None], argv: Sequence[str]) 
         return 2
     except KeyboardInterrupt:
         return 130
+
+
+def end_now(code: int) -> NoReturn:
+    """End the process with `code`, whatever its other threads do: no exit handler runs, only the output is flushed."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)

@@ -5,6 +5,7 @@ rest of a save that is still being written; elsewhere the job stops at once, sin
 found again. A second SIGTERM changes nothing.
 """
 
+import atexit
 import contextlib
 import fcntl
 import os
@@ -13,9 +14,20 @@ import signal
 import sys
 import threading
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, NoReturn
 
-from listopd_jax.errors import Interrupted, UserError
+from listopd_jax.errors import Interrupted, UserError, end_now
+
+
+def end(code: int) -> NoReturn:
+    """End a command with `code`. Where it is not 0, exit handlers run, but no thread is waited for.
+
+    After a save that failed, threads of orbax wait ten minutes for a signal that nobody sends any more.
+    """
+    if code:
+        atexit._run_exitfuncs()
+        end_now(code)
+    sys.exit(code)
 
 
 def say(text: str) -> None:

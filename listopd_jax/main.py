@@ -20,7 +20,7 @@ from ml_collections import config_flags
 from listopd_jax import config as config_module
 from listopd_jax import files, trackers
 from listopd_jax.errors import Interrupted, UserError, mistake, print_error
-from listopd_jax.lifecycle import interruptible, locked, quiet_libraries
+from listopd_jax.lifecycle import end, interruptible, locked, quiet_libraries
 from listopd_jax.parallel import compiler, hosts
 from listopd_jax.records import EVALUATE, RESULTS, json_name, read_results
 
@@ -220,4 +220,4 @@ def collect_rarely() -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv))
+    end(main(sys.argv))

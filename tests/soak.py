@@ -70,7 +70,10 @@ class Place:
         if job.returncode is None:
             job.kill()
             job.wait()
-        lines = self.said.read_text(errors="replace").splitlines()
+        said = self.said.read_text(errors="replace").replace(
+            str(self.disk.parent), ""
+        )  # a folder of this run only
+        lines = said.splitlines()
         return [line for line in lines if line.strip() and not any(bar in line for bar in BARS)]
 
 

@@ -24,6 +24,25 @@ with locked(pathlib.Path(sys.argv[1])):
 """A process that holds a lock and has a child of its own, until its input is closed."""
 
 
+END = """
+import atexit, sys, threading, time
+from listopd_jax.lifecycle import end
+threading.Thread(target=time.sleep, args=(float(sys.argv[2]),)).start()
+atexit.register(print, "handler")
+print("said", file=sys.stderr)
+end(int(sys.argv[1]))
+"""
+"""A process that ends with an exit code while a thread sleeps for some seconds."""
+
+
+@pytest.mark.parametrize("code, seconds", [(2, 600), (0, 0.1)])
+def test_a_failure_waits_for_no_thread_and_loses_no_word(code, seconds):
+    """A failed save leaves threads of orbax that wait for ten minutes."""
+    command = [sys.executable, "-c", END, str(code), str(seconds)]
+    ended = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    assert (ended.returncode, ended.stdout, ended.stderr) == (code, "handler\n", "said\n")
+
+
 @pytest.fixture
 def holder(tmp_path):
     """(process that holds tmp_path/'run', pid of its child)."""

@@ -11,7 +11,6 @@ import json
 import os
 import secrets
 import socket
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -20,7 +19,7 @@ from typing import Any
 import numpy as np
 
 from listopd_jax import files
-from listopd_jax.errors import Interrupted, UserError, print_error
+from listopd_jax.errors import Interrupted, UserError, end_now, print_error
 
 CLUSTERS = (
     "SLURM_NTASKS",
@@ -80,7 +79,8 @@ def leave(code: int, text: str) -> int:
     if code == 0:
         for follower in _followers:
             follower.join(PATIENCE)
-    _exit(code)
+    # Without jax's farewell, which would wait for processes that are gone.
+    end_now(code)
     return code
 
 
@@ -134,7 +134,7 @@ def _start(setting: dict[str, Any], timeout: int) -> None:
 
 def _late(setting: dict[str, Any], timeout: int) -> None:
     print_error(_not_joined(setting, f"waited {timeout} s"))
-    _exit(2)
+    end_now(2)
 
 
 def _not_joined(setting: dict[str, Any], problem: str) -> str:
@@ -197,7 +197,7 @@ def _follow(line: socket.socket, peer: int) -> None:
     print_error(
         f"process {news['process']} of {_count} {news['text']}; the same command resumes from what is saved"
     )
-    _exit(news["code"])
+    end_now(news["code"])
 
 
 def _tell(news: dict[str, Any], besides: socket.socket | None = None) -> None:
@@ -205,13 +205,6 @@ def _tell(news: dict[str, Any], besides: socket.socket | None = None) -> None:
         with contextlib.suppress(OSError):
             if line is not besides:
                 line.sendall((json.dumps(news) + "\n").encode())
-
-
-def _exit(code: int) -> None:
-    """End without jax's farewell, which would wait for processes that are no more."""
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(code)
 
 
 # --- agreement ---
