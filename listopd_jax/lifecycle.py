@@ -5,7 +5,6 @@ rest of a save that is still being written; elsewhere the job stops at once, sin
 found again. A second SIGTERM changes nothing.
 """
 
-import atexit
 import contextlib
 import fcntl
 import os
@@ -20,12 +19,12 @@ from listopd_jax.errors import Interrupted, UserError, end_now
 
 
 def end(code: int) -> NoReturn:
-    """End a command with `code`. Where it is not 0, exit handlers run, but no thread is waited for.
+    """End a command with `code`; where it is not 0, at once, since all that is to be closed has been closed by then.
 
-    After a save that failed, threads of orbax wait ten minutes for a signal that nobody sends any more.
+    After a save that failed, threads of orbax wait ten minutes for a signal that nobody sends any more. On a full disk
+    a thread of TensorBoard's writer survives, and exit handlers would make it print a traceback.
     """
     if code:
-        atexit._run_exitfuncs()
         end_now(code)
     sys.exit(code)
 
