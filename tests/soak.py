@@ -192,6 +192,8 @@ def disturb(place: Place, kind: str, rng: random.Random, span: float) -> Fault |
     code, last = seen.returncode, lines[-1] if lines else ""
     answered = code < 0 or says in last or finished(place.workdir)
     ok = code in codes and answered and not any("Traceback" in line for line in lines)
+    if not ok:
+        print("\n".join(lines), file=sys.stderr)  # the next process writes over it
     return Fault(kind, round(moment, 2), code, last, ok)
 
 
