@@ -99,11 +99,17 @@ class MetricsLog:
             raise files.not_written(path, e) from e
         self._trackers.table(int(step), "completions", [{"step": int(step), **c} for c in completions])
 
-    def __exit__(self, *_: object) -> None:
-        if files.on_process_0():
+    def __exit__(self, failed: object, *_: object) -> None:
+        if not files.on_process_0():
+            return
+        try:
+            # Both flush: on a full disk they fail once more, which must not hide what failed first.
             self._file.close()
             self._events.close()
-            self._trackers.__exit__()
+        except OSError as e:
+            if failed is None:
+                raise files.not_written(self._workdir / FILE, e) from e
+        self._trackers.__exit__()
 
 
 def forget_after(workdir: str | pathlib.Path, run: str, step: int, name: str = FILE) -> None:

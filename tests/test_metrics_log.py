@@ -1,5 +1,6 @@
 """The log of a run: strict JSON rows, resume, broken lines, TensorBoard events, progress in a log file."""
 
+import errno
 import io
 import json
 import math
@@ -10,6 +11,7 @@ import sys
 
 import numpy as np
 import pytest
+import tensorboardX
 from tensorboardX.proto.event_pb2 import Event
 
 from listopd_jax import metrics_log
@@ -117,6 +119,17 @@ def test_a_folder_that_cannot_be_written_is_a_user_error(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="cannot be"):
         write(tmp_path / "file", "a", [1])
+
+
+@pytest.mark.parametrize("first", [None, "the save failed"])
+def test_a_log_that_cannot_be_closed_is_a_user_error_but_hides_none_before_it(tmp_path, monkeypatch, first):
+    def full(self):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(tensorboardX.SummaryWriter, "close", full)
+    with pytest.raises(UserError, match=first or "cannot be written"), MetricsLog(tmp_path, "run", "opd"):
+        if first:
+            raise UserError(first)
 
 
 def test_tensorboard_gets_every_scalar_and_the_step_to_purge_from(tmp_path):
