@@ -153,6 +153,10 @@ def open_grid(root: pathlib.Path, arguments: Sequence[str], config: Any, record:
             "section predict: a point of a grid would predict its own λ alone; set predict.anchors=() and "
             "predict.fixed_text_lists=0, or run main"
         )
+    if config.opd.sweep:
+        raise UserError(
+            "opd.sweep: a launch trains λ × seeds; run main, which trains a sweep, or launch each point"
+        )
     if not grid.points:
         raise UserError("opd.lambdas is empty: a grid has at least one λ, e.g. --config.opd.lambdas=1.0,1.2")
     if path.exists():

@@ -35,7 +35,8 @@ def export(
     inputs = read_inputs(workdir)
     if not (saved := inputs.config.get("config")):
         raise UserError(f"{workdir}: holds no config.json of a run; give the --workdir of one")
-    record, config = find_policy(inputs.results, policy, steps), config_module.from_json(saved)
+    record = find_policy(inputs.results, policy, steps)
+    config = config_module.at_point(config_module.from_json(saved), record.sweep)
     source = config, workdir, record
     card = model_card(config, inputs, record)
     if adapter:

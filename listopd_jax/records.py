@@ -64,6 +64,7 @@ class Identity(NamedTuple):
     steps: int | None
     checkpoint: str | None = None  # its name, of stage EVALUATE alone
     guard: str = ""
+    sweep: str = ""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -76,17 +77,23 @@ class _OfPolicy(Record):
     seed: int | None = None
     steps: int | None = None
     guard: str = ""  # the options of opd.guard that the policy or forecast is of; "": none
+    sweep: str = ""  # the point of opd.sweep that the policy is of; "": none
 
     @property
     def identity(self) -> Identity:
         """Of one identity there is one result."""
         checkpoint = self.run if self.stage == EVALUATE else None
-        return Identity(self.stage, self.lam, self.seed, self.steps, checkpoint, self.guard)
+        return Identity(self.stage, self.lam, self.seed, self.steps, checkpoint, self.guard, self.sweep)
 
     @property
-    def policy(self) -> tuple[str, float | None, str | None, str]:
-        """Stage, λ, checkpoint and guard: the records of one policy differ in seed and steps alone."""
-        return (self.stage, self.lam, self.identity.checkpoint, self.guard)
+    def policy(self) -> tuple[str, float | None, str | None, str, str]:
+        """Stage, λ, checkpoint, guard and point: the records of one policy differ in seed and steps alone."""
+        return (self.stage, self.lam, self.identity.checkpoint, self.guard, self.sweep)
+
+    def to_json(self) -> dict[str, Any]:
+        """The JSON object; without the point of a sweep where there is none."""
+        values = super().to_json()
+        return values if self.sweep else {name: x for name, x in values.items() if name != "sweep"}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

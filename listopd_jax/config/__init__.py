@@ -33,6 +33,7 @@ from listopd_jax.config.saved import (
     from_json,
     to_json,
 )
+from listopd_jax.config.sweep import at_point, sweep_labels
 
 __all__ = [
     "CONFIG",
@@ -43,6 +44,7 @@ __all__ = [
     "TASKS",
     "TEACHER",
     "as_first_saved",
+    "at_point",
     "auto_preset",
     "changed_field",
     "code_revision",
@@ -62,6 +64,7 @@ __all__ = [
     "noise_shares",
     "predicts",
     "ranks_reviews",
+    "sweep_labels",
     "task_name",
     "teacher_routes",
     "to_json",

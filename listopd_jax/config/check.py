@@ -16,6 +16,7 @@ from listopd_jax.config.derived import (
     teacher_routes,
 )
 from listopd_jax.config.fields import CONSTRAINTS, LORA_TARGETS, TEACHER, flatten
+from listopd_jax.config.sweep import at_point, sweep_labels
 from listopd_jax.config.values import is_address, is_date, is_lambda, is_seed, validate_fields
 from listopd_jax.errors import UserError, require, unknown_name
 from listopd_jax.models.config import custom_config, named_config
@@ -34,6 +35,7 @@ def validate(config: ml_collections.ConfigDict) -> ml_collections.FrozenConfigDi
     _validate_constraints(config)
     _validate_teachers(config)
     _validate_server(config)
+    _validate_sweep(config)
     checked = config.copy_and_resolve_references()
     checked.task.k = config.task.k or (4 if is_embedded(config) else 8)
     if ranks_reviews(config):
@@ -73,6 +75,23 @@ def _validate_grid(config: ml_collections.ConfigDict) -> None:
         "opd.recommend is about the base-relative target, not opd.advantage='no_base'; set one of the two",
     )
     require(len(set(seeds)) == len(seeds), f"opd.seeds={seeds}: a value appears twice")
+
+
+def _validate_sweep(config: ml_collections.ConfigDict) -> None:
+    """Each point as a run of its own."""
+    labels = sweep_labels(config.opd)
+    if labels == [""]:
+        return
+    for field, used in (("opd.recommend", config.opd.recommend), ("section predict", predicts(config))):
+        require(
+            not used,
+            f"{field} is about one curve over λ, and opd.sweep trains several: leave one of them out",
+        )
+    for label in labels:
+        try:
+            validate(ml_collections.ConfigDict(at_point(config, label)))
+        except UserError as e:
+            raise UserError(f"opd.sweep, {label}: {e}") from e
 
 
 def _validate_anchors(config: ml_collections.ConfigDict) -> None:

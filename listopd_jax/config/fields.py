@@ -173,6 +173,7 @@ def _opd() -> ml_collections.ConfigDict:
         plain_lambdas=(),  # trained without the guard too: the same run shows what `guard` keeps and what it costs
         recommend=False,  # forecast them, and train at the one λ that the forecasts recommend (docs/forecast.md)
         seeds=(0,),
+        sweep="",  # options of this section at several values: "clip=1.5|5, ratio=none|aspo" (config/sweep.py)
         steps=0,  # 0: as many as `epochs` give
         epochs=3.0,
         batch_size=128,  # prompts per step

@@ -58,6 +58,7 @@ MAY_CHANGE = (
     "opd.lambdas",
     "opd.plain_lambdas",
     "opd.seeds",
+    "opd.sweep",
     "forecast.lambdas",
     "forecast.plain_lambdas",
     "predict.",

@@ -136,9 +136,10 @@ def main(argv: Sequence[str]) -> None:
     parser.add_argument("--figure", help="a PNG to write")
     args = parser.parse_args(argv)
     runs = {
-        f"{folder.name} {kind}".strip(): half
+        " ".join(filter(None, (folder.name, point, kind))): half
         for folder in args.workdirs
-        for kind, half in read_inputs(folder).halves().items()
+        for point, inputs in read_inputs(folder).points().items()
+        for kind, half in inputs.halves().items()
     }
     table = [row for name, inputs in runs.items() for row in rows(name, inputs)]
     shown = [row for row in table if args.steps is None or int(row[1]) == args.steps]

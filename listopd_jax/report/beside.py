@@ -22,14 +22,16 @@ def beside_section(inputs: Inputs) -> Section | None:
         return None
     runs = {
         _name(name, kind, half): half
-        for name, run in {"this run": inputs, **inputs.beside}.items()
+        for name, run in {inputs.point or "this run": inputs, **inputs.beside}.items()
         for kind, half in run.halves().items()
     }
     lead = "Means over seeds; the same held-out answers where data and task are the same."
+    lead += f" The other sections are of {inputs.point}." if inputs.point else ""
     differs = differences(inputs, inputs.beside)
     points = [f"{name} differs in {', '.join(fields)}." for name, fields in differs.items() if fields]
     only_guard = all(f.startswith("opd.guard.") for fields in differs.values() for f in fields) and differs
-    title = "Guarded beside plain" if only_guard else "Beside other runs"
+    other = "The points of the sweep" if inputs.point else "Beside other runs"
+    title = "Guarded beside plain" if only_guard else other
     shown = [_plot(runs, metric) for metric in ("parse", "useful")]
     return Section("beside", title, lead, points=points, plots=shown, tables=[_table(runs)])
 
@@ -37,7 +39,7 @@ def beside_section(inputs: Inputs) -> Section | None:
 def differences(inputs: Inputs, others: Mapping[str, Inputs]) -> dict[str, list[str]]:
     """The dotted fields of the config in which each of `others` differs from `inputs`, but for the grid's own."""
     own = _flat(inputs.config.get("config", {}))
-    grid = ("opd.lambdas", "opd.seeds", "forecast.", "parallel.", "track.")
+    grid = ("opd.lambdas", "opd.seeds", "opd.sweep", "forecast.", "parallel.", "track.")
     found = {}
     for name, other in others.items():
         its = _flat(other.config.get("config", {}))

@@ -48,12 +48,13 @@ class Policy:
     lam: float | None
     checkpoint: str | None
     guard: str
+    sweep: str
     records: tuple[Result, ...]
 
     @property
-    def key(self) -> tuple[str, float | None, str | None, str]:
+    def key(self) -> tuple[str, float | None, str | None, str, str]:
         """`policy` of each of its records."""
-        return self.stage, self.lam, self.checkpoint, self.guard
+        return self.stage, self.lam, self.checkpoint, self.guard, self.sweep
 
     @property
     def name(self) -> str:
@@ -121,10 +122,13 @@ class Findings:
     guarded_forecast: tuple[Policy, ...] = ()
 
 
-def policy_name(stage: str, lam: float | None, checkpoint: str | None, guard: str = "") -> str:
-    """How the report calls a policy: "OPD, λ = 1.2", "OPD, λ = 1.2, guarded", "checkpoint NAME"."""
+def policy_name(
+    stage: str, lam: float | None, checkpoint: str | None, guard: str = "", sweep: str = ""
+) -> str:
+    """How the report calls a policy: "OPD, λ = 1.2", "OPD, λ = 1.2, guarded, clip=1.5", "checkpoint NAME"."""
     name = STAGES.get(stage, stage) + (f" {checkpoint}" if checkpoint is not None else "")
-    return name if lam is None else f"{name}, {place(lam, guard)}"
+    where = [] if lam is None else [place(lam, guard)]
+    return ", ".join([name, *where, *filter(None, [sweep])])
 
 
 def place(lam: float, guard: str) -> str:

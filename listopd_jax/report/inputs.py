@@ -1,5 +1,7 @@
 """What a workdir holds for the report, read and checked: any part may be absent, none may be broken."""
 
+import copy
+import functools
 import pathlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -65,6 +67,7 @@ class Inputs:
     recommendation: Recommendation | None = None  # of the forecasts
     errors: Sequence[Errors] = ()
     beside: Mapping[str, "Inputs"] = field(default_factory=dict)  # other runs to compare with, by name
+    point: str = ""  # of opd.sweep, that all of this is of
 
     @cached_property
     def found(self) -> findings.Findings:
@@ -93,6 +96,28 @@ class Inputs:
         metrics = [r for r in self.metrics if r.get("stage") != "opd" or bool(r.get("guard")) == guarded]
         return replace(self, results=results, metrics=metrics)
 
+    def points(self) -> dict[str, "Inputs"]:
+        """The points of opd.sweep, each as a run with what all share; "" and itself of a run that sweeps nothing."""
+        labels = dict.fromkeys(record.sweep for record in self.results if record.sweep)
+        return {label: self._at(label) for label in labels} or {"": self}
+
+    def _at(self, label: str) -> "Inputs":
+        """What is of that point or of all; of forecasts those under its guard, or under none."""
+        results, examples, errors = (
+            [r for r in records if r.sweep in ("", label)]
+            for records in (self.results, self.examples, self.errors)
+        )
+        guards = {"", *(r.guard for r in results if r.sweep)}
+        return replace(
+            self,
+            config=self.config | {"config": _at_point(self.config.get("config", {}), label)},
+            results=[r for r in results if r.stage != "forecast" or r.guard in guards],
+            examples=examples,
+            errors=errors,
+            metrics=[row for row in self.metrics if row.get("sweep", label) == label],
+            point=label,
+        )
+
     @property
     def useful(self) -> str:
         """What useful is."""
@@ -105,6 +130,29 @@ class Inputs:
         found |= {place for row in self.metrics if (place := logged_place(row))}
         places = sorted(found)
         return dict(zip(places, plots.lambda_colours(len(places)), strict=True))
+
+
+def first_point(inputs: Inputs) -> Inputs:
+    """The first point of a sweep with the others beside it; `inputs` of a run that sweeps nothing."""
+    first, *others = inputs.points().items()
+    return replace(first[1], beside={**dict(others), **inputs.beside})
+
+
+def _at_point(config: _Json, label: str) -> _Json:
+    """A config's JSON values with the options of a point, "clip=1.5 guard.margin=1.25", in section opd."""
+    changed = copy.deepcopy(dict(config))
+    for name, _, text in (pair.partition("=") for pair in label.split()):
+        *sections, option = ("opd", *name.split("."))
+        section = functools.reduce(lambda tree, part: tree.setdefault(part, {}), sections, changed)
+        section[option] = _number(text)
+    return changed
+
+
+def _number(text: str) -> float | str:
+    try:
+        return float(text)
+    except ValueError:
+        return text
 
 
 def logged_place(row: _Json) -> Place | None:

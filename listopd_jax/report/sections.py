@@ -355,7 +355,7 @@ def _choose(examples: Sequence[Example]) -> list[Example]:
         groups[example.policy].append(example)
     chosen = []
     for policy in findings.policies(
-        Result(run=e.run, stage=e.stage, lam=e.lam, guard=e.guard) for e, *_ in groups.values()
+        Result(run=e.run, stage=e.stage, lam=e.lam, guard=e.guard, sweep=e.sweep) for e, *_ in groups.values()
     ):
         group = groups[policy.key]
         good = [e for e in group if e.failure == "ok"]

@@ -15,7 +15,7 @@ from markupsafe import Markup
 from listopd_jax import files
 from listopd_jax.report import findings, plots, script
 from listopd_jax.report.guarded_section import gain
-from listopd_jax.report.inputs import Inputs, read_inputs
+from listopd_jax.report.inputs import Inputs, first_point, read_inputs
 from listopd_jax.report.recommendation import recommendation
 from listopd_jax.report.sections import SECTIONS, key_figures
 from listopd_jax.report.wording import visible
@@ -35,7 +35,8 @@ def write_report(workdir: str | pathlib.Path) -> pathlib.Path:
 
 
 def render(inputs: Inputs) -> str:
-    """The page as text."""
+    """The page as text; of a sweep the page of its first point, with the others beside it."""
+    inputs = first_point(inputs)
     dark = "".join(f"--c{light[1:]}:{shade};" for light, shade in plots.DARK.items())
     environment = jinja2.Environment(
         autoescape=True,

@@ -186,7 +186,7 @@ def _adapters(
 
 def _trained(config: Any, workdir: pathlib.Path, record: Result, shape: ModelConfig) -> nnx.State:
     """What the checkpoint of a policy of `shape` has: all its parameters, or its adapter."""
-    run = Run(record.run, record.stage, record.lam, record.seed, record.steps, record.guard)
+    run = Run(record.run, record.stage, record.lam, record.seed, record.steps, record.guard, record.sweep)
     saved = (opd_saving if record.stage == "opd" else saving)(config, workdir)
     folder = checkpoint_folder(workdir, record.run)
     with Checkpoints(folder, saved.keep, run.labels | saved.identity) as checkpoints:

@@ -14,10 +14,12 @@ from flax import nnx
 from jaxtyping import Float, Int32
 
 from listopd_jax.config import (
+    at_point,
     digest,
     guard_knows_contract,
     is_small,
     noise_shares,
+    sweep_labels,
     to_json,
 )
 from listopd_jax.data import batches, encode
@@ -62,11 +64,26 @@ class Job:
     codec: Codec
     records: Mapping[str, Sequence[Any]]
     attention: str
+    sweep: str = ""  # the point of `opd.sweep` that `config` is at
 
     @property
     def tracking(self) -> Tracking:
         """The trackers of the job's runs."""
         return tracking(self.config)
+
+    def points(self) -> list["Job"]:
+        """The job at each point of `opd.sweep`; itself where nothing is swept.
+
+        What is cached stays: records, models and prompts do not depend on section opd.
+        """
+        return (
+            [self._at(label) for label in sweep_labels(self.config.opd)] if self.config.opd.sweep else [self]
+        )
+
+    def _at(self, label: str) -> "Job":
+        at = dataclasses.replace(self, config=at_point(self.config, label), sweep=label)
+        vars(at).update({name: value for name, value in vars(self).items() if name not in vars(at)})
+        return at
 
     @functools.cached_property
     def shapes(self) -> dict[str, ModelConfig]:

@@ -14,7 +14,7 @@ import optax
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
-from listopd_jax.config import eval_budgets, guard_text
+from listopd_jax.config import eval_budgets, guard_knows_contract, guard_text
 from listopd_jax.data.batches import FOR_TEACHERS, as_teachers_read
 from listopd_jax.models.build import cast, lora_of
 from listopd_jax.models.lora import merge_adapter, with_adapter
@@ -59,8 +59,9 @@ def opd_runs(job: Job, lam: float, seed: int, plain: bool = False) -> list[Run]:
     `plain`: without the guard that the job has.
     """
     steps, opd = opd_steps(job), job.config.opd
-    name = f"opd_lambda{float(lam)}{'_plain' if plain else ''}_seed{seed}"
-    run = Run(name, "opd", float(lam), seed, steps, "" if plain else guard_text(opd.guard))
+    point = job.sweep and "_" + job.sweep.replace(" ", "_")
+    name = f"opd_lambda{float(lam)}{'_plain' if plain else ''}{point}_seed{seed}"
+    run = Run(name, "opd", float(lam), seed, steps, "" if plain else guard_text(opd.guard), job.sweep)
     return [run._replace(steps=budget) for budget in eval_budgets(opd, steps)]
 
 
@@ -161,6 +162,18 @@ def variant_of(opd: Any) -> Variant:
         jsd=opd.jsd,
         control_variate="" if opd.control_variate == "none" else opd.control_variate,
         flips=opd.on_collapse != "none",
+    )
+
+
+def program_options(opd: Any) -> tuple:
+    """What section `opd` says of the update's program: where two agree, one program runs both."""
+    return (
+        variant_of(opd),
+        opd.head_chunk,
+        opd.microbatch,
+        opd.b2,
+        opd.moments,
+        guard_knows_contract(opd.guard),
     )
 
 

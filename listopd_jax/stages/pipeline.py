@@ -18,9 +18,18 @@ from listopd_jax.parallel.hosts import is_main
 from listopd_jax.records import Recommendation
 from listopd_jax.stages.before import before_training, recommended
 from listopd_jax.stages.collapse import best_checkpoint, collapse_fields, watch_of
+from listopd_jax.stages.forecast import forecast
 from listopd_jax.stages.forgetting import forgetting
 from listopd_jax.stages.job import REFERENCE, ROLES, Job, base_of
-from listopd_jax.stages.opd import Distillation, connected, make_step, opd_runs, preflight, train_opd
+from listopd_jax.stages.opd import (
+    Distillation,
+    connected,
+    make_step,
+    opd_runs,
+    preflight,
+    program_options,
+    train_opd,
+)
 from listopd_jax.stages.predict import ANCHOR, anchor_runs, predict
 from listopd_jax.stages.prepare import job_on_mesh
 from listopd_jax.stages.results import evaluate, evaluated, guarded_share, summary, write_plan
@@ -38,43 +47,62 @@ def run_stages(config: Any, workdir: pathlib.Path) -> None:
 
 
 def _models_to_policies(job: Job) -> None:
-    config = job.config
-    write_plan(job.workdir, planned(job, grid(job, recommended(job))))
+    programs: dict[tuple, Callable] = {}
+    write_plan(job.workdir, planned(job, recommended(job)))
     server = connected(job)
     frozen = frozen_models(job, server)
     # With opd.recommend the λ to train is known only now, so the plan is written again.
-    points = grid(job, _before(job, frozen, server))
-    write_plan(job.workdir, planned(job, points))
-    shared = distillation(job, frozen, server)
+    found = _before(job, frozen, server)
+    write_plan(job.workdir, planned(job, found))
+    shared = distillation(job, frozen, server, programs)
     # Anchors train before the prediction, the sweep after it: the prediction cannot have seen what it predicts.
     for run in anchor_runs(job):
         distil(job, shared, [run])
     predict(job, shared)
-    if config.predict.only:
+    if job.config.predict.only:
         return
-    for point in points:
-        distil(job, shared, opd_runs(job, *point))
+    for at in job.points():
+        shared = distillation(at, frozen, server, programs)
+        for point in grid(at, found):
+            distil(at, shared, opd_runs(at, *point))
 
 
 def _before(job: Job, frozen: Frozen, server: TeacherServer | None) -> Recommendation | None:
-    """What calibration and forecast recommend, said on stderr; None where a server gives no distributions."""
-    found = None if server else before_training(job, frozen)
+    """What calibration and forecast recommend, said on stderr; None where a server gives no distributions.
+
+    Of a sweep that is for its first point; the others are only forecast.
+    """
+    first, *others = job.points()
+    found = None if server else before_training(first, frozen)
+    for at in [] if server else others:
+        forecast(at, frozen)
     lines = ["no calibration, no forecast: teacher.server gives no full distributions"] if server else []
     if is_main():
         sys.stderr.writelines(line + "\n" for line in (found.lines if found else lines))
     return found
 
 
-def distillation(job: Job, frozen: Frozen, server: TeacherServer | None) -> Distillation:
-    """What the runs of all λ and seeds share."""
+def distillation(
+    job: Job, frozen: Frozen, server: TeacherServer | None, programs: dict[tuple, Callable] | None = None
+) -> Distillation:
+    """What the runs of all λ and seeds share.
+
+    `programs`: the updates made so far by their `program_options`; what is made here is added.
+    """
+    programs = {} if programs is None else programs
     config = job.config
     tx = adamw(config.optimizer, config.opd.b2, config.opd.moments)
     graphs = job.graphs | {"student": job.trained["student"], "base": base_of(job.graphs)}
 
     def step(opd):
-        guard = job.guard_of(guard_text(opd.guard))
-        grammar = None if guard is None else guard.grammar
-        return make_step(opd, tx, graphs, vocab=job.codec.vocab, attention=job.attention, grammar=grammar)
+        options = program_options(opd)
+        if options not in programs:
+            guard = job.guard_of(guard_text(opd.guard))
+            grammar = None if guard is None else guard.grammar
+            programs[options] = make_step(
+                opd, tx, graphs, vocab=job.codec.vocab, attention=job.attention, grammar=grammar
+            )
+        return programs[options]
 
     # One program with the guard and one without; they are the same entry where the run has none.
     steps = {guard_text(opd.guard): step(opd) for opd in (unguarded(config.opd), config.opd)}
@@ -93,9 +121,9 @@ def grid(job: Job, found: Recommendation | None) -> list[tuple[float, int, bool]
     return [(lam, seed, plain) for seed in opd.seeds for lam, plain in points]
 
 
-def planned(job: Job, points: Sequence[tuple[float, int, bool]]) -> list[Run]:
-    """Every policy that the job trains and evaluates at the `points` of its grid, in order."""
-    sweep = [run for point in points for run in opd_runs(job, *point)]
+def planned(job: Job, found: Recommendation | None) -> list[Run]:
+    """Every policy that the job trains and evaluates, in order."""
+    sweep = [run for at in job.points() for point in grid(at, found) for run in opd_runs(at, *point)]
     return [sft_run(job, role) for role in ROLES if role in job.models] + anchor_runs(job) + sweep
 
 

@@ -157,6 +157,7 @@ def _head(run: Run) -> dict[str, Any]:
         "seed": run.seed,
         "steps": run.steps,
         "guard": run.guard,
+        "sweep": run.sweep,
     }
 
 

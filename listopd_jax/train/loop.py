@@ -35,11 +35,13 @@ class Run(NamedTuple):
     seed: int | None
     steps: int
     guard: str = ""  # the options of opd.guard, where there are any
+    sweep: str = ""  # the point of opd.sweep, where there is one
 
     @property
     def labels(self) -> dict[str, Any]:
-        """λ, seed and any guard by the names that records, logs and checkpoints give them."""
-        return {"lambda": self.lam, "seed": self.seed} | ({"guard": self.guard} if self.guard else {})
+        """λ, seed and any guard and point by the names that records, logs and checkpoints give them."""
+        some = {"guard": self.guard, "sweep": self.sweep}
+        return {"lambda": self.lam, "seed": self.seed} | {name: text for name, text in some.items() if text}
 
 
 class Saving(NamedTuple):

@@ -236,7 +236,8 @@ def _completions(shown: Sequence[Workdir]) -> list[dict[str, Any]]:
 def _label(row: Mapping[str, Any]) -> str:
     """A run as people call it, from a row of its logs: OPD, λ = 1.2, seed 0."""
     stage, lam, seed = str(row.get("stage")), row.get("lambda"), row.get("seed")
-    name = policy_name(stage, lam if is_number(lam) else None, None, str(row.get("guard") or ""))
+    guard, sweep = str(row.get("guard") or ""), str(row.get("sweep") or "")
+    name = policy_name(stage, lam if is_number(lam) else None, None, guard, sweep)
     return visible(f"{name}, seed {seed}" if stage in DISTILLED else name)
 
 
