@@ -40,8 +40,13 @@ def _commands(grid: Grid, names: Sequence[str]) -> dict[str, list[str]]:
     return {name: grid.point_command(name, sys.executable) for name in names}
 
 
-def run_all(commands: Mapping[str, Sequence[str]], processes: int, logs: pathlib.Path) -> int:
-    """Run `commands`, `processes` at a time; 0 if all gave 0, 1 if not, 128 + the signal if one stopped them.
+def run_all(
+    commands: Mapping[str, Sequence[str]],
+    processes: int,
+    logs: pathlib.Path,
+    env: Mapping[str, str] | None = None,
+) -> int:
+    """Run `commands` in `env` (None: ours), `processes` at a time; 0 if all gave 0, 1 if not, 128 + the signal if one stopped them.
 
     What a command says on stderr is appended to `logs`/NAME.log; Ctrl-C reaches it through us alone, as SIGTERM.
     """
@@ -52,7 +57,11 @@ def run_all(commands: Mapping[str, Sequence[str]], processes: int, logs: pathlib
                 name = next(iter(waiting))
                 with appended(logs / f"{name}.log") as log:
                     running[name] = children.start(
-                        waiting.pop(name), stdout=subprocess.DEVNULL, stderr=log, start_new_session=True
+                        waiting.pop(name),
+                        stdout=subprocess.DEVNULL,
+                        stderr=log,
+                        start_new_session=True,
+                        env=env,
                     )
             codes = {name: process.poll() for name, process in running.items()}
             for name, code in codes.items():

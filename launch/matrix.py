@@ -9,6 +9,7 @@ Exit code 0: all done; 1: some failed; 2: a mistake to fix; 130 or 143: stopped.
 """
 
 import importlib
+import os
 import pathlib
 import pkgutil
 import sys
@@ -89,8 +90,10 @@ def run(
     """Train the models, then every ablation; the exit code of `launch.local`, 1 too if a job stopped before its end."""
     chosen = {name: e for name, e in chosen.items() if clothing or not e.on_clothing}
     logs = root / "logs"
+    # One job runs at a time, so what one compiles serves the others.
+    env = {"JAX_COMPILATION_CACHE_DIR": str(root.resolve() / "compile_cache"), **os.environ}
     if not done(root, MODELS) and not all(e.on_clothing for e in chosen.values()):
-        code = run_all({MODELS: [sys.executable, *program, *_models_arguments(root)]}, 1, logs)
+        code = run_all({MODELS: [sys.executable, *program, *_models_arguments(root)]}, 1, logs, env)
         if code or not done(root, MODELS):
             return code or 1
     waiting = [ablation for ablation in ablations(chosen) if not done(root, ablation.folder)]
@@ -102,7 +105,9 @@ def run(
         ]
         for ablation in waiting
     }
-    return run_all(commands, 1, logs) or int(not all(done(root, ablation.folder) for ablation in waiting))
+    return run_all(commands, 1, logs, env) or int(
+        not all(done(root, ablation.folder) for ablation in waiting)
+    )
 
 
 def ablations(chosen: Mapping[str, Experiment]) -> list[Ablation]:

@@ -14,6 +14,7 @@ from absl import flags
 from listopd_jax import config as config_module
 from listopd_jax import main as main_module
 from listopd_jax.errors import UserError
+from listopd_jax.lifecycle import end
 from listopd_jax.parallel import hosts
 
 _WEIGHTS = flags.DEFINE_string(
@@ -53,4 +54,4 @@ def _record_config(config: Any, workdir: pathlib.Path, argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv))
+    end(main(sys.argv), others=not hosts.alone())

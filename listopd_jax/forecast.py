@@ -23,7 +23,7 @@ from listopd_jax import config as config_module
 from listopd_jax import main as main_module
 from listopd_jax.data.json_lines import read_objects
 from listopd_jax.errors import Parser, UserError, exit_code, positive
-from listopd_jax.lifecycle import locked, quiet_libraries
+from listopd_jax.lifecycle import end, locked, quiet_libraries
 from listopd_jax.parallel import compiler
 from listopd_jax.records import CALIBRATION, RESULTS, Calibration, Result, read_calibration, read_results
 
@@ -175,4 +175,4 @@ def _parser() -> Parser:
 
 
 if __name__ == "__main__":
-    sys.exit(exit_code(main, sys.argv[1:]))
+    end(exit_code(main, sys.argv[1:]))

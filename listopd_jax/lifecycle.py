@@ -18,13 +18,15 @@ from typing import Any, NoReturn
 from listopd_jax.errors import Interrupted, UserError, end_now
 
 
-def end(code: int) -> NoReturn:
-    """End a command with `code`; where it is not 0, at once, since all that is to be closed has been closed by then.
+def end(code: int, others: bool = False) -> NoReturn:
+    """End a command with `code` at once: all that is to be closed has been closed by then.
 
     After a save that failed, threads of orbax wait ten minutes for a signal that nobody sends any more. On a full disk
-    a thread of TensorBoard's writer survives, and exit handlers would make it print a traceback.
+    a thread of TensorBoard's writer survives, and exit handlers would make it print a traceback. One that compiles
+    when SIGTERM stops the job would crash in an interpreter that is gone. Only where there are `others`, the processes
+    of one job, is there an exit handler to wait for: jax's farewell.
     """
-    if code:
+    if code or not others:
         end_now(code)
     sys.exit(code)
 

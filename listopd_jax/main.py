@@ -220,4 +220,4 @@ def collect_rarely() -> None:
 
 
 if __name__ == "__main__":
-    end(main(sys.argv))
+    end(main(sys.argv), others=not hosts.alone())

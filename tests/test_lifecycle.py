@@ -30,15 +30,17 @@ from listopd_jax.lifecycle import end
 threading.Thread(target=time.sleep, args=(float(sys.argv[2]),)).start()
 print("result")
 print("said", file=sys.stderr)
-end(int(sys.argv[1]))
+end(int(sys.argv[1]), others=sys.argv[3] == "others")
 """
 """A process that ends with an exit code while a thread sleeps for some seconds."""
 
 
-@pytest.mark.parametrize("code, seconds", [(2, 600), (0, 0.1)])
-def test_a_failure_waits_for_no_thread_and_loses_no_word(code, seconds):
+@pytest.mark.parametrize(
+    ("code", "seconds", "others"), [(2, 600, "others"), (0, 600, ""), (0, 0.1, "others")]
+)
+def test_the_end_waits_for_no_thread_and_loses_no_word(code, seconds, others):
     """A failed save leaves threads of orbax that wait for ten minutes."""
-    command = [sys.executable, "-c", END, str(code), str(seconds)]
+    command = [sys.executable, "-c", END, str(code), str(seconds), others]
     ended = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
     assert (ended.returncode, ended.stdout, ended.stderr) == (code, "result\n", "said\n")
 

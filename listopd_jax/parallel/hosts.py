@@ -67,12 +67,17 @@ def initialize_distributed(parallel: Mapping[str, Any]) -> Iterator[None]:
     _tell({"process": _process, "done": True})
 
 
+def alone() -> bool:
+    """Whether this process is the only one of its job."""
+    return _count == 1
+
+
 def leave(code: int, text: str) -> int:
     """The exit code of a process that stops early; where there are others they are told why, and it exits at once.
 
     With code 0, a stop that was asked for and that most likely all hear of, it waits for the others to save.
     """
-    if _count == 1:
+    if alone():
         return code
     _ending.set()
     _tell({"process": _process, "code": code, "text": f"stopped: {text}"})
@@ -212,7 +217,7 @@ def _tell(news: dict[str, Any], besides: socket.socket | None = None) -> None:
 
 def from_main(compute: Callable[[], Any]) -> Any:
     """What `compute` gives on process 0, on every process; JSON values. Every process asks at the same point."""
-    if _count == 1:
+    if alone():
         return compute()
     text = np.frombuffer(json.dumps(compute()).encode() if is_main() else b"", np.uint8)
     # The length first: an all-gather needs the same shape on every process.
@@ -223,7 +228,7 @@ def from_main(compute: Callable[[], Any]) -> Any:
 
 def anywhere(flag: bool) -> bool:
     """Whether `flag` is up on any host; every host asks at the same point."""
-    return flag if _count == 1 else bool(_everyone(np.array(flag)).any())
+    return flag if alone() else bool(_everyone(np.array(flag)).any())
 
 
 @contextlib.contextmanager
