@@ -48,7 +48,8 @@ def run_all(
 ) -> int:
     """Run `commands` in `env` (None: ours), `processes` at a time.
 
-    0 if all gave 0, 1 if not, 128 + the signal if one stopped them. What a command says on stderr is appended to `logs`/NAME.log; Ctrl-C reaches it through us alone, as SIGTERM.
+    0 if all gave 0, 1 if not, 128 + the signal if one stopped them. What a command says on stderr is appended to
+    `logs`/NAME.log; Ctrl-C reaches it through us alone, as SIGTERM.
     """
     waiting, running, failed = dict(commands), {}, False
     with terminating() as children:
