@@ -5,6 +5,7 @@ import json
 import os
 import subprocess
 import sys
+import types
 
 import jax
 import jax.numpy as jnp
@@ -17,9 +18,10 @@ from listopd_jax.errors import UserError
 from listopd_jax.models.config import Lora, ModelConfig, lora_params, named_config, num_params
 from listopd_jax.models.decoder import abstract
 from listopd_jax.plan import arithmetic
+from listopd_jax.plan import compile as aot
 from listopd_jax.plan import search as planner
 from listopd_jax.plan.arithmetic import Layout, Load
-from listopd_jax.plan.chips import SLICES, parse_topology
+from listopd_jax.plan.chips import GIB, SLICES, parse_topology
 from listopd_jax.plan.kernels import kernels
 from listopd_jax.plan.search import make_plan, search, shape_of, vocabulary
 from listopd_jax.plan.traffic import traffic
@@ -321,10 +323,33 @@ def test_the_search_learns_from_a_compiler_that_needs_more(monkeypatch):
         return plan
 
     monkeypatch.setattr(planner, "make_plan", compiled)
+    monkeypatch.setattr(planner, "with_largest_sft", lambda config, _: config)
     best = search(big(), parse_topology("v5e:4x4"), EC, compiles=3)
     first, second = best["tried"]["compiled"]
     assert not first["fits"] and second["fits"] and best["fits"]
     assert second["step_s_floor"] >= first["step_s_floor"]
+
+
+@pytest.mark.parametrize(("teacher_gib", "chosen"), [(10, (16, 4)), (60, (16, 1))])
+def test_the_microbatch_of_each_sft_is_the_largest_that_fits(monkeypatch, teacher_gib, chosen):
+    """A compiler for which a list takes 4 GiB in the teacher's SFT and 10 in the student's, beside the teacher."""
+    taken = {"teacher": 4, "student": 10}
+
+    def compile_sft(config, shapes, vocab, mesh, role):
+        needed = config.sft[role].microbatch * taken[role] * GIB
+        if needed > 100 * GIB:
+            raise aot.TooLarge(role, needed)
+        return types.SimpleNamespace(peak=needed)
+
+    monkeypatch.setattr(aot, "devices_of", lambda topology: jax.devices())
+    monkeypatch.setattr(aot, "state_memory", lambda *_: {"teacher": teacher_gib * GIB})
+    monkeypatch.setattr(aot, "compile_sft", compile_sft)
+    config = big(**{"sft.teacher.batch_size": 32, "opd.microbatch": 64})
+    found = planner.with_largest_sft(config, parse_topology("h100:1"))
+    assert (found.sft.teacher.microbatch, found.sft.student.microbatch) == chosen
+    assert found.opd.to_dict() == config.opd.to_dict()
+    monkeypatch.setattr(aot, "devices_of", lambda topology: None)
+    assert planner.with_largest_sft(config, parse_topology("h100:1")) == config
 
 
 def command(*flags, timeout=300):

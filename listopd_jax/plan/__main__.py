@@ -208,7 +208,8 @@ def _tried_lines(plan: Mapping[str, Any]) -> list[str]:
         return []
     tried = plan["tried"]
     fields = {f"parallel.{axis}": size for axis, size in plan["mesh"].items()} | {"remat": plan["remat"]}
-    fields |= {f"{part}.microbatch": plan["microbatch"] for part in ("opd", "sft.teacher", "sft.student")}
+    fields["opd.microbatch"] = plan["microbatch"]
+    fields |= {f"sft.{role}.microbatch": size for role, size in plan["sft_microbatch"].items()}
     return [
         f"tried {tried['by_arithmetic']} layouts by arithmetic, {len(tried['compiled'])} compiled; recommended:",
         "  " + " ".join(f"--config.{name}={value}" for name, value in fields.items()),

@@ -125,6 +125,7 @@ def make_plan(config: Any, topology: Topology, load: Load, compile_it: bool) -> 
         "devices": topology.devices,
         "mesh": dict(layout.sizes),
         "microbatch": layout.microbatch,
+        "sft_microbatch": {role: config.sft[role].microbatch for role in _trained_roles(config)},
         "remat": layout.remat,
         "attention": layout.attention,
         "tokens": [load.prompt, load.response],
@@ -226,6 +227,49 @@ def _compiled_memory(config, shapes, topology: Topology, layout: Layout) -> dict
     }
 
 
+def with_largest_sft(config: Any, topology: Topology) -> Any:
+    """`config` with the largest microbatch of each SFT whose program fits by the compiler, the smallest if none does.
+
+    As it is where there is no compiler for the topology.
+    """
+    from listopd_jax.parallel.mesh import make_mesh
+    from listopd_jax.plan import compile as aot
+
+    devices = aot.devices_of(topology)
+    if devices is None:
+        return config
+    shapes, layout = shapes_of(config), layout_of(config, topology)
+    mesh = make_mesh(layout.sizes, devices)
+    memory = aot.state_memory(config, shapes, mesh, layout.rolls_out_base)
+    changed = ml_collections.ConfigDict(copy.deepcopy(config.to_dict()))
+    for role in _trained_roles(config):
+        room = topology.chip.hbm_gib * GIB - (memory["teacher"] if role == "student" else 0)
+        changed.sft[role].microbatch = _largest_that_fits(changed, shapes, mesh, layout, role, room)
+    return changed
+
+
+def _largest_that_fits(config: Any, shapes, mesh, layout: Layout, role: str, room: float) -> int:
+    """The largest microbatch with which the SFT of `role` takes at most `room` bytes of a device."""
+    from listopd_jax.plan import compile as aot
+
+    batch, tried = config.sft[role].batch_size, ml_collections.ConfigDict(copy.deepcopy(config.to_dict()))
+    sizes = [m for m in range(1, batch + 1) if batch % m == 0 and m % layout.rows == 0]
+    for i, size in enumerate(sizes):
+        tried.sft[role].microbatch = size
+        try:
+            needed = aot.compile_sft(tried, shapes, vocabulary(config), mesh, role=role).peak
+        except aot.TooLarge as e:
+            needed = e.bytes
+        if needed > room:
+            return sizes[max(i - 1, 0)]
+    return sizes[-1]
+
+
+def _trained_roles(config: Any) -> list[str]:
+    """The roles that an SFT trains."""
+    return [role for role in ("teacher", "student") if config.sft[role].steps or config.sft[role].epochs]
+
+
 def evaluated_teacher(config: Any, shape: ModelConfig, frozen: float) -> float:
     """Bytes of the teacher beside the copy that decodes, of `frozen` as it is kept: in float32 from its SFT."""
     dtype = config.dtype
@@ -238,8 +282,7 @@ def _builds(config: Any) -> dict[str, Callable[..., Any]]:
     """What compiles the programs of each phase; the SFT of a role only where it is trained, evaluated it is anyway."""
     from listopd_jax.plan import compile as aot
 
-    trained = [role for role in ("teacher", "student") if config.sft[role].steps or config.sft[role].epochs]
-    sft = {f"sft {role}": functools.partial(aot.compile_sft, role=role) for role in trained}
+    sft = {f"sft {role}": functools.partial(aot.compile_sft, role=role) for role in _trained_roles(config)}
     others = {
         "evaluation": aot.compile_evaluation,
         "rollout": aot.compile_rollout,
@@ -283,7 +326,8 @@ def search(config: Any, topology: Topology, load: Load, compiles: int) -> dict[s
 
     By arithmetic all are ranked, those that fit first; the best is compiled. If it does not fit after all, the working
     memory of the others is taken to be underestimated as much, and the best of them is compiled, at most `compiles` in
-    all. If none fits, the one that misses by least. UserError if nothing divides. The plan has `tried` too.
+    all. The microbatches of SFT are chosen apart, by the compiler. If none fits, the one that misses by least.
+    UserError if nothing divides. The plan has `tried` too.
     """
     from listopd_jax.ops.attention_backends import resolve
 
@@ -300,7 +344,7 @@ def search(config: Any, topology: Topology, load: Load, compiles: int) -> dict[s
     while left and len(done) < compiles:
         i = min(range(len(left)), key=lambda i: _rank(_enlarged(left[i][0], factor)))
         estimate, candidate = left.pop(i)
-        plan = make_plan(candidate, topology, load, True)
+        plan = make_plan(with_largest_sft(candidate, topology), topology, load, True)
         done.append(plan)
         best = min(done, key=_rank)
         if plan["fits"]:
