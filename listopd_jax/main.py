@@ -188,6 +188,7 @@ def run(config: Any, workdir: pathlib.Path) -> pathlib.Path:
     if not hosts.is_main():
         return workdir
     report = write_report(workdir)
+    print(compiler.compile_time(), file=sys.stderr)
     tell_results(tracking(config), workdir, report)
     return report
 
@@ -207,6 +208,7 @@ def tell_results(tracking: trackers.Tracking, workdir: pathlib.Path, report: pat
 def set_up(config: Any, workdir: pathlib.Path) -> None:
     """Tell this process how to compile, where compiled programs are kept, and when to collect garbage."""
     collect_rarely()
+    compiler.compilations()  # counts from here on
     compiler.exact_float32(config.dtype.compute)
     if config_module.is_small(config):
         compiler.compile_quickly()

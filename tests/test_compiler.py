@@ -1,6 +1,7 @@
 """What the compiler is told: options of the backend at hand, at the first use; what the user set stays."""
 
 import os
+import re
 import subprocess
 import sys
 
@@ -78,6 +79,31 @@ def test_the_users_compilation_cache_stays(monkeypatch, tmp_path):
     compiler.keep_compiled(tmp_path)
     expected = {} if jax.config.jax_compilation_cache_dir else {"jax_compilation_cache_dir": str(tmp_path)}
     assert said == expected
+
+
+COUNTED = """
+import sys, jax
+from listopd_jax.parallel import compiler
+compiler.compilations()
+jax.config.update("jax_compilation_cache_dir", sys.argv[1])
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
+jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+jax.jit(lambda x: x * 2)(1.0)
+print(compiler.compile_time())
+"""
+
+
+def test_programs_are_counted_and_those_from_the_cache_too(tmp_path):
+    said = []
+    for _ in range(2):
+        done = subprocess.run(
+            [sys.executable, "-c", COUNTED, str(tmp_path)], capture_output=True, text=True, check=True
+        )
+        said.append(
+            re.fullmatch(r"(\d+) programs, \d+ s to compile; (\d+) read from the cache\n", done.stdout)
+        )
+    (programs, read), (again, all_read) = (tuple(map(int, found.groups())) for found in said)
+    assert programs == again == all_read > 0 == read
 
 
 def test_a_full_device_is_a_mistake_with_a_fix():

@@ -1,5 +1,6 @@
 """Compiler settings: options per backend, memory, and how exact float32 is."""
 
+import collections
 import contextlib
 import functools
 import os
@@ -87,6 +88,30 @@ def keep_compiled(folder: pathlib.Path) -> None:
     """Keep compiled programs in `folder`, for the next start; where JAX_COMPILATION_CACHE_DIR is set, it stays."""
     if not jax.config.jax_compilation_cache_dir:
         jax.config.update("jax_compilation_cache_dir", str(folder))
+
+
+@functools.cache
+def compilations() -> collections.Counter:
+    """Of this process since the first call: its programs, the seconds that compiling took, and those that it read."""
+    counts: collections.Counter = collections.Counter()
+
+    def took(event: str, seconds: float, **_: Any) -> None:
+        if event == "/jax/core/compile/backend_compile_duration":
+            counts.update(programs=1, seconds=seconds)
+
+    def happened(event: str, **_: Any) -> None:
+        if event == "/jax/compilation_cache/cache_hits":
+            counts.update(read=1)
+
+    jax.monitoring.register_event_duration_secs_listener(took)
+    jax.monitoring.register_event_listener(happened)
+    return counts
+
+
+def compile_time() -> str:
+    """What `compilations` counted, on one line."""
+    counts = compilations()
+    return f"{counts['programs']} programs, {counts['seconds']:.0f} s to compile; {counts['read']} read from the cache"
 
 
 def reserve_gpu_memory() -> None:
