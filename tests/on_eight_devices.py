@@ -15,6 +15,7 @@ from flax import nnx
 from jax.experimental import pallas as pl
 
 from listopd_jax.config import defaults
+from listopd_jax.data.packing import RowShape, pack
 from listopd_jax.errors import UserError
 from listopd_jax.models import decoder as models_decoder
 from listopd_jax.models import hf
@@ -32,6 +33,7 @@ from listopd_jax.ops.grammar import Grammar
 from listopd_jax.ops.head import token_logprobs
 from listopd_jax.ops.objective import Hyper, Variant
 from listopd_jax.ops.opd_loss import Frozen, Models
+from listopd_jax.parallel.hosts import global_batch
 from listopd_jax.parallel.mesh import AXES, make_mesh, use_mesh
 from listopd_jax.parallel.rules import batch_shardings, param_sharding, rollout_shardings, state_shardings
 from listopd_jax.plan.traffic import traffic
@@ -93,6 +95,13 @@ def test_fused_attention_is_that_of_one_device(sizes, monkeypatch):
     with use_mesh(mesh_of(*sizes)):
         split = jax.jit(functools.partial(causal_attention, "splash"))(q, k, v, prompt)
     np.testing.assert_allclose(split, causal(q, k, v, prompt), rtol=0, atol=2e-6)
+    rows, starts = (
+        [x[:, :1] for x in (q, k, v)],
+        np.array([[0, 0, 2], [0, 1, 1], [0, 0, 0], [0, 1, 2]], np.int32),
+    )
+    with use_mesh(mesh_of(*sizes)):
+        split = jax.jit(functools.partial(causal_attention, "splash"))(*rows, starts=starts)
+    np.testing.assert_allclose(split, causal(*rows, starts=starts), rtol=0, atol=2e-6)
 
 
 def sft_batch(batch):
@@ -222,6 +231,16 @@ def test_sft_step_is_that_of_one_device(alone, sizes):
         ours, program = sft(mesh)
     assert_close(ours, alone[1])
     check_traffic(program, *sizes[1:], updates=True)
+
+
+def test_packed_sft_step_is_that_of_one_device_unpacked(alone):
+    """8 lists in 8 rows of two and empty ones: rows are a multiple of the devices."""
+    batch = {name: np.asarray(x) for name, x in sft_batch(opd_batch(3)).items()}
+    packed = pack(batch, RowShape(2 * (P + T), 2 * T, 8))
+    mesh, step = mesh_of(2, 2, 2), make_sft_step(STUDENT_DEF, TX, VOCAB, chunk=7, microbatch=8)
+    with use_mesh(mesh):
+        ours, _ = three_steps(mesh, step, (global_batch(packed, len(packed["row"])),))
+    assert_close(ours, alone[1])
 
 
 @pytest.mark.parametrize("sizes", [s for s in ROWS_BY_TENSOR if s != (1, 2, 4)], ids=str)

@@ -63,6 +63,25 @@ def test_fused_backends_equal_the_reference_in_value_and_gradient(backend, sizes
         np.testing.assert_allclose(ours, theirs, rtol=0, atol=5e-6)
 
 
+@pytest.mark.parametrize("backend", [attention.causal, *OURS.values()], ids=["xla", *OURS])
+def test_sequences_that_share_a_row_are_as_if_alone(backend):
+    """In value and gradient, in a row of odd length and more than one block; the second row holds one sequence."""
+    arrays, T = make(2, 1, 141, 1, 4, 2, 12)[:3], 141
+    starts = jnp.array([[0] * 60 + [60] * 75 + [135] * 6, [0] * T])
+
+    def alone(q, k, v, _):
+        parts = [
+            attention.causal(q[:1, :, a:b], k[:1, :, a:b], v[:1, :, a:b])
+            for a, b in ((0, 60), (60, 135), (135, T))
+        ]
+        return jnp.concatenate([jnp.concatenate(parts, 2), attention.causal(q[1:], k[1:], v[1:])])
+
+    found = value_and_gradients(lambda q, k, v, _: backend(q, k, v, starts=starts), arrays, None)
+    expected = value_and_gradients(alone, arrays, None)
+    for ours, theirs in zip(*map(jax.tree.leaves, (found, expected)), strict=True):
+        np.testing.assert_allclose(ours, theirs, rtol=0, atol=5e-6)
+
+
 def test_completions_see_the_prompt_and_their_own_past():
     """Against the definition, entry by entry, in any blocks."""
     prompt, tokens, rows = 4, 3, 8  # two completions and two rows of padding

@@ -237,6 +237,7 @@ def _validate_combinations(config: ml_collections.ConfigDict) -> None:
             part.microbatch == 0 or part.batch_size % part.microbatch == 0,
             f"{name}.microbatch={part.microbatch} must divide {name}.batch_size={part.batch_size}",
         )
+    _validate_packing(config)
     require(
         opd.estimator == "sampled" or (opd.ratio == "none" and opd.ppo_clip == 0),
         "opd.estimator='full_vocab' is exact, without importance ratios: set opd.ratio='none' and opd.ppo_clip=0",
@@ -261,6 +262,17 @@ def _validate_combinations(config: ml_collections.ConfigDict) -> None:
     require(size >= 258, f"tokenizer.vocab_size={size}: at least 258 are needed (256 bytes, EOS, PAD)")
     for role in ("teacher", "student"):
         _validate_model(role, config[role], size)
+
+
+def _validate_packing(config: ml_collections.ConfigDict) -> None:
+    widest = config.task.max_prompt + config.task.max_response
+    for name in ("teacher", "student"):
+        tokens = config.sft[name].packing
+        require(
+            tokens == 0 or tokens >= widest,
+            f"sft.{name}.packing={tokens}: a row must hold any list, of task.max_prompt + task.max_response = {widest} "
+            "tokens; set that or more",
+        )
 
 
 def _validate_options(config: ml_collections.ConfigDict) -> None:

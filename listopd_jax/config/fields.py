@@ -155,7 +155,8 @@ def _sft() -> ml_collections.ConfigDict:
         steps=0,  # 0: as many as `epochs` give
         epochs=5.0,
         batch_size=128,
-        microbatch=0,  # lists per gradient pass; 0: the whole batch
+        microbatch=0,  # lists (of packed ones, rows) per gradient pass; 0: the whole batch
+        packing=0,  # tokens of the rows in which several lists share one; 0: a row for each list
         lr=1e-5,
         warmup_steps=0,
         b2=0.999,  # of AdamW

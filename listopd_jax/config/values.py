@@ -58,8 +58,8 @@ parallel.timeout_s track.completions
 _NOT_NEGATIVE = """
 task.max_review_words data.max_broken data.max_reviews_per_product data.max_lists data.synthetic.noise
 data.synthetic_queries
-sft.teacher.steps sft.teacher.epochs sft.teacher.warmup_steps sft.teacher.microbatch
-sft.student.steps sft.student.epochs sft.student.warmup_steps sft.student.microbatch
+sft.teacher.steps sft.teacher.epochs sft.teacher.warmup_steps sft.teacher.microbatch sft.teacher.packing
+sft.student.steps sft.student.epochs sft.student.warmup_steps sft.student.microbatch sft.student.packing
 opd.steps opd.epochs opd.warmup_steps opd.microbatch opd.kl_to_base opd.entropy_bonus opd.lambda_warmup_steps
 opd.guard.margin opd.contract_reward opd.collapse.flips opd.eval_every opd.guard.floor predict.fixed_text_lists
 teachers.max_prompt

@@ -9,7 +9,7 @@ int32 [B].
 
 import functools
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import grain
 import numpy as np
@@ -103,10 +103,12 @@ def train_batches(
     batch_size: int,
     seed: int,
     rows: Int64[np.ndarray, " R"] | None = None,
+    change: Callable[[Batch], Batch] | None = None,
 ) -> grain.DatasetIterator:
     """An endless iterator over shuffled batches; `get_state()` is a small JSON dict, `set_state` resumes.
 
     `rows` picks those of each batch that one of many hosts reads (default: all); the state is the same on every host.
+    `change` is made to each batch.
 
     Raises UserError if the largest bucket is shorter than the longest prompt. Says so if the split has
     fewer rows than a batch, which then holds some rows more than once.
@@ -117,6 +119,7 @@ def train_batches(
             "%d lists do not fill a batch of %d: rows are repeated within it", len(split.prompts), batch_size
         )
     source = grain.MapDataset.source(PlannedBatches(split, buckets, batch_size, seed, rows))
+    source = source if change is None else source.map(change)
     return iter(source.to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=2)))
 
 

@@ -274,10 +274,16 @@ class Decoder(nnx.Module):
         kv_of_last = _of_prompt(last.keys_values(x, rope))
         return jax.tree.map(lambda a, b: jnp.concatenate([a, b[None]]), kv, kv_of_last)
 
-    def states_at(self, tokens: Int[Array, "B T"], places: Int[Array, "B S"]) -> Float[Array, "B S D"]:
-        """States of whole sequences at `places`: behind its attention, the last layer computes no others."""
-        x, rope, _, last = self._to_last_layer(tokens, lambda kv: None)
-        mixed = self._attend(*last.queries_keys_values(last.rows(x), x.shape, rope))
+    def states_at(
+        self, tokens: Int[Array, "B T"], places: Int[Array, "B S"], starts: Int[Array, "B T"] | None = None
+    ) -> Float[Array, "B S D"]:
+        """States of whole sequences at `places`: behind its attention, the last layer computes no others.
+
+        Rows may hold several sequences: `starts` is the place at which that of each token begins. It has position 0
+        there, and sees no other.
+        """
+        x, rope, _, last = self._to_last_layer(tokens, lambda kv: None, starts)
+        mixed = self._attend(*last.queries_keys_values(last.rows(x), x.shape, rope), starts=starts)
         x, mixed = (
             jnp.take_along_axis(y.reshape(*x.shape[:3], -1), places[:, None, :, None], axis=2)
             for y in (x, mixed)
@@ -363,25 +369,32 @@ class Decoder(nnx.Module):
         hidden, kv = self._run(tokens[:, None], positions, body, None)
         return hidden[:, 0], kv
 
-    def _to_last_layer(self, tokens: Int[Array, "B T"], keep: Callable) -> tuple[Array, Any, Any, Layer]:
+    def _to_last_layer(
+        self, tokens: Int[Array, "B T"], keep: Callable, starts: Int[Array, "B T"] | None = None
+    ) -> tuple[Array, Any, Any, Layer]:
         """What the last layer reads of whole sequences (x [B,1,T,D] and its rotary angles), `keep` of the keys and
         values of each layer before it, and that layer."""
         graphdef, weights = nnx.split(self.layers)
-        x, rope = self._embed(tokens[:, None]), self._rope(jnp.arange(tokens.shape[1])[None, None])
+        positions = jnp.arange(tokens.shape[1])[None, None]
+        positions = positions if starts is None else positions - starts[:, None]
+        x, rope = self._embed(tokens[:, None]), self._rope(positions)
+        attend = functools.partial(self._attend, starts=starts)
         last = self.config.num_layers - 1
 
         def layer(i):  # by number: scanning over a stack without its last layer would first copy the weights
             return nnx.merge(graphdef, jax.tree.map(lambda w: w[i], weights))
 
         def step(x, i):
-            x, kv = layer(i)(x, self._rope_of(rope, i), self._attend)
+            x, kv = layer(i)(x, self._rope_of(rope, i), attend)
             return x, keep(kv)
 
         x, kept = jax.lax.scan(self._checkpointed(step), x, jnp.arange(last))
         return x, self._rope_of(rope, last), kept, layer(last)
 
-    def _attend(self, q: Array, k: Array, v: Array, prompt: Prompt | None = None) -> Array:
-        return causal_attention(self.attention, q, k, v, prompt)
+    def _attend(
+        self, q: Array, k: Array, v: Array, prompt: Prompt | None = None, starts: Array | None = None
+    ) -> Array:
+        return causal_attention(self.attention, q, k, v, prompt, starts)
 
     def _run(self, tokens: Int[Array, "B n T"], positions: Int[Array, "b m T"], body: Callable, per_layer):
         """Embed, then scan body(layer, x, rope, per_layer[l]) → (x, extra[l]) over the layers."""

@@ -94,8 +94,12 @@ def causal(
     k: Float[Array, "B n T KV H"],
     v: Float[Array, "B n T KV H"],
     prompt: Prompt | None = None,
+    starts: Int[Array, "B T"] | None = None,
 ) -> Float[Array, "B n T N H"]:
     """Token t of completion (b, i) attends to prompt b, if there is one, and to its own tokens up to t.
+
+    Where several sequences share a row (n = 1, no prompt), `starts` is the place at which the sequence of each token
+    begins, and a token attends to none before it.
 
     In blocks of queries, each against the keys up to its end: of the masked half of the scores most are not computed.
     """
@@ -104,8 +108,10 @@ def causal(
     outs = []
     for start in range(0, T, size):
         end = min(start + size, T)
-        visible = jnp.arange(end) <= jnp.arange(start, end)[:, None]
-        own = Part(k[..., :end], v[..., :end, :], visible[None, None])
+        visible = (jnp.arange(end) <= jnp.arange(start, end)[:, None])[None, None]
+        if starts is not None:
+            visible &= jnp.arange(end) >= starts[:, None, start:end, None]
+        own = Part(k[..., :end], v[..., :end, :], visible)
         outs.append(attention(q[:, :, start:end], [own] if prompt is None else [own, prompt.part()]))
     return outs[0] if len(outs) == 1 else jnp.concatenate(outs, axis=2)
 

@@ -2,7 +2,7 @@
 
 import jax
 from jax.sharding import PartitionSpec
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from listopd_jax.errors import UserError
 from listopd_jax.ops import attention, attention_cudnn, attention_splash
@@ -39,10 +39,11 @@ def causal_attention(
     k: Float[Array, "B n T KV H"],
     v: Float[Array, "B n T KV H"],
     prompt: Prompt | None = None,
+    starts: Int[Array, "B T"] | None = None,
 ) -> Float[Array, "B n T N H"]:
     """`listopd_jax.ops.attention.causal` in one of BACKENDS."""
     mesh = jax.sharding.get_abstract_mesh()
-    arrays = (q, k, v) if prompt is None else (q, k, v, prompt)
+    arrays = (q, k, v, prompt, starts)
     if backend == "xla" or mesh.empty:
         return BACKENDS[backend](*arrays)
     # A kernel is opaque to the partitioner: each device runs its own on its rows and heads.
@@ -51,8 +52,11 @@ def causal_attention(
     return run(*arrays)
 
 
-def _specs(x: Array | Prompt, mesh, heads: str) -> PartitionSpec | Prompt:
+def _specs(x: Array | Prompt | None, mesh, heads: str) -> PartitionSpec | Prompt | None:
+    if x is None:
+        return None
     if isinstance(x, Prompt):
         kv = spec(("batch", heads, None, None), x.v.shape, mesh)
         return Prompt(kv, kv, spec(("batch",), x.lengths.shape, mesh))
-    return spec(("batch", None, None, heads, None), x.shape, mesh)
+    axes = ("batch", None, None, heads, None) if x.ndim == 5 else ("batch", None)
+    return spec(axes, x.shape, mesh)

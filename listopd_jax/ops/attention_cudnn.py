@@ -12,6 +12,7 @@ def causal(
     k: Float[Array, "B n T KV H"],
     v: Float[Array, "B n T KV H"],
     prompt: Prompt | None = None,
+    starts: Int[Array, "B T"] | None = None,
     *,
     implementation: str = "cudnn",
 ) -> Float[Array, "B n T N H"]:
@@ -29,6 +30,9 @@ def causal(
         past_k, past_v = (_padded(jnp.repeat(x, n, 0)) for x in past)
         mask = _visible(jnp.repeat(prompt.lengths, n), past_k.shape[1], q.shape[1])
         k, v = jnp.concatenate([past_k, k], 1), jnp.concatenate([past_v, v], 1)
+    if starts is not None:
+        starts = jnp.pad(starts, ((0, 0), (0, T % 2)))
+        mask = (starts[:, :, None] == starts[:, None, :])[:, None]
     # The scale is that of H before padding: zeros in a head change no score.
     out = jax.nn.dot_product_attention(
         q, k, v, mask=mask, scale=H**-0.5, is_causal=prompt is None, implementation=implementation

@@ -47,6 +47,7 @@ def causal(
     k: Float[Array, "B n T KV H"],
     v: Float[Array, "B n T KV H"],
     prompt: Prompt | None = None,
+    starts: Int[Array, "B T"] | None = None,
     *,
     interpret: bool = False,
 ) -> Float[Array, "B n T N H"]:
@@ -66,6 +67,9 @@ def causal(
         keys = jnp.concatenate([_lengthened(prompt.k.swapaxes(2, 3), slots), keys], 2)
         values = jnp.concatenate([_lengthened(prompt.v, slots), values], 2)
         segments = _segments(prompt.lengths, slots, queries)
+    if starts is not None:  # no two sequences of a row begin at one place
+        ids = jnp.pad(starts, ((0, 0), (0, queries - T)))
+        segments = splash.SegmentIds(ids, ids)
     kernel = _kernel(CompletionsMask(slots, T, queries), N, interpret)
     # One call per prompt: the mask is static and the same for all of them.
     out = jax.vmap(kernel)(rows, keys, values, segments)

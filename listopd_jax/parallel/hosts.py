@@ -270,7 +270,7 @@ def local_rows(batch_size: int) -> np.ndarray | None:
 
 
 def global_batch(batch: Mapping[str, np.ndarray], batch_size: int) -> dict[str, Any]:
-    """Device arrays of the global batch, of whose rows this process has those that `local_rows` names."""
+    """Device arrays of the global batch, of whose rows this process has all, or those that `local_rows` names."""
     import jax
     import jax.numpy as jnp
 
@@ -281,7 +281,7 @@ def global_batch(batch: Mapping[str, np.ndarray], batch_size: int) -> dict[str, 
     def put(x: np.ndarray):
         def piece(index):
             start, stop, _ = index[0].indices(batch_size)
-            at = np.searchsorted(rows, start)
+            at = start if len(x) == batch_size else np.searchsorted(rows, start)
             return x[at : at + stop - start][(slice(None), *index[1:])]
 
         return jax.make_array_from_callback((batch_size, *x.shape[1:]), _row_sharding(batch_size), piece)

@@ -21,6 +21,7 @@ from jax.experimental import topologies
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from listopd_jax.config import guard_knows_contract
+from listopd_jax.data.packing import RowShape
 from listopd_jax.errors import UserError
 from listopd_jax.models.build import PARAM_DTYPE, abstract_frozen, as_given, cast, graph_of, lora_of
 from listopd_jax.models.config import Lora, ModelConfig
@@ -46,6 +47,7 @@ from listopd_jax.rollout.decode import (
     segment,
 )
 from listopd_jax.rollout.scoring import RowWidth
+from listopd_jax.rounding import ceil_div
 from listopd_jax.stages.job import base_of, draft_tokens
 from listopd_jax.stages.opd import hyper_at, make_step
 from listopd_jax.stages.teachers import experts_of
@@ -249,15 +251,24 @@ def compile_sft(config: Any, shapes: Mapping[str, ModelConfig], vocab: int, mesh
     state, frozen = (rules.abstract(tree, rules.state_shardings(tree, mesh)) for tree in trees)
     lr = _replicate(jax.ShapeDtypeStruct((), jnp.float32), mesh)
     with _target(config, mesh):
-        lowered = step.lower(state, _answers(config, sft.batch_size, mesh), lr, frozen)
+        lowered = step.lower(state, _answers(config, sft, mesh), lr, frozen)
         return _compiled(lowered, f"sft {role}", UPDATE, mesh)[0]
 
 
-def _answers(config: Any, rows: int, mesh: Mesh) -> dict[str, Any]:
-    """Abstract batch of prompts and right answers, at the widths of the configuration."""
-    widths = {"prompt": config.task.max_prompt, "answer": config.task.max_response}
+def _answers(config: Any, sft: Any, mesh: Mesh) -> dict[str, Any]:
+    """Abstract batch of prompts and right answers, at the widths of the configuration; packed if section `sft` says."""
+    prompt, answer = config.task.max_prompt, config.task.max_response
+    rows, widths = sft.batch_size, {"prompt": prompt, "answer": answer}
+    if sft.packing:
+        a_row = sft.packing // (prompt + answer)
+        shape = RowShape(sft.packing, a_row * answer, sft.microbatch or rules.row_multiple())
+        rows = shape.rows(ceil_div(rows, a_row))
+        widths = dict.fromkeys(("row", "starts"), shape.tokens) | dict.fromkeys(
+            ("places", "answer"), shape.answers
+        )
     tree = {name: jax.ShapeDtypeStruct((rows, width), jnp.int32) for name, width in widths.items()}
-    tree |= {f"{name}_length": jax.ShapeDtypeStruct((rows,), jnp.int32) for name in widths}
+    lengths = {"prompt_length", "answer_length"} if not sft.packing else {"answer_length"}
+    tree |= {name: jax.ShapeDtypeStruct((rows,), jnp.int32) for name in lengths}
     return rules.abstract(tree, rules.batch_shardings(tree, mesh))
 
 

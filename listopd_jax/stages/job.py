@@ -22,7 +22,7 @@ from listopd_jax.config import (
     sweep_labels,
     to_json,
 )
-from listopd_jax.data import batches, encode
+from listopd_jax.data import batches, encode, packing
 from listopd_jax.errors import UserError
 from listopd_jax.models.build import (
     graph_of,
@@ -273,17 +273,33 @@ class Job:
             )
         noise = encode.AnswerNoise(known_noise(self.task, sft), seed=sft.seed)
         split = encode.with_noise(self.train, self.task, records, self.codec.tokenizer, noise)
-        return self._train_batches(encode.rows_of(split, answered), sft.batch_size, sft.seed)
+        split = encode.rows_of(split, answered)
+        return self._train_batches(split, sft.batch_size, sft.seed, self._packing(role, split))
+
+    def _packing(
+        self, role: str, split: encode.EncodedSplit
+    ) -> Callable[[batches.Batch], batches.Batch] | None:
+        """What packs the lists of `split` for the SFT of `role`; None if each has a row of its own."""
+        sft = self.config.sft[role]
+        if not sft.packing:
+            return None
+        multiple = sft.microbatch or rules.row_multiple()
+        shape = packing.row_shape(split, sft.packing, multiple, f"sft.{role}.packing")
+        return functools.partial(packing.pack, shape=shape)
 
     def opd_batches(self, seed: int) -> Any:
         """Endless shuffled batches of prompts for OPD."""
         return self._train_batches(self.for_teachers["train"], self.config.opd.batch_size, seed)
 
-    def _train_batches(self, split: encode.EncodedSplit, batch_size: int, seed: int) -> Any:
-        """Of each global batch, the rows that this host's devices hold."""
+    def _train_batches(
+        self, split: encode.EncodedSplit, batch_size: int, seed: int, change: Callable | None = None
+    ) -> Any:
+        """Of each global batch, the rows that this host's devices hold; with a `change`, which may move them, all."""
         # Every host plans the same global batch from the seed and reads only its rows.
-        rows = hosts.local_rows(batch_size)
-        return batches.train_batches(split, buckets=self.buckets, batch_size=batch_size, seed=seed, rows=rows)
+        rows = None if change else hosts.local_rows(batch_size)
+        return batches.train_batches(
+            split, buckets=self.buckets, batch_size=batch_size, seed=seed, rows=rows, change=change
+        )
 
     def evaluation_batches(self, batch_size: int = 0) -> Iterator[dict[str, Any]]:
         """Every validation list once, `batch_size` (0: `evaluation.batch_size`) or a few more at a time."""

@@ -42,7 +42,8 @@ def train_sft(job: Job, role: str) -> Any:
 
     def update(state, batch, step):
         lr = cosine_lr(step, run.steps, sft.lr, sft.warmup_steps)
-        return sft_step(state, global_batch(batch, sft.batch_size), jnp.float32(lr), frozen)
+        rows = len(batch["answer"]) if sft.packing else sft.batch_size
+        return sft_step(state, global_batch(batch, rows), jnp.float32(lr), frozen)
 
     params = train(
         job.workdir, run, lambda: init_state(start(), tx), job.sft_batches(role), update,
