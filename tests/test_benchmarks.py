@@ -10,7 +10,7 @@ import sys
 import numpy as np
 import pytest
 
-from benchmarks import grid, opd_step, peers, scaling, shared
+from benchmarks import grid, opd_step, packing, peers, scaling, shared
 from benchmarks.confirmed import confirmed
 from benchmarks.models import write_models
 from benchmarks.presets import PRESETS, cpu, paper
@@ -65,6 +65,8 @@ needs_torch = pytest.mark.skipif(
         (peers.main, ["--peers=ours,tunix"], "--tunix-python"),
         (shared.main, ["--tokens=700"], "--tokens=700: give tokens"),
         (shared.main, ["--layers=4,x"], "--layers=4,x: give layers"),
+        (packing.main, ["--k=4"], "required: --path"),
+        (packing.main, ["--path=absent.csv"], "absent.csv"),
         (grid.main, ["--workdir=x", "--points=2,x"], "--points=2,x: give numbers of points"),
         (grid.main, ["--workdir=x", "--steps=2"], "--steps=2: give at least 3"),
         (opd_step.main, ["--preset=cpu", "--trace=/proc/x"], "--trace=/proc/x: cannot be written"),
@@ -180,6 +182,18 @@ def test_the_tpu_preset_is_the_planners_command():
     done = subprocess.run(argv, cwd=ROOT, capture_output=True, text=True, timeout=120)
     assert done.returncode == 2 and done.stderr.startswith("error: --topology=v9:2x2")
     assert done.stderr.count("\n") == 1
+
+
+@pytest.mark.slow
+def test_packed_and_unpacked_do_the_same_work(shared):
+    path = f"--path={shared / 'data' / 'womens_clothing_reviews.csv.zip'}"
+    flags = [path, "--k=2", "--words=8", "--row=512", "--batch=4", "--steps=1", "--buckets=1"]
+    result = packing.measure(packing.parse(flags))  # which compares the losses
+    assert result["ratio"][1] > 0 and all(0 < share < 1 for share in result["padding"].values())
+    row = packing.render(result).splitlines()[-1].split("|")
+    assert row[1].strip() == "2 x 8" and f"{result['padding']['packed']:.1%}" in row[7]
+    untimed = packing.measure(packing.parse([*flags, "--padding-only"]))
+    assert untimed["ratio"] is None and untimed["padding"] == result["padding"]
 
 
 @pytest.mark.slow

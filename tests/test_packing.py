@@ -22,7 +22,7 @@ from listopd_jax.plan import compile as aot
 from listopd_jax.stages.prepare import open_job
 from listopd_jax.stages.sft import train_sft
 from listopd_jax.train.optimizer import init_state
-from listopd_jax.train.sft_step import NONE, answer_hidden, make_sft_step
+from listopd_jax.train.sft_step import NONE, make_sft_step
 
 VOCAB, P, T = 61, 7, 5
 CONFIG, LORA = ModelConfig(64, 16, 32, 3, 4, 2, 8), Lora(2, 4.0, ("q", "down"))
@@ -126,7 +126,7 @@ def test_loss_and_gradient_are_those_of_the_lists(lora, microbatch):
 
 def test_a_list_does_not_see_its_neighbours():
     decoder = nnx.merge(abstract(CONFIG)[0], random(abstract(CONFIG)[1]))
-    hidden = jax.jit(lambda batch: answer_hidden(decoder, batch)[:, 0])
+    hidden = jax.jit(lambda batch: decoder.states_at(batch["row"], batch["places"], batch["starts"]))
     batch = batch_of([(3, 4), (5, 2), (6, 3)])
     packed = pack(batch, RowShape(24, 16, 1))
     assert len(packed["row"]) == 1

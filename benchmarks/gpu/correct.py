@@ -67,7 +67,7 @@ def reference(q, k, v, visible, d_out) -> tuple[np.ndarray, ...]:
 
 
 def check_attention(small: bool) -> list[bool]:
-    """Whole sequences and completions after ragged prompts, of each backend in bfloat16."""
+    """Whole sequences, several in a row, and completions after ragged prompts, of each backend in bfloat16."""
     cases = [
         (2, 1, 704, None, 16, 8, 128),
         (3, 2, 97, (192, 5, 101), 16, 8, 128),
@@ -77,11 +77,17 @@ def check_attention(small: bool) -> list[bool]:
         cases = [(2, 1, 24, None, 4, 2, 16), (3, 2, 9, (20, 1, 11), 4, 2, 16)]
     cudnn = functools.partial(attention_cudnn.causal, implementation="xla" if small else "cudnn")
     backends = {"xla": attention.causal, "cudnn": cudnn}
-    return [_attention_case(name, run, case) for case in cases for name, run in backends.items()]
+    passed = [_attention_case(name, run, case) for case in cases for name, run in backends.items()]
+    T = cases[0][2]
+    packed = [_attention_case(name, run, cases[0], (0, T // 3, T // 2)) for name, run in backends.items()]
+    return passed + packed
 
 
-def _attention_case(name: str, run: Callable, case: tuple) -> bool:
+def _attention_case(name: str, run: Callable, case: tuple, begins: Sequence[int] = (0,)) -> bool:
+    """Of whole sequences, several begin in each row where `begins` has more than one place."""
     B, n, T, lengths, N, KV, H = case
+    label = f"attention {name} {case}" + (f" packed {begins}" if len(begins) > 1 else "")
+    starts = np.repeat(begins, np.diff([*begins, T]))
     rng = np.random.default_rng(0)
     P = max(lengths) if lengths else 0
 
@@ -96,21 +102,21 @@ def _attention_case(name: str, run: Callable, case: tuple) -> bool:
         if lengths:
             stored = past_k.transpose(0, 2, 3, 1), past_v.transpose(0, 2, 1, 3)
             prompt = Prompt(*stored, jnp.asarray(lengths, jnp.int32))
-        out = run(q, k, v, prompt)
+        several = jnp.asarray(np.tile(starts, (B, 1)), jnp.int32) if len(begins) > 1 else None
+        out = run(q, k, v, prompt, several)
         return (out.astype(jnp.float32) * d_out.astype(np.float32)).sum(), out
 
     arrays = [jnp.asarray(x, jnp.bfloat16) for x in (q, k, v, past_k, past_v)]
     try:
         grads, out = jax.jit(jax.grad(loss, argnums=range(5), has_aux=True))(*arrays)
     except Exception as e:  # a backend that refuses is a finding, not the end of the checks
-        return say(f"attention {name} {case}", {"refused": float("nan")}, 2e-2, error=str(e)[:500])
+        return say(label, {"refused": float("nan")}, 2e-2, error=str(e)[:500])
     rows = [x.reshape(B * n, *x.shape[2:]) for x in (q, k, v, d_out)]
     pasts = [np.repeat(x, n, axis=0) for x in (past_k, past_v)]
     keys, values = (np.concatenate([p, own], 1) for p, own in zip(pasts, rows[K : V + 1], strict=True))
     seen = np.arange(P) < np.repeat(np.asarray(lengths or [0] * B), n)[:, None, None]
-    visible = np.concatenate(
-        [np.broadcast_to(seen, (B * n, T, P)), np.tril(np.ones((B * n, T, T), bool))], -1
-    )
+    own = np.tril(np.ones((B * n, T, T), bool)) & (np.arange(T) >= starts[:, None])
+    visible = np.concatenate([np.broadcast_to(seen, (B * n, T, P)), own], -1)
     out_ref, d_q, d_k, d_v = reference(rows[Q], keys, values, visible, rows[3])
     past = [x[:, :P].reshape(B, n, P, KV, H).sum(1) for x in (d_k, d_v)]
     wanted = {"out": out_ref, "d_q": d_q, "d_k": d_k[:, P:], "d_v": d_v[:, P:]}
@@ -121,7 +127,7 @@ def _attention_case(name: str, run: Callable, case: tuple) -> bool:
     }
     if lengths:
         errors |= {"d_past_k": relative(grads[3], past[0]), "d_past_v": relative(grads[4], past[1])}
-    return say(f"attention {name} {case}", errors, 2e-2)
+    return say(label, errors, 2e-2)
 
 
 # --- decoder ---

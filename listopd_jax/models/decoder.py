@@ -375,9 +375,8 @@ class Decoder(nnx.Module):
         """What the last layer reads of whole sequences (x [B,1,T,D] and its rotary angles), `keep` of the keys and
         values of each layer before it, and that layer."""
         graphdef, weights = nnx.split(self.layers)
-        positions = jnp.arange(tokens.shape[1])[None, None]
-        positions = positions if starts is None else positions - starts[:, None]
-        x, rope = self._embed(tokens[:, None]), self._rope(positions)
+        x, positions = self._embed(tokens[:, None]), jnp.arange(tokens.shape[1])[None, None]
+        rope = self._rope(positions if starts is None else positions - starts[:, None])
         attend = functools.partial(self._attend, starts=starts)
         last = self.config.num_layers - 1
 

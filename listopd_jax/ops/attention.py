@@ -110,7 +110,7 @@ def causal(
         end = min(start + size, T)
         visible = (jnp.arange(end) <= jnp.arange(start, end)[:, None])[None, None]
         if starts is not None:
-            visible &= jnp.arange(end) >= starts[:, None, start:end, None]
+            visible = visible & (jnp.arange(end) >= starts[:, None, start:end, None])
         own = Part(k[..., :end], v[..., :end, :], visible)
         outs.append(attention(q[:, :, start:end], [own] if prompt is None else [own, prompt.part()]))
     return outs[0] if len(outs) == 1 else jnp.concatenate(outs, axis=2)

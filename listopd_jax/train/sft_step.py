@@ -1,7 +1,7 @@
 """One supervised step: cross-entropy on the answer's tokens only."""
 
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -9,7 +9,7 @@ import optax
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from listopd_jax.models.decoder import Decoder, cast_once
+from listopd_jax.models.decoder import cast_once
 from listopd_jax.models.lora import with_adapter
 from listopd_jax.ops.fused import fused_loss
 from listopd_jax.ops.head import entropy_of, take_token
@@ -32,14 +32,6 @@ def cross_entropy(
     return -(weights * take_token(logp, tokens)).sum(), weights * entropy_of(logp)
 
 
-def answer_hidden(decoder: Decoder, batch: Mapping[str, Array]) -> Float[Array, "R 1 S D"]:
-    """The hidden state that predicts each token of `answer`; no logits are computed for the prompt."""
-    if "starts" in batch:  # packed rows, of listopd_jax.data.packing
-        return decoder.states_at(batch["row"], batch["places"], batch["starts"])[:, None]
-    # The same pass that scores rollouts, with one completion per prompt.
-    return completion_hidden(decoder, batch["prompt"], batch["prompt_length"], batch["answer"][:, None])
-
-
 def make_sft_step(
     graphdef: nnx.GraphDef, tx: optax.GradientTransformation, vocab: int, chunk: int, microbatch: int = 0
 ) -> Callable:
@@ -52,7 +44,11 @@ def make_sft_step(
     def loss_of(params, rows, frozen):
         batch, weights = rows
         decoder, answers = nnx.merge(graphdef, with_adapter(frozen, params)), batch["answer"][:, None]
-        hidden = answer_hidden(decoder, batch)
+        if "starts" in batch:  # packed, see listopd_jax.data.packing
+            hidden = decoder.states_at(batch["row"], batch["places"], batch["starts"])
+        else:
+            # The same pass that scores rollouts, with one completion per prompt. No logits are computed for the prompt.
+            hidden = completion_hidden(decoder, batch["prompt"], batch["prompt_length"], answers)
         flat = hidden.reshape(-1, hidden.shape[-1]), decoder.head_weight()
         rows = answers.reshape(-1), weights.reshape(-1)
         loss, entropy = fused_loss(cross_entropy, vocab, chunk, *flat, rows, None)
