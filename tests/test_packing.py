@@ -192,6 +192,10 @@ def test_batches_hold_the_lists_that_they_hold_unpacked(workdir, tmp_path):
 def test_rows_too_short_for_a_list_are_refused(workdir):
     with pytest.raises(UserError, match=r"sft\.teacher\.packing=200.*= 256 tokens"):
         config_of(**{"sft.teacher.packing": 200})
+    with pytest.raises(
+        UserError, match=r"sft\.student\.packing=200.*= 240 tokens"
+    ):  # 12 for each of 4 answers
+        config_of(**{"sft.student.packing": 200, "task.max_response": 0})
     split = open_job(config_of(), workdir[0]).train
     longest = max(len(p) + len(a) for p, a in zip(split.prompts, split.answers, strict=True))
     with pytest.raises(UserError, match=f"sft.student.packing=50: the longest list .* {longest} tokens"):

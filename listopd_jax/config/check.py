@@ -40,6 +40,7 @@ def validate(config: ml_collections.ConfigDict) -> ml_collections.FrozenConfigDi
     checked.task.k = config.task.k or (4 if is_embedded(config) else 8)
     if ranks_reviews(config):
         checked.task.max_response = config.task.max_response or TOKENS_PER_OBJECT * checked.task.k
+    _validate_packing(checked)  # of the lengths that a run has
     return ml_collections.FrozenConfigDict(checked)
 
 
@@ -237,7 +238,6 @@ def _validate_combinations(config: ml_collections.ConfigDict) -> None:
             part.microbatch == 0 or part.batch_size % part.microbatch == 0,
             f"{name}.microbatch={part.microbatch} must divide {name}.batch_size={part.batch_size}",
         )
-    _validate_packing(config)
     require(
         opd.estimator == "sampled" or (opd.ratio == "none" and opd.ppo_clip == 0),
         "opd.estimator='full_vocab' is exact, without importance ratios: set opd.ratio='none' and opd.ppo_clip=0",

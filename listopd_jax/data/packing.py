@@ -34,7 +34,7 @@ class RowShape(NamedTuple):
 def row_shape(split: EncodedSplit, tokens: int, multiple: int, field: str) -> RowShape:
     """Rows of `tokens`, as config `field` asks, for the lists of `split`; UserError if the longest list is longer.
 
-    A tenth of the lists have a larger share of answer than a row has room for: all others fill the row first.
+    Nine lists in ten have no larger share of answer than a row has room for, so most rows run out of tokens first.
     """
     answers = np.array(list(map(len, split.answers)))
     lists = split.prompt_lengths + answers
