@@ -236,7 +236,7 @@ def test_sft_step_is_that_of_one_device(alone, sizes):
 def test_packed_sft_step_is_that_of_one_device_unpacked(alone):
     """8 lists in 8 rows of two and empty ones: rows are a multiple of the devices."""
     batch = {name: np.asarray(x) for name, x in sft_batch(opd_batch(3)).items()}
-    packed = pack(batch, RowShape(2 * (P + T), 2 * T, 8))
+    packed = pack(batch, RowShape(2 * (P + T), 2 * T, 8, 8))
     mesh, step = mesh_of(2, 2, 2), make_sft_step(STUDENT_DEF, TX, VOCAB, chunk=7, microbatch=8)
     with use_mesh(mesh):
         ours, _ = three_steps(mesh, step, (global_batch(packed, len(packed["row"])),))

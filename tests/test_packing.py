@@ -26,7 +26,7 @@ from listopd_jax.train.sft_step import NONE, make_sft_step
 
 VOCAB, P, T = 61, 7, 5
 CONFIG, LORA = ModelConfig(64, 16, 32, 3, 4, 2, 8), Lora(2, 4.0, ("q", "down"))
-SHAPE = RowShape(tokens=20, answers=10, multiple=1)
+SHAPE = RowShape(tokens=20, answers=10)
 LENGTHS = np.array([[7, 5], [2, 5], [4, 1], [1, 2], [7, 1], [3, 3]], np.int32)  # of prompts and answers
 
 
@@ -60,10 +60,10 @@ def unpacked(batch):
 @settings(max_examples=60, deadline=None)
 @given(
     lengths=st.lists(st.tuples(st.integers(1, P), st.integers(1, T)), min_size=1, max_size=40),
-    multiple=st.integers(1, 5),
+    microbatch=st.integers(0, 5),
 )
-def test_every_list_is_there_once_in_few_rows(lengths, multiple):
-    batch, shape = batch_of(lengths), SHAPE._replace(multiple=multiple)
+def test_every_list_is_there_once_in_few_rows(lengths, microbatch):
+    batch, shape = batch_of(lengths), SHAPE._replace(microbatch=microbatch)
     packed = pack(batch, shape)
     assert list(packed) == ["row", "starts", "places", "answer", "answer_length"]
     rows, lists = unpacked(packed), lists_of(batch)
@@ -73,8 +73,9 @@ def test_every_list_is_there_once_in_few_rows(lengths, multiple):
         at = [left.pop(next(i for i, k in enumerate(left) if lists[k] == one)) for one in found]
         assert at == sorted(at)
     assert left == []
-    assert len(rows) % multiple == 0 and packed["row"].shape == (len(rows), 20)
-    assert len(rows) <= max(1.125 * len(lists), len(lists) + multiple - 1)
+    assert not microbatch or len(rows) % microbatch == 0 or len(rows) < microbatch
+    assert packed["row"].shape == (len(rows), 20)
+    assert len(rows) <= max(1.125 * len(lists), len(lists) + max(0, microbatch - 1))
     filled = sum(found != [] for found in rows)
     tokens, answers = np.sum(lengths, 0).sum(), np.sum(lengths, 0)[1]
     assert filled <= 1 + 2 * max(
@@ -83,10 +84,19 @@ def test_every_list_is_there_once_in_few_rows(lengths, multiple):
 
 
 @pytest.mark.parametrize(
-    ("needed", "multiple", "rows"), [(1, 1, 1), (33, 1, 36), (33, 8, 40), (128, 3, 132), (5, 4, 8)]
+    ("needed", "microbatch", "devices", "rows"),
+    [
+        (1, 0, 1, 1),
+        (33, 0, 1, 36),
+        (33, 8, 1, 40),
+        (33, 64, 4, 36),
+        (31, 31, 1, 31),
+        (128, 3, 1, 132),
+        (5, 0, 4, 8),
+    ],
 )
-def test_numbers_of_rows_are_few(needed, multiple, rows):
-    assert SHAPE._replace(multiple=multiple).rows(needed) == rows
+def test_numbers_of_rows_are_few_and_divided_by_what_cuts_them(needed, microbatch, devices, rows):
+    assert SHAPE._replace(microbatch=microbatch, devices=devices).rows(needed) == rows
 
 
 RECORD = optax.GradientTransformation(
@@ -102,7 +112,7 @@ def random(shapes):
 
 
 @pytest.mark.parametrize(
-    ("lora", "microbatch"), [(None, 0), (None, 2), (LORA, 2)], ids=["all", "parts", "lora"]
+    ("lora", "microbatch"), [(None, 0), (None, 2), (LORA, 4)], ids=["all", "parts", "lora"]
 )
 def test_loss_and_gradient_are_those_of_the_lists(lora, microbatch):
     graph, weights = abstract(CONFIG, lora=lora)[0], random(abstract(CONFIG)[1])
@@ -114,7 +124,7 @@ def test_loss_and_gradient_are_those_of_the_lists(lora, microbatch):
         return metrics, state.opt_state
 
     batch = batch_of(LENGTHS)
-    packed = pack(batch, SHAPE._replace(multiple=microbatch or 5))
+    packed = pack(batch, SHAPE._replace(microbatch=microbatch, devices=1 if microbatch else 5))
     assert sum(found != [] for found in unpacked(packed)) == 3  # of 6 lists
     (expected, grads), (found, ours) = after(batch), after(packed)
     assert found["tokens"] == expected["tokens"] == LENGTHS[:, 1].sum()
@@ -128,7 +138,7 @@ def test_a_list_does_not_see_its_neighbours():
     decoder = nnx.merge(abstract(CONFIG)[0], random(abstract(CONFIG)[1]))
     hidden = jax.jit(lambda batch: decoder.states_at(batch["row"], batch["places"], batch["starts"]))
     batch = batch_of([(3, 4), (5, 2), (6, 3)])
-    packed = pack(batch, RowShape(24, 16, 1))
+    packed = pack(batch, RowShape(24, 16))
     assert len(packed["row"]) == 1
     before = np.asarray(hidden(packed))[0]
     own = packed["starts"][0][packed["places"][0]][
@@ -199,8 +209,8 @@ def test_rows_too_short_for_a_list_are_refused(workdir):
     split = open_job(config_of(), workdir[0]).train
     longest = max(len(p) + len(a) for p, a in zip(split.prompts, split.answers, strict=True))
     with pytest.raises(UserError, match=f"sft.student.packing=50: the longest list .* {longest} tokens"):
-        packing.row_shape(split, 50, 1, "sft.student.packing")
-    assert packing.row_shape(split, longest, 1, "").tokens == longest
+        packing.row_shape(split, 50, "sft.student.packing")
+    assert packing.row_shape(split, longest, "").tokens == longest
 
 
 def test_a_plan_compiles_packed_rows():

@@ -19,19 +19,24 @@ from listopd_jax.rounding import round_up
 
 
 class RowShape(NamedTuple):
-    """What a packed row holds, and what the number of rows in a batch is a multiple of."""
+    """What a packed row holds, and by what a batch of rows is cut."""
 
     tokens: int
     answers: int  # of the tokens
-    multiple: int
+    microbatch: int = 0  # rows per gradient pass; 0: all. A multiple of `devices`
+    devices: int = 1  # that split rows
 
     def rows(self, needed: int) -> int:
-        """`needed` rows, or up to 1/8 more where the multiple allows it: few numbers, so few compilations."""
-        step = 2 ** (needed - 1).bit_length() // 16
-        return round_up(needed, max(1, step // self.multiple) * self.multiple)
+        """`needed` rows or a few more: what its cuts divide, and few numbers (up to 1/8 more), so few compilations."""
+        in_parts = 0 < self.microbatch < needed
+        multiple, step = self.microbatch if in_parts else self.devices, 2 ** (needed - 1).bit_length() // 16
+        rows = round_up(needed, max(1, step // multiple) * multiple)
+        return rows if in_parts or not self.microbatch else min(rows, self.microbatch)
 
 
-def row_shape(split: EncodedSplit, tokens: int, multiple: int, field: str) -> RowShape:
+def row_shape(
+    split: EncodedSplit, tokens: int, field: str, *, microbatch: int = 0, devices: int = 1
+) -> RowShape:
     """Rows of `tokens`, as config `field` asks, for the lists of `split`; UserError if the longest list is longer.
 
     Nine lists in ten have no larger share of answer than a row has room for, so most rows run out of tokens first.
@@ -43,7 +48,8 @@ def row_shape(split: EncodedSplit, tokens: int, multiple: int, field: str) -> Ro
             f"{field}={tokens}: the longest list with its answer takes {lists.max()} tokens; set that or more"
         )
     share = np.quantile(answers / lists, 0.9)
-    return RowShape(tokens, round_up(max(answers.max(), int(np.ceil(share * tokens))), 16), multiple)
+    most = round_up(max(answers.max(), int(np.ceil(share * tokens))), 16)
+    return RowShape(tokens, most, microbatch, devices)
 
 
 def pack(batch: Batch, shape: RowShape) -> Batch:

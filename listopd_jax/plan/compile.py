@@ -261,7 +261,7 @@ def _answers(config: Any, sft: Any, mesh: Mesh) -> dict[str, Any]:
     rows, widths = sft.batch_size, {"prompt": prompt, "answer": answer}
     if sft.packing:
         a_row = sft.packing // (prompt + answer)
-        shape = RowShape(sft.packing, a_row * answer, sft.microbatch or rules.row_multiple())
+        shape = RowShape(sft.packing, a_row * answer, sft.microbatch, rules.row_multiple())
         rows = shape.rows(ceil_div(rows, a_row))
         widths = dict.fromkeys(("row", "starts"), shape.tokens) | dict.fromkeys(
             ("places", "answer"), shape.answers

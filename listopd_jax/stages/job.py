@@ -283,8 +283,9 @@ class Job:
         sft = self.config.sft[role]
         if not sft.packing:
             return None
-        multiple = sft.microbatch or rules.row_multiple()
-        shape = packing.row_shape(split, sft.packing, multiple, f"sft.{role}.packing")
+        shape = packing.row_shape(
+            split, sft.packing, f"sft.{role}.packing", microbatch=sft.microbatch, devices=rules.row_multiple()
+        )
         return functools.partial(packing.pack, shape=shape)
 
     def opd_batches(self, seed: int) -> Any:

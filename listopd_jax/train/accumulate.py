@@ -13,12 +13,12 @@ from listopd_jax.train.optimizer import to_float32, tree_add
 def accumulated_grad(loss_of: Callable, params: Any, batch: Any, microbatch: int) -> tuple[Any, Any, Any]:
     """Loss, gradient and auxiliary output of `loss_of(params, rows) → (loss, aux)` summed over microbatches of rows.
 
-    `batch` is a pytree of arrays with a leading row axis B that `microbatch` divides (0: all rows at once). The
+    `batch` is a pytree of arrays with a leading row axis B that `microbatch` divides (0, or B and more: all). The
     losses of the microbatches must add up to the loss of the batch; `aux` is a pytree with a leading row axis. The
     gradient is float32, whatever `params` are.
     """
     rows = jax.tree.leaves(batch)[0].shape[0]
-    if microbatch in (0, rows):  # a loop of one turn would still copy what it carries
+    if microbatch == 0 or microbatch >= rows:  # a loop of one turn would still copy what it carries
         (loss, aux), grads = jax.value_and_grad(loss_of, has_aux=True)(params, batch)
         return loss, constrain_state(to_float32(grads)), aux
     # `to_chunks` takes so many rows of every device, `microbatch` is of all devices.
