@@ -108,10 +108,10 @@ def causal(
     outs = []
     for start in range(0, T, size):
         end = min(start + size, T)
-        visible = (jnp.arange(end) <= jnp.arange(start, end)[:, None])[None, None]
+        visible = jnp.arange(end) <= jnp.arange(start, end)[:, None]
+        own = Part(k[..., :end], v[..., :end, :], visible[None, None])
         if starts is not None:
-            visible = visible & (jnp.arange(end) >= starts[:, None, start:end, None])
-        own = Part(k[..., :end], v[..., :end, :], visible)
+            own = own._replace(mask=own.mask & (jnp.arange(end) >= starts[:, None, start:end, None]))
         outs.append(attention(q[:, :, start:end], [own] if prompt is None else [own, prompt.part()]))
     return outs[0] if len(outs) == 1 else jnp.concatenate(outs, axis=2)
 
