@@ -4,16 +4,18 @@
         [--padding-only] [--json]
 
 Lists of the clothing reviews in FILE, a tokenizer trained on them, a random model of 4 layers x 256, float32. Both
-steps see the same lists, in one process, in turn. The command refuses to compare if they disagree on the loss.
+steps see the same lists, in one process, in turn. The command refuses to compare if they disagree on the loss. The
+padding of unpacked lists in batches of one bucket each (--buckets) is counted beside it.
 """
 
 import argparse
+import contextlib
 import json
 import pathlib
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import ml_collections
@@ -40,7 +42,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--words", type=positive, default=16, help="of each review")
     parser.add_argument("--row", type=positive, default=1024, help="tokens of a packed row")
     parser.add_argument(
-        "--buckets", type=positive, default=4, help="widths of prompts where they are not packed"
+        "--buckets", type=positive, default=4, help="widths of prompts in the other way to save padding"
     )
     parser.add_argument("--batch", type=positive, default=16, help="lists of a step")
     parser.add_argument("--steps", type=positive, default=5)
@@ -49,13 +51,13 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def configuration(args: argparse.Namespace) -> ml_collections.FrozenConfigDict:
+def configuration(args: argparse.Namespace, buckets: int = 1) -> ml_collections.FrozenConfigDict:
     """The teacher's SFT is not packed, the student's is."""
     from listopd_jax.config import defaults, validate
 
     config = defaults()
     config.data.update(source="clothing", path=args.path, max_lists=40 * args.batch)
-    config.task.update(k=args.k, max_review_words=args.words, prompt_buckets=args.buckets)
+    config.task.update(k=args.k, max_review_words=args.words, prompt_buckets=buckets)
     config.task.update(max_response=16 * args.k, max_prompt=args.row - 16 * args.k)
     config.tokenizer.vocab_size = 4096
     for role in ("teacher", "student"):
@@ -67,22 +69,19 @@ def configuration(args: argparse.Namespace) -> ml_collections.FrozenConfigDict:
 
 def measure(args: argparse.Namespace) -> dict[str, Any]:
     """Padding of both, and seconds and their ratio in each turn."""
-    from listopd_jax.stages.prepare import job_on_mesh
-
-    with (
-        tempfile.TemporaryDirectory() as folder,
-        job_on_mesh(configuration(args), pathlib.Path(folder)) as job,
-    ):
+    with job_of(configuration(args)) as job:
         batches = {"unpacked": job.sft_batches("teacher"), "packed": job.sft_batches("student")}
         pairs = [{name: next(made) for name, made in batches.items()} for _ in range(PLANNED)]
         turns = [] if args.padding_only else timed(job, pairs, args.steps)
-    tokens = [
-        int((pair["unpacked"]["prompt_length"] + pair["unpacked"]["answer_length"]).sum()) for pair in pairs
-    ]
+    with job_of(configuration(args, args.buckets)) as job:
+        made = job.sft_batches("teacher")
+        in_buckets = [next(made) for _ in range(PLANNED)]
+    tokens = list_tokens(pair["unpacked"] for pair in pairs)
+    shares = {name: padding([pair[name] for pair in pairs], tokens) for name in batches}
     return {
-        "list_tokens": sum(tokens) / len(tokens) / args.batch,
+        "list_tokens": tokens / len(pairs) / args.batch,
         "rows": sum(len(pair["packed"]["row"]) for pair in pairs) / len(pairs),
-        "padding": {name: padding([pair[name] for pair in pairs], sum(tokens)) for name in batches},
+        "padding": shares | {"in_buckets": padding(in_buckets, list_tokens(in_buckets))},
         "programs": {name: len({cells(pair[name]) for pair in pairs}) for name in batches},
         "seconds": {name: [turn[name] for turn in turns] for name in batches},
         "ratio": spread([turn["packed"] / turn["unpacked"] for turn in turns]) if turns else None,
@@ -90,6 +89,20 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
             name: getattr(args, name) for name in ("k", "words", "row", "buckets", "batch", "steps")
         },
     }
+
+
+@contextlib.contextmanager
+def job_of(config: ml_collections.FrozenConfigDict) -> Iterator[Any]:
+    """The job of a config in a folder that goes with it."""
+    from listopd_jax.stages.prepare import job_on_mesh
+
+    with tempfile.TemporaryDirectory() as folder, job_on_mesh(config, pathlib.Path(folder)) as job:
+        yield job
+
+
+def list_tokens(unpacked: Iterable[dict[str, np.ndarray]]) -> int:
+    """Tokens of the lists of batches, with their answers."""
+    return sum(int((batch["prompt_length"] + batch["answer_length"]).sum()) for batch in unpacked)
 
 
 def cells(batch: dict[str, np.ndarray]) -> int:
@@ -134,8 +147,8 @@ def timed(job: Any, pairs: Sequence[dict[str, dict]], steps: int) -> list[dict[s
     return turns
 
 
-HEAD = ("k x words", "tokens a list", "buckets", "row", "rows for lists", "padding, unpacked", "packed", "programs",
-        "step, packed / unpacked (middle half)")  # fmt: skip
+HEAD = ("k x words", "tokens per list", "row", "rows for lists", "padding, one bucket", "several", "packed", "programs",
+        "step, packed / one bucket (middle half)")  # fmt: skip
 
 
 def render(result: dict[str, Any]) -> str:
@@ -143,9 +156,10 @@ def render(result: dict[str, Any]) -> str:
     s, share, programs = result["settings"], result["padding"], result["programs"]
     low, ratio, high = result["ratio"] or (0, 0, 0)
     row = [
-        f"{s['k']} x {s['words']}", f"{result['list_tokens']:.0f}", str(s["buckets"]), str(s["row"]),
-        f"{result['rows']:.1f} for {s['batch']}", f"{share['unpacked']:.1%}", f"{share['packed']:.1%}",
-        f"{programs['unpacked']}, {programs['packed']}", f"{ratio:.2f} ({low:.2f}–{high:.2f})" if ratio else "",
+        f"{s['k']} x {s['words']}", f"{result['list_tokens']:.0f}", str(s["row"]), f"{result['rows']:.1f} for {s['batch']}",
+        f"{share['unpacked']:.1%}", f"{share['in_buckets']:.1%} ({s['buckets']})", f"{share['packed']:.1%}",
+        f"{programs['unpacked']}, {programs['packed']}",
+        f"{ratio:.2f} ({low:.2f}–{high:.2f})" if ratio else "",
     ]  # fmt: skip
     return wording.markdown(HEAD, [row])
 

@@ -158,7 +158,7 @@ def config_of(**fields):
     """A job of a few lists of 8 reviews; packed, three or so share a row."""
     config = config_module.defaults()
     config.data.synthetic.products, config.data.synthetic.reviews_per_product = 12, 8
-    config.task.update(k=4, max_prompt=192, max_response=64, max_review_words=8)
+    config.task.update(k=4, max_prompt=192, max_response=64, max_review_words=8, prompt_buckets=1)
     config.train.checkpoint_every = 2
     for sft in (config.sft.student, config.sft.teacher):
         sft.update(steps=3, batch_size=6, lr=1e-2, seed=1)
@@ -193,10 +193,14 @@ def test_batches_hold_the_lists_that_they_hold_unpacked(workdir, tmp_path):
     packed, plain = (
         open_job(config_of(**fields), workdir[0]).sft_batches("student") for fields in (PACKED, {})
     )
+    in_buckets = open_job(config_of(**PACKED, **{"task.prompt_buckets": 4}), workdir[0]).sft_batches(
+        "student"
+    )
     for _ in range(7):
         ours, theirs = next(packed), next(plain)
         assert sorted(sum(unpacked(ours), [])) == sorted(lists_of(theirs))
         assert len(ours["row"]) < len(theirs["prompt"])
+        jax.tree.map(np.testing.assert_array_equal, ours, next(in_buckets))
 
 
 def test_rows_too_short_for_a_list_are_refused(workdir):

@@ -16,7 +16,7 @@ ARROWS = {
     "plan": "stages config train rollout models ops parallel data lifecycle rounding errors",
     "prereg": "main config records theory files errors",
     "export": "config stages report models lifecycle errors",
-    "evaluate": "main config stages report parallel errors",
+    "evaluate": "main config stages report parallel lifecycle errors",
     "label": "config data task lifecycle metrics_log files errors",
     "forecast": "config main stages data parallel records lifecycle errors",
     "watch": "report metrics_log records files errors",

@@ -90,6 +90,8 @@ def test_loss_is_torch_cross_entropy_of_shifted_labels(model, batch, step):
     counted = logits[:, :-1][torch.tensor(labels[:, 1:] != IGNORED)]
     entropy = torch.distributions.Categorical(logits=counted).entropy().mean()
     assert metrics["entropy"] == pytest.approx(entropy.item(), rel=1e-5)
+    right = logits[:, :-1].argmax(-1) == torch.tensor(labels[:, 1:])
+    assert 0 < metrics["accuracy"] == pytest.approx(right.sum().item() / ANSWER_LENGTHS.sum())
 
 
 def test_gradient_is_that_of_the_whole_sequence(model, batch, step):

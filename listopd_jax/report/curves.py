@@ -48,6 +48,7 @@ OPD_PANELS = (
 )
 SFT_PANELS = (
     Panel("loss", "SFT loss", "nats per token"),
+    Panel("accuracy", "Token accuracy", "share of answer tokens", (-0.03, 1.03)),
     Panel("entropy", "Entropy", "nats per token"),
     Panel("grad_norm", "Gradient norm", "L2 norm"),
 )

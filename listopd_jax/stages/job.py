@@ -298,8 +298,10 @@ class Job:
         """Of each global batch, the rows that this host's devices hold; with a `change`, which may move them, all."""
         # Every host plans the same global batch from the seed and reads only its rows.
         rows = None if change else hosts.local_rows(batch_size)
+        # Buckets keep padding low by batches of lists of about one length, which packed rows need not.
+        buckets = self.buckets[-1:] if change else self.buckets
         return batches.train_batches(
-            split, buckets=self.buckets, batch_size=batch_size, seed=seed, rows=rows, change=change
+            split, buckets=buckets, batch_size=batch_size, seed=seed, rows=rows, change=change
         )
 
     def evaluation_batches(self, batch_size: int = 0) -> Iterator[dict[str, Any]]:

@@ -25,11 +25,13 @@ NONE = nnx.State({})
 
 def cross_entropy(
     logits: Float[Array, "c V"], rows: tuple[Int[Array, " c"], Float[Array, " c"]], _: None
-) -> tuple[Float[Array, ""], Float[Array, " c"]]:
-    """Σ −w log π(token) over rows (token, w), and the weighted entropy of each row."""
+) -> tuple[Float[Array, ""], dict[str, Float[Array, " c"]]]:
+    """Σ −w log π(token) over rows (token, w); of each, times w, the entropy and whether its token is the likeliest."""
     tokens, weights = rows
     logp = jax.nn.log_softmax(logits)
-    return -(weights * take_token(logp, tokens)).sum(), weights * entropy_of(logp)
+    own = take_token(logp, tokens)
+    right = own >= logp.max(-1)
+    return -(weights * own).sum(), {"entropy": weights * entropy_of(logp), "accuracy": weights * right}
 
 
 def make_sft_step(
@@ -38,7 +40,8 @@ def make_sft_step(
     """A jitted step(state, batch, lr, frozen) → (state, metrics); `batch` as in listopd_jax.data.batches, or packed.
 
     `frozen` are the parameters beside which an adapter trains; none where the whole model trains.
-    Metrics are scalars: loss (nats per token), entropy, grad_norm, tokens (answer tokens in the batch).
+    Metrics are scalars: loss (nats per token), entropy, accuracy (share of answer tokens that were the likeliest),
+    grad_norm, tokens (answer tokens in the batch).
     """
 
     def loss_of(params, rows, frozen):
@@ -51,8 +54,8 @@ def make_sft_step(
             hidden = completion_hidden(decoder, batch["prompt"], batch["prompt_length"], answers)
         flat = hidden.reshape(-1, hidden.shape[-1]), decoder.head_weight()
         rows = answers.reshape(-1), weights.reshape(-1)
-        loss, entropy = fused_loss(cross_entropy, vocab, chunk, *flat, rows, None)
-        return loss, entropy.reshape(weights.shape)
+        loss, means = fused_loss(cross_entropy, vocab, chunk, *flat, rows, None)
+        return loss, jax.tree.map(lambda x: x.reshape(weights.shape), means)
 
     def step(state: TrainState, batch, lr, frozen=NONE):
         mask = completion_mask(batch["answer_length"][:, None], batch["answer"].shape[-1])
@@ -60,10 +63,10 @@ def make_sft_step(
         loss_of_rows = functools.partial(loss_of, frozen=frozen)
         # As in opd_step: cast once for all microbatches, while AdamW updates the float32 parameters.
         params = cast_once(state.params, nnx.merge(graphdef, with_adapter(frozen, state.params)).dtype)
-        loss, grads, entropy = accumulated_grad(loss_of_rows, params, (batch, weights), microbatch)
+        loss, grads, means = accumulated_grad(loss_of_rows, params, (batch, weights), microbatch)
         metrics = {
             "loss": loss,
-            "entropy": entropy.sum(),
+            **{name: x.sum() for name, x in means.items()},
             "tokens": mask.sum(),
             "grad_norm": optax.tree.norm(grads),
         }

@@ -31,7 +31,12 @@ CURVES = {
         "completion_length": "Completion length",
         "grad_norm": "Gradient norm",
     },
-    "sft": {"loss": "SFT loss", "entropy": "Entropy", "grad_norm": "Gradient norm"},
+    "sft": {
+        "loss": "SFT loss",
+        "accuracy": "Token accuracy",
+        "entropy": "Entropy",
+        "grad_norm": "Gradient norm",
+    },
 }
 """Metrics and their names, by the stage that begins as the key does."""
 DISTILLED = ("anchor", "opd")
