@@ -3,6 +3,7 @@
 Schemas and the values that they judge are hostile: a reference is never fetched, and a pattern gets MATCH_SECONDS.
 """
 
+import re
 import warnings
 from collections.abc import Iterator
 from typing import Any
@@ -56,7 +57,10 @@ class Contract:
 
     def explain(self, value: Any) -> str | None:
         """What is wrong with `value`, where in it and why, in one short line; None if nothing is."""
-        error = best_match(self._validator.iter_errors(value))
+        try:
+            error = best_match(self._validator.iter_errors(value))
+        except RecursionError:
+            return "at $: nested too deeply for its schema"
         return None if error is None else f"at {error.json_path}: {_short(error)}"
 
     def _name(self, error: ValidationError) -> str:
@@ -115,13 +119,17 @@ def _check_schema(kind: type, schema: dict[str, Any], where: str) -> None:
 def _check_references(resource: referencing.Resource, where: str) -> None:
     """UserError for a reference or a pattern in the schema that cannot be used."""
     root = referencing.Registry().with_resource(resource.id() or "", resource).crawl()
-    for part, resolver in _parts(resource, root.resolver_with_root(resource)):
+    parts = list(_parts(resource, root.resolver_with_root(resource)))
+    evaluates = any("unevaluatedProperties" in part for part, _ in parts)
+    for part, resolver in parts:
         for keyword in ("$ref", "$dynamicRef", "$recursiveRef"):
             if isinstance(name := part.get(keyword), str):
                 _resolve(resolver, name, where, keyword)
         for pattern in (part.get("pattern"), *_keys(part.get("patternProperties"))):
             if isinstance(pattern, str):
                 _check_pattern(pattern, where)
+        for pattern in _keys(part.get("patternProperties")) if evaluates else ():
+            _check_plain(pattern, where)
 
 
 def _keys(value: Any) -> list[str]:
@@ -164,6 +172,19 @@ def _check_pattern(pattern: str, where: str) -> None:
                     f"{where}: pattern {pattern[:60]!r} takes exponential time on {character * 3 + '…'!r}; write it "
                     "without a repeat inside a repeat"
                 ) from e
+
+
+def _check_plain(pattern: str, where: str) -> None:
+    """UserError for a pattern that Python's re does not know: jsonschema asks that one what is evaluated."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            re.compile(pattern)
+    except (re.error, RecursionError, OverflowError) as e:
+        raise UserError(
+            f"{where}: pattern {pattern[:60]!r} beside unevaluatedProperties is not one that Python's re knows ({e}); "
+            "use additionalProperties, or another pattern"
+        ) from e
 
 
 def _matches(pattern: str, text: str) -> bool:
