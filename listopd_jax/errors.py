@@ -71,6 +71,11 @@ def first_line(e: BaseException) -> str:
     return next(iter(str(e).strip().splitlines()), type(e).__name__)
 
 
+def is_panic(e: BaseException) -> bool:
+    """Whether `e` is a panic of a library written in Rust, which is no Exception."""
+    return type(e).__name__ == "PanicException"
+
+
 # --- commands ---
 
 

@@ -281,6 +281,18 @@ def test_messages_without_a_template_are_lines_of_roles():
     assert role_lines(turns) == "system: Extract.\nuser: 3 mugs\nassistant:\n"
 
 
+def deeper(levels, call):
+    return call() if levels == 0 else deeper(levels - 1, call)
+
+
+def test_a_schema_without_end_is_one_line_wherever_the_recursion_ends():
+    """In Rust it ends in a panic, which is no RecursionError and no Exception."""
+    schema = {"if": {"type": ["object", "null", "array", "string", "integer"], "$ref": "#"}}
+    for levels in range(30):
+        with pytest.raises(UserError, match="here: the schema refers to itself without end"):
+            deeper(levels, lambda: Contract(schema, "here"))
+
+
 NAMES = st.text("ab", max_size=2) | st.text(max_size=3)
 VALUES = st.recursive(
     st.none() | st.booleans() | st.integers(-5, 5) | st.floats(allow_nan=False, allow_infinity=False) | st.text(),

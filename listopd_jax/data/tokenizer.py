@@ -14,7 +14,7 @@ from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from listopd_jax import files
 from listopd_jax.data import manifest
-from listopd_jax.errors import UserError, one_line
+from listopd_jax.errors import UserError, is_panic, one_line
 from listopd_jax.task.contract import strict_parse
 from listopd_jax.task.prompt import render_answer, review_ids
 
@@ -139,7 +139,7 @@ def _broken_file(path: str | os.PathLike) -> pathlib.Path | None:
 
 def _of_a_file(e: BaseException) -> bool:
     """Whether a damaged file may raise it: any Exception, and a panic of Rust."""
-    return isinstance(e, Exception) or type(e).__name__ == "PanicException"
+    return isinstance(e, Exception) or is_panic(e)
 
 
 def _file(path: str | os.PathLike, name: str = "tokenizer.json") -> pathlib.Path | None:

@@ -15,7 +15,7 @@ import referencing.jsonschema
 import regex
 from jsonschema.exceptions import ValidationError, best_match
 
-from listopd_jax.errors import UserError
+from listopd_jax.errors import UserError, is_panic
 from listopd_jax.task.contract import OK
 
 MATCH_SECONDS = 1.0
@@ -50,7 +50,7 @@ class Contract:
     def failure(self, value: Any) -> str:
         """'ok', or the class of the error that explains best why `value` breaks the schema."""
         try:
-            error = best_match(self._validator.iter_errors(value))
+            error = self._error(value)
         except RecursionError:
             return "nesting"
         return OK if error is None else self._name(error)
@@ -58,10 +58,19 @@ class Contract:
     def explain(self, value: Any) -> str | None:
         """What is wrong with `value`, where in it and why, in one short line; None if nothing is."""
         try:
-            error = best_match(self._validator.iter_errors(value))
+            error = self._error(value)
         except RecursionError:
             return "at $: nested too deeply for its schema"
         return None if error is None else f"at {error.json_path}: {_short(error)}"
+
+    def _error(self, value: Any) -> ValidationError | None:
+        """The error that explains best why `value` breaks the schema; RecursionError if they nest too deeply."""
+        try:
+            return best_match(self._validator.iter_errors(value))
+        except BaseException as e:
+            if is_panic(e):  # of rpds, which keeps jsonschema's types: the limit may be reached inside it
+                raise RecursionError from e
+            raise
 
     def _name(self, error: ValidationError) -> str:
         keyword = str(error.validator)
@@ -70,8 +79,7 @@ class Contract:
     def _check_recursion(self, where: str) -> None:
         for value in (None, {}, [], "", 0):
             try:
-                self.failure(value)
-                best_match(self._validator.iter_errors(value))
+                self._error(value)
             except RecursionError as e:
                 raise UserError(f"{where}: the schema refers to itself without end; {_FIX}") from e
 
