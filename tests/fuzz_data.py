@@ -513,7 +513,7 @@ def _esci(folder: pathlib.Path) -> Callable:
                 row[name] = value
         try:
             out = io.BytesIO()
-            pq.write_table(pa.Table.from_pylist(rows), out)
+            pq.write_table(pa.Table.from_pylist(rows), out, write_page_checksum=True)
         except pa.ArrowException:  # a column of two types cannot be written
             return data
         return out.getvalue()
