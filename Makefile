@@ -1,6 +1,7 @@
 # make demo: set up, run the main job on the embedded default, say where the report is.
 # make test: set up with the test extra, lint, run the tests; make quick: those that take no seconds, without linting;
-# make soak: those that take minutes and are in none of the others. make bench-smoke: have compiled programs grown?
+# make soak: those that take minutes and are in none of the others. make fuzz: an hour of hostile files (tests/fuzz.py).
+# make bench-smoke: have compiled programs grown?
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -12,7 +13,7 @@ WORKERS := -n auto --dist loadgroup --no-loadscope-reorder
 # Bytecode is kept even where the environment says no: every process of the tests would compile all sources anew.
 export PYTHONDONTWRITEBYTECODE :=
 
-.PHONY: demo expected test quick soak lint clean bench-smoke
+.PHONY: demo expected test quick soak fuzz lint clean bench-smoke
 
 demo: expected $(VENV)/.run
 	$(BIN)/python -m listopd_jax.main --config=configs/fashion.py:demo --workdir=$(WORKDIR)
@@ -28,6 +29,9 @@ quick: $(VENV)/.test
 
 soak: $(VENV)/.test
 	$(BIN)/python -m pytest -q -m soak
+
+fuzz: $(VENV)/.test
+	$(BIN)/python tests/fuzz.py --out=docs/results/fuzz.json
 
 bench-smoke: $(VENV)/.test
 	$(BIN)/python -m benchmarks.smoke

@@ -7,9 +7,18 @@ import sys
 from collections.abc import Callable, Iterable, Sequence
 from typing import NoReturn
 
+MOST_TEXT = 1000
+"""Characters of a message; of a longer one, its start and its end."""
+
 
 class UserError(Exception):
-    """A mistake the user can fix. The message is one line that names the file or field and the fix."""
+    """A mistake the user can fix. The message is one line that names the file or field and the fix.
+
+    What it quotes of a file may hold anything: line ends and control characters are shown as their escapes.
+    """
+
+    def __init__(self, message: object = ""):
+        super().__init__(shortened(printable(str(message))))
 
 
 class Interrupted(BaseException):
@@ -20,6 +29,18 @@ class Interrupted(BaseException):
 
 
 # --- wording ---
+
+
+def printable(text: str) -> str:
+    """The text with an escape in place of each character that is no print: no line ends, no terminal's commands."""
+    if text.isprintable():
+        return text
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
+def shortened(text: str, most: int = MOST_TEXT) -> str:
+    """The text, or its start and its end, where file and fix are, if it has more than `most` characters."""
+    return text if len(text) <= most else f"{text[: most // 2]} … {text[-(most // 2 - 3) :]}"
 
 
 def did_you_mean(value: str, known: Iterable[str]) -> str:
@@ -48,6 +69,11 @@ def one_line(e: BaseException) -> str:
 def first_line(e: BaseException) -> str:
     """The first line of the message of any exception; the name of its type if it has none."""
     return next(iter(str(e).strip().splitlines()), type(e).__name__)
+
+
+def is_panic(e: BaseException) -> bool:
+    """Whether `e` is a panic of a library written in Rust, which is no Exception."""
+    return type(e).__name__ == "PanicException"
 
 
 # --- commands ---

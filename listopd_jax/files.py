@@ -117,7 +117,11 @@ def _umask() -> int:
 
 def write_json(path: str | os.PathLike, value: Any) -> None:
     """Write `value` as indented JSON, atomically; NaN and infinities are refused (they are not JSON)."""
-    write_text(path, json.dumps(value, indent=2, allow_nan=False, ensure_ascii=False) + "\n")
+    write_text(path, _text(value))
+
+
+def _text(value: Any) -> str:
+    return json.dumps(value, indent=2, allow_nan=False, ensure_ascii=False) + "\n"
 
 
 def json_sha256(value: Any, **form: Any) -> str:
@@ -135,9 +139,14 @@ def sha256(path: pathlib.Path) -> str:
 
 
 def read_json(path: str | os.PathLike, fix: str = "restore it, or choose another --workdir") -> Any:
-    """Read a JSON file; UserError if it is missing, or broken, which `fix` cures."""
+    """Read a JSON file; UserError if it is missing, or broken, which `fix` cures.
+
+    What `write_json` would not write again is broken: NaN, infinities, half of a surrogate pair, nesting without end.
+    """
     try:
-        return json.loads(pathlib.Path(path).read_text(encoding="utf-8"))
+        value = json.loads(pathlib.Path(path).read_text(encoding="utf-8"))
+        _text(value).encode()
+        return value
     except FileNotFoundError as e:
         raise UserError(f"{path}: no such file") from e
     except PermissionError as e:

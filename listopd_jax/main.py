@@ -137,10 +137,7 @@ def refuse_changes(path: pathlib.Path, config: Any, among: tuple[str, ...] = (""
 
     Fields that may change between calls may differ all the same.
     """
-    saved = files.read_json(path)
-    fits = isinstance(saved, dict) and isinstance(saved.get("config"), dict)
-    if not fits or not isinstance(saved.get("resumed", []), list):
-        raise UserError(f"{path}: not the record of a run; choose another --workdir")
+    saved = config_module.read_saved(path)
     if changed := config_module.changed_field(saved["config"], config_module.to_json(config), among):
         field, old, new = changed
         problem = f"this workdir holds a run with {field}={old!r}, not {new!r}"

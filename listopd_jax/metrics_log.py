@@ -140,9 +140,10 @@ def read_metrics(workdir: str | pathlib.Path, name: str = FILE) -> list[dict[str
 
 
 def _row(line: bytes) -> dict[str, Any] | None:
-    """The row that `line` spells, None if it spells none."""
+    """The row that `line` spells, None if it spells none that can be written again (NaN)."""
     try:
         row = json.loads(line)
+        _line(row)
     except (ValueError, RecursionError):
         return None
     is_row = isinstance(row, dict) and isinstance(row.get("run"), str) and isinstance(row.get("step"), int)

@@ -357,7 +357,7 @@ class Recommendation(Record):
 
 def read_runs(path: str | os.PathLike) -> list[Planned]:
     """The records of a runs.json; [] if there is no such file."""
-    return _entries(Planned, _read(path, []), str(path), "run")
+    return _entries(Planned, _read(path), str(path), "run")
 
 
 def results(value: Any, where: str) -> list[Result]:
@@ -367,17 +367,17 @@ def results(value: Any, where: str) -> list[Result]:
 
 def read_results(path: str | os.PathLike) -> list[Result]:
     """The records of a results.json; [] if there is no such file."""
-    return results(_read(path, []), str(path))
+    return results(_read(path), str(path))
 
 
 def read_examples(path: str | os.PathLike) -> list[Example]:
     """The records of an examples.json; [] if there is no such file."""
-    return _entries(Example, _read(path, []), str(path), "example")
+    return _entries(Example, _read(path), str(path), "example")
 
 
 def read_errors(path: str | os.PathLike) -> list[Errors]:
     """The records of an errors.json; [] if there is no such file."""
-    found = _entries(Errors, _read(path, []), str(path), "record")
+    found = _entries(Errors, _read(path), str(path), "record")
     for i, record in enumerate(found):
         numbers = all(map(is_number, record.errors)) and len(record.errors) == len(found[0].errors) > 0
         _require(numbers, f"{path}: record {i}", "must have one number a list in 'errors'")
@@ -386,13 +386,12 @@ def read_errors(path: str | os.PathLike) -> list[Errors]:
 
 def read_calibration(path: str | os.PathLike) -> Calibration | None:
     """The record of a calibration.json; None if there is no such file."""
-    value = _read(path, None)
-    return None if value is None else Calibration.from_json(value, str(path))
+    return _only(Calibration, path)
 
 
 def read_predictions(path: str | os.PathLike) -> list[Prediction]:
     """The records of a predictions.json; [] if there is no such file."""
-    found = _entries(Prediction, _read(path, []), str(path), "prediction")
+    found = _entries(Prediction, _read(path), str(path), "prediction")
     for i, record in enumerate(found):
         columns = [x for x in (record.lambdas, record.parse, record.low, record.high) if x is not None]
         fits = all(len(x) == len(record.lambdas or ()) and all(map(is_number, x)) for x in columns)
@@ -403,8 +402,7 @@ def read_predictions(path: str | os.PathLike) -> list[Prediction]:
 
 def read_recommendation(path: str | os.PathLike) -> Recommendation | None:
     """The record of a recommendation.json; None if there is no such file."""
-    value = _read(path, None)
-    return None if value is None else Recommendation.from_json(value, str(path))
+    return _only(Recommendation, path)
 
 
 def write_records(path: str | os.PathLike, records: Sequence[Record]) -> None:
@@ -412,8 +410,13 @@ def write_records(path: str | os.PathLike, records: Sequence[Record]) -> None:
     files.write_json(path, [record.to_json() for record in records])
 
 
-def _read(path: str | os.PathLike, absent: Any) -> Any:
-    return files.read_json(path) if pathlib.Path(path).exists() else absent
+def _read(path: str | os.PathLike) -> Any:
+    return files.read_json(path) if pathlib.Path(path).exists() else []
+
+
+def _only(kind: type[Record], path: str | os.PathLike) -> Any:
+    """The record of a file that holds one; None if there is no such file."""
+    return kind.from_json(files.read_json(path), str(path)) if pathlib.Path(path).exists() else None
 
 
 def _entries(kind: type[Record], value: Any, where: str, called: str) -> list[Any]:

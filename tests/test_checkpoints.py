@@ -5,7 +5,9 @@ import os
 import pathlib
 import resource
 import shutil
+import sys
 import tempfile
+import types
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +17,7 @@ import pytest
 from processes import FORKS
 
 from listopd_jax.errors import UserError
-from listopd_jax.train.checkpoints import Checkpoints, abstract
+from listopd_jax.train.checkpoints import Checkpoints, _quiet_orbax, abstract
 from listopd_jax.train.optimizer import TrainState, init_state
 
 # When one read fails orbax abandons the others, and Python complains about that when it collects them.
@@ -71,6 +73,18 @@ def restored(folder, seed=0, size=1000, **options):
     """What the newest good checkpoint of `folder` gives a run whose initial state is another."""
     with Checkpoints(folder, keep=2, **options) as checkpoints:
         return checkpoints.restore(abstract(make_state(seed, size)))
+
+
+@pytest.mark.parametrize(("file", "shown"), [("/lib/orbax/checkpoint/read.py", 0), ("/lib/own.py", 1)])
+def test_what_orbax_leaves_behind_prints_no_traceback(monkeypatch, file, shown):
+    said = []
+    monkeypatch.setattr(sys, "unraisablehook", said.append)
+    _quiet_orbax.__wrapped__()
+    try:
+        exec(compile("raise Exception('Encountered error while reading array index')", file, "exec"))
+    except Exception as e:
+        sys.unraisablehook(types.SimpleNamespace(exc_value=e, exc_traceback=e.__traceback__))
+    assert len(said) == shown
 
 
 def test_round_trip_is_bit_identical(tmp_path):

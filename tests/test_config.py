@@ -164,6 +164,32 @@ def test_an_option_changed_is_another_run(field, value, tmp_path):
     assert config_module.changed_field(saved, now) == ("opd." + field, before, value)
 
 
+@pytest.mark.parametrize(
+    ("saved", "says"),
+    [
+        ([], "the saved config is list, not an object"),
+        ({"opd": {"lr": 10**400}}, "opd.lr=1000"),
+        ({"a\nb": 1}, r"a\\nb: there is no such field"),
+        ({"opd": {"clip": {}}}, None),
+        ({"task": {"max_response": False}}, "task.max_response=False: must not be True or False"),
+        ({"opd": {"seeds": [True]}}, "opd.seeds=.True,.: must not be True or False"),
+    ],
+)
+def test_a_damaged_saved_config_is_one_line(saved, says):
+    if says is None:
+        assert config_module.from_json(saved) == config_module.validate(config_module.defaults())
+        return
+    with pytest.raises(UserError, match=says):
+        config_module.from_json(saved)
+
+
+@pytest.mark.parametrize("text", ["[]", "{}", '{"config": 3}', '{"config": {}, "resumed": 1}', "NaN"])
+def test_a_digest_beside_a_damaged_record_is_one_line(tmp_path, text):
+    (tmp_path / "config.json").write_text(text)
+    with pytest.raises(UserError, match="config.json: not "):
+        config_module.digest(config_module.validate(config_module.defaults()), tmp_path)
+
+
 def test_the_digest_is_of_what_may_not_change_in_a_workdir(tmp_path):
     """The grid may grow and the devices may be others."""
     a, b = fashion.get_config("tiny"), fashion.get_config("tiny")

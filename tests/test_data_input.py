@@ -138,6 +138,17 @@ def test_what_is_no_tokenizer_is_one_line(tmp_path, tokenizer):
     (tmp_path / "damaged" / "tokenizer.json").write_text('{"version": "1.0"')
     tokenizer.save_pretrained(tmp_path / "odd")
     (tmp_path / "odd" / "tokenizer.json").write_text('{"version": "1.0", "model": {}}')
+    model = json.loads(tokenizer.backend_tokenizer.to_str())["model"]
+    for name, file, value in (
+        ("panic", "tokenizer.json", {"model": model | {"continuing_subword_prefix": "longer than a token"}}),
+        ("length", "tokenizer_config.json", {"model_max_length": {}}),
+        ("class", "tokenizer_config.json", {"tokenizer_class": 3}),
+    ):
+        tokenizer.save_pretrained(tmp_path / name)
+        before = json.loads((tmp_path / name / file).read_text())
+        (tmp_path / name / file).write_text(json.dumps(before | value))
+        with pytest.raises(UserError, match=f"{tmp_path / name}.*again"):
+            load_tokenizer(tmp_path / name)
     (tmp_path / "file").write_text("x")
     for name in ("absent", "empty", "damaged", "odd", "file"):
         with pytest.raises(UserError) as error:

@@ -101,6 +101,7 @@ def test_votes_in_every_form(tmp_path, votes, expected):
         (json.dumps(rows_2023(1, text=["a"])[0]), "broken"),
         (json.dumps(rows_2023(1, parent_asin=17)[0]), "broken"),
         (json.dumps(rows_2023(1, parent_asin=None)[0]), "missing_field"),
+        (json.dumps(rows_2023(1, parent_asin=" \u2028")[0]), "missing_field"),
         (json.dumps(rows_2023(1, text="<br /> \t&nbsp;")[0]), "empty_text"),
         (json.dumps(rows_2023(1, text=None)[0]), "empty_text"),
     ],
@@ -213,7 +214,16 @@ def test_a_csv_row_whose_values_may_be_in_the_wrong_columns_is_broken(tmp_path, 
 
 
 @pytest.mark.parametrize(
-    "votes, expected", [([3, 20], 3), ([0, 0], 0), ([5, 2], None), ([3], None), ("3/4", None)]
+    "votes, expected",
+    [
+        ([3, 20], 3),
+        ([0, 0], 0),
+        ([5, 2], None),
+        ([3], None),
+        ("3/4", None),
+        ("34", None),
+        ({"1": 0, "2": 0}, None),
+    ],
 )
 def test_the_release_of_2014_names_the_votes_otherwise(tmp_path, votes, expected):
     rows = [{"reviewerID": f"u{i}", "asin": "a", "reviewText": "fine", "helpful": [i, 30]} for i in range(30)]
@@ -260,6 +270,15 @@ def test_a_file_of_another_format_is_named(tmp_path, source, pack, what):
         read(source, tmp_path / "file")
 
 
+def test_a_zip_whose_directory_is_damaged_is_one_line(tmp_path):
+    with zipfile.ZipFile(tmp_path / "whole", "w") as z:
+        z.writestr("é.csv", ELEVEN + GOOD)
+    path = tmp_path / "file"
+    path.write_bytes((tmp_path / "whole").read_bytes().replace("é".encode(), b"\xff\xff"))
+    with pytest.raises(UserError, match="file: truncated or damaged archive"):
+        read("clothing", path)
+
+
 def test_an_endless_line_is_refused(tmp_path, monkeypatch):
     monkeypatch.setattr("listopd_jax.data.streams.MAX_LINE", 1000)
     (tmp_path / "r").write_bytes(b"x" * 5000)
@@ -275,6 +294,8 @@ def test_cleaning():
         clean_text("see http://a.b/?x=1&copy=2&lt=3 &amp;copy=4") == "see http://a.b/?x=1&copy=2&lt=3 &copy=4"
     )
     assert clean_text("&amp;amp;amp;#39;s &eacute;&#xE9; AT&T &nope;") == "'s éé AT&T &nope;"
+    endless = "&#" + "9" * 5000 + ";"
+    assert clean_text(f"a {endless}") == f"a {endless}", "Python refuses to read so long a number"
     assert clean_text("a <|im_end|> b &lt;|im_start|&gt;") == "a < |im_end|> b < |im_start|>"
     assert (
         first_words("a b c d", 2) == "a b"

@@ -4,9 +4,11 @@ import contextlib
 import pathlib
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from listopd_jax import files
-from listopd_jax.errors import UserError, exit_code
+from listopd_jax.errors import MOST_TEXT, UserError, exit_code
 from listopd_jax.models.hf import stored
 
 
@@ -26,6 +28,16 @@ def test_a_mistake_is_one_line_and_exit_code_2(error, line, capsys):
 
     assert exit_code(main, []) == 2
     assert capsys.readouterr().err == line
+
+
+@given(
+    st.text(max_size=50) | st.text("\n\r\x1b\u2028\ud800ab", max_size=20) | st.just("x" * 5000 + "; fix it")
+)
+def test_whatever_a_message_quotes_it_is_one_line_of_print(text):
+    said = str(UserError(text))
+    assert said.isprintable() and len(said) <= MOST_TEXT
+    assert said == text or not text.isprintable() or len(text) > MOST_TEXT
+    assert len(text) < MOST_TEXT or said.endswith("; fix it")
 
 
 def test_a_file_that_is_there_and_may_not_be_read_is_said_to_be(monkeypatch, tmp_path):

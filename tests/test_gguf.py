@@ -168,6 +168,9 @@ def test_a_file_is_unpacked_once_and_serves_as_weights_and_tokenizer(tmp_path, s
         ({"eos_token_id": 10**6}, "eos_token has an id outside the vocabulary"),
         ({"block_count": 3}, "tensor model.layers.2"),
         ({"kind": "gemma"}, "general.architecture 'gemma'"),
+        ({"token_types": [1]}, "m.gguf: metadata of the wrong form"),
+        ({"token_merges": ["a"]}, "m.gguf: metadata of the wrong form"),
+        ({"token_merges": ["no such"]}, "m.gguf: metadata of the wrong form"),
     ],
 )
 def test_what_cannot_be_read_rightly_is_refused(tmp_path, spelled, change, says):

@@ -175,6 +175,11 @@ def test_a_mistake_in_the_file_is_one_line_that_names_it(tmp_path, line, says):
         (LINES, {"pattern": "^(a|aa)+$"}, "pattern '^(a|aa)+$' takes exponential time on 'aaa…'"),
         (LINES, {"patternProperties": {"^(\\d|\\d\\d)*$": {}}}, "takes exponential time on"),
         (LINES, {"properties": {"a": {"pattern": "("}}}, "pattern '(' is not a regular expression"),
+        (
+            LINES,
+            {"patternProperties": {r"\p{L}": {}}, "unevaluatedProperties": False},
+            r"pattern '\\p{L}' beside unevaluatedProperties is not one that Python's re knows",
+        ),
         (LINES, {"$schema": "https://example.com/mine"}, "is not a known version of JSON Schema"),
         (LINES, json.dumps({"a": 1}) + deep(100_000), "schema.json: not JSON"),
         (LINES, '{"allOf": ' + deep(80) + "}", "schema.json: nested deeper than 64 levels"),
@@ -276,9 +281,22 @@ def test_messages_without_a_template_are_lines_of_roles():
     assert role_lines(turns) == "system: Extract.\nuser: 3 mugs\nassistant:\n"
 
 
+def deeper(levels, call):
+    return call() if levels == 0 else deeper(levels - 1, call)
+
+
+def test_a_schema_without_end_is_one_line_wherever_the_recursion_ends():
+    """In Rust it ends in a panic, which is no RecursionError and no Exception."""
+    schema = {"if": {"type": ["object", "null", "array", "string", "integer"], "$ref": "#"}}
+    for levels in range(30):
+        with pytest.raises(UserError, match="here: the schema refers to itself without end"):
+            deeper(levels, lambda: Contract(schema, "here"))
+
+
+NAMES = st.text("ab", max_size=2) | st.text(max_size=3)
 VALUES = st.recursive(
     st.none() | st.booleans() | st.integers(-5, 5) | st.floats(allow_nan=False, allow_infinity=False) | st.text(),
-    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=3), inner, max_size=4),
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(NAMES, inner, max_size=4),
     max_leaves=12,
 )  # fmt: skip
 
@@ -301,18 +319,34 @@ def test_every_text_gets_a_verdict(text):
         assert (contract.failure(value) == "ok") == valid, "the oracle is the unmodified validator"
 
 
+INNER = st.deferred(lambda: SCHEMAS)
 KEYWORDS = st.fixed_dictionaries(
     {},
     optional={
         "type": st.sampled_from(["object", "array", "string", "number", "nope"]),
-        "properties": st.dictionaries(st.text("ab", max_size=2), st.deferred(lambda: SCHEMAS), max_size=2),
-        "patternProperties": st.dictionaries(st.text("a.*+(", max_size=3), st.just({}), max_size=2),
-        "additionalProperties": st.deferred(lambda: SCHEMAS),
-        "items": st.deferred(lambda: SCHEMAS),
+        "properties": st.dictionaries(st.text("ab", max_size=2), INNER, max_size=2),
+        "patternProperties": st.dictionaries(
+            st.text("a.*+(", max_size=3) | st.just(r"\p{L}"), INNER, max_size=2
+        ),
+        "additionalProperties": INNER,
+        "unevaluatedProperties": INNER,
+        "propertyNames": INNER,
+        "dependentSchemas": st.dictionaries(st.text("ab", max_size=1), INNER, max_size=1),
+        "items": INNER,
+        "prefixItems": st.lists(INNER, min_size=1, max_size=2),
+        "unevaluatedItems": INNER,
+        "contains": INNER,
+        "minItems": st.integers(0, 2),
+        "maxLength": st.integers(0, 2),
+        "exclusiveMaximum": st.sampled_from([0, 1.5, 1e308]),
+        "enum": st.lists(st.sampled_from([0, 1, True, None, "a", [1], {"a": 1}]), min_size=1, max_size=3),
+        "if": INNER,
+        "then": INNER,
+        "not": INNER,
         "required": st.lists(st.text("ab", max_size=1), max_size=2) | st.just(True),
-        "pattern": st.text("a.*+()[]\\d", max_size=5),
+        "pattern": st.text("a.*+()[]\\d", max_size=5) | st.sampled_from([r"\p{L}", r"^\S+$"]),
         "multipleOf": st.sampled_from([2, 0.1, 0, "x"]),
-        "anyOf": st.lists(st.deferred(lambda: SCHEMAS), max_size=2),
+        "anyOf": st.lists(INNER, max_size=2),
         "$ref": st.sampled_from(["#", "#/properties/a", "x", "http://x/y", "#/%"]),
         "$schema": st.sampled_from(["http://json-schema.org/draft-07/schema#", "http://x", 3]),
         "$id": st.sampled_from(["http://a/b", "c", "::"]),

@@ -108,6 +108,12 @@ def test_ties_share_the_mean_gain_of_their_places():
     assert ndcg(constant, true, 1) == pytest.approx(np.mean(true) / 10)
 
 
+def test_right_scores_of_gains_that_no_float_holds_give_no_more_than_one():
+    """The mean of three gains of 0.1 is above 0.1."""
+    scores = np.array([1.0, 1, 1, 2, 0, 0, 2, 2])
+    assert ndcg(scores, np.choose(scores.astype(int), [0.0, 0.01, 0.1]), 1) == 1.0
+
+
 def test_gains_differ_as_documented():
     predicted, true = np.array([2.0, 1]), np.array([1.0, 3])
     assert ndcg(predicted, true, 1, "linear") == pytest.approx(1 / 3)

@@ -115,6 +115,20 @@ def test_a_broken_line_in_the_middle_is_named(tmp_path):
         write(tmp_path, "a", [4], resume_step=3)
 
 
+@pytest.mark.parametrize("loss", ["NaN", "1e999"])
+def test_a_row_that_could_not_be_written_again_is_broken(tmp_path, loss):
+    row = f'{{"run": "a", "step": 3, "loss": {loss}}}\n'
+    write(tmp_path, "a", [1, 2])
+    with (tmp_path / metrics_log.FILE).open("a") as file:
+        file.write(row)
+    write(tmp_path, "a", [3], resume_step=2)
+    assert steps_of(tmp_path, "a") == [1, 2, 3]
+    path = tmp_path / metrics_log.FILE
+    path.write_text(row + path.read_text())
+    with pytest.raises(UserError, match=r"metrics\.jsonl:1: "):
+        write(tmp_path, "a", [4], resume_step=3)
+
+
 def test_a_folder_that_cannot_be_written_is_a_user_error(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="cannot be"):

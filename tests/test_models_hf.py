@@ -459,7 +459,7 @@ CONFIG_EDITS = {
     "smollm3 window": ({"model_type": "smollm3", "use_sliding_window": True}, "sliding-window"),
     "smollm3 layers": ({"model_type": "smollm3", "no_rope_layers": [1, 0]}, "3 zeros and ones"),
     "smollm3 interval": ({"model_type": "smollm3", "no_rope_layer_interval": 0}, "no_rope_layer_interval 0"),
-    "smollm3 deep": ({"model_type": "smollm3", "num_hidden_layers": 10**9}, "of 1000000000 layers"),
+    "smollm3 deep": ({"model_type": "smollm3", "num_hidden_layers": 10**20}, "num_hidden_layers 1000"),
     "smollm3 list": ({"model_type": "smollm3", "no_rope_layers": [[1], [0], [1]]}, "wrong type"),
     "string": ({"hidden_size": "32"}, "hidden_size"),
     "huge": ({"hidden_size": 10**15}, "hidden_size"),

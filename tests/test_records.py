@@ -17,6 +17,7 @@ from listopd_jax.records import (
     Result,
     read_calibration,
     read_examples,
+    read_recommendation,
     read_results,
     results,
     write_records,
@@ -87,6 +88,22 @@ def test_what_is_no_record_is_one_line_with_file_and_field(kind, value, says):
     with pytest.raises(UserError) as error:
         kind.from_json(value, "here")
     assert str(error.value).startswith(says) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("value", ["NaN", "1e999", '"\\ud800"', "[" * 9000 + "]" * 9000])
+def test_what_could_not_be_written_again_is_not_read(tmp_path, value):
+    """Fields that are not known are kept, so they must be JSON that a file can hold."""
+    path = tmp_path / "results.json"
+    path.write_text(f'[{{"stage": "opd", "grammar": {value}}}]')
+    with pytest.raises(UserError, match="results.json: not readable as JSON"):
+        read_results(path)
+
+
+@pytest.mark.parametrize("read", [read_calibration, read_recommendation])
+def test_a_file_that_holds_null_is_not_taken_for_none(tmp_path, read):
+    (tmp_path / "file.json").write_text("null")
+    with pytest.raises(UserError, match="file.json: must be an object"):
+        read(tmp_path / "file.json")
 
 
 @pytest.mark.parametrize("kind", [Result, Example, ClassRow, FlipRow, CurvePoint, Calibration])

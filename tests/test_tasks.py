@@ -1,5 +1,6 @@
 """The tasks that are shipped besides reviews and json: what they make of the published files, and of broken ones."""
 
+import gzip
 import json
 import re
 import shutil
@@ -104,7 +105,19 @@ def test_the_types_of_the_files_become_json_schema():
         ({"question": []}, {}, "q.json:1: has several turns, functions or calls; give a simple_* file"),
         ({"function": [{"name": "f"}]}, {}, "q.json:1: field 'parameters' must be a dict"),
         ({"question": [["hello"]]}, {}, "messages[1]: a message is"),
+        ({"question": ["hello"]}, {}, "q.json:1: field 'question' must hold a list of messages"),
         ({}, {"ground_truth": [{"g": {}}]}, "a.json:1: field 'f' must be a dict"),
+        ({}, {"ground_truth": [{"f": {"x": 3}}]}, "a.json:1: 'x' must have a list of accepted values"),
+        (
+            {},
+            {"ground_truth": [{"f": {"x": [{"y": {"0": 1}}]}}]},
+            "a.json:1: 'y' must have a list of accepted",
+        ),
+        (
+            {"function": [{"name": "f", "parameters": {"properties": {"x": "an int"}}}]},
+            {},
+            "q.json:1: a parameter is described by str, not an object",
+        ),
         ({"function": [{"name": "f", "parameters": {"type": "strange"}}]}, {}, "'strange' is not valid"),
     ],
 )
@@ -263,6 +276,18 @@ def test_ndcg_is_trec_evals(passages):
         ("cranqrel", "1 a 1\n", "cranqrel:1: 'a' is not a whole number"),
         ("cran.qry", "hello\n", "cran.qry: has no .I entries"),
         ("cran.all.1400", ".I one\n", "cran.all.1400:1: 'one' is not a whole number"),
+        ("cran.all.1400", ".I 1_0\n", "cran.all.1400:1: '1_0' is not a whole number"),
+        ("cran.all.1400", ".I 1\n.W\na\n.I 1\n", "cran.all.1400:4: a second entry .I 1; keep one"),
+        (
+            "cran.all.1400",
+            ".I 1\n.T\na\n.T\nb\n",
+            "cran.all.1400:4: a second title in entry .I 1; put the line .I",
+        ),
+        (
+            "cran.all.1400",
+            ".I 1\n.W\n\udcff\n",
+            "cran.all.1400:3: not UTF-8 at byte 1; save the file as UTF-8",
+        ),
     ],
 )
 def test_a_mistake_in_the_collection_is_one_line(shared, tmp_path, name, text, says):
@@ -270,7 +295,7 @@ def test_a_mistake_in_the_collection_is_one_line(shared, tmp_path, name, text, s
     (tmp_path / "c").chmod(0o755)
     files = {"data.path": "cran.all.1400", "data.meta_path": "cran.qry", "data.labels": "cranqrel"}
     fields = {k: tmp_path / "c" / v for k, v in files.items()}
-    (tmp_path / "c" / name).write_text(text)
+    (tmp_path / "c" / name).write_text(text, errors="surrogateescape")
     with pytest.raises(UserError, match=f"{name}: truncated or modified"):
         opened("cranfield", tmp_path, **fields)
     config = config_module.defaults()
@@ -279,6 +304,22 @@ def test_a_mistake_in_the_collection_is_one_line(shared, tmp_path, name, text, s
     with pytest.raises(UserError) as error:
         load_task(config_module.validate(config)).splits(tmp_path / "out")
     assert says in str(error.value) and "\n" not in str(error.value)
+
+
+def test_a_part_of_a_collection_too_small_for_a_list_is_one_line_and_a_packed_one_is_read(tmp_path):
+    texts = {
+        "data.path": b"".join(b".I %d\n.T\nt\n.W\ntext %d\n" % (i, i) for i in range(1, 13)),
+        "data.meta_path": b".I 1\n.W\none\n.I 2\n.W\ntwo\n",
+        "data.labels": b"1 1 1\n2 2 1\n",
+    }
+    fields = {field: tmp_path / field for field in texts}
+    for field, path in fields.items():
+        path.write_bytes(gzip.compress(texts[field]))
+    _, splits = opened("cranfield", tmp_path, **fields)
+    assert [r.scores.count(4) for r in (*splits.train, *splits.validation)] == [1, 1]
+    fields["data.path"].write_bytes(texts["data.path"].split(b".I 8")[0])
+    with pytest.raises(UserError, match="6 abstracts are not relevant to query 1, too few .* task.k=8"):
+        opened("cranfield", tmp_path, **fields)
 
 
 @pytest.mark.parametrize("name", ["bfcl", "cranfield"])

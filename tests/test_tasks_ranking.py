@@ -246,7 +246,7 @@ def written(folder, rows, catalogue):
     """The two files."""
     paths = {"data.path": folder / "examples.parquet", "data.meta_path": folder / "products.parquet"}
     for path, table in zip(paths.values(), (rows, catalogue), strict=True):
-        pq.write_table(pa.Table.from_pylist(table), path)
+        pq.write_table(pa.Table.from_pylist(table), path, write_page_checksum=True)
     return paths
 
 
@@ -300,6 +300,15 @@ def test_a_mistake_in_the_examples_is_one_line(tmp_path, row, change, says):
     catalogue = products(rows)
     rows[row] |= change
     assert_refused("esci", tmp_path, says, **written(tmp_path, rows, catalogue))
+
+
+def test_another_byte_in_a_text_is_noticed_by_its_checksum(tmp_path):
+    rows = examples()
+    fields = written(tmp_path, rows, products(rows))
+    data = fields["data.meta_path"].read_bytes()
+    assert b"us product B0000" in data
+    fields["data.meta_path"].write_bytes(data.replace(b"us product B0000", b"us produce B0000"))
+    assert_refused("esci", tmp_path, "products.parquet: is not a readable Parquet file", **fields)
 
 
 def test_files_that_are_not_those_are_one_line(tmp_path):

@@ -31,6 +31,7 @@ from listopd_jax.config.saved import (
     digest,
     fixed_fields,
     from_json,
+    read_saved,
     to_json,
 )
 from listopd_jax.config.sweep import at_point, sweep_labels
@@ -64,6 +65,7 @@ __all__ = [
     "noise_shares",
     "predicts",
     "ranks_reviews",
+    "read_saved",
     "sweep_labels",
     "task_name",
     "teacher_routes",

@@ -30,6 +30,7 @@ def from_json(saved: dict[str, Any]) -> ml_collections.FrozenConfigDict:
     What an older one has of REMOVED is left out. UserError for a field that does not exist, or a value that is none of
     its.
     """
+    require(isinstance(saved, dict), f"the saved config is {type(saved).__name__}, not an object; restore it")
     config, known = defaults(), dict(flatten(defaults().to_dict()))
     for field, value in flatten(saved):
         if field in REMOVED:
@@ -41,7 +42,7 @@ def from_json(saved: dict[str, Any]) -> ml_collections.FrozenConfigDict:
             value = math.inf
         try:
             config.update_from_flattened_dict({field: tuple(value) if isinstance(value, list) else value})
-        except (TypeError, ValueError) as e:
+        except (TypeError, ValueError, OverflowError) as e:
             raise UserError(f"{field}={value!r}: {one_line(e)}") from e
     return validate(config)
 
@@ -110,10 +111,21 @@ def as_first_saved(now: dict[str, Any], first: dict[str, Any]) -> dict[str, Any]
     return kept
 
 
+def read_saved(path: pathlib.Path) -> dict[str, Any]:
+    """What a run's config.json records, with the config as JSON values under `config`; UserError if it is none."""
+    saved = files.read_json(path)
+    fits = isinstance(saved, dict) and isinstance(saved.get("config"), dict)
+    require(
+        fits and isinstance(saved.get("resumed", []), list),
+        f"{path}: not the record of a run; restore it, or choose another --workdir",
+    )
+    return saved
+
+
 def digest(config: ml_collections.ConfigDict | ml_collections.FrozenConfigDict, workdir: pathlib.Path) -> str:
     """SHA-256 of the fixed fields of a config: of those that it had when the run in `workdir` began."""
     path, now = workdir / CONFIG, to_json(config)
-    first = files.read_json(path)["config"] if path.exists() else now
+    first = read_saved(path)["config"] if path.exists() else now
     return files.json_sha256(fixed_fields(as_first_saved(now, first)))
 
 

@@ -21,6 +21,8 @@ from listopd_jax.config.fields import (
     SCOPES,
     SOURCES,
     TASKS,
+    defaults,
+    flatten,
 )
 from listopd_jax.errors import require, unknown_name
 
@@ -78,9 +80,12 @@ opd.collapse.lower
 
 def validate_fields(values: dict[str, Any]) -> None:
     """UserError for the first of the dotted fields whose value is wrong whatever the others are."""
+    default = dict(flatten(defaults().to_dict()))
     for field, value in values.items():
         numbers = value if isinstance(value, tuple) else (value,)
         for x in numbers:
+            is_switch = isinstance(default[field], bool)
+            require(is_switch or not isinstance(x, bool), f"{field}={value}: must not be True or False")
             require(not isinstance(x, float) or not math.isnan(x), f"{field}={value}: must not be NaN")
             require(
                 field == "opd.clip" or not isinstance(x, float) or math.isfinite(x),

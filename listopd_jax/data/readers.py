@@ -181,6 +181,8 @@ def _amazon2018(row: dict) -> Review:
 def _votes_2018(row: dict) -> int:
     if "vote" in row or "helpful" not in row:
         return _votes(row.get("vote"))
+    if not isinstance(row["helpful"], list):  # a text or an object could be taken apart too
+        raise TypeError("helpful")
     votes, of = map(_votes, row["helpful"])
     if votes > of:
         raise ValueError(row["helpful"])
@@ -194,13 +196,13 @@ def _amazon2023(row: dict) -> Review:
 
 
 def _identifier(row: dict, field: str) -> str:
-    """A non-empty string; KeyError if it is absent or empty, TypeError if it is not a string."""
+    """A string of some text; KeyError if it is absent or blank, TypeError if it is not a string."""
     value = row.get(field)
-    if value is None or value == "":
-        raise KeyError(field)
-    if not isinstance(value, str):
+    if value is not None and not isinstance(value, str):
         raise TypeError(field)
-    return clean_text(value)
+    if text := clean_text(value or ""):
+        return text
+    raise KeyError(field)
 
 
 def _votes(value: str | int | float | None) -> int:

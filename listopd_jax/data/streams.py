@@ -3,8 +3,10 @@
 import contextlib
 import gzip
 import io
+import lzma
 import os
 import pathlib
+import struct
 import zipfile
 import zlib
 from collections.abc import Iterator
@@ -60,25 +62,44 @@ def read_lines(path: str | os.PathLike) -> Iterator[bytes]:
                 yield line
 
 
+def read_text_lines(path: str | os.PathLike) -> Iterator[tuple[str, str]]:
+    """(where, line without its end) of each line of `read_lines`, UTF-8; a mark of byte order is passed over.
+
+    UserError, as `read_lines` raises it, and for a line that is not UTF-8.
+    """
+    for number, line in enumerate(read_lines(path), 1):
+        where = f"{path}:{number}"
+        try:
+            yield where, line.decode("utf-8-sig" if number == 1 else "utf-8").rstrip("\r\n")
+        except UnicodeDecodeError as e:
+            raise UserError(f"{where}: not UTF-8 at byte {e.start + 1}; save the file as UTF-8") from e
+
+
 @contextlib.contextmanager
 def _readable(path: pathlib.Path) -> Iterator[None]:
     """Turn what goes wrong while a file is read into a UserError that names it."""
     try:
         yield
+    except gzip.BadGzipFile as e:
+        raise _damaged(path, e) from e
     except FileNotFoundError as e:
         raise UserError(
             f"{path}: no such file; set data.path (or data.meta_path, data.labels) to an existing one"
         ) from e
     except IsADirectoryError as e:
         raise UserError(f"{path}: is a folder; name the file in it") from e
-    except (EOFError, zlib.error, zipfile.BadZipFile, gzip.BadGzipFile) as e:
-        raise UserError(f"{path}: truncated or damaged archive ({e}); download it again") from e
+    except (EOFError, ValueError, struct.error, zlib.error, lzma.LZMAError, zipfile.BadZipFile) as e:
+        raise _damaged(path, e) from e
     except (NotImplementedError, RuntimeError) as e:  # zipfile: unknown compression, password
         raise UserError(
             f"{path}: this kind of zip file cannot be read ({e}); unpack it and name the file inside"
         ) from e
     except OSError as e:
         raise UserError(f"{path}: cannot be read ({e.strerror or e})") from e
+
+
+def _damaged(path: pathlib.Path, e: Exception) -> UserError:
+    return UserError(f"{path}: truncated or damaged archive ({e}); download it again")
 
 
 def _decompressed(raw: io.BufferedReader, path: pathlib.Path) -> io.BufferedIOBase:

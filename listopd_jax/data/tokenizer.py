@@ -1,9 +1,10 @@
 """Tokenizers: load one and see that it can do the task, train a small one for the embedded data."""
 
+import contextlib
 import json
 import os
 import pathlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 import huggingface_hub
 import tokenizers
@@ -13,7 +14,7 @@ from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from listopd_jax import files
 from listopd_jax.data import manifest
-from listopd_jax.errors import UserError, one_line
+from listopd_jax.errors import UserError, is_panic, one_line
 from listopd_jax.task.contract import strict_parse
 from listopd_jax.task.prompt import render_answer, review_ids
 
@@ -44,10 +45,11 @@ def load_tokenizer(path: str | os.PathLike) -> transformers.PreTrainedTokenizerB
     not come back from its ids.
     """
     tokenizer = read_tokenizer(path)
-    _check_eos(tokenizer, path)
-    _check_answer(tokenizer, path)
-    if tokenizer.pad_token_id is None:
-        tokenizer.pad_token = tokenizer.eos_token
+    with _one_line(path):
+        _check_eos(tokenizer, path)
+        _check_answer(tokenizer, path)
+        if tokenizer.pad_token_id is None:
+            tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
 
 
@@ -65,15 +67,16 @@ def read_tokenizer(path: str | os.PathLike) -> transformers.PreTrainedTokenizerB
             f"{path}: holds no tokenizer (no {_VOCABULARIES[0]}); set tokenizer.path to one that does, e.g. that of "
             "the model that these weights were made from"
         )
-    tokenizer, file = _load(transformers.AutoTokenizer, path), _file(path)
-    if file is not None and not _obeys(tokenizer, file):
-        logging.warning("%s: %s gives other ids; used as it is", file, type(tokenizer).__name__)
-        tokenizer = _load(transformers.PreTrainedTokenizerFast, path)
-        if not _obeys(tokenizer, file):
-            raise UserError(
-                f"{file}: transformers gives other ids than this file; fetch tokenizer.json and tokenizer_config.json "
-                "again, both of one model"
-            )
+    with _one_line(path):
+        tokenizer, file = _load(transformers.AutoTokenizer, path), _file(path)
+        if file is not None and not _obeys(tokenizer, file):
+            logging.warning("%s: %s gives other ids; used as it is", file, type(tokenizer).__name__)
+            tokenizer = _load(transformers.PreTrainedTokenizerFast, path)
+            if not _obeys(tokenizer, file):
+                raise UserError(
+                    f"{file}: transformers gives other ids than this file; fetch tokenizer.json and "
+                    "tokenizer_config.json again, both of one model"
+                )
     if not tokenizer.is_fast:
         raise UserError(f"{path}: holds no tokenizer.json, and none can be made of it; add the model's")
     return tokenizer
@@ -95,20 +98,28 @@ def _revision(path: str | os.PathLike) -> str:
 
 
 def _load(kind: type, path: str | os.PathLike) -> transformers.PreTrainedTokenizerBase:
+    return kind.from_pretrained(os.fspath(path), revision=_revision(path))
+
+
+@contextlib.contextmanager
+def _one_line(path: str | os.PathLike) -> Iterator[None]:
+    """Turn whatever transformers and its Rust raise for damaged files of a tokenizer into a UserError.
+
+    They check little: a value of a wrong type ends in any exception, an empty token in a panic of Rust, which is none.
+    """
     try:
-        return kind.from_pretrained(os.fspath(path), revision=_revision(path))
-    except (OSError, ValueError, KeyError, TypeError, ImportError) as e:
+        yield
+    except UserError:
+        raise
+    except BaseException as e:
+        if not _of_a_file(e):
+            raise
         if broken := _broken_file(path):
             raise UserError(f"{broken}: is damaged; fetch it again") from e
         raise UserError(
             f"{path}: no tokenizer can be loaded from this folder or hub id ({one_line(e)[:200]}); download its "
             "tokenizer files again"
         ) from e
-    except Exception as e:
-        # The Rust parser reports a damaged tokenizer.json as a bare Exception.
-        if type(e) is not Exception:
-            raise
-        raise UserError(f"{_file(path) or path}: tokenizer.json is damaged ({e}); fetch it again") from e
 
 
 def _broken_file(path: str | os.PathLike) -> pathlib.Path | None:
@@ -119,9 +130,16 @@ def _broken_file(path: str | os.PathLike) -> pathlib.Path | None:
                 json.loads(file.read_bytes())
             if file.name == "tokenizer.json":
                 tokenizers.Tokenizer.from_file(str(file))
-        except Exception:  # the Rust parser raises nothing narrower
+        except BaseException as e:
+            if not _of_a_file(e):
+                raise
             return file
     return None
+
+
+def _of_a_file(e: BaseException) -> bool:
+    """Whether a damaged file may raise it: any Exception, and a panic of Rust."""
+    return isinstance(e, Exception) or is_panic(e)
 
 
 def _file(path: str | os.PathLike, name: str = "tokenizer.json") -> pathlib.Path | None:

@@ -102,10 +102,7 @@ def load_config(source: str, overrides: Sequence[str] = ()) -> Json:
             raise UserError(
                 f"{overrides[0]}: a run's config.json is as it is; overrides go with configs/NAME.py"
             )
-        saved = files.read_json(source)
-        if not isinstance(saved, dict) or not isinstance(saved.get("config"), dict):
-            raise UserError(f"{source}: no run's config.json (it has no field config)")
-        return saved["config"]
+        return config_module.read_saved(pathlib.Path(source))["config"]
     from listopd_jax import main  # registers absl flags: only where they are needed
 
     config, _ = main.parse(["prereg", f"--config={source}", *overrides, "--workdir=not-used"])

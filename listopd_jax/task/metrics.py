@@ -43,7 +43,11 @@ def ndcg(
     places = np.arange(len(true))
     discounts = (places < cutoff) / np.log2(places + 2.0)
     ideal = np.sort(gains)[::-1] @ discounts
-    return float(shared[np.argsort(-predicted)] @ discounts / ideal) if ideal > 0 else float("nan")
+    if ideal <= 0:
+        return float("nan")
+    return min(
+        1.0, float(shared[np.argsort(-predicted)] @ discounts / ideal)
+    )  # a mean of equal gains may round up
 
 
 def kendall_tau(predicted: Float[np.ndarray, " K"], true: Float[np.ndarray, " K"]) -> float:

@@ -3,6 +3,7 @@
 Schemas and the values that they judge are hostile: a reference is never fetched, and a pattern gets MATCH_SECONDS.
 """
 
+import re
 import warnings
 from collections.abc import Iterator
 from typing import Any
@@ -14,7 +15,7 @@ import referencing.jsonschema
 import regex
 from jsonschema.exceptions import ValidationError, best_match
 
-from listopd_jax.errors import UserError
+from listopd_jax.errors import UserError, is_panic
 from listopd_jax.task.contract import OK
 
 MATCH_SECONDS = 1.0
@@ -49,15 +50,27 @@ class Contract:
     def failure(self, value: Any) -> str:
         """'ok', or the class of the error that explains best why `value` breaks the schema."""
         try:
-            error = best_match(self._validator.iter_errors(value))
+            error = self._error(value)
         except RecursionError:
             return "nesting"
         return OK if error is None else self._name(error)
 
     def explain(self, value: Any) -> str | None:
         """What is wrong with `value`, where in it and why, in one short line; None if nothing is."""
-        error = best_match(self._validator.iter_errors(value))
+        try:
+            error = self._error(value)
+        except RecursionError:
+            return "at $: nested too deeply for its schema"
         return None if error is None else f"at {error.json_path}: {_short(error)}"
+
+    def _error(self, value: Any) -> ValidationError | None:
+        """The error that explains best why `value` breaks the schema; RecursionError if they nest too deeply."""
+        try:
+            return best_match(self._validator.iter_errors(value))
+        except BaseException as e:
+            if is_panic(e):  # of rpds, which keeps jsonschema's types: the limit may be reached inside it
+                raise RecursionError from e
+            raise
 
     def _name(self, error: ValidationError) -> str:
         keyword = str(error.validator)
@@ -66,8 +79,7 @@ class Contract:
     def _check_recursion(self, where: str) -> None:
         for value in (None, {}, [], "", 0):
             try:
-                self.failure(value)
-                best_match(self._validator.iter_errors(value))
+                self._error(value)
             except RecursionError as e:
                 raise UserError(f"{where}: the schema refers to itself without end; {_FIX}") from e
 
@@ -115,13 +127,17 @@ def _check_schema(kind: type, schema: dict[str, Any], where: str) -> None:
 def _check_references(resource: referencing.Resource, where: str) -> None:
     """UserError for a reference or a pattern in the schema that cannot be used."""
     root = referencing.Registry().with_resource(resource.id() or "", resource).crawl()
-    for part, resolver in _parts(resource, root.resolver_with_root(resource)):
+    parts = list(_parts(resource, root.resolver_with_root(resource)))
+    evaluates = any("unevaluatedProperties" in part for part, _ in parts)
+    for part, resolver in parts:
         for keyword in ("$ref", "$dynamicRef", "$recursiveRef"):
             if isinstance(name := part.get(keyword), str):
                 _resolve(resolver, name, where, keyword)
         for pattern in (part.get("pattern"), *_keys(part.get("patternProperties"))):
             if isinstance(pattern, str):
                 _check_pattern(pattern, where)
+        for pattern in _keys(part.get("patternProperties")) if evaluates else ():
+            _check_plain(pattern, where)
 
 
 def _keys(value: Any) -> list[str]:
@@ -164,6 +180,19 @@ def _check_pattern(pattern: str, where: str) -> None:
                     f"{where}: pattern {pattern[:60]!r} takes exponential time on {character * 3 + '…'!r}; write it "
                     "without a repeat inside a repeat"
                 ) from e
+
+
+def _check_plain(pattern: str, where: str) -> None:
+    """UserError for a pattern that Python's re does not know: jsonschema asks that one what is evaluated."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            re.compile(pattern)
+    except (re.error, RecursionError, OverflowError) as e:
+        raise UserError(
+            f"{where}: pattern {pattern[:60]!r} beside unevaluatedProperties is not one that Python's re knows ({e}); "
+            "use additionalProperties, or another pattern"
+        ) from e
 
 
 def _matches(pattern: str, text: str) -> bool:

@@ -107,6 +107,10 @@ class Bfcl(FileTask):
 
 def json_schema(parameters: Mapping[str, Any], where: str) -> dict[str, Any]:
     """The JSON Schema of a description of parameters; its words on each are left to the prompt."""
+    if not isinstance(parameters, dict):
+        raise UserError(
+            f"{where}: a parameter is described by {type(parameters).__name__}, not an object; correct it"
+        )
     kind = parameters.get("type")
     if kind is not None and not isinstance(kind, str):
         raise UserError(f"{where}: the type of a parameter is {kind!r}, not a name; correct it")
@@ -156,13 +160,26 @@ def _question(row: dict[str, Any], where: str, possible: dict[str, Any], there: 
         _field(functions[0], "parameters", dict, where),
     )
     accepted = _field(truths[0], name, dict, there)
+    _check_accepted(accepted, there)
     properties = {"name": {"const": name}, "arguments": json_schema(parameters, where)}
     outer = {"type": "object", "required": ["name", "arguments"], "additionalProperties": False}
     contract = Contract(outer | {"properties": properties}, where, by_path=False)
     call = {"name": name, "arguments": _first(accepted, parameters.get("required", ()))}
     ask = f'Call this function. Answer {{"name": …, "arguments": {{…}}}} as JSON.\n{dumps(functions[0])}'
+    if not isinstance(turns[0], list):
+        raise UserError(f"{where}: field 'question' must hold a list of messages; correct it")
     messages = ({"role": "system", "content": ask}, *turns[0])
     return Question(key, messages, accepted, contract, call if contract.failure(call) == OK else None)
+
+
+def _check_accepted(accepted: Any, where: str) -> None:
+    """UserError unless each argument, and each field of an object that is accepted, has a list of values."""
+    for name, values in accepted.items() if isinstance(accepted, dict) else ():
+        if not isinstance(values, list) or not values:
+            raise UserError(f"{where}: {name[:40]!r} must have a list of accepted values; correct it")
+        for value in values:
+            for inner in value if isinstance(value, list) else [value]:
+                _check_accepted(inner, where)
 
 
 def _first(accepted: Accepted, required: Sequence[str]) -> dict[str, Any]:
@@ -174,7 +191,7 @@ def _first(accepted: Accepted, required: Sequence[str]) -> dict[str, Any]:
 def _value(accepted: Any) -> Any:
     """A value that an accepted one stands for: an object has a list of values for each field."""
     if isinstance(accepted, dict):
-        return {name: _value(v[0] if isinstance(v, list) and v else v) for name, v in accepted.items()}
+        return {name: _value(values[0]) for name, values in accepted.items()}
     return [_value(item) for item in accepted] if isinstance(accepted, list) else accepted
 
 

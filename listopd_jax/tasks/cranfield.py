@@ -9,10 +9,12 @@ to the training ones, whose queries are made of words of the abstracts (tasks/sy
 """
 
 import pathlib
+import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from listopd_jax.data.reviews import clean_text, first_words
+from listopd_jax.data.streams import read_text_lines
 from listopd_jax.errors import UserError
 from listopd_jax.task.prompt import ListExample, render_list
 from listopd_jax.tasks.file_task import FileTask
@@ -42,6 +44,11 @@ class Cranfield(Listwise, FileTask):
         for number, query in enumerate(queries.values(), 1):
             of = judged.get(number, {})
             others = [i for i, text in texts.items() if text and i not in of]
+            if of and len(others) < self.options.k - 1:
+                raise UserError(
+                    f"{path}: {len(others)} abstracts are not relevant to query {number}, too few for lists of "
+                    f"task.k={self.options.k}; give the whole collection, or lower task.k"
+                )
             yield from deal_lists(str(number), query, of, others, texts, self.options.k, self.data.seed)
 
     def divided(self, records: Sequence[ListExample]) -> dict[str, list[ListExample]]:
@@ -79,12 +86,20 @@ def read_sections(path: str | pathlib.Path, wanted: str) -> dict[int, str]:
     """Number → text of the `wanted` sections (letters) of each `.I` entry, in order; UserError if there are none."""
     found: dict[int, list[str]] = {}
     number, section = None, ""
-    for row, line in enumerate(_lines(path), 1):
+    titled = False
+    for where, line in read_text_lines(path):
         if line.startswith(".I "):
-            number, section = _integer(line[3:], f"{path}:{row}"), ""
+            number, section, titled = _integer(line[3:], where), "", False
+            if number in found:
+                raise UserError(f"{where}: a second entry .I {number}; keep one")
             found[number] = []
         elif line[:1] == "." and line[1:].strip() in tuple("TABW"):
             section = line[1:].strip()
+            if section == "T" and titled:
+                raise UserError(
+                    f"{where}: a second title in entry .I {number}; put the line .I of the next entry before it"
+                )
+            titled = titled or section == "T"
         elif number is not None and section and section in wanted:
             found[number].append(line)
     if not found:
@@ -97,8 +112,8 @@ def read_sections(path: str | pathlib.Path, wanted: str) -> dict[int, str]:
 def read_judgements(path: str | pathlib.Path, queries: int, documents: Mapping[int, str]) -> Judgements:
     """The labels of the relevant documents by query; UserError for a line that judges what is not there."""
     judged: dict[int, dict[int, int]] = {}
-    for row, line in enumerate(_lines(path), 1):
-        where, fields = f"{path}:{row}", line.split()
+    for where, line in read_text_lines(path):
+        fields = line.split()
         if not fields:
             continue
         if len(fields) != 3:
@@ -118,12 +133,7 @@ def _relevant(records: Iterable[ListExample]) -> Iterator[str]:
         yield from (t for t, score in zip(record.reviews, record.scores, strict=True) if score > 0)
 
 
-def _lines(path: str | pathlib.Path) -> Sequence[str]:
-    return pathlib.Path(path).read_text("utf-8", errors="replace").splitlines()
-
-
 def _integer(text: str, where: str) -> int:
-    try:
+    if re.fullmatch(r"-?[0-9]{1,9}", text.strip()):
         return int(text)
-    except ValueError as e:
-        raise UserError(f"{where}: {text.strip()[:20]!r} is not a whole number; correct it") from e
+    raise UserError(f"{where}: {text.strip()[:20]!r} is not a whole number; correct it")

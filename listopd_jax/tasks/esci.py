@@ -162,7 +162,7 @@ def _lists(number: int, query: Query, texts: Mapping[str, str], k: int, seed: in
 def _rows(path: str | pathlib.Path, columns: Mapping[str, Any]) -> Iterator[tuple[int, dict[str, Any]]]:
     """(number from 1, values of `columns`) of each row; UserError for a file or a value that is not of that form."""
     try:
-        with pq.ParquetFile(path) as file:
+        with pq.ParquetFile(path, page_checksum_verification=True) as file:  # of pages that have a checksum
             if missing := [name for name in columns if name not in file.schema_arrow.names]:
                 raise UserError(
                     f"{path}: has no column {', '.join(missing)}; give the file as it is published"

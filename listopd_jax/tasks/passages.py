@@ -19,7 +19,7 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 from listopd_jax.data.reviews import clean_text, first_words
-from listopd_jax.data.streams import read_lines
+from listopd_jax.data.streams import read_text_lines
 from listopd_jax.errors import UserError
 from listopd_jax.task.prompt import ListExample, render_list
 from listopd_jax.tasks.file_task import FileTask
@@ -159,8 +159,8 @@ class Passages(Listwise, FileTask):
 def read_qrels(path: str | pathlib.Path) -> Iterator[Judgement]:
     """The judgements of a file of qrels; UserError for a line that is none, or that judges a passage again."""
     seen = set()
-    for number, line in enumerate(_lines(path), 1):
-        where, fields = f"{path}:{number}", line.split()
+    for where, line in read_text_lines(path):
+        fields = line.split()
         if not fields:
             continue
         if len(fields) != 4:
@@ -191,23 +191,11 @@ def _texts(path: str | pathlib.Path, wanted: Collection[str]) -> dict[str, str]:
 
 def _rows(path: str | pathlib.Path, columns: int = 0) -> Iterator[tuple[str, list[str]]]:
     """(where, fields) of each line; UserError for one without `columns` of them (0: any number)."""
-    for number, line in enumerate(_lines(path), 1):
-        fields = line.rstrip("\r\n").split("\t")
+    for where, line in read_text_lines(path):
+        fields = line.split("\t")
         if columns and len(fields) != columns:
-            raise UserError(
-                f"{path}:{number}: {len(fields)} columns between tabs, not {columns}; correct the line"
-            )
-        yield f"{path}:{number}", fields
-
-
-def _lines(path: str | pathlib.Path) -> Iterator[str]:
-    for number, line in enumerate(read_lines(path), 1):
-        try:
-            yield line.decode("utf-8-sig" if number == 1 else "utf-8")
-        except UnicodeDecodeError as e:
-            raise UserError(
-                f"{path}:{number}: not UTF-8 at byte {e.start + 1}; save the file as UTF-8"
-            ) from e
+            raise UserError(f"{where}: {len(fields)} columns between tabs, not {columns}; correct the line")
+        yield where, fields
 
 
 def _text(field: str, where: str, name: str) -> str:

@@ -15,6 +15,7 @@ import json
 import pathlib
 import shutil
 import sys
+import traceback
 from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
@@ -250,7 +251,10 @@ def _quiet_orbax() -> None:
     before = sys.unraisablehook
 
     def hook(unraisable):
-        if str(unraisable.exc_value) != "Event loop is closed":
+        # When one read fails orbax abandons the others: each then says the same again when it is collected.
+        frames = traceback.extract_tb(unraisable.exc_traceback)
+        abandoned = any("/orbax/" in pathlib.Path(frame.filename).as_posix() for frame in frames)
+        if not abandoned and str(unraisable.exc_value) != "Event loop is closed":
             before(unraisable)
 
     sys.unraisablehook = hook

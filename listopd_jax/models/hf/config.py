@@ -181,14 +181,14 @@ def _default_head_dim(hidden: Any, heads: Any) -> int:
 
 def _nope_layers(raw: dict[str, Any]) -> tuple[int, ...]:
     """SmolLM3's layers without rotary positions: the zeros of its list, else every `no_rope_layer_interval`th."""
-    layers = range(raw["num_hidden_layers"])
-    turns = raw.get("no_rope_layers")
+    count = raw["num_hidden_layers"]
+    if count > MOST_LAYERS:
+        raise UserError(f"num_hidden_layers {count}: no published model has that")
+    layers, turns = range(count), raw.get("no_rope_layers")
     if turns is None:
         interval = raw.get("no_rope_layer_interval", 4)
-        if interval < 1 or len(layers) > MOST_LAYERS:
-            raise UserError(
-                f"no_rope_layer_interval {interval} of {len(layers)} layers: no published model has that"
-            )
+        if interval < 1:
+            raise UserError(f"no_rope_layer_interval {interval}: no published model has that")
         return tuple(layers[interval - 1 :: interval])
     if not isinstance(turns, list) or len(turns) < len(layers) or not set(turns) <= {0, 1}:
         raise UserError(f"no_rope_layers must be {len(layers)} zeros and ones, one for each layer")

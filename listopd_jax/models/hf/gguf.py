@@ -3,6 +3,7 @@
 Quantised weights become the float32 numbers that they stand for, so the folder is the same model to the last bit.
 """
 
+import contextlib
 import functools
 import os
 import pathlib
@@ -92,8 +93,9 @@ def _verify(path: pathlib.Path) -> None:
 def convert(path: str | os.PathLike, folder: str | os.PathLike) -> None:
     """Write the checkpoint in the GGUF file `path` as `folder`, whole or not at all; UserError as `gguf_folder`."""
     gguf = _open(pathlib.Path(path))
-    config, tokenizer = _config(gguf), _tokenizer(gguf)
-    ends = {gguf.fields.get(f"tokenizer.ggml.{kind}_token_id") for kind in ("eos", "eot")} - {None}
+    with _well_formed(gguf):
+        config, tokenizer = _config(gguf), _tokenizer(gguf)
+        ends = {gguf.fields.get(f"tokenizer.ggml.{kind}_token_id") for kind in ("eos", "eot")} - {None}
     try:
         with files.atomic_folder(folder) as new:
             write_shards(new, _hf_tensors(gguf, config))
@@ -118,6 +120,19 @@ def _open(path: pathlib.Path) -> Gguf:
         raise UserError(f"{path}: not a complete GGUF file ({one_line(e)[:100]}); download it again") from e
 
 
+@contextlib.contextmanager
+def _well_formed(gguf: Gguf) -> Iterator[None]:
+    """A UserError for metadata of a wrong type or length: what is made of it, in Rust too, raises anything."""
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as e:
+        raise UserError(
+            f"{gguf.path}: metadata of the wrong form ({one_line(e)}); download the file again"
+        ) from e
+
+
 def _config(gguf: Gguf) -> ModelConfig:
     """The sizes in the metadata; UserError for what Decoder does not compute."""
     kind = gguf.field("general.architecture")
@@ -128,23 +143,20 @@ def _config(gguf: Gguf) -> ModelConfig:
             f"{gguf.path}: {what}: not read from GGUF files; use the model's safetensors checkpoint"
         )
     heads, hidden = gguf.field("*.attention.head_count"), gguf.field("*.embedding_length")
-    try:
-        return ModelConfig(
-            vocab_size=len(gguf.field("tokenizer.ggml.tokens")),
-            hidden_size=hidden,
-            intermediate_size=gguf.field("*.feed_forward_length"),
-            num_layers=gguf.field("*.block_count"),
-            num_heads=heads,
-            num_kv_heads=gguf.field("*.attention.head_count_kv", heads),
-            head_dim=gguf.field("*.attention.key_length", hidden // heads),
-            rope_theta=float(gguf.field("*.rope.freq_base", 10000.0)),
-            norm_eps=_decimal(gguf.field("*.attention.layer_norm_rms_epsilon")),
-            qk_norm=kind == "qwen3",
-            tied="output.weight" not in gguf.tensors,
-            max_positions=gguf.field("*.context_length"),
-        )
-    except (TypeError, ZeroDivisionError) as e:
-        raise UserError(f"{gguf.path}: metadata of the wrong type ({e}); download the file again") from e
+    return ModelConfig(
+        vocab_size=len(gguf.field("tokenizer.ggml.tokens")),
+        hidden_size=hidden,
+        intermediate_size=gguf.field("*.feed_forward_length"),
+        num_layers=gguf.field("*.block_count"),
+        num_heads=heads,
+        num_kv_heads=gguf.field("*.attention.head_count_kv", heads),
+        head_dim=gguf.field("*.attention.key_length", hidden // heads),
+        rope_theta=float(gguf.field("*.rope.freq_base", 10000.0)),
+        norm_eps=_decimal(gguf.field("*.attention.layer_norm_rms_epsilon")),
+        qk_norm=kind == "qwen3",
+        tied="output.weight" not in gguf.tensors,
+        max_positions=gguf.field("*.context_length"),
+    )
 
 
 def _decimal(x: float) -> float:
@@ -164,7 +176,9 @@ def _hf_tensors(gguf: Gguf, config: ModelConfig) -> Iterator[tuple[str, Float[np
                 f"{gguf.path}: tensor {name} is quantised as {tensor.tensor_type.name}, which the gguf package does "
                 "not decode; use a Q4_1, Q8_0 or F16 file"
             ) from e
-        yield _hf_name(gguf.path, name), _plain_rotation(gguf, name, array, config)
+        with _well_formed(gguf):
+            array = _plain_rotation(gguf, name, array, config)
+        yield _hf_name(gguf.path, name), array
 
 
 def _hf_name(path: pathlib.Path, name: str) -> str:
