@@ -156,7 +156,8 @@ def render(result: dict[str, Any]) -> str:
     s, share, programs = result["settings"], result["padding"], result["programs"]
     low, ratio, high = result["ratio"] or (0, 0, 0)
     row = [
-        f"{s['k']} x {s['words']}", f"{result['list_tokens']:.0f}", str(s["row"]), f"{result['rows']:.1f} for {s['batch']}",
+        f"{s['k']} x {s['words']}", f"{result['list_tokens']:.0f}", str(s["row"]),
+        f"{result['rows']:.1f} for {s['batch']}",
         f"{share['unpacked']:.1%}", f"{share['in_buckets']:.1%} ({s['buckets']})", f"{share['packed']:.1%}",
         f"{programs['unpacked']}, {programs['packed']}",
         f"{ratio:.2f} ({low:.2f}–{high:.2f})" if ratio else "",

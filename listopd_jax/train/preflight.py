@@ -37,12 +37,17 @@ def _score(graphdef: nnx.GraphDef, params: Any, batch: dict[str, Any], vocab: in
 
 
 def check_models(
-    teacher: np.ndarray, other: np.ndarray, vocab: int, role: str = "student", teacher_role: str = "teacher"
+    teacher: np.ndarray,
+    other: np.ndarray,
+    vocab: int,
+    role: str = "student",
+    teacher_role: str = "teacher",
+    may_be_same: bool = False,
 ) -> None:
     """Refuse to start from the log-probabilities that a teacher and student, or reference, give the same right answers.
 
     Raises UserError if either is not finite or uniform over the vocabulary (blank weights), or if the two are the same
-    model (nothing to distil, or to extrapolate from).
+    model (nothing to distil, or to extrapolate from), unless they may be.
     """
     for name, logprobs in ((teacher_role, teacher), (role, other)):
         if not np.isfinite(logprobs).all():
@@ -53,7 +58,7 @@ def check_models(
             raise UserError(
                 f"{name}: every log-probability is -log {vocab}; its weights are blank, load real ones"
             )
-    if np.abs(teacher - other).max() < SAME:
+    if not may_be_same and np.abs(teacher - other).max() < SAME:
         raise UserError(
             f"{role} and {teacher_role} give the same log-probabilities everywhere: they are the same model"
         )
