@@ -1,4 +1,5 @@
-"""python -m launch.matrix --root=runs/matrix --out=docs/matrix.md [--only=clip,no_base] [--clothing=FILE]
+"""python -m launch.matrix --root=runs/matrix --out=docs/matrix.md [--json=FILE] [--only=clip,no_base]
+    [--clothing=FILE]
 
 Run the paper's experiments (configs/paper) at tiny scale, one ablation after another, and write what EC saw beside
 what we saw. Teacher and base are trained once and shared. What is done is left alone; Ctrl-C and SIGTERM let the run
@@ -29,6 +30,7 @@ from listopd_jax.report.wording import markdown
 from listopd_jax.theory.cliff import t_half_width
 
 MODELS = "models"  # the folder of the run that trains teacher and base
+Seen = Mapping[str, Mapping[str, Curve]]  # experiment -> ablation -> what it came to
 HEAD = ("experiment", "ablation", "λ", "seeds", "parse, 95 % t interval")
 
 
@@ -49,6 +51,7 @@ def main(argv: Sequence[str]) -> int:
     parser = cli.parser("launch.matrix", __doc__)
     parser.add_argument("--root", required=True, type=pathlib.Path, help="folder of the matrix")
     parser.add_argument("--out", required=True, type=pathlib.Path, help="the Markdown file to write")
+    parser.add_argument("--json", type=pathlib.Path, help="a JSON file of the same numbers, seed by seed")
     parser.add_argument("--only", default="", help="experiments, as NAME,NAME; default: all")
     parser.add_argument("--clothing", default="", help="data.path of the experiments on real reviews")
     args = parser.parse_args(argv)
@@ -56,6 +59,8 @@ def main(argv: Sequence[str]) -> int:
     _check_clothing(args.clothing, chosen if args.only else {})
     code = run(args.root, chosen, args.clothing)
     files.write_text(args.out, page(args.root, chosen))
+    if args.json:
+        files.write_json(args.json, figures(curves(args.root, chosen)))
     print(args.out)
     return code
 
@@ -156,12 +161,27 @@ def _exported(root: pathlib.Path, ablation: Ablation, experiment: Experiment) ->
 # --- the table ---
 
 
-def page(root: pathlib.Path, chosen: Mapping[str, Experiment]) -> str:
-    """The matrix in Markdown: what EC saw, what we saw, whether they agree; then every number."""
-    seen = {
+def curves(root: pathlib.Path, chosen: Mapping[str, Experiment]) -> Seen:
+    """What the runs of each ablation came to."""
+    return {
         name: {ablation: curve(root / name / ablation, e.policy) for ablation in e.ablations}
         for name, e in chosen.items()
     }
+
+
+def figures(seen: Seen) -> list[dict[str, object]]:
+    """The same as JSON values: the parse of every seed of an ablation at a λ."""
+    return [
+        {"experiment": name, "ablation": ablation, "lambda": lam, "parse": list(parse)}
+        for name, ablations_of in seen.items()
+        for ablation, one in ablations_of.items()
+        for lam, parse in one.items()
+    ]
+
+
+def page(root: pathlib.Path, chosen: Mapping[str, Experiment]) -> str:
+    """The matrix in Markdown: what EC saw, what we saw, whether they agree; then every number."""
+    seen = curves(root, chosen)
     verdicts = [(name, e.ec, verdict(e, seen[name])) for name, e in chosen.items()]
     rows = [
         row

@@ -63,6 +63,8 @@ def test_the_table_has_what_is_done_and_says_what_is_open(tmp_path):
     assert "| no_base | plain | 1.4 | 2 | 0.950 ± 0.635 |" in page, "of the last steps alone"
     rows = {line.split(" | ")[0].removeprefix("| "): line for line in page.splitlines()}
     assert rows["clip"].endswith("| open: no run at λ = 1.15; resume the matrix |")
+    figures = matrix.figures(matrix.curves(tmp_path, chosen))
+    assert figures[-1] == {"experiment": "no_base", "ablation": "plain", "lambda": 1.4, "parse": [0.9, 1.0]}
     assert "agrees" in page and [line for line in page.splitlines() if line.startswith("| no_base | parse")][
         0
     ].endswith("| yes |")
