@@ -1,6 +1,7 @@
 """A user's mistake: the exception, how it is worded, and how a command answers it with one line and exit code 2."""
 
 import argparse
+import contextlib
 import difflib
 import os
 import sys
@@ -133,6 +134,8 @@ def exit_code(main: Callable[[Sequence[str]], int | None], argv: Sequence[str]) 
 
 def end_now(code: int) -> NoReturn:
     """End the process with `code`, whatever its other threads do: no exit handler runs, only the output is flushed."""
-    sys.stdout.flush()
-    sys.stderr.flush()
+    for stream in (sys.stdout, sys.stderr):
+        # A reader that has left, or a full disk behind a pipe, must not keep the process.
+        with contextlib.suppress(OSError, ValueError):
+            stream.flush()
     os._exit(code)

@@ -4,6 +4,7 @@ A run that was killed and resumes from step s first loses its rows after s, so t
 run reads like that of an uninterrupted one. Sampled completions are logged the same way, in completions.jsonl.
 """
 
+import contextlib
 import json
 import math
 import pathlib
@@ -103,13 +104,14 @@ class MetricsLog:
         if not files.on_process_0():
             return
         try:
-            # Both flush: on a full disk they fail once more, which must not hide what failed first.
-            self._file.close()
-            self._events.close()
+            with contextlib.ExitStack() as closing:  # all of them, whichever fails
+                closing.callback(self._trackers.__exit__)
+                closing.callback(self._events.close)
+                closing.callback(self._file.close)
         except OSError as e:
+            # Both flush: on a full disk they fail once more, which must not hide what failed first.
             if failed is None:
                 raise files.not_written(self._workdir / FILE, e) from e
-        self._trackers.__exit__()
 
 
 def forget_after(workdir: str | pathlib.Path, run: str, step: int, name: str = FILE) -> None:

@@ -1,5 +1,6 @@
 """opd.sweep: options at several values in one run. Each point trains as a run of its own would."""
 
+import dataclasses
 import json
 import math
 import shutil
@@ -95,6 +96,11 @@ def test_a_point_has_its_options_and_the_rest_of_the_config():
         ("clip/lr=1.5|5", "for values that go together"),
         ("clip=1|1.0", "a point appears twice"),
         ("clip=1|2, clip=3|4", "clip is named twice"),
+        (",".join(f"{name}=0.1|0.2|0.3|0.4" for name in "clip lr b2 ema kl_to_base".split()), "1024 points"),
+        (
+            "/".join(["collapse.length_change"] * 6) + "=" + "/".join(["0.5"] * 6),
+            "longer than 120 characters|named twice",
+        ),
         ("clip=2|-2", "opd.sweep, clip=-2.0: opd.clip"),
         ("ratio=none|nothing", "opd.sweep, ratio=nothing: opd.ratio='nothing' is unknown"),
     ],
@@ -162,6 +168,32 @@ def test_a_sweep_that_grows_keeps_what_is_done(job, tmp_path):
     assert after[: len(before)] == before and [r["sweep"] for r in after[len(before) :]] == [
         "clip=5.0 ratio=aspo"
     ]
+
+
+def test_what_was_trained_before_the_sweep_is_a_point_of_its_own(job, tmp_path):
+    shutil.copytree(job[1], tmp_path / "run")
+    run_stages(
+        swept("ratio=none|aspo", **{"opd.clip": 1.5, "opd.ratio": "teacher_student"}), tmp_path / "run"
+    )
+    inputs = read_inputs(tmp_path / "run")
+    found = {
+        label: [r.sweep for r in at.results if r.stage == "opd"] for label, at in inputs.points().items()
+    }
+    assert found == {"no sweep": [""], "ratio=none": ["ratio=none"], "ratio=aspo": ["ratio=aspo"]}
+    assert all(
+        row.get("sweep", "") == "ratio=aspo"
+        for row in inputs.points()["ratio=aspo"].metrics
+        if row["stage"] == "opd"
+    )
+    beside = dataclasses.replace(inputs, beside={"other": inputs})
+    text = Page(render(beside)).text
+    assert "other ratio=none" in text and "other no sweep" in text
+
+
+def test_a_base_in_another_dtype_starts_from_the_jobs_sft(tmp_path):
+    """There the student is read from its SFT checkpoint again, which is of no point."""
+    run_stages(swept("clip=1.5|2.5", **{"dtype.frozen": "bfloat16"}), tmp_path)
+    assert [r.sweep for r in distilled(tmp_path)] == ["clip=1.5", "clip=2.5"]
 
 
 def test_a_policy_of_a_point_is_exported_from_its_checkpoint(job, tmp_path):

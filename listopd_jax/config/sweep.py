@@ -8,6 +8,7 @@ A point is written as its label, "clip=1.5 ratio=aspo", in records, logs and nam
 """
 
 import itertools
+import math
 from typing import Any
 
 import ml_collections
@@ -16,16 +17,23 @@ from listopd_jax.config.fields import defaults, flatten
 from listopd_jax.errors import UserError, require, unknown_name
 
 _LISTS = {"lambdas": float, "seeds": int}  # a point has one of each that it names
+MOST, LONGEST = 1000, 120  # points of a sweep, characters of a label
 _NOT_SWEPT = ("sweep", "recommend", "plain_lambdas", "eval_steps")
 
 
 def sweep_labels(opd: Any) -> list[str]:
     """The points of section `opd` in order; [""] where it sweeps nothing. UserError for one that cannot be read."""
     axes = [_axis(entry.strip()) for entry in opd.sweep.split(",")] if opd.sweep.strip() else []
+    points = math.prod(map(len, axes))
+    require(points <= MOST, f"opd.sweep={opd.sweep!r}: has {points} points; at most {MOST} are one run")
     labels = [" ".join(point) for point in itertools.product(*axes)]
     names = [pair.split("=")[0] for pair in labels[0].split()]
     for name in names:
         require(names.count(name) == 1, f"opd.sweep={opd.sweep!r}: {name} is named twice")
+    require(
+        max(map(len, labels)) <= LONGEST,
+        f"opd.sweep={opd.sweep!r}: a point is longer than {LONGEST} characters, which name files; sweep fewer options",
+    )
     require(len(set(labels)) == len(labels), f"opd.sweep={opd.sweep!r}: a point appears twice")
     return labels
 

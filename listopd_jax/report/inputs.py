@@ -49,6 +49,7 @@ METRICS = {
 USEFUL = "parse · NDCG@1"
 """What useful is where the data report does not say: of reviews."""
 
+UNSWEPT = "no sweep"
 _Json = Mapping[str, Any]
 Place = tuple[float, str]  # λ, and its guard
 
@@ -97,25 +98,28 @@ class Inputs:
         return replace(self, results=results, metrics=metrics)
 
     def points(self) -> dict[str, "Inputs"]:
-        """The points of opd.sweep, each as a run with what all share; "" and itself of a run that sweeps nothing."""
-        labels = dict.fromkeys(record.sweep for record in self.results if record.sweep)
-        return {label: self._at(label) for label in labels} or {"": self}
+        """The points of opd.sweep, each as a run with what all share; "" and itself of a run that sweeps nothing.
+
+        What was distilled before there was a sweep is a point of its own, UNSWEPT.
+        """
+        labels = dict.fromkeys(record.sweep for record in self.results if record.stage == "opd")
+        return {label or UNSWEPT: self._at(label) for label in labels} if any(labels) else {"": self}
 
     def _at(self, label: str) -> "Inputs":
         """What is of that point or of all; of forecasts those under its guard, or under none."""
         results, examples, errors = (
-            [r for r in records if r.sweep in ("", label)]
+            [r for r in records if r.stage != "opd" or r.sweep == label]
             for records in (self.results, self.examples, self.errors)
         )
-        guards = {"", *(r.guard for r in results if r.sweep)}
+        guards = {"", *(r.guard for r in results if r.stage == "opd")}
         return replace(
             self,
             config=self.config | {"config": _at_point(self.config.get("config", {}), label)},
             results=[r for r in results if r.stage != "forecast" or r.guard in guards],
             examples=examples,
             errors=errors,
-            metrics=[row for row in self.metrics if row.get("sweep", label) == label],
-            point=label,
+            metrics=[r for r in self.metrics if r.get("stage") != "opd" or r.get("sweep", "") == label],
+            point=label or UNSWEPT,
         )
 
     @property
@@ -133,9 +137,14 @@ class Inputs:
 
 
 def first_point(inputs: Inputs) -> Inputs:
-    """The first point of a sweep with the others beside it; `inputs` of a run that sweeps nothing."""
-    first, *others = inputs.points().items()
-    return replace(first[1], beside={**dict(others), **inputs.beside})
+    """The first point of a sweep with the others beside it, and each point of other runs; without a sweep `inputs`."""
+    (_, first), *others = inputs.points().items()
+    runs = {
+        f"{name} {label}".strip(): at
+        for name, run in inputs.beside.items()
+        for label, at in run.points().items()
+    }
+    return replace(first, beside={**dict(others), **runs})
 
 
 def _at_point(config: _Json, label: str) -> _Json:
@@ -143,9 +152,16 @@ def _at_point(config: _Json, label: str) -> _Json:
     changed = copy.deepcopy(dict(config))
     for name, _, text in (pair.partition("=") for pair in label.split()):
         *sections, option = ("opd", *name.split("."))
-        section = functools.reduce(lambda tree, part: tree.setdefault(part, {}), sections, changed)
+        section = functools.reduce(_section, sections, changed)
         section[option] = _number(text)
     return changed
+
+
+def _section(tree: dict[str, Any], name: str) -> dict[str, Any]:
+    """The section of that name, made where there is none: a label of a file may say anything."""
+    if not isinstance(tree.get(name), dict):
+        tree[name] = {}
+    return tree[name]
 
 
 def _number(text: str) -> float | str:

@@ -62,7 +62,8 @@ def _models_to_policies(job: Job) -> None:
     if job.config.predict.only:
         return
     for at in job.points():
-        shared = distillation(at, frozen, server, programs)
+        # The SFT that a run starts from is the job's: its checkpoint does not know of points.
+        shared = distillation(at, frozen, server, programs)._replace(start=shared.start)
         for point in grid(at, found):
             distil(at, shared, opd_runs(at, *point))
 
@@ -123,8 +124,8 @@ def grid(job: Job, found: Recommendation | None) -> list[tuple[float, int, bool]
 
 def planned(job: Job, found: Recommendation | None) -> list[Run]:
     """Every policy that the job trains and evaluates, in order."""
-    sweep = [run for at in job.points() for point in grid(at, found) for run in opd_runs(at, *point)]
-    return [sft_run(job, role) for role in ROLES if role in job.models] + anchor_runs(job) + sweep
+    before = [sft_run(job, role) for role in ROLES if role in job.models] + anchor_runs(job)
+    return before + [run for at in job.points() for point in grid(at, found) for run in opd_runs(at, *point)]
 
 
 def frozen_models(job: Job, server: TeacherServer | None = None) -> Frozen:

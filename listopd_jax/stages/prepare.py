@@ -87,7 +87,8 @@ def job_on_mesh(
     mesh = configured_mesh(config.parallel)
     job = open_job(config, workdir, task, **models)
     if mesh is not None:
-        check_mesh(config, job.shapes, mesh.shape)
+        for at in job.points():
+            check_mesh(at.config, job.shapes, mesh.shape)
     with use_mesh(mesh):
         yield job
 
@@ -122,10 +123,12 @@ def open_job(
     records = {"train": splits.train, "validation": splits.validation}
     job = Job(config, workdir, models, task, codec, records, backend)
     # A checkpoint or template that does not fit shows now, not when its turn comes.
-    _ = job.shapes, job.validation, job.guard_of(guard_text(config.opd.guard))
-    _check_constraints(job)
-    if all_roles and config.opd.on_policy < 1:
-        _check_all_answered(job)
+    _ = job.shapes, job.validation
+    for at in job.points():
+        _ = at.guard_of(guard_text(at.config.opd.guard))
+        _check_constraints(at)
+        if all_roles and at.config.opd.on_policy < 1:
+            _check_all_answered(at)
     if all_roles and (config.teachers.route or config.teachers.max_prompt):
         _ = job.for_teachers
     return job
