@@ -1,7 +1,6 @@
 """A user's mistake: the exception, how it is worded, and how a command answers it with one line and exit code 2."""
 
 import argparse
-import contextlib
 import difflib
 import os
 import sys
@@ -133,9 +132,15 @@ def exit_code(main: Callable[[Sequence[str]], int | None], argv: Sequence[str]) 
 
 
 def end_now(code: int) -> NoReturn:
-    """End the process with `code`, whatever its other threads do: no exit handler runs, only the output is flushed."""
+    """End the process with `code`, whatever its other threads do: no exit handler runs, only the output is flushed.
+
+    With 1 in place of 0 if that cannot be written; a reader that has left is no failure.
+    """
     for stream in (sys.stdout, sys.stderr):
-        # A reader that has left, or a full disk behind a pipe, must not keep the process.
-        with contextlib.suppress(OSError, ValueError):
+        try:
             stream.flush()
+        except BrokenPipeError:
+            pass
+        except (OSError, ValueError):  # a full disk, a stream that is closed
+            code = code or 1
     os._exit(code)

@@ -238,8 +238,9 @@ def test_a_card_has_every_field_that_decides_what_distillation_ends_in():
     """Those left out say how it is computed, or stand in the card's head."""
     fields = {name for name, _ in config_module.flatten(config_module.defaults().opd.to_dict())}
     left_out = (
-        "lambdas plain_lambdas recommend seeds sweep steps epochs eval_steps eval_every b2 moments microbatch"
+        "lambdas plain_lambdas recommend seeds sweep self_distillation steps epochs eval_steps eval_every"
     )
+    left_out += " b2 moments microbatch"
     assert fields - set(OPD_FIELDS) == {*left_out.split(), "head_chunk"}
 
 

@@ -138,6 +138,15 @@ def test_sigterm_sets_the_flag_and_nothing_else():
     assert signal.getsignal(signal.SIGTERM) is before
 
 
+@pytest.mark.parametrize(("out", "code"), [(">/dev/full", 1), ("| true", 0)])
+def test_output_that_is_lost_is_no_traceback_but_a_failure(out, code):
+    program = "from listopd_jax.lifecycle import end; print(1); end(0)"
+    # Not unbuffered, whatever the environment says: the line is to be lost at the end.
+    command = f"set -o pipefail; unset PYTHONUNBUFFERED; {sys.executable} -c '{program}' {out}"
+    ended = subprocess.run(["bash", "-c", command], capture_output=True, text=True, timeout=60, check=False)
+    assert (ended.returncode, ended.stderr) == (code, "")
+
+
 def test_the_handler_is_put_back_after_a_failure():
     before = signal.getsignal(signal.SIGTERM)
     with pytest.raises(KeyError), sigterm_flag():

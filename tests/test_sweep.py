@@ -4,9 +4,12 @@ import dataclasses
 import json
 import math
 import shutil
+import subprocess
+import sys
 
 import numpy as np
 import pytest
+from processes import REPO
 from test_plain_lambdas import settings
 from test_report import Page
 
@@ -116,6 +119,14 @@ def test_a_sweep_is_refused_where_one_curve_is_meant(tmp_path):
         swept("clip=2|3", **{"opd.recommend": True})
     with pytest.raises(UserError, match="section predict is about one curve"):
         swept("clip=2|3", **{"predict.anchors": (1.0, 2.0)})
+    for module, flags in (
+        ("plan", ["--topology=cpu:1"]),
+        ("prereg", ["lock", "--out=lock.json", "--threshold=1.1"]),
+    ):
+        command = [sys.executable, "-m", f"listopd_jax.{module}", *flags]
+        command += ["--config=configs/fashion.py:tiny", "--config.opd.sweep=clip=2|3"]
+        said = subprocess.run(command, cwd=REPO, capture_output=True, text=True, check=False).stderr
+        assert said.splitlines()[-1].startswith("error: ") and "opd.sweep" in said, said
     with pytest.raises(UserError, match="run main"):
         open_grid(tmp_path, (), swept("clip=2|3"))
 
@@ -215,6 +226,7 @@ def test_the_report_is_of_the_first_point_and_has_the_others_beside_it(job):
     inputs = read_inputs(job[0])
     assert list(inputs.points()) == POINTS
     first = inputs.points()[POINTS[0]]
+    assert inputs.points()[POINTS[1]].config["config"]["opd"]["clip"] == "inf", "as config.json has it"
     assert {r.sweep for r in first.results} == {"", POINTS[0]} and first.config["config"]["opd"][
         "clip"
     ] == 1.5

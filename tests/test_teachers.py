@@ -227,12 +227,14 @@ def test_batches_say_whose_each_row_is(models, tmp_path):
     assert "own_teacher" not in next(job.sft_batches("teacher"))
 
 
-def test_self_distillation_as_a_control(models, tmp_path, capsys):
-    """The same weights, as they are, for both: nothing to learn, at any λ."""
+def test_self_distillation_as_a_control(models, tmp_path):
+    """The same weights, as they are, for both, if that is asked for: nothing to learn, at any λ."""
     student = config_of(models).student.to_dict()
     same = {f"teacher.{field}": value for field, value in student.items() if field != "lora"}
-    run_stages(config_of(models, **same, **{"opd.lambdas": (1.0, 2.0)}), tmp_path)
-    assert "one model: λ does nothing" in capsys.readouterr().err
+    with pytest.raises(UserError, match="same model; give another, or set opd.self_distillation=True"):
+        run_stages(config_of(models, **same), tmp_path / "by_mistake")
+    asked = {"opd.self_distillation": True, "opd.lambdas": (1.0, 2.0)}
+    run_stages(config_of(models, **same, **asked), tmp_path)
     rows, _, results = left(tmp_path)
     first = [row for row in rows if "reverse_kl" in row and row["step"] == 1]
     assert len(first) == 2 and all(abs(row["reverse_kl"]) < 1e-5 for row in first)

@@ -13,6 +13,7 @@ EXPERIMENT = Experiment(
     ec="a control, without a figure in its table: no gain",
     lambdas=(1.0, 1.5),
     teacher="student",
+    shared={"opd.self_distillation": True},
     agrees=lambda seen: all(mean(seen["plain"], lam) < 0.2 for lam in (1.0, 1.5)),
 )
 get_config = EXPERIMENT.get_config

@@ -63,12 +63,6 @@ def is_embedded(config: ml_collections.ConfigDict | ml_collections.FrozenConfigD
     return ranks_reviews(config) and config.data.source == "synthetic"
 
 
-def is_self_distillation(config: ml_collections.ConfigDict | ml_collections.FrozenConfigDict) -> bool:
-    """Whether teacher and student are told to be one model: the same weights, used as they are."""
-    untrained = not any(config.sft[role].steps or config.sft[role].epochs for role in ("teacher", "student"))
-    return untrained and bool(config.teacher.weights) and config.teacher.weights == config.student.weights
-
-
 def eval_budgets(opd: Any, steps: int) -> list[int]:
     """The steps at which section `opd` evaluates a run of `steps` steps, ascending; the last is its end."""
     every = range(opd.eval_every, steps, opd.eval_every) if opd.eval_every else ()

@@ -199,6 +199,7 @@ def _opd() -> ml_collections.ConfigDict:
         control_variate="none",  # kl or optimal: of sampled tokens; the same gradient on average, less noise
         contract_reward=0.0,  # weight of "the list parses", less the prompt's mean, in the advantage; 0: off
         aggregate="token",
+        self_distillation=False,  # teacher and student may be one model: a control, in which λ does nothing
         kl_to_base=0.0,
         entropy_bonus=0.0,
         lambda_warmup_steps=0,

@@ -79,6 +79,8 @@ def parse(argv: list[str]) -> tuple[Any, Topology, Load]:
     if not config:
         raise UserError("--config is missing: e.g. --config=configs/fashion.py:paper")
     config = config_module.validate(config)
+    if config.opd.sweep:
+        raise UserError("opd.sweep: a plan is of one point; leave it out and set the options of the largest")
     return config, topology, Load(config.opd.batch_size, config.opd.rollouts, *_tokens(config))
 
 

@@ -130,6 +130,10 @@ def _prediction(args: argparse.Namespace, config: Json) -> Json:
 def _lock(args: argparse.Namespace, overrides: Sequence[str]) -> tuple[str, int]:
     config = load_config(args.config, overrides)
     opd = config.get("opd", {})
+    if opd.get("sweep"):
+        raise UserError(
+            f"{args.config}: opd.sweep trains several curves over λ, and a lock is about one: leave it out"
+        )
     steps = opd.get("steps") if args.steps is None else args.steps
     if args.steps is not None and args.steps < 1:
         raise UserError(f"--steps={args.steps}: must be at least 1")

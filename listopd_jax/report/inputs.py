@@ -2,6 +2,7 @@
 
 import copy
 import functools
+import math
 import pathlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -153,7 +154,7 @@ def _at_point(config: _Json, label: str) -> _Json:
     for name, _, text in (pair.partition("=") for pair in label.split()):
         *sections, option = ("opd", *name.split("."))
         section = functools.reduce(_section, sections, changed)
-        section[option] = _number(text)
+        section[option] = _option(text)
     return changed
 
 
@@ -164,9 +165,12 @@ def _section(tree: dict[str, Any], name: str) -> dict[str, Any]:
     return tree[name]
 
 
-def _number(text: str) -> float | str:
+def _option(text: str) -> float | bool | str:
+    """What config.json has for an option that a label spells: infinity is text there."""
+    if text in ("True", "False"):
+        return text == "True"
     try:
-        return float(text)
+        return text if math.isinf(float(text)) else float(text)
     except ValueError:
         return text
 

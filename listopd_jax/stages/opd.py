@@ -14,7 +14,7 @@ import optax
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
-from listopd_jax.config import eval_budgets, guard_knows_contract, guard_text, is_self_distillation
+from listopd_jax.config import eval_budgets, guard_knows_contract, guard_text
 from listopd_jax.data.batches import FOR_TEACHERS, as_teachers_read
 from listopd_jax.models.build import cast, lora_of
 from listopd_jax.models.lora import merge_adapter, with_adapter
@@ -75,14 +75,14 @@ def preflight(job: Job, models: Mapping[str, Any], server: TeacherServer | None 
     """Look at the models, parameters by role, on the first batch of answers; UserError if they cannot be distilled."""
     batch, chunk, vocab = first_batch(job), job.config.opd.head_chunk, job.codec.vocab
     seen = {} if server is None else {"teacher": of_answers(server, batch)}
-    teachers, one_model = teacher_roles(models) or ["teacher"], is_self_distillation(job.config)
-    if one_model and hosts.is_main():
-        print("teacher.weights and student.weights are one model: λ does nothing, a control", file=sys.stderr)
+    teachers = teacher_roles(models) or ["teacher"]
     for role, params in models.items():
         read = as_teachers_read(batch) if role in teachers else batch
         seen[role] = answer_logprobs(job.graphs[role], params, read, vocab, chunk)
     for teacher, other in itertools.product(teachers, [role for role in models if role not in teachers]):
-        check_models(seen[teacher], seen[other], vocab, other, teacher, may_be_same=one_model)
+        check_models(
+            seen[teacher], seen[other], vocab, other, teacher, may_be_same=job.config.opd.self_distillation
+        )
 
 
 def first_batch(job: Job) -> dict[str, np.ndarray]:

@@ -47,7 +47,7 @@ def check_models(
     """Refuse to start from the log-probabilities that a teacher and student, or reference, give the same right answers.
 
     Raises UserError if either is not finite or uniform over the vocabulary (blank weights), or if the two are the same
-    model (nothing to distil, or to extrapolate from), unless they may be.
+    model (nothing to distil, or to extrapolate from) and not `may_be_same`.
     """
     for name, logprobs in ((teacher_role, teacher), (role, other)):
         if not np.isfinite(logprobs).all():
@@ -60,7 +60,8 @@ def check_models(
             )
     if not may_be_same and np.abs(teacher - other).max() < SAME:
         raise UserError(
-            f"{role} and {teacher_role} give the same log-probabilities everywhere: they are the same model"
+            f"{role} and {teacher_role} give the same log-probabilities everywhere: they are the same model; give "
+            "another, or set opd.self_distillation=True for a control"
         )
 
 
