@@ -50,8 +50,10 @@ def command(
     try:
         config, workdir = parse(argv)
         quiet_libraries()
+        # A backend reads this when it starts, so it comes before anything that may start one.
         compiler.reserve_gpu_memory()
         with (
+            # The lock comes second: which process takes it is known only once the hosts have met.
             hosts.initialize_distributed(config.parallel), _alone(workdir), interruptible(),
             compiler.naming_full_memory(),
         ):  # fmt: skip
@@ -64,6 +66,7 @@ def command(
         return hosts.leave(0, str(e))
     except KeyboardInterrupt:
         print("stopped; the same command resumes from the last checkpoint", file=sys.stderr)
+        # 128 + SIGINT, as shells report it.
         return hosts.leave(130, "stopped from the keyboard")
     if hosts.is_main():
         print(f"report: {report}")

@@ -38,6 +38,7 @@ def choose_buckets(lengths: Sequence[int], count: int = 4) -> tuple[int, ...]:
 
     Few, because each is compiled once; at quantiles, because then each is used about equally often.
     """
+    # 64 would be a large part of a short prompt.
     multiple = WIDTH_MULTIPLE if max(lengths) > 512 else 16
     quantiles = np.quantile(lengths, np.arange(1, count + 1) / count)
     return tuple(sorted({round_up(int(np.ceil(q)), multiple) for q in quantiles}))
@@ -52,8 +53,10 @@ def plan_epoch(
     next bucket, so only the last N mod B rows of the largest are left out, others in each epoch. With fewer
     rows than one batch, the batch is filled by going through the rows again.
     """
+    # Seeded by the pair, so any epoch can be planned without the epochs before it: that is how a run resumes.
     rng = np.random.default_rng((seed, epoch))
     order = rng.permutation(len(lengths))
+    # np.resize repeats the rows; ndarray.resize would fill up with zeros.
     order = np.resize(order, max(len(order), batch_size))
     bucket_of = np.searchsorted(buckets, lengths[order])
     plan, rest = [], order[:0]
@@ -63,6 +66,7 @@ def plan_epoch(
         plan += [(bucket, rows) for rows in pool[:full].reshape(-1, batch_size)]
         # Rows left over wait for the next, wider bucket.
         rest = pool[full:]
+    # Otherwise every epoch would go from short prompts to long ones.
     return [plan[i] for i in rng.permutation(len(plan))]
 
 
@@ -85,6 +89,7 @@ class PlannedBatches:
         self._plan = functools.lru_cache(maxsize=2)(plan)
 
     def __len__(self) -> int:
+        # Endless, as far as grain can count. grain's own repeat() would replay one epoch's plan.
         return sys.maxsize
 
     def __getitem__(self, i: int) -> Batch:
@@ -130,6 +135,7 @@ def evaluation_batches(split: EncodedSplit, *, buckets: Sequence[int], batch_siz
     order = np.argsort(split.prompt_lengths, kind="stable")
     for start in range(0, len(order), batch_size):
         rows = order[start : start + batch_size]
+        # The rows ascend in length, so the last one decides.
         bucket = buckets[int(np.searchsorted(buckets, split.prompt_lengths[rows[-1]]))]
         weight = (np.arange(batch_size) < len(rows)).astype(np.float32)
         yield make_batch(split, np.pad(rows, (0, batch_size - len(rows)), mode="edge"), bucket, weight)
@@ -164,6 +170,7 @@ def _for_teachers(split: EncodedSplit, rows: np.ndarray, bucket: int) -> Batch:
 def _teacher_width(split: EncodedSplit, bucket: int) -> int:
     """The width of teacher prompts in a batch of `bucket`: room for every record that may come there."""
     lengths = np.array(list(map(len, split.teacher_prompts)))
+    # <=, because rows left over in a narrower bucket move up. One width per bucket: one program per bucket.
     return choose_buckets(lengths[split.prompt_lengths <= bucket], 1)[0]
 
 

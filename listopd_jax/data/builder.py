@@ -45,6 +45,7 @@ class _ListwiseReviews(tfds.core.GeneratorBasedBuilder, skip_registration=True):
             builder=self,
             description="Lists of reviews of one product with helpfulness scores 0-10.",
             features=tfds.features.FeaturesDict(features),
+            # Else TFDS orders the rows by a hash of their keys; the plan has already drawn their order.
             disable_shuffling=True,
         )
 
@@ -63,12 +64,14 @@ def build(splits: Mapping[str, Iterable[dict]], folder: str | os.PathLike) -> di
     """
     folder = pathlib.Path(folder)
     try:
+        # First: stopped anywhere after this, the folder does not pass for a finished data set.
         (folder / REPORT).unlink(missing_ok=True)
         if (folder / NAME).exists():
             shutil.rmtree(folder / NAME)
         folder.mkdir(parents=True, exist_ok=True)
         tfds.disable_progress_bar()
         with _quiet():
+            # Nothing is downloaded, but TFDS makes this folder, by default where no build would remove it.
             _ListwiseReviews(splits, folder).download_and_prepare(download_dir=folder / NAME / "downloads")
     except OSError as e:
         raise files.not_written(folder, e) from e

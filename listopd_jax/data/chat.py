@@ -33,6 +33,7 @@ def chat_prompt(
     text = _render(turns, tokenizer, date, add_generation_prompt=True)
     tail = text
     for turn in turns:
+        # Templates may trim a message, as Llama's does. In the end `tail` is what follows the last one.
         _, found, tail = text.rpartition(turn["content"].strip())
         if not found:
             raise UserError(
@@ -79,6 +80,7 @@ def _render(turns: Sequence[Message], tokenizer, date: str, **options: bool) -> 
             list(turns),
             chat_template=_dated(tokenizer.get_chat_template(), datetime.date.fromisoformat(date)),
             tokenize=False,
+            # Templates that know nothing of thinking ignore it.
             enable_thinking=False,
             **options,
         )

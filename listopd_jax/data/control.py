@@ -11,12 +11,14 @@ def control_ids(tokenizer: transformers.PreTrainedTokenizerBase) -> set[int]:
     Text are words that were added to a vocabulary, runs of white space, what stands for unknown characters, and tokens
     that the right answers are spelt with.
     """
+    # ▁ is how SentencePiece writes a space.
     added = {i: (t.content.replace("▁", " "), t.special) for i, t in tokenizer.added_tokens_decoder.items()}
     signs = {i for i, (text, _) in added.items() if not text.replace(" ", "").isalnum()}
     answer = set(tokenizer(render_answer(range(11)), add_special_tokens=False)["input_ids"])
     special = {i for i, (_, special) in added.items() if special} | set(tokenizer.all_special_ids)
     blank = {i for i, (text, _) in added.items() if not text.strip()}
     marks = special | (signs - answer)
+    # EOS is put back: in GPT-2's tokenizer it is the unknown token, too.
     return (marks - {tokenizer.unk_token_id} | {tokenizer.eos_token_id}) - blank
 
 
@@ -27,8 +29,10 @@ def spell_out(text: str, tokenizer: transformers.PreTrainedTokenizerBase) -> str
     """
     control, separated = control_ids(tokenizer), False
     while spans := _spans(text, tokenizer, control):
+        # From the end, so that the offsets of earlier spans stay right.
         for start, end in reversed(spans):
             text = text[:start] + _broken(text[start:end], separated) + text[end:]
+        # Where a token is still found, a normalizer took the space out again: the next round blanks it.
         separated = True
     return text
 

@@ -185,6 +185,7 @@ def _check_answers(
             f"an answer takes {longest} tokens, above task.max_response={max_answer}; raise it or make answers shorter"
         )
     for record, ids in zip(records, answers, strict=True):
+        # Without EOS, which no contract reads.
         text = tokenizer.decode(ids[:-1], skip_special_tokens=False, clean_up_tokenization_spaces=False)
         if task.answer(record) is not None and not (parsed := task.parse(text, record)).ok:
             raise UserError(
@@ -198,6 +199,7 @@ def answer_ids(
 ) -> Int32[np.ndarray, " answer"]:
     """Ids of the right answer, or of one that `noise` broke, and EOS; EOS alone where there is no answer."""
     text = noisy_answer(task, record, noise) or ""
+    # No special tokens: the answer follows a prompt that has BOS already.
     return np.array(
         [*tokenizer(text, add_special_tokens=False)["input_ids"], tokenizer.eos_token_id], np.int32
     )

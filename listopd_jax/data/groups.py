@@ -63,7 +63,9 @@ def plan_lists(
     else:
         held_out = evaluated = _held_out(cluster, lists, validation_share, rng, k)[product[rows]]
 
+    # At least one list on each side.
     limit = min(max(1, round(max_lists * validation_share)), max_lists - 1) if max_lists else 0
+    # Validation first: its texts decide which rows training may use.
     validation = _lists(rows[evaluated], product, k, max_per_product, limit, rng)
     if not len(validation):
         raise UserError(
@@ -105,6 +107,7 @@ def _union(size: int, pairs: Iterable[tuple[int, int]]) -> Int[np.ndarray, " siz
 
     def root(i: int) -> int:
         while parent[i] != i:
+            # Path halving keeps the trees flat.
             parent[i] = parent[parent[i]]
             i = parent[i]
         return i
@@ -138,10 +141,13 @@ def _lists(
 ) -> Int[np.ndarray, "n K"]:
     """Disjoint random lists of k rows of one product, in random order; at most `limit` of them (0: all)."""
     rows = rng.permutation(rows)
+    # A stable sort keeps the random order within each product.
     rows = rows[np.argsort(product[rows], kind="stable")]
     _, start, inverse, count = np.unique(
         product[rows], return_index=True, return_inverse=True, return_counts=True
     )
+    # The place of each row within its product. Each product keeps its first `usable` rows, a multiple of k,
+    # so the reshape never puts two products into one list.
     rank = np.arange(len(rows)) - start[inverse]
     usable = np.minimum(count, cap or len(rows)) // k * k
     lists = rng.permutation(rows[rank < usable[inverse]].reshape(-1, k))

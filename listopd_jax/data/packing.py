@@ -29,8 +29,10 @@ class RowShape(NamedTuple):
     def rows(self, needed: int) -> int:
         """`needed` rows or a few more: what its cuts divide, and few numbers (up to 1/8 more), so few compilations."""
         in_parts = 0 < self.microbatch < needed
+        # A sixteenth of the next power of two: at most 1/8 of `needed`.
         multiple, step = self.microbatch if in_parts else self.devices, 2 ** (needed - 1).bit_length() // 16
         rows = round_up(needed, max(1, step // multiple) * multiple)
+        # All rows fit one gradient pass, and rounding up must not cost a second one.
         return rows if in_parts or not self.microbatch else min(rows, self.microbatch)
 
 
@@ -63,6 +65,7 @@ def pack(batch: Batch, shape: RowShape) -> Batch:
     for r, lists in enumerate(members):
         end = 0
         for i in lists:
+            # The last token of the prompt predicts the first one of the answer.
             start, predicts = end, end + prompts[i] - 1
             end = start + prompts[i] + answers[i]
             row[r, start:end] = [*batch["prompt"][i, : prompts[i]], *batch["answer"][i, : answers[i]]]

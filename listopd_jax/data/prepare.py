@@ -98,6 +98,7 @@ def _fingerprint(data: Any, task: Any, inputs: dict[str, pathlib.Path]) -> str:
     stats = {name: (path.name, files.sha256(path)) for name, path in inputs.items()}
     fields = {name: getattr(data, name) for name in _DATA_FIELDS}
     fields |= {"k": task.k, "max_review_words": task.max_review_words}
+    # Only where they are set, so that data sets built before there were categories are still found.
     fields |= {name: getattr(data, name) for name in FIELDS if getattr(data, name)}
     if data.source == "synthetic":
         fields |= {"synthetic": _synthetic_fields(data)}
@@ -123,6 +124,7 @@ def _build(data: Any, task: Any, inputs: dict[str, pathlib.Path], folder: pathli
     tally: Counter = Counter()
     score = _scorer(data, inputs)
     table, plan = _planned(data, task, inputs, score, tally)
+    # Into a throwaway counter: the first reading has counted these rows.
     reviews = fetch(_reviews(data, inputs, Counter()), score, table, _rows(plan))
     titles = _titles(data, inputs, reviews.values(), tally)
     rows = {

@@ -35,6 +35,7 @@ _PAGE = re.compile(
 
 _COUNT = re.compile(r"(?:[0-9]+|[0-9]{1,3}(?:,[0-9]{3})+)(?:\.0*)?")
 
+# AttributeError: the row is None. ArithmeticError: an integer too large for a float.
 _BROKEN = (ValueError, TypeError, ArithmeticError, AttributeError, RecursionError)
 
 
@@ -133,6 +134,7 @@ def _csv_rows(path: str | os.PathLike) -> Iterator[dict | None]:
 
     None too for one with more or fewer fields than the header, whose values may be in the wrong columns.
     """
+    # strict: wrong quotes raise. By default the csv module guesses what they mean.
     reader = csv.DictReader(_decoded(path), strict=True)
     try:
         missing = {"Clothing ID", "Review Text", "Positive Feedback Count"} - set(reader.fieldnames or ())
@@ -144,6 +146,7 @@ def _csv_rows(path: str | os.PathLike) -> Iterator[dict | None]:
         )
     while True:
         try:
+            # Not a for loop: that would end at the first csv.Error.
             row = next(reader)
             yield row if _is_whole(row) else None
         except StopIteration:
@@ -155,6 +158,7 @@ def _csv_rows(path: str | os.PathLike) -> Iterator[dict | None]:
 def _decoded(path: str | os.PathLike) -> Iterator[str]:
     """Lines as text; a byte that is not UTF-8 becomes a lone surrogate, which `_csv_rows` takes for a broken row."""
     for number, line in enumerate(read_lines(path), 1):
+        # -sig: Excel writes a byte order mark, which would become part of the first column's name.
         yield line.decode("utf-8-sig" if number == 1 else "utf-8", errors="surrogateescape")
 
 

@@ -6,6 +6,7 @@ import html
 import re
 
 _BREAK = re.compile(r"<br\s*/?>", re.IGNORECASE)
+# Digits are bounded because int() refuses thousands of them, and html.unescape raises what it raises.
 _ENTITY = re.compile(r"&(?:#[0-9]{1,20}|#[xX][0-9a-fA-F]{1,20}|[A-Za-z][A-Za-z0-9]*);")
 _UNESCAPES = 8
 _UNPRINTABLE = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")
@@ -29,6 +30,7 @@ class Review:
         The first 16 hex digits of the SHA-1 of product, user and cleaned text (UTF-8) joined by NUL: it
         depends on nothing but the review itself, not on its row, the other rows or any setting.
         """
+        # NUL is in no cleaned text, so no two triples join to one string.
         return hashlib.sha1("\0".join((self.product, self.user, self.text)).encode()).hexdigest()[:16]
 
 

@@ -98,4 +98,5 @@ def _at_most(split: dict[str, list[Any]], most: int, share: float) -> dict[str, 
     if not most:
         return split
     held_out = min(max(1, round(share * most)), most - 1)
+    # The order is random already, so the first ones are a random choice.
     return {"train": split["train"][: most - held_out], "validation": split["validation"][:held_out]}

@@ -49,6 +49,7 @@ def read_lines(path: str | os.PathLike) -> Iterator[bytes]:
     with _readable(path), open(path, "rb") as raw, _decompressed(raw, path) as stream:
         _refuse_other_formats(stream.peek(512)[:512], path)
         size = os.fstat(raw.fileno()).st_size
+        # In compressed bytes, of which the total is known. disable=None: a bar on terminals alone.
         with tqdm(
             total=size, desc=f"reading {path.name}", unit="B", unit_scale=True, leave=False, disable=None
         ) as bar:
@@ -80,6 +81,7 @@ def _readable(path: pathlib.Path) -> Iterator[None]:
     """Turn what goes wrong while a file is read into a UserError that names it."""
     try:
         yield
+    # First, because it is an OSError, too.
     except gzip.BadGzipFile as e:
         raise _damaged(path, e) from e
     except FileNotFoundError as e:

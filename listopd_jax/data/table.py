@@ -42,6 +42,7 @@ def scan(
 
     Texts are compared as they will be shown, i.e. cut to `max_words` words (0: uncut).
     """
+    # They grow like lists, but a hash takes 8 bytes instead of an object's 36.
     product, copy, text = array.array("Q"), array.array("Q"), array.array("Q")
     scores, links, sides = array.array("B"), array.array("B"), array.array("B")
     for review in reviews:

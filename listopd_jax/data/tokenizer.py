@@ -154,9 +154,11 @@ def _file(path: str | os.PathLike, name: str = "tokenizer.json") -> pathlib.Path
 def _obeys(tokenizer: transformers.PreTrainedTokenizerBase, file: pathlib.Path) -> bool:
     """Whether its tokens have the ids of its tokenizer.json, and text is split as that says."""
     stored = tokenizers.Tokenizer.from_file(str(file))
+    # tokenizer.json may have kept the truncation and padding of whoever saved it.
     stored.no_truncation()
     stored.no_padding()
     ids = tokenizer(_PROBE, add_special_tokens=False)["input_ids"]
+    # A subset: tokenizer_config.json may add tokens.
     same_ids = stored.get_vocab().items() <= tokenizer.get_vocab().items()
     return same_ids and ids == stored.encode(_PROBE, add_special_tokens=False).ids
 
@@ -183,6 +185,7 @@ def _check_answer(tokenizer: transformers.PreTrainedTokenizerBase, path: str | o
     """UserError unless the right answer comes back from its ids: SFT would train on what the contract fails."""
     scores = tuple(range(11))
     ids = tokenizer(render_answer(scores), add_special_tokens=False)["input_ids"]
+    # Cleaning up would drop spaces before punctuation: not what the ids spell.
     text = tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
     if strict_parse(text, review_ids(len(scores))).value != scores:
         raise UserError(
@@ -197,6 +200,7 @@ def save_tokenizer(tokenizer: transformers.PreTrainedTokenizerBase, folder: str 
     tokenizer.save_pretrained(folder, save_jinja_files=False)
     path = pathlib.Path(folder) / "tokenizer_config.json"
     config = {name: value for name, value in files.read_json(path).items() if name not in _OF_VERSION_5}
+    # transformers 5's name for it, which version 4 does not know.
     if config.get("tokenizer_class") == "TokenizersBackend":
         config["tokenizer_class"] = "PreTrainedTokenizerFast"
     if isinstance(config.get("extra_special_tokens"), list):
@@ -221,12 +225,14 @@ def train_tokenizer(
     bpe = tokenizers.Tokenizer(models.BPE())
     bpe.normalizer = tokenizers.normalizers.NFC()
     split = pre_tokenizers.Split(tokenizers.Regex(_PIECES), "isolated")
+    # The text is split already; ByteLevel's own regex is GPT-2's.
     bytes_ = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     bpe.pre_tokenizer = pre_tokenizers.Sequence([split, bytes_])
     bpe.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size,
         special_tokens=[PAD, EOS],
+        # Sorted, because alphabet() has another order in every process.
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
         show_progress=False,
     )

@@ -16,6 +16,7 @@ IS_STRUCTURAL = np.array([name in STRUCTURAL for name in TOKEN_CLASSES])
 
 def vocab_of(tokenizer: PreTrainedTokenizerBase) -> int:
     """The largest id of a tokenizer and one more; ids may have holes."""
+    # len(tokenizer) counts tokens, and would be too small where ids have holes.
     return max(tokenizer.get_vocab().values()) + 1
 
 
@@ -81,4 +82,5 @@ class Codec:
     ) -> Bool[np.ndarray, "N T"]:
         """True at tokens that the contract dictates (everything but score digits and stray text)."""
         classes = self.classes(tokens, lengths)
+        # −1 would read the last class; the first factor keeps it out.
         return (classes >= 0) & IS_STRUCTURAL[classes]

@@ -82,6 +82,7 @@ def repair_permutation(text: str, ids: Sequence[str], field: str = "review_id") 
     names = [name for name, _ in records or ()]
     missing = set(ids) - set(names)
     if len(names) == len(ids) and len(missing) == 1 and set(names) < set(ids):
+        # K names of K − 1 ids: exactly one appears twice.
         later = next(i for i, name in enumerate(names) if name in names[:i])
         records[later] = (missing.pop(), records[later][1])
     return _verdict(records, ids)
@@ -119,6 +120,7 @@ def _records(text: str, field: str) -> list[_Record] | None:
         items = json.loads(
             text[start:end] if start >= 0 else "",
             parse_int=float,  # int() refuses numbers of more than 4,300 digits
+            # append returns None, so the value is no number, and the list remembers that there was one.
             parse_constant=non_finite.append,
             object_pairs_hook=_object,
         )
@@ -158,6 +160,7 @@ def _verdict(records: list[_Record] | None, ids: Sequence[str]) -> Parsed:
         return Parsed("duplicate_id")
     if len(real) < len(records):
         return Parsed("unknown_id")
+    # From here on the names are the K ids, each once.
     score = dict(records)
     if None in score.values():
         return Parsed("bad_score")

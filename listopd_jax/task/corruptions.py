@@ -32,6 +32,7 @@ def wrong_field(text: str, rng: random.Random) -> str:
         chosen = rng.choice(objects)
         name = rng.choice(list(chosen))
         renamed = {f"{key}s" if key == name else key: inner for key, inner in chosen.items()}
+        # In place, since `chosen` is inside `value`; all of it, or the renamed key would move to the end.
         chosen.clear()
         chosen.update(renamed)
     return dumps(value)

@@ -49,7 +49,9 @@ def contract_automaton(pieces: Sequence[str], ends: Collection[int], k: int) -> 
     walk = functools.partial(_walk, _reader(review_ids(k)))
     somewhere = _some_places(review_ids(k))
     texts = sorted({x for i, x in enumerate(pieces) if x and i not in ends and alphabet.issuperset(x)})
+    # Dropped before `_explore`, which tries every text in every state.
     texts = [x for x in texts if any(walk(place, x) for place in somewhere)]
+    # Column 0: "\0" is in no answer, so it leads to DEAD everywhere. The last column: "" is the end.
     places, step = _explore(walk, ["\0", *texts, ""])
     column = {text: i for i, text in enumerate(texts, 1)}
     columns = [len(texts) + 1 if i in ends else column.get(x, 0) for i, x in enumerate(pieces)]

@@ -41,6 +41,7 @@ def ndcg(
     tied = predicted[:, None] == predicted[None, :]
     shared = tied @ gains / tied.sum(axis=1)
     places = np.arange(len(true))
+    # Ranks are 0-based here: 1/log2(rank + 1) of the first is 1/log2(2).
     discounts = (places < cutoff) / np.log2(places + 2.0)
     ideal = np.sort(gains)[::-1] @ discounts
     if ideal <= 0:
@@ -72,6 +73,7 @@ def list_metrics(parsed: Parsed, true_scores: Sequence[float], gain: str = "line
     values |= {f"ndcg@{k}": ndcg(predicted, true, k, gain) for k in CUTOFFS}
     values["useful"] = values["ndcg@1"]
     values["tau"] = kendall_tau(predicted, true)
+    # Divided before it is summed: huge scores must not overflow.
     values["mae"] = float(np.sum(np.abs(predicted - true) / len(true)))
     return values
 
@@ -127,6 +129,7 @@ def bootstrap_intervals(
     n, m = table.shape
     if n == 0 or resamples == 0:
         return [None] * m
+    # Drawing n rows with replacement, as counts per row: all resamples are then one matrix product.
     counts = np.random.default_rng(seed).multinomial(n, np.full(n, 1 / n), size=resamples).astype(np.float64)
     columns = [column[np.isfinite(column)] for column in _weighted_means(counts, table).T]
     return [np.percentile(column, [2.5, 97.5]).tolist() if column.size else None for column in columns]
@@ -138,6 +141,7 @@ def _weighted_means(
     """Column means of the finite entries under B weightings of the rows; NaN where the weights are all 0."""
     finite = np.isfinite(table)
     with np.errstate(invalid="ignore", over="ignore"):
+        # Not `weights @ table`: a weight of 0 times NaN is NaN.
         return (weights @ np.where(finite, table, 0.0)) / (weights @ finite)
 
 

@@ -77,6 +77,7 @@ class Contract:
         return "/".join([*_steps(error), keyword])[:80] if self._by_path else keyword
 
     def _check_recursion(self, where: str) -> None:
+        # A keyword looks at values of its own type, so an endless reference may show on one of these alone.
         for value in (None, {}, [], "", 0):
             try:
                 self._error(value)
@@ -117,6 +118,7 @@ def _dialect(schema: dict[str, Any], where: str) -> type:
 
 def _check_schema(kind: type, schema: dict[str, Any], where: str) -> None:
     try:
+        # No formats: "regex" would ask Python's re, but patterns are run by `regex` (see _check_pattern).
         kind.check_schema(schema, format_checker=jsonschema.FormatChecker(formats=()))
     except jsonschema.SchemaError as e:
         raise UserError(f"{where}: at {e.json_path}: {_short(e)}; {_FIX}") from e
@@ -172,6 +174,7 @@ def _check_pattern(pattern: str, where: str) -> None:
     except (regex.error, RecursionError, OverflowError) as e:
         raise UserError(f"{where}: pattern {pattern[:60]!r} is not a regular expression ({e}); {_FIX}") from e
     for character in sorted({*pattern, "a", "0", " ", "_", "-"}):
+        # The second end makes most patterns fail, and it is failing that takes exponential time.
         for end in ("", "\x00"):
             try:
                 compiled.search(character * _PROBE_LENGTH + end, timeout=_PROBE_SECONDS)

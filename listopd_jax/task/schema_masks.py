@@ -65,6 +65,7 @@ class SchemaMasks:
                     f"{given.where}: llguidance cannot constrain to this schema ({why}); change it, {_OFF}"
                 )
             self._compiled[text] = made
+        # A matcher moves on with its answer; the one that is kept must stay at the start.
         return self._compiled[text].deep_copy()
 
     def keeps(self, given: Schema, tokens: Sequence[int]) -> bool:
@@ -85,6 +86,7 @@ class SchemaMasks:
             bits = np.zeros((len(asked), self._words), np.int32)
             places = [(matcher, i) for i, matcher in enumerate(asked)]
             self._llguidance.numpy.fill_next_token_bitmask_par(self._executor, places, bits)
+            # llguidance fills int32. The device shifts the words right, which must not copy a sign.
             return bits.view(np.uint32)
 
         return masks

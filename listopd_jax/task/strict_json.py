@@ -34,6 +34,7 @@ def dumps(value: Any) -> str:
 
 def same(a: Any, b: Any) -> bool:
     """Whether two values are equal as JSON: 1 is 1.0, but true is not 1; the order of keys does not matter."""
+    # In Python True == 1.
     if isinstance(a, bool) or isinstance(b, bool):
         return a is b
     if isinstance(a, dict) and isinstance(b, dict):
@@ -63,6 +64,7 @@ def _float(text: str) -> float:
 
 
 def _integer(text: str) -> int:
+    # By length first: float64 ends at 309 digits, and int() itself refuses more than 4,300.
     if len(text) > 400 or abs(value := int(text)) > sys.float_info.max:
         raise ValueError(f"the number {text[:20]} is out of range")
     return value

@@ -123,6 +123,7 @@ def read_judgements(path: str | pathlib.Path, queries: int, documents: Mapping[i
             raise UserError(
                 f"{where}: no such query, document or grade; are the three files of one collection?"
             )
+        # Two abstracts of the collection, 471 and 995, have no text.
         if grade > 0 and documents[document]:
             judged.setdefault(query, {})[document] = BEST + 1 - grade
     return judged

@@ -150,6 +150,7 @@ def _check_titles(
 def _lists(number: int, query: Query, texts: Mapping[str, str], k: int, seed: int) -> Iterator[ListExample]:
     """Disjoint lists of `k` products in random order; one whose labels are all equal has no ranking and is left out."""
     products = sorted(product for product in query.labels if product in texts)
+    # A generator per query: its lists do not depend on which other queries the file has.
     random.Random(f"{seed} {number}").shuffle(products)
     for start in range(0, len(products) - k + 1, k):
         part = products[start : start + k]

@@ -95,6 +95,7 @@ def deal_lists(
     `judged` has the labels of the relevant ones, `others` at least k − 1 that have label 0; places are random.
     """
     rng = random.Random(f"{seed} {name}")
+    # Sorted first, so that the order of the judgements file does not matter.
     relevant = rng.sample(sorted(judged), len(judged))
     for start in range(0, len(relevant), k // 2):
         part = relevant[start : start + k // 2]

@@ -34,6 +34,7 @@ def task_in(path: pathlib.Path) -> type[Task]:
     if not path.is_file():
         raise UserError(f"task.file={path}: no such file; give the Python file that defines your task")
     module = _executed(path)
+    # By __module__: a task file also imports Task or FileTask, which are not its own.
     own = [c for c in vars(module).values() if inspect.isclass(c) and c.__module__ == module.__name__]
     found = [c for c in own if issubclass(c, Task)]
     if len(found) != 1:

@@ -66,6 +66,7 @@ class Passages(Listwise, FileTask):
         for query, judged in pool.relevant.items():
             others = pool.others.get(query, [])
             if len(others) < k - 1:
+                # More than are needed: those that are judged, or there already, drop out.
                 others = others + _strangers(everyone, judged, others, f"{self.data.seed} {query}", 4 * k)
             if len(others) >= k - 1:
                 yield from deal_lists(query, pool.queries[query], judged, others, texts, k, self.data.seed)
@@ -152,6 +153,7 @@ class Passages(Listwise, FileTask):
                 others.append(wrong)
                 pool.passages[wrong] = wrong
         for query, judged in pool.relevant.items():
+            # Only now are all relevant passages known: a later line may call one of these relevant.
             pool.others[query] = [text for text in pool.others[query] if text not in judged]
         return pool
 

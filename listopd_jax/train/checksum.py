@@ -23,10 +23,12 @@ def checksum(tree: Any) -> int:
 
 @functools.partial(BackendJit, options=OTHER)
 def _checksum(leaves: list[Shaped[Array, "..."]]) -> UInt32[Array, ""]:
+    # The number of the leaf is mixed in, or two arrays that changed places would not show.
     return sum((_mix(_leaf(x) + jnp.uint32(i)) for i, x in enumerate(leaves)), start=jnp.uint32(0))
 
 
 def _leaf(x: Shaped[Array, "..."]) -> UInt32[Array, ""]:
+    # bitcast_convert_type takes no bool.
     words = x if x.dtype == jnp.bool_ else jax.lax.bitcast_convert_type(x, _WORDS[x.dtype.itemsize])
     place = jnp.zeros(x.shape, jnp.uint32)
     for axis, size in enumerate(x.shape):  # not arange(x.size).reshape: that would not be split like x
@@ -36,6 +38,7 @@ def _leaf(x: Shaped[Array, "..."]) -> UInt32[Array, ""]:
 
 def _mix(x: UInt32[Array, "..."]) -> UInt32[Array, "..."]:
     """A bijection of 32-bit words in which every bit reaches every other (multiply and xorshift, twice)."""
+    # The constants of lowbias32 (C. Wellons).
     for shift, factor in ((16, 0x7FEB352D), (15, 0x846CA68B)):
         x = (x ^ (x >> shift)) * jnp.uint32(factor)
     return x ^ (x >> 16)

@@ -68,6 +68,7 @@ class Watch:
 
     def lam(self, lam: float) -> float:
         """The λ of the next step of a run at `lam`."""
+        # 1 + (λ − 1) need not be λ: for .3 it is .30000000000000004. Without a collapse λ stays as it is.
         return 1 + self._scale * (lam - 1) if self._scale < 1 else lam
 
     def observe(self, step: int, metrics: Mapping[str, float]) -> dict[str, float]:

@@ -102,7 +102,9 @@ def _redrawn(
     """The same positions with a token of each drawn from the student's distribution there, and its log-probability."""
 
     def draw(rows):
+        # softmax(log π/τ) is softmax(logits/τ): the normalizer is one constant, which drops out.
         logp = jax.nn.log_softmax(log_distribution(rows[0], head, vocab) / temperature)
+        # A key per position, so the draws do not depend on the chunk.
         tokens = categorical(jax.vmap(jax.random.fold_in, (None, 0))(key, rows[1]), logp)
         return tokens, take_token(logp, tokens)
 

@@ -92,6 +92,7 @@ def _resume(
     checkpoints: Checkpoints, initial: Callable[[], TrainState], parts: Mapping[str, Any], final: int
 ) -> tuple[TrainState, int]:
     """The newest saved state and its step, with `parts` set back to it; `initial()` and 0 if there is none."""
+    # Made even where a checkpoint follows: it says which shapes, dtypes and shardings to read that one with.
     state = initial()
     if not checkpoints.steps:
         return state, 0

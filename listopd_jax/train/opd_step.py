@@ -117,6 +117,7 @@ def loss_at_states(
 ) -> tuple[Float[Array, ""], dict[str, Float[Array, "B n T"]]]:
     """`loss_function`, which is `opd_loss`, of completions whose hidden states [B, n, T, D] are known."""
     tokens = rollout.tokens
+    # [B, n, T, …] → [N, …]
     hiddens, states, *rows = jax.tree.map(
         lambda x: x.reshape(-1, *x.shape[3:]), (hiddens, states, tokens, rollout.logprobs, weights)
     )
@@ -159,6 +160,7 @@ def _hiddens(decoders: Models, batch: OpdBatch) -> Models:
     tokens, asked = batch.rollout.tokens, (batch.prompts, batch.prompt_lengths)
     own = batch.teacher_prompts is not None
     told = (batch.teacher_prompts, batch.teacher_prompt_lengths) if own else asked
+    # That width is of the student's prompts.
     width_told = None if own else batch.width
     return Models(
         completion_hidden(decoders.student, *asked, tokens, batch.width),
@@ -181,6 +183,7 @@ def summarize(per_token: dict[str, Float[Array, "B n T"]], mask, hyper: Hyper) -
         "advantage_mean": mean(per_token["advantage"]),
         # (λ − 1)² times this is the variance that RIDE (2609.36484) holds responsible for collapse.
         "log_ratio_variance": mean((log_ratio - mean(log_ratio)) ** 2),
+        # λ of a position differs from that of the run only where the guard lowered it.
         "guarded_fraction": mean(per_token["lambda"] != hyper.lam),
         "ratio_max": jnp.where(mask, per_token["ratio"], 0).max(),
         # A clipped ratio is exp(log c) in float32, which may fall short of c by an ulp.

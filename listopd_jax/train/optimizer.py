@@ -88,6 +88,7 @@ def rounded_at_random(key: Array, x: Float[Array, "*s"]) -> BFloat16[Array, "*s"
 
 def init_state(params: Any, tx: optax.GradientTransformation, average: bool = False) -> TrainState:
     """A fresh state that takes `params` over: steps donate their state. `average`: of the weights is kept too."""
+    # A copy: both are donated, and one buffer cannot be donated twice.
     kept = jax.tree.map(jnp.copy, params) if average else None
     return place_state(TrainState(params, tx.init(params), kept))
 
@@ -105,6 +106,7 @@ def apply_gradients(
 def cosine_lr(step: int, steps: int, peak: float, warmup_steps: int) -> float:
     """Learning rate at 0-based `step`: linear to `peak` over the warm-up, then half a cosine to 0 after `steps`."""
     if step < warmup_steps:
+        # + 1: at a rate of 0 the first step would change nothing.
         return peak * (step + 1) / warmup_steps
     done = (step - warmup_steps) / max(1, steps - warmup_steps)
     return peak * 0.5 * (1 + math.cos(math.pi * min(1.0, done)))

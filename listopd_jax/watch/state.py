@@ -99,6 +99,7 @@ def _runs(workdir: Workdir) -> list[dict[str, Any]]:
     """The trainings that are planned, each with its state: done, current (the first that is not) or waiting."""
     last = {row["run"]: row["step"] for row in workdir.metrics}
     results = {r.identity: r for r in workdir.results}
+    # A run that is evaluated on its way is planned once per budget; the last of these is the whole run.
     longest = {run.run: run for run in sorted(workdir.planned, key=lambda run: run.steps or 0)}
     order = dict.fromkeys(run.run for run in workdir.planned)
     runs, current = [], "current"
@@ -140,6 +141,7 @@ def _seconds_left(
     if began is None or current["step"] <= began[1]:
         return None
     pace = (logged_until(path) - began[0]) / (current["step"] - began[1])
+    # Only the current stage's runs: steps of another stage have another pace.
     left = sum(run["steps"] - run["step"] for run in runs if run["stage"] == current["stage"])
     return max(0.0, pace * left)
 

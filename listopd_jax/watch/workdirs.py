@@ -45,6 +45,7 @@ def workdirs(root: pathlib.Path) -> dict[str, pathlib.Path]:
     for place, folders, names in os.walk(root):
         path = pathlib.Path(place)
         depth = len(path.relative_to(root).parts)
+        # In place: os.walk then goes into these alone.
         folders[:] = sorted(
             f for f in folders if f not in INSIDE and not f.startswith(".") and depth < DEEPEST
         )
@@ -90,6 +91,7 @@ def at_work(path: pathlib.Path) -> bool:
         return False
     if not locks.exists():
         return _fresh(path)
+    # `1: FLOCK ADVISORY WRITE pid major:minor:inode start end`; field 1 is `->` where a process waits.
     held = [line.split() for line in locks.read_text("ascii").splitlines()]
     return any(fields[1] == "FLOCK" and fields[-3].endswith(f":{lock.stat().st_ino}") for fields in held)
 
@@ -103,6 +105,7 @@ def session_start(path: pathlib.Path, run: str) -> tuple[float, int] | None:
     """When `run` was last started or resumed, by the clock of its TensorBoard file's name, and after which step."""
     events = []
     for file in (path / "tensorboard" / run).glob("events.out.tfevents.*.from*"):
+        # events.out.tfevents.SECONDS.HOST… .fromSTEP: a host's name may have dots of its own.
         began, after = file.name.split(".")[3], file.name.rsplit(".from", 1)[1]
         if began.isdigit() and after.isdigit():
             events.append((float(began), int(after)))
