@@ -69,6 +69,7 @@ def weights_digest(model: ml_collections.FrozenConfigDict) -> str | None:
     patterns = ("*.safetensors", "*.index.json", "config.json", "generation_config.json")
     parts = [part for pattern in patterns for part in folder.glob(pattern)]
     parts += adapter_files(model.adapter) if model.adapter else []
+    # By name, without the folder: a checkpoint that was moved is still the same.
     return files.json_sha256({part.name: files.sha256(part) for part in parts})
 
 
@@ -128,12 +129,15 @@ def initial_params(model: ml_collections.FrozenConfigDict, config: ModelConfig, 
     """
     exact = jnp.dtype(REST if dtype == INT8 else dtype)
     if model.weights and not model.adapter:
+        # Quantized tensor by tensor, so the model never has to fit in 16 bits.
         return load_hf(weights_folder(model.weights), exact, quantize if dtype == INT8 else None)[1]
     if model.weights:
         lora, adapter = load_adapter(model.adapter, config)
+        # Quantized after the merge: an adapter must not be added to rounded weights.
         params = merge_adapter(load_hf(weights_folder(model.weights), exact)[1], adapter, lora, exact.name)
         return cast(params, dtype)
     make = lambda: nnx.split(Decoder(config, rngs=nnx.Rngs(seed), param_dtype=exact))[1]  # noqa: E731
+    # Drawn inside jit with the shardings of the result, so that no device of a mesh ever holds the whole.
     shardings, options = param_shardings(jax.eval_shape(make)), backend_options(OTHER)
     return cast(jax.jit(make, out_shardings=shardings, compiler_options=options)(), dtype)
 

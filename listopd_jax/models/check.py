@@ -50,6 +50,7 @@ def compare(source: pathlib.Path, tokens: int = 64, dtype: str = "float32") -> d
         "tokens": tokens,
         "max_abs_logit_diff": largest,
         "max_rel_logit_diff": relative,
+        # cumprod: after the first difference the two read different prefixes.
         "greedy_agreement": float(np.cumprod(same, axis=1).mean()),
         "tolerance": TOLERANCE[dtype],
         "ok": relative <= TOLERANCE[dtype],

@@ -106,6 +106,7 @@ def _check_field(field: dataclasses.Field, value: object) -> None:
 
 def _qwen3(hidden, intermediate, layers, heads, tied) -> ModelConfig:
     return ModelConfig(
+        # Rows of the embedding: the tokenizer's 151,669 tokens, padded.
         vocab_size=151936,
         hidden_size=hidden,
         intermediate_size=intermediate,
@@ -180,10 +181,12 @@ def custom_config(model: Any, vocab: int) -> ModelConfig:
 def num_params(config: ModelConfig) -> int:
     """Number of distinct parameters (a tied head counts once)."""
     c = config
+    # q and o have num_heads heads, k and v num_kv_heads.
     heads = c.head_dim * (2 * c.num_heads + 2 * c.num_kv_heads)
     norms = 2 * c.hidden_size + (2 * c.head_dim if c.qk_norm else 0)
     biases = c.head_dim * (c.num_heads + 2 * c.num_kv_heads) if c.qkv_bias else 0
     layer = c.hidden_size * (heads + 3 * c.intermediate_size) + norms + biases
+    # The 1 is the final norm.
     return c.num_layers * layer + c.hidden_size * (1 + c.vocab_size * (1 if c.tied else 2))
 
 

@@ -63,6 +63,7 @@ def _product(a: Float[Array, "L *i r"], b: Float[Array, "L r *o"], shape: tuple[
     """A B of every layer, in `shape`."""
     a, b = (x.astype(jnp.float32) for x in (a, b))
     layers, rank = a.shape[0], a.shape[-1]
+    # highest: accelerators multiply float32 with fewer bits by default, and these weights stay.
     product = jnp.matmul(a.reshape(layers, -1, rank), b.reshape(layers, rank, -1), precision="highest")
     return product.reshape(shape)
 

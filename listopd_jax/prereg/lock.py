@@ -96,8 +96,7 @@ def make_lock(
     prediction: Json | None = None,
     midpoint: float = cliff.MIDPOINT,
 ) -> Json:
-    """The lock of a template for a predicted threshold `lam_star` > 1; `prediction` says where that comes
-    from.
+    """The lock of a template for a predicted threshold `lam_star` > 1; `prediction` says where that comes from.
 
     UserError if the config would not run the locked grid, seeds and budget, or if no result could fail the lock.
     """

@@ -73,9 +73,7 @@ def estimator_limits() -> dict:
 
 
 def budget_shift() -> dict:
-    """λ whose single-position run just reaches the level after N steps: simulated (SGD) and by the
-    integral.
-    """
+    """λ whose single-position run just reaches the level after N steps: simulated (SGD) and by the integral."""
     cases = {
         "flip": (TRUNCATING, 0.0, 0.2, np.geomspace(1.15, 4, 40), [80, 100, 120, 150, 200, 400, 1000]),
         "clip": (
@@ -132,9 +130,7 @@ def clips_against_budget(process: Process, optimizer: str, lr: float) -> dict:
 
 
 def shocks() -> dict:
-    """Share of readings of a clean position whose mode is lost (or overflowed) under very large steps, per
-    clip.
-    """
+    """Share of readings of a clean position whose mode is lost (or overflowed) under very large steps, per clip."""
     lams, budgets, lost = [1.0, 1.2, 1.5, 2.0, 3.0], list(range(20, 2001, 20)), {}
     for optimizer, lr in (("sgd", 100.0), ("adam", 2.0)):
         recipe = Recipe(VARIANTS["sampled, teacher_student"], 8, optimizer, lr)
@@ -145,9 +141,7 @@ def shocks() -> dict:
 
 
 def draw_limits(numbers: dict, path: pathlib.Path) -> None:
-    """Limits of the mean flow: tail mass for the clean position, probability of the comma for the
-    truncating one.
-    """
+    """Limits of the mean flow: tail mass for the clean position, probability of the comma for the truncating one."""
     figure, (left, right) = _axes(2)
     for ratio, log_odds in numbers["log_odds"]["clean"].items():
         left.semilogy(numbers["lambdas"], probability(-np.array(log_odds)), label=ratio)

@@ -143,9 +143,7 @@ def _train(arrays, lam, clip, key, static):
 
 
 def _read(theta: Float[Array, "P D"], repeat: Int[Array, " D"]):
-    """Greedy parse, sampled parse and mean log-odds of a policy; classes that a list does not have do not
-    count.
-    """
+    """Greedy parse, sampled parse and mean log-odds of a policy; classes that a list does not have do not count."""
     right = (theta > 0) | (repeat == 0)
     sampled = jnp.exp((repeat * jax.nn.log_sigmoid(theta)).sum(-1))
     return right.all(-1).mean(), sampled.mean(), theta.mean(0)

@@ -34,6 +34,7 @@ def calibrate_stage(job: Job, frozen: Frozen) -> Calibration:
     Each list is read with its own teacher.
     """
     path, config = job.workdir / CALIBRATION, job.config
+    # Process 0 looks for all: hosts that disagree on this would wait for each other for good.
     saved = from_main(lambda: files.read_json(path) if path.exists() else None)
     if saved is not None:
         return Calibration.from_json(saved, str(path))

@@ -74,6 +74,7 @@ def greedy_rollout(
     options: Mapping[str, Any],
 ) -> Rollout:
     """The greedy answers to the prompts of a batch; `options` are those of `generate`."""
+    # Greedy decoding draws nothing: any key will do.
     return generate(
         graphdefs, params, weights, batch["prompt"], batch["prompt_length"], jax.random.key(0), greedy=True, **options
     )  # fmt: skip
@@ -110,6 +111,7 @@ def select_examples(answers: Sequence[Answer], count: int) -> list[Answer]:
     for a in answers:
         if not a.parsed.ok:
             by_class.setdefault(a.parsed.failure, []).append(a)
+    # By the rank within a class first, so the classes take turns.
     ranked = sorted(
         ((i, name, a) for name, group in by_class.items() for i, a in enumerate(group)), key=lambda x: x[:2]
     )

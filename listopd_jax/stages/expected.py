@@ -55,6 +55,7 @@ def forced_answers(scores: Float[np.ndarray, "N K"], codec: Codec) -> Forced:
         for i, answer in enumerate(row):
             tokens[n, i, : len(answer)] = answer
     first, ten = place[0][0], ids([10, *rows[0][1:]])
+    # Every score in the same list, at the same place: a token may depend on the text before it.
     starts = np.array([ids([s, *rows[0][1:]])[first] for s in SCORES])
     return Forced(tokens, np.array(place), starts, ten[first + 1] if starts[10] == starts[1] else None)
 
@@ -128,5 +129,6 @@ def _mean_score(
     p = jnp.exp(logp[:, :, 0, first])
     if second is not None:
         continues = jnp.exp(logp[:, :, 1, second])
+        # 1 and 10 begin with one token, so both have its probability: here it is shared out.
         p = p.at[..., 1].multiply(1 - continues).at[..., 10].multiply(continues)
     return p @ jnp.arange(11.0) / p.sum(-1)

@@ -62,6 +62,7 @@ def band(
     if known < 2:
         return None
     t = stats.t.ppf((1 + LEVEL) / 2, known - 1)
+    # 1/known + 1/seeds: both means are uncertain, the one that predicts and the one to be predicted.
     margin = t * parse.std(0, ddof=1) * np.sqrt(1 / known + 1 / seeds)
     low, high = (np.clip(parse.mean(0) + sign * margin, 0, 1) for sign in (-1, 1))
     return low, high
@@ -97,6 +98,7 @@ def _completed(job: Job, sampler: Any, batch: Mapping[str, np.ndarray], key: Arr
     """A training batch with its completions; prompts and completions filled up to the most that there can be."""
     _, prompts, lengths, *for_teachers = read_by_models(job, batch)
     rollout = sample(job, sampler, prompts, lengths, key)
+    # To one width, since the parts are concatenated and trained on as one batch.
     fill = job.max_response - rollout.tokens.shape[-1]
     tokens, logprobs = (jnp.pad(x, ((0, 0), (0, 0), (0, fill))) for x in (rollout.tokens, rollout.logprobs))
     prompts = jnp.pad(prompts, ((0, 0), (0, job.buckets[-1] - prompts.shape[1])))

@@ -52,6 +52,7 @@ def _forecast(job: Job, frozen: Frozen, name: str, lambdas: Iterable[float]) -> 
         return
     guard, batch_size = job.guard_of(name), job.config.forecast.batch_size
     columns = target_answers(job, frozen, missing, guard, "forecast")
+    # One teacher reads all lists: with several, expected scores are refused.
     scores = expected(job, *target_of(job, frozen, "teacher", missing), batch_size, guard)
     calibrate_forecasts(job, frozen, missing, columns, name)
     for value, column, means in zip(missing, columns, scores, strict=True):

@@ -43,7 +43,9 @@ def forgetting(job: Job, role: str, params: Any, base: Any = None) -> dict[str, 
     tokens, lengths = _encoded(job)
     params = cast(params, job.config.dtype.compute)
     score = _scorer(job.graphs[role], job.codec.vocab, job.config.opd.head_chunk)
+    # Without a base the policy stands in for it, and its KL of 0 is dropped: one program serves both.
     logprobs, kl = (gather(x) for x in score(params, params if base is None else base, tokens, lengths))
+    # From 1: nothing predicts the first token.
     read = np.arange(1, tokens.shape[1]) < lengths[:, None]
     found = {"perplexity": math.exp(min(-float(logprobs[read].mean()), 700.0))}  # at most what JSON can hold
     return found if base is None else found | {"kl_to_base": float(kl[read].mean())}

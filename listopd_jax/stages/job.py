@@ -82,6 +82,7 @@ class Job:
 
     def _at(self, label: str) -> "Job":
         at = dataclasses.replace(self, config=at_point(self.config, label), sweep=label)
+        # Through vars(), where cached_property keeps its values and a frozen dataclass does not look.
         vars(at).update({name: value for name, value in vars(self).items() if name not in vars(at)})
         return at
 
@@ -214,6 +215,7 @@ class Job:
     def is_masked_away(self, record: Any) -> bool:
         """Whether a record has a right answer that its schema's masks do not let through; UserError as `schema_of`."""
         schema, answer = self.schema_of(record), self.task.answer(record)
+        # The schema is looked at even where there is no answer: one that cannot be compiled must show here.
         tokens = [] if answer is None else self.codec.tokenizer.encode(answer, add_special_tokens=False)
         kept = self.schema_masks.keeps(schema, tokens)
         return answer is not None and not kept

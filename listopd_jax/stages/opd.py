@@ -97,6 +97,7 @@ def connected(job: Job) -> TeacherServer | None:
     if not teacher.server:
         return None
     server, batch = (
+        # Paths begin with /v1 already, and people give either form.
         TeacherServer(teacher.server.rstrip("/").removesuffix("/v1"), teacher.served_name),
         first_batch(job),
     )
@@ -194,6 +195,7 @@ def hyper_at(opd: Any, lam: float, step: int) -> Hyper:
 
 def learning_rate(opd: Any, step: int, steps: int) -> float:
     """The learning rate of config section `opd` at 0-based `step` of `steps`."""
+    # Unlike in cosine_lr the warm-up multiplies: the decay runs over all steps.
     rate = linear_lr(step, steps, opd.lr) if opd.lr_decay == "linear" else opd.lr
     return rate * min(1.0, (step + 1) / max(1, opd.warmup_steps))
 
@@ -314,6 +316,7 @@ def tokens_per_decode_step(rollout: Rollout) -> float:
 
 def contract_reward(held: Bool[np.ndarray, "B n"], weight: float) -> Float[Array, "B n"]:
     """`weight` times: 1 if a completion holds the contract, else 0, less the mean over its prompt's."""
+    # The mean of the prompt's own completions is the baseline: where all hold, or none, nothing pushes.
     reward = weight * (held - held.mean(-1, keepdims=True))
     rows = hosts.local_rows(len(reward))
     # Every host judged all completions; each puts only its own rows on its devices.

@@ -135,6 +135,7 @@ def frozen_models(job: Job, server: TeacherServer | None = None) -> Frozen:
     order = ("student", "teacher") if job.config.sft.continued else ("teacher", "student")
     models = {role: cast(sft_stage(job, role), dtype) for role in order if role in job.models}
     for role in (role for role in job.models if role not in ROLES):
+        # These are read from checkpoints, so the seed draws nothing.
         models[role] = initial_params(job.models[role], job.shapes[role], seed=0, dtype=dtype)
     preflight(job, models, server)
     return Frozen(models.get("teacher"), base_of(models), experts_of(models))
@@ -169,6 +170,7 @@ def distil(job: Job, shared: Distillation, runs: Sequence[Run]) -> None:
     for run in runs:
         if evaluated(job.workdir, run) is None:
             watch = watch_of(job.config.opd, run)
+            # `runs` are one training at growing budgets: each call resumes where the one before it ended.
             params = train_opd(job, shared, run, most_useful(job.workdir, runs), watch)
             besides = collapse_fields(watch, run) | guarded_share(job.workdir, run)
             if watch and watch.stopped:
@@ -193,6 +195,7 @@ def finish(
     """
     if export and job.config.train.export:
         folder, codec = job.workdir / "export" / run.name, job.codec
+        # Before the evaluation, whose record says that both are done.
         save_hf(folder, job.shapes[role], params, codec.tokenizer, ends=codec.ends)
     if job.config.evaluation.forgetting:
         besides["forgetting"] = forgetting(job, role, params, base)

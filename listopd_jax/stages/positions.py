@@ -147,6 +147,7 @@ def _classes(
     """
     classes = codec.classes(answers, lengths)
     for row, at in np.argwhere((modes != answers) & (classes >= 0)):
+        # A token's class depends on the text before it: the answer is read up to here, the mode at its end.
         prefix = np.append(answers[row, :at], modes[row, at])
         mode = codec.classes(prefix[None], np.array([at + 1]))[0, at]
         classes[row, at] = mode if IS_STRUCTURAL[mode] else classes[row, at]

@@ -72,6 +72,7 @@ def predict(job: Job, shared: Distillation) -> None:
     if not predicts(job.config) or not job.config.opd.lambdas:
         return
     made_from = _made_from(job, anchors)
+    # All records of a prediction say the same, so the first will do.
     before = from_main(lambda: [p.extra.get("made_from") for p in read_predictions(path)][:1])
     if before == [made_from]:
         return
@@ -122,6 +123,7 @@ def mean_of(anchors: Mapping[str, Any], fixed_text: Mapping[str, Any]) -> dict[s
     columns = ("parse", "low", "high")
     parse, *edges = (np.array([p.get(name, p["parse"]) for p in (anchors, fixed_text)]) for name in columns)
     mean = parse.mean(0)
+    # Half the hypotenuse: the width of a mean of two independent errors.
     low, high = (
         mean + sign * np.hypot(*(edge - parse)) / 2 for sign, edge in zip((-1, 1), edges, strict=True)
     )

@@ -199,6 +199,7 @@ def _tokenizer(config, workdir: pathlib.Path, fingerprint: str, task: Task, reco
     folder, stamp = workdir / "tokenizer", workdir / "tokenizer.json"
     made_from = {"data": fingerprint, "vocab_size": config.tokenizer.vocab_size}
     if not stamp.exists() or files.read_json(stamp) != made_from:
+        # The stamp is written last: a run that is killed in between trains the tokenizer again.
         train_tokenizer(rendered(task, records), config.tokenizer.vocab_size, folder)
         files.write_json(stamp, made_from)
     return load_tokenizer(folder)

@@ -70,6 +70,7 @@ def guarded_share(workdir: pathlib.Path, run: Run) -> dict[str, float]:
     if not run.guard:
         return {}
     rows = from_main(lambda: [r for r in read_metrics(workdir) if r.get("run") == run.name])
+    # The log may go on to a larger budget of the same run.
     shares = [r["guarded_fraction"] for r in rows if r["step"] <= run.steps and "guarded_fraction" in r]
     return {"guarded": float(np.mean(shares))} if shares else {}
 
@@ -137,6 +138,7 @@ def keep(
         _replace(
             path, read_errors(path), run, [Errors(**_head(run), errors=errors.mean(-1).round(4).tolist())]
         )
+    # results.json last, because `evaluated` goes by it: a run killed before this is evaluated again.
     path = job.workdir / RESULTS
     _replace(path, read_results(path), run, [record])
     return record

@@ -32,6 +32,7 @@ def train_sft(job: Job, role: str) -> Any:
     if role == "teacher" and config.sft.continued:
         weights = lambda dtype: cast(train_sft(job, "student"), dtype)  # noqa: E731
     if run.steps == 0:  # the weights are fine-tuned already
+        # A teacher that is never anything but frozen need not exist in float32.
         return weights(config.dtype.frozen if role == "teacher" and as_given(config) else PARAM_DTYPE)
     if lora is None:
         frozen, start = NONE, functools.partial(weights, PARAM_DTYPE)
@@ -42,6 +43,7 @@ def train_sft(job: Job, role: str) -> Any:
 
     def update(state, batch, step):
         lr = cosine_lr(step, run.steps, sft.lr, sft.warmup_steps)
+        # Packed batches have as many rows as their lists need, and every host has all of them.
         rows = len(batch["answer"]) if sft.packing else sft.batch_size
         return sft_step(state, global_batch(batch, rows), jnp.float32(lr), frozen)
 

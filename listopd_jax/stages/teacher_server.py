@@ -72,6 +72,7 @@ class TeacherServer:
 
     def _scored(self, pairs: Sequence[tuple[Sequence[int], Sequence[int]]]) -> list[Float[np.ndarray, " _"]]:
         sequences = [[*prompt, *completion] for prompt, completion in pairs]
+        # prompt_logprobs=1: the likeliest token, and besides it always the prompt's own.
         body = {"prompt": sequences, "max_tokens": 1, "temperature": 0, "prompt_logprobs": 1}
         rows = self.ask("/v1/completions", functools.partial(_token_logprobs, sequences), body)
         # The server scores prompt and completion as one prompt; only the completion is asked for.
@@ -107,6 +108,7 @@ class TeacherServer:
         try:
             connection.request("GET" if body is None else "POST", url.path + path, sent, headers)
             answer = connection.getresponse()
+            # Bounded: what a server sends may have no end.
             text = answer.read(MOST_BYTES)
         except (OSError, http.client.HTTPException) as e:
             raise Retry(one_line(e)) from e
@@ -156,6 +158,7 @@ def _token_logprobs(sequences: Sequence[Sequence[int]], answer: Any) -> list[Flo
         found = [np.array([0.0, *row], np.float32) for row in rows]
     except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError) as e:
         raise Retry("an answer without prompt_logprobs of every token") from e
+    # Not <= 0: rounding may leave a sure token a little above it.
     if not all(np.isfinite(row).all() and row.max() <= SAME for row in found):
         raise Retry("log-probabilities that are none")
     return found

@@ -30,6 +30,7 @@ def expert_sections(config: Any) -> dict[str, Any]:
 
 def _in_order(teachers: Any) -> list[str]:
     """The weights of all teachers; TEACHER stands for those of its section."""
+    # Two values may go to one teacher; fromkeys keeps it once, in order.
     return list(dict.fromkeys([TEACHER, *teacher_routes(teachers).values()]))
 
 

@@ -74,6 +74,7 @@ def forecast_row(lam: float, positions: Positions) -> ForecastFlips:
     """What `positions` along the forecast at λ say, list by list."""
     prompts, rows = np.unique(positions.prompt, return_inverse=True)
     agrees = np.full(len(prompts), True)
+    # .at, because rows repeat: plain indexing would keep one position of each list.
     np.logical_and.at(agrees, rows, positions.token == positions.written)
     first = _first_flips(positions)["structural"]
     return ForecastFlips(
@@ -188,6 +189,7 @@ def _spread(p: Float[np.ndarray, " N"], logit_p: Float[np.ndarray, " N"]) -> dic
     names = ("p_max", "p_mean", "p_geometric_mean", "p_percentile_5", "p_min")
     if not p.size:
         return dict.fromkeys(names)
+    # −log(1 + e^(−logit)) is log p.
     geometric = np.exp(-np.logaddexp(0, -logit_p).mean())
     values = (p.max(), p.mean(), geometric, np.percentile(p, 5), p.min())
     return dict(zip(names, map(float, values), strict=True))

@@ -1,5 +1,4 @@
-"""How long the mean-field flow takes to reach a threshold: why an observed cliff moves left as the budget N
-grows.
+"""How long the mean-field flow takes to reach a threshold: why an observed cliff moves left as the budget N grows.
 
 One Bernoulli position with one free log-odds θ, exact gradients of KL(π_S‖target), no clip, step size η:
 
@@ -21,9 +20,7 @@ _NODES, _WEIGHTS = np.polynomial.legendre.leggauss(200)
 
 
 def budget_lambda(p: ArrayLike, b: ArrayLike, level: ArrayLike, lr: ArrayLike, steps: ArrayLike) -> Array:
-    """The λ that reaches log-odds `level` in exactly `steps` steps; falls to the threshold as the budget
-    grows.
-    """
+    """The λ that reaches log-odds `level` in exactly `steps` steps; falls to the threshold as the budget grows."""
     distance, gap = _distance_and_gap(p, b, level)
     effort = at_least("lr", lr, np.finfo(float).tiny) * at_least("steps", steps, np.finfo(float).tiny)
     start = np.asarray(log_odds(b))
@@ -33,6 +30,7 @@ def budget_lambda(p: ArrayLike, b: ArrayLike, level: ArrayLike, lr: ArrayLike, s
         middle = (low + high) / 2
         too_slow = _integral(start, distance, np.exp(middle)) > effort
         low, high = np.where(too_slow, middle, low), np.where(too_slow, high, middle)
+    # λ = (θ* − B)/(P − B), and θ* − B is (L − B)(1 + beyond).
     return scalar(distance / gap * (1 + np.exp((low + high) / 2)))
 
 
@@ -47,10 +45,9 @@ def _distance_and_gap(p, b, level) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _integral(start, distance, beyond) -> np.ndarray:
-    """η·steps = ∫ dθ/(q(1−q)(θ*−θ)) from B to L, with θ* − θ = (θ* − B)e^{−s}, which makes the integrand
-    smooth.
-    """
+    """η·steps = ∫ dθ/(q(1−q)(θ*−θ)) from B to L, with θ* − θ = (θ* − B)e^{−s}, which makes the integrand smooth."""
     span = np.log1p(1 / beyond)[..., None]  # s at L
     s = span * (1 + _NODES) / 2
     theta = np.asarray(start)[..., None] - (distance * (1 + beyond))[..., None] * np.expm1(-s)
+    # 2 + 2 cosh θ is 1/(q(1−q)).
     return ((2 + 2 * np.cosh(theta)) * _WEIGHTS).sum(-1) * span[..., 0] / 2

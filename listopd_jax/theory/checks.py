@@ -10,9 +10,7 @@ OnUndefined = Literal["raise", "nan"]
 
 
 class Undefined(ValueError):
-    """The values are valid, but the quantity does not exist for them; the message names the violated
-    condition.
-    """
+    """The values are valid, but the quantity does not exist for them; the message names the violated condition."""
 
 
 def scalar(x: ArrayLike) -> Array:

@@ -79,10 +79,12 @@ def crossings(
     """
     curves, levels = np.asarray(curves), np.broadcast_to(levels, len(curves))
     last = len(lambdas) - 1
+    # The index of the last λ that reaches the level, −1 if none does.
     held = np.where(curves >= levels[:, None], np.arange(last + 1), -1).max(1)
     left, right = np.maximum(held, 0), np.minimum(np.maximum(held, 0) + 1, last)
     rows = np.arange(len(curves))
     above, below = curves[rows, left], curves[rows, right]
+    # `where`: at the grid's end there is no next point, and above − below is 0.
     share = np.divide(above - levels, above - below, out=np.zeros(len(curves)), where=above > below)
     at = lambdas[left] + np.where(held < last, share, 0) * (lambdas[right] - lambdas[left])
     return np.where(held >= 0, at, np.nan)
@@ -93,6 +95,7 @@ def isotonic(curve: Float[np.ndarray, " L"]) -> Float[np.ndarray, " L"]:
     blocks: list[tuple[float, int]] = []  # mean, length
     for value in np.asarray(curve, float):
         blocks.append((value, 1))
+        # Where the curve rises, two blocks become one with their mean, which may exceed the block before.
         while len(blocks) > 1 and blocks[-2][0] < blocks[-1][0]:
             (a, n), (b, m) = blocks[-2:]
             blocks[-2:] = [((a * n + b * m) / (n + m), n + m)]

@@ -29,6 +29,7 @@ SFT_LOSS = 0.722  # a·.278 is parse at λ = 0. Fixed: no row lies near enough t
 TRAINING = ("sweep", "five_seeds", "long", "long_three_seeds")  # c = 5; small_clip is held out
 SHARES = {
     "exponential": lambda steps, tau: 1 - np.exp(-steps / tau),
+    # Not N/(N + τ), which is inf/inf for N = ∞.
     "hyperbolic": lambda steps, tau: 1 / (1 + tau / steps),
 }
 WEIGHTS = {1: 1.0, 3: 3**0.5, 5: 2.0}  # of a residual, by the seeds behind the value; report() varies them
@@ -59,6 +60,7 @@ def fit(rows: Sequence[Row], weights: Mapping[int, float] = WEIGHTS, law: str = 
         return np.concatenate([weights[row.seeds] * deviations(Params(*values), row, law) for row in rows])
 
     bounds = (0, [1, np.inf, np.inf, np.inf, np.inf])
+    # x_scale: the parameters differ by a factor of 300.
     solved = least_squares(residuals, START, bounds=bounds, x_scale=START, xtol=1e-12, ftol=1e-12)
     return Params(*solved.x.tolist())
 
@@ -126,6 +128,7 @@ def report() -> dict:
             "fit": predict(params, 1.15, 42),
         },
     }
+    # There and back: that rounds every number, however deep it is.
     return json.loads(json.dumps(numbers), parse_float=lambda digits: round(float(digits), 4))
 
 

@@ -1,5 +1,4 @@
-"""What each estimator of ops/objective.py does on average: drift, limit and flip threshold of one Bernoulli
-position.
+"""What each estimator of ops/objective.py does on average: drift, limit and flip threshold of one Bernoulli position.
 
 With q the student's probability of the token and A the advantage (EC Eq. 2) of token (1) and rival (0), the
 expected update of the student's log-odds θ is
@@ -38,14 +37,15 @@ def drift(theta: ArrayLike, p: ArrayLike, b: ArrayLike, lam: ArrayLike, c: Array
     pulls = []
     for s, t, goal in zip(student, teacher, target, strict=True):
         adv = goal - log_z - s
+        # Clipped as a logarithm, before exp can overflow.
         pulls.append(np.exp(np.minimum(_log_ratio(s, t, adv, ratio), np.log(c))) * adv)
+    # exp of the sum is q(1−q).
     return scalar(np.exp(student[0] + student[1]) * (pulls[0] - pulls[1]))
 
 
 def limit_log_odds(p: float, b: float, lam: float, c: float = np.inf, ratio: Ratio = "teacher_student",
                    advantage: Advantage = "base_relative", normalize: bool = False) -> float:  # fmt: skip
-    """Where the mean flow that starts at the base ends: the first zero of the drift on its way; ±∞ if there
-    is none.
+    """Where the mean flow that starts at the base ends: the first zero of the drift on its way; ±∞ if there is none.
 
     Without noise: a start next to an unstable zero may leave it the other way in a sampled run.
     """
@@ -67,13 +67,13 @@ def limit_log_odds(p: float, b: float, lam: float, c: float = np.inf, ratio: Rat
 
 
 def flip_lambda_of(p: float, b: float, ratio: Ratio = "none", c: float = np.inf) -> float:
-    """The λ at which the drift of `base_relative` changes sign at q = ½: where this estimator's limit flips
-    the mode.
+    """The λ at which the drift of `base_relative` changes sign at q = ½: where this estimator's limit flips the mode.
 
     For ½ < p < b. `none` gives `flip_lambda`; `teacher_student` a larger λ, `aspo` a smaller one. Bisection
     in λ.
     """
     low, high = 1.0, 2.0
+    # θ = 0 is q = ½. Doubled until the drift turns there: a bracket for the bisection.
     while drift(0.0, p, b, high, c, ratio) > 0:
         if high > 1e6:
             return np.inf

@@ -1,6 +1,4 @@
-"""The thresholds of one position in plain words and as JSON values: what the command line and the report
-show.
-"""
+"""The thresholds of one position in plain words and as JSON values: what the command line and the report show."""
 
 import math
 from collections.abc import Callable
@@ -18,9 +16,7 @@ from listopd_jax.theory.thresholds import (
 
 @dataclass(frozen=True)
 class Explanation:
-    """Thresholds of one position. None: undefined (`reasons` says why) or, for `lambda_flip`, that no λ
-    flips it.
-    """
+    """Thresholds of one position. None: undefined (`reasons` says why) or, for `lambda_flip`, that no λ flips it."""
 
     p: float
     b: float
@@ -64,9 +60,7 @@ def explain(p: float, b: float, c: float, lam: float = 1.2) -> Explanation:
 def _finite_or_reason(
     name: str, compute: Callable[[], float], reasons: list[str], infinite: str = "infinite: no λ reaches it"
 ) -> float | None:
-    """The value, or None with the reason appended to `reasons` (none for an infinite one if `infinite` is
-    empty).
-    """
+    """The value, or None with the reason appended to `reasons` (none for an infinite one if `infinite` is empty)."""
     try:
         value = compute()
     except Undefined as e:

@@ -1,6 +1,4 @@
-"""Figures of the closed forms. Matplotlib is imported on use, so that `listopd_jax.theory` stays NumPy
-only.
-"""
+"""Figures of the closed forms. Matplotlib is imported on use, so that `listopd_jax.theory` stays NumPy only."""
 
 import pathlib
 
@@ -13,9 +11,7 @@ PNG = {"dpi": 150, "metadata": {"Software": None}}  # no version stamp: the same
 
 
 def save_tail_plot(e: Explanation, path: str | pathlib.Path) -> None:
-    """Draw the target's tail mass 1 − q* against λ with the clip boundary (1−p)/c, as EC Fig. 1a; write a
-    PNG.
-    """
+    """Draw the target's tail mass 1 − q* against λ with the clip boundary (1−p)/c, as EC Fig. 1a; write a PNG."""
     from matplotlib.figure import Figure
 
     thresholds = [

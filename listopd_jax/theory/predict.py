@@ -47,6 +47,7 @@ class Shape(NamedTuple):
         fine = np.linspace(self.lambdas[0], self.lambdas[-1], 2001)
         curve = self.at(fine)
         peak = int(curve.argmax())
+        # Reversed, because np.interp wants its x ascending.
         return np.interp(parse, falling(curve)[peak:][::-1], fine[peak:][::-1])
 
 
@@ -91,6 +92,7 @@ def reach(shape: Shape, lambdas: Float[np.ndarray, " A"], parse: Float[np.ndarra
     design = _design(lambdas[told])
     place = shape.where(parse[told])
     line, *_ = np.linalg.lstsq(design, place)
+    # Two parameters, a and s, are fitted.
     freedom = int(told.sum()) - 2
     spread = max(float(np.sqrt(((place - design @ line) ** 2).sum() / freedom)), LEAST_SPREAD)
     return Reach(line, spread**2 * np.linalg.inv(design.T @ design), spread, freedom)
@@ -127,6 +129,7 @@ def predicted(
     The band holds what is not known of a and s (Student's t), the seeds' spread and the lists' own noise.
     """
     design, rng = _design(lambdas), np.random.default_rng(0)
+    # Gauss-Hermite quadrature of the mean over z ~ N(0, 1).
     mean = (shape.at((design @ found.line)[:, None] + found.spread * _NODES) * _WEIGHTS).sum(-1)
     lines = stats.multivariate_t.rvs(found.line, found.covariance, found.freedom, draws, random_state=rng)
     noise = found.spread * rng.standard_normal((draws, len(lambdas), seeds))

@@ -42,10 +42,9 @@ def log_odds(p: ArrayLike) -> Array:
 
 
 def probability(logit: ArrayLike) -> Array:
-    """The inverse of `log_odds`, without overflow; `probability(-x)` is the complement, exact where it is
-    tiny.
-    """
+    """The inverse of `log_odds`, without overflow; `probability(-x)` is the complement, exact where it is tiny."""
     x = np.asarray(logit, float)
+    # Of the negative size only, so exp never overflows.
     small = np.exp(-np.abs(x))
     return scalar(np.where(x < 0, small, 1.0) / (1.0 + small))
 
@@ -61,16 +60,12 @@ def log_odds_gap(p: ArrayLike, b: ArrayLike) -> Array:
 
 
 def fixed_point_log_odds(p: ArrayLike, b: ArrayLike, lam: ArrayLike) -> Array:
-    """logit q* = λ logit p + (1−λ) logit b: the token in the target π_B(π_T/π_B)^λ of two tokens. Any p, b,
-    λ.
-    """
+    """logit q* = λ logit p + (1−λ) logit b: the token in the target π_B(π_T/π_B)^λ of two tokens. Any p, b, λ."""
     return scalar(log_odds(b) + as_finite("lam", lam) * log_odds_gap(p, b))
 
 
 def fixed_point(p: ArrayLike, b: ArrayLike, lam: ArrayLike) -> Array:
-    """q*, the token's probability in the target; the tail 1 − q* is `probability(-fixed_point_log_odds(p,
-    b, lam))`.
-    """
+    """q*, the token's probability in the target; the tail 1 − q* is `probability(-fixed_point_log_odds(p, b, lam))`."""
     return probability(fixed_point_log_odds(p, b, lam))
 
 
@@ -78,9 +73,7 @@ def fixed_point(p: ArrayLike, b: ArrayLike, lam: ArrayLike) -> Array:
 
 
 def clip_boundary(p: ArrayLike, c: ArrayLike) -> Array:
-    """q_c = 1 − (1−p)/c: a student above it is so sure that the clip cuts the tail's ratio π_T/π_S. Needs c
-    ≥ 1.
-    """
+    """q_c = 1 − (1−p)/c: a student above it is so sure that the clip cuts the tail's ratio π_T/π_S. Needs c ≥ 1."""
     return scalar(1 - (1 - as_probability("p", p)) / as_clip_at_least_1(c))
 
 

@@ -41,6 +41,7 @@ def save_adapter(
 
     `folder` must be new (UserError); it appears whole or not at all. Every host calls it; the first writes.
     """
+    # Before the others leave: gathering takes every host.
     tensors = dict(_peft_tensors(params))
     if not is_main():
         return
@@ -135,6 +136,7 @@ def _read_scale(path: pathlib.Path) -> tuple[int, float]:
         raise UserError(
             f"{path}: r={rank!r} and lora_alpha={alpha!r} must be a whole number and a number above 0"
         )
+    # rsLoRA scales by alpha/√rank; in our alpha/rank that is an alpha √rank times as large.
     return rank, float(alpha) * (math.sqrt(rank) if raw.get("use_rslora") else 1.0)
 
 

@@ -27,6 +27,7 @@ def resolve(source: str | os.PathLike, revision: str | None = None) -> pathlib.P
         raise UserError(f"{source}: no such folder, and not a hub id of the form owner/name")
     import huggingface_hub
 
+    # No *.bin: pickled weights are refused anyway (stored.py).
     patterns = ["*.json", "*.safetensors", "tokenizer*", "*.txt", "*.jinja"]
     try:
         return pathlib.Path(
@@ -106,6 +107,7 @@ def _refuse_unsupported(raw: dict[str, Any]) -> None:
         )
     activation, architectures = raw.get("hidden_act", "silu"), raw.get("architectures")
     problems = {
+        # A Qwen2 has biases on q, k and v whatever this field says.
         "attention_bias true": kind != "qwen2" and raw.get("attention_bias"),
         "mlp_bias true": raw.get("mlp_bias"),
         f"hidden_act {activation!r}": activation != "silu",
@@ -144,6 +146,7 @@ def _slides(raw: dict[str, Any]) -> bool:
         )  # 4096 is what transformers takes an absent one for
     if raw.get("layer_types"):
         return "sliding_attention" in raw["layer_types"]
+    # 28 is what transformers takes an absent one for.
     first = 0 if raw["model_type"] == "smollm3" else raw.get("max_window_layers", 28)
     return bool(raw.get("use_sliding_window")) and first < raw["num_hidden_layers"]
 
@@ -159,6 +162,7 @@ def _parse_config(raw: dict[str, Any]) -> ModelConfig:
         num_heads=heads,
         num_kv_heads=raw.get("num_key_value_heads") or heads,
         head_dim=raw.get("head_dim")
+        # As transformers takes an absent one: 128 for a Qwen3 of any width, else hidden_size / heads.
         or (128 if kind == "qwen3" else _default_head_dim(raw["hidden_size"], heads)),
         rope_theta=theta,
         rope_scaling=scaling,

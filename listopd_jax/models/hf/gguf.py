@@ -95,6 +95,7 @@ def convert(path: str | os.PathLike, folder: str | os.PathLike) -> None:
     gguf = _open(pathlib.Path(path))
     with _well_formed(gguf):
         config, tokenizer = _config(gguf), _tokenizer(gguf)
+        # eos ends a text, eot a turn; chat models may have both.
         ends = {gguf.fields.get(f"tokenizer.ggml.{kind}_token_id") for kind in ("eos", "eot")} - {None}
     try:
         with files.atomic_folder(folder) as new:
@@ -102,6 +103,7 @@ def convert(path: str | os.PathLike, folder: str | os.PathLike) -> None:
             save_tokenizer(tokenizer, new)
             files.write_json(new / "config.json", config_json(config, np.float32, tokenizer))
             files.write_json(new / "generation_config.json", {"eos_token_id": sorted(ends)})
+            # Still in the temporary folder: what does not fit its own config.json never gets into the cache.
             check_hf(new)
     except OSError as e:
         raise files.not_written(folder, e, "another XDG_CACHE_HOME") from e
@@ -136,6 +138,7 @@ def _well_formed(gguf: Gguf) -> Iterator[None]:
 def _config(gguf: Gguf) -> ModelConfig:
     """The sizes in the metadata; UserError for what Decoder does not compute."""
     kind = gguf.field("general.architecture")
+    # Llama 3.1's stretching is not in the metadata: it is a tensor of factors.
     scaled = gguf.field("*.rope.scaling.type", "none") != "none" or "rope_freqs.weight" in gguf.tensors
     if kind not in ARCHITECTURES or scaled:
         what = "scaled rotary positions" if scaled else f"general.architecture {kind!r}"
@@ -197,6 +200,7 @@ def _plain_rotation(gguf: Gguf, name: str, array: np.ndarray, config: ModelConfi
     if gguf.field("general.architecture") != "llama" or not kind:
         return array
     heads = config.num_heads if kind[1] == "q" else config.num_kv_heads
+    # [heads, H/2, 2, D]: the swap takes the first coordinates of all pairs, then the second ones.
     pairs = array.reshape(heads, config.head_dim // 2, 2, array.shape[-1])
     return np.ascontiguousarray(pairs.swapaxes(1, 2).reshape(array.shape))
 

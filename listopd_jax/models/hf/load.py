@@ -72,6 +72,7 @@ def _read_param(path: tuple, param: nnx.Variable, config: ModelConfig, tensors: 
                 _copy_transposed(row, tensor)
             else:
                 row[...] = tensor.reshape(row.shape)
+        # After the cast: what is finite in the file may not be in param.dtype.
         finite.append(np.isfinite(row).all())
         blank.append(not row.any())
     _check_values(path, param, rows, finite, blank)
@@ -83,6 +84,7 @@ def _read_sharded(path: tuple, param: nnx.Variable, stored: list[Stored]) -> jax
     pieces: dict[str, np.ndarray] = {}
 
     def piece(index: tuple[slice, ...]) -> np.ndarray:
+        # As text, because slices cannot be hashed before Python 3.12.
         if str(index) not in pieces:
             pieces[str(index)] = _read_piece(path, index, param, stored)
         return pieces[str(index)]
@@ -154,6 +156,7 @@ def _check_values(
 
 def _aligned_empty(shape: tuple[int, ...], dtype) -> np.ndarray:
     """Memory at a multiple of 64 bytes, which JAX on a CPU takes over as it is instead of copying it."""
+    # 64 bytes more than needed leave room to begin at a multiple of 64.
     size = math.prod(shape) * np.dtype(dtype).itemsize
     raw = np.empty(size + 64, np.uint8)
     start = -raw.ctypes.data % 64

@@ -40,6 +40,7 @@ def save_hf(
     (UserError). Every host calls it, for its parts of the weights; the first writes.
     """
     if not is_main():
+        # Gathering takes every host; only the first one keeps what it gets.
         for _ in hf_tensors(params, dtype):
             pass
         return
@@ -96,6 +97,7 @@ def write_shards(
         return
     weight_map = {}
     for i, names in enumerate(parts):
+        # Named last, because a name says how many shards there are.
         final = f"model-{i + 1:05d}-of-{len(parts):05d}.safetensors"
         os.replace(folder / f"part-{i}", folder / final)
         weight_map |= dict.fromkeys(names, final)
