@@ -32,7 +32,7 @@ def spell_out(text: str, tokenizer: transformers.PreTrainedTokenizerBase) -> str
         # From the end, so that the offsets of earlier spans stay right.
         for start, end in reversed(spans):
             text = text[:start] + _broken(text[start:end], separated) + text[end:]
-        # Where a token is still found, a normalizer took the space out again: the next round blanks it.
+        # Where a token is still found, a normaliser took the space out again: the next round blanks it.
         separated = True
     return text
 

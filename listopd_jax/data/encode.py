@@ -185,7 +185,6 @@ def _check_answers(
             f"an answer takes {longest} tokens, above task.max_response={max_answer}; raise it or make answers shorter"
         )
     for record, ids in zip(records, answers, strict=True):
-        # Without EOS, which no contract reads.
         text = tokenizer.decode(ids[:-1], skip_special_tokens=False, clean_up_tokenization_spaces=False)
         if task.answer(record) is not None and not (parsed := task.parse(text, record)).ok:
             raise UserError(

@@ -39,7 +39,6 @@ def length_correlation(lists: Sequence[tuple[Sequence[str], Sequence[int]]]) -> 
     """
     values = []
     for reviews, scores in lists:
-        # Texts are clean: their words are one space apart.
         words = [text.count(" ") + 1 for text in reviews]
         if len(set(words)) > 1 and len(set(scores)) > 1:
             values.append(np.corrcoef(words, scores)[0, 1])

@@ -30,7 +30,6 @@ class Review:
         The first 16 hex digits of the SHA-1 of product, user and cleaned text (UTF-8) joined by NUL: it
         depends on nothing but the review itself, not on its row, the other rows or any setting.
         """
-        # NUL is in no cleaned text, so no two triples join to one string.
         return hashlib.sha1("\0".join((self.product, self.user, self.text)).encode()).hexdigest()[:16]
 
 

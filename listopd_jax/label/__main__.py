@@ -122,6 +122,7 @@ def _reviews_config(config: Any) -> Any:
 def _judge(settings: Settings) -> Judge:
     import httpx2
 
+    # No timeout here: asking.py times each attempt as a whole.
     return PROVIDERS[settings.judge.partition(":")[0]](settings, httpx2.AsyncClient(timeout=None))
 
 

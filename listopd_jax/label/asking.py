@@ -54,6 +54,7 @@ class Pacer:
         """Wait until the next request may begin."""
         now = asyncio.get_running_loop().time
         async with self._line:
+            # A loop, because `hold` may move the turn while this one sleeps.
             while (wait := self._next - now()) > 0:
                 await asyncio.sleep(wait)
             self._next = now() + self._interval
@@ -88,6 +89,7 @@ async def ask_all(
             for _ in range(limits.concurrency):
                 workers.create_task(work())
     except BaseExceptionGroup as group:
+        # The first one ended the group; the others were cancelled by it.
         raise group.exceptions[0] from None
     return unanswered
 

@@ -66,6 +66,7 @@ def open_cache(path: pathlib.Path) -> Iterator[Cache]:
         cache = Cache(path, file)
         yield cache
         if not cache.replies:
+            # Nothing was asked, as with --estimate: no empty file is left.
             path.unlink()
 
 

@@ -154,6 +154,7 @@ class Google(Judge):
             httpx_async_client=client,
             retry_options=types.HttpRetryOptions(attempts=1),
         )
+        # The library does not start without a key, and a server of one's own may need none.
         own = genai.Client(api_key=self.key or "none", vertexai=False, http_options=options)
         self._models, self._error, self._config = own.aio.models, errors.APIError, types.GenerateContentConfig
 

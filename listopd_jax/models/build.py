@@ -69,7 +69,6 @@ def weights_digest(model: ml_collections.FrozenConfigDict) -> str | None:
     patterns = ("*.safetensors", "*.index.json", "config.json", "generation_config.json")
     parts = [part for pattern in patterns for part in folder.glob(pattern)]
     parts += adapter_files(model.adapter) if model.adapter else []
-    # By name, without the folder: a checkpoint that was moved is still the same.
     return files.json_sha256({part.name: files.sha256(part) for part in parts})
 
 

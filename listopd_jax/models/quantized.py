@@ -49,7 +49,6 @@ def quantize(path: tuple, param: nnx.Variable) -> nnx.Variable:
     weight = param[...]
     if path[0] != "layers" or path[-1] not in PROJECTIONS:
         return param.replace(weight.astype(REST))
-    # Axis 0 is the layer. `o` reads two axes, heads and head_dim.
     inputs = (1, 2) if path[-1] == "o" else (1,)
     return param.replace(_rounded(weight.astype(jnp.float32), inputs))
 

@@ -98,6 +98,7 @@ def layer_weights(c: ModelConfig) -> int:
 
 def attention_flops(c: ModelConfig, pairs: float) -> float:
     """Scores and mixture of `pairs` (query, key) pairs in every layer and head."""
+    # Two products of head_dim multiply-adds per pair.
     return 4 * c.num_layers * c.num_heads * c.head_dim * pairs
 
 
@@ -118,6 +119,7 @@ def prompt_flops(c: ModelConfig, load: Load) -> float:
 
 def shared_prompt_flops(c: ModelConfig, load: Load) -> float:
     """Reading the prompts for their keys and values only: the last layer ends with them (Decoder.keys_values)."""
+    # Two FLOPs per weight of k and of v.
     ends = 2 * 2 * c.hidden_size * c.num_kv_heads * c.head_dim * load.prompts * load.prompt
     return prompt_flops(c, load) * (c.num_layers - 1) / c.num_layers + ends
 
@@ -153,6 +155,7 @@ def recomputed_flops(c: ModelConfig, load: Load, remat: str) -> float:
     if remat == "full":
         return layers
     prompts = prompt_pairs(load) * (c.num_layers - 1) / c.num_layers
+    # Half of attention's FLOPs; the other half is the mixture.
     scores = attention_flops(c, prompts + completion_pairs(load)) / 2
     return layers - scores if remat == "attention" else scores
 
@@ -180,6 +183,7 @@ def step_flops(
 
 def kv_bytes(c: ModelConfig, tensor: int = 1, width: int = 2) -> float:
     """Keys and values of one token on one device; KV heads fewer than `tensor` are held in equal copies."""
+    # The least number of copies that `tensor` divides (rules.kv_copies).
     heads = math.lcm(c.num_kv_heads, tensor) / tensor
     return 2 * c.num_layers * heads * c.head_dim * width
 
@@ -242,6 +246,8 @@ def _update_cost(student, load: Load, layout: Layout, share: Mapping[str, float]
     """The student forward and backward, and AdamW: 28 bytes per parameter read and written, 12 more for an average."""
     width, sizes = WIDTHS[layout.compute], layout.sizes
     weights = 2 * _passes(load, layout) * width * num_params(student) / sizes["tensor"]
+    # Parameter and two moments are read and written, 24 bytes; the gradient is read, 4. An average takes 8,
+    # and the parameter again, 4.
     state = (40 if layout.average else 28) * layout.trained(student) / layout.shards
     gradients = _passes(load, layout) * F32 * layout.trained(student) / layout.shards
     forwards = 3 if layout.remat in ("full", "attention") else 2
@@ -266,6 +272,7 @@ def _activations(c: ModelConfig, load: Load, layout: Layout) -> float:
     """Bytes over `tensor` of one pass: two all-reduces of the hidden states in a layer."""
     tensor = layout.sizes["tensor"]
     hidden = load.tokens / layout.rows * c.hidden_size * WIDTHS[layout.compute]
+    # Two all-reduces in a layer, each of which brings (g−1)/g of its result twice.
     return 2 * c.num_layers * 2 * hidden * (tensor - 1) / tensor
 
 

@@ -187,6 +187,7 @@ def _sampler(
     weights, key, temperature = _replicate(
         jax.eval_shape(lambda: (jnp.ones((1, config.opd.rollouts)), jax.random.key(0), jnp.float32(1))), mesh
     )
+    # Ids decide no shapes, so 0 stands for the end and for padding.
     settings = Settings(
         config.task.max_response, vocab, eos=(0,), pad=0, draft_tokens=draft_tokens(config),
         pass_tokens=pass_tokens(platform_of(mesh)),

@@ -45,6 +45,7 @@ class Instruction(NamedTuple):
         """Names in the parentheses."""
         depth = 1
         for end, letter in enumerate(self.rest):
+            # Operands of a tuple type have parentheses of their own, and attributes follow the closing one.
             depth += {"(": 1, ")": -1}.get(letter, 0)
             if not depth:
                 return _NAME.findall(self.rest[:end])

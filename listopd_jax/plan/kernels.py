@@ -66,6 +66,7 @@ def _walk(module: Module, name: str, runs: float, turns: float, devices: int) ->
                 inner, key=lambda each: len(module[each[0]])
             )  # of a condition the longest branch
             yield from _walk(module, chosen, runs * count, turns, devices)
+        # What is asynchronous was counted where it starts.
         elif i.opcode not in _FREE and not i.opcode.endswith(("-done", "-update")):
             yield _kernel(module, module[name], i, runs, devices)
 

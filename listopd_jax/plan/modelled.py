@@ -57,6 +57,7 @@ def turns_of(config: Any, load: Load) -> list[tuple[int, int]]:
     budget, length = config.task.max_response, math.ceil(load.response)
     drafts = max(0, config.rollout.draft_tokens)
     sizes = cache_sizes(budget, drafts)
+    # + 1: the newest token is not in the cache yet. And from 1, since the first token is the prefill's.
     ends = [min(size + 1 - drafts, budget, length) for size in sizes]
     tokens = [end - begin for begin, end in itertools.pairwise([1, *ends])]
     return [(size, count) for size, count in zip(sizes, tokens, strict=True) if count > 0]

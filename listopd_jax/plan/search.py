@@ -41,6 +41,7 @@ def shape_of(model: Any, vocab: int) -> ModelConfig:
 def _name_of(weights: str) -> str:
     """The published shape of a hub id: Qwen/Qwen3-1.7B-Base is qwen3_1_7b."""
     plain = _letters(re.split("[/:]", weights)[-1])
+    # A prefix: -Base, -Instruct and the like have the same shape.
     names = [name for name in NAMED_CONFIGS if plain.startswith(_letters(name))]
     if names:
         return max(names, key=len)

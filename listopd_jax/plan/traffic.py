@@ -82,7 +82,9 @@ def arriving(i: Instruction, group: int) -> float:
         sizes = sizes[count : 2 * count]
     times = {
         "all-gather": share,
+        # A reduce-scatter and an all-gather of the result.
         "all-reduce": 2 * share,
+        # `sizes` are of the result, 1/g of what is reduced: (g−1)/g of that arrives.
         "reduce-scatter": group - 1,
         "all-to-all": share,
         "collective-permute": 1,

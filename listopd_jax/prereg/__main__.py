@@ -105,6 +105,7 @@ def load_config(source: str, overrides: Sequence[str] = ()) -> Json:
         return config_module.read_saved(pathlib.Path(source))["config"]
     from listopd_jax import main  # registers absl flags: only where they are needed
 
+    # main asks for a workdir, which a lock has no use for.
     config, _ = main.parse(["prereg", f"--config={source}", *overrides, "--workdir=not-used"])
     return config_module.to_json(config)
 
@@ -115,6 +116,7 @@ def _prediction(args: argparse.Namespace, config: Json) -> Json:
         return {"threshold": "given", "lambda": args.threshold}
     if args.p is None or (args.b is None and args.predict != "clip_base_neutral"):
         raise UserError("give --p and --b (see `calibrate`), or the predicted --threshold itself")
+    # Base-neutral: a base that does not know.
     b = 0.5 if args.b is None else args.b
     c = float(config.get("opd", {}).get("clip", math.inf)) if args.c is None else args.c
     lam = predicted_lambda(args.predict, args.p, b, c)
@@ -122,6 +124,7 @@ def _prediction(args: argparse.Namespace, config: Json) -> Json:
         "threshold": args.predict,
         "p": args.p,
         "b": b,
+        # JSON has no infinity.
         "c": c if math.isfinite(c) else "inf",
         "lambda": lam,
     }

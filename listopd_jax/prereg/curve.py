@@ -86,6 +86,7 @@ def judge_curve(lock: Json, records: Any) -> Json:
 
 def noise_floor(parse: Float[np.ndarray, "S L"]) -> float:
     """√mean_λ(sd²/n) of n seeds."""
+    # var/n is the variance of a mean of n seeds, which no predictor of the true means can beat.
     return math.sqrt(float((parse.var(0, ddof=1) / len(parse)).mean()))
 
 

@@ -81,6 +81,7 @@ def _logistic(verdict: Json):
     lambdas, mean = np.array(verdict["lambdas"]), np.array(verdict["mean_parse"])
 
     def errors(place: Float[np.ndarray, " 2"]) -> Float[np.ndarray, " L"]:
+        # The width as a logarithm: a negative one would turn the curve around.
         return special.expit((place[0] - lambdas) / np.exp(place[1])) - mean
 
     middle, width = optimize.least_squares(errors, [float(np.median(lambdas)), -2.0]).x

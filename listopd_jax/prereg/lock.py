@@ -130,6 +130,7 @@ def make_lock(
 def write_lock(path: str | os.PathLike, lock: Json) -> None:
     """Write a new file; UserError if one is there already: a lock is written once."""
     try:
+        # "x" and not a look beforehand: of two processes only one can create the file.
         with open(path, "x", encoding="utf-8") as f:
             f.write(json.dumps(lock, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
             f.flush()

@@ -166,5 +166,6 @@ def _censored(onsets: np.ndarray, lambdas: np.ndarray) -> str:
 def _bounds(onsets: np.ndarray, lambdas: np.ndarray) -> tuple[float, float]:
     """The least mean of the true onsets, and one that they stay below; λ is never negative."""
     below, above = np.isnan(onsets), onsets >= lambdas[-1]
+    # Below the level at the grid's first λ: the onset is anywhere from 0 to there.
     least, most = np.where(below, 0.0, onsets), np.where(below, lambdas[0], onsets)
     return float(least.mean()), math.inf if above.any() else float(most.mean())

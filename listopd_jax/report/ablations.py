@@ -86,6 +86,7 @@ def save_figure(runs: Mapping[str, Inputs], path: str) -> None:
         axes.remove()
     figure.legend(*_legend(figure), loc="outside lower center", ncols=6, fontsize=8, frameon=False)
     try:
+        # Without matplotlib's version the same numbers give the same file.
         figure.savefig(path, format="png", dpi=150, metadata={"Software": None})
     except OSError as e:
         raise UserError(f"--figure={path}: cannot be written ({e.strerror or e})") from e

@@ -39,6 +39,7 @@ def beside_section(inputs: Inputs) -> Section | None:
 def differences(inputs: Inputs, others: Mapping[str, Inputs]) -> dict[str, list[str]]:
     """The dotted fields of the config in which each of `others` differs from `inputs`, but for the grid's own."""
     own = _flat(inputs.config.get("config", {}))
+    # What the figures show anyway; `parallel` and `track` change nothing that is trained.
     grid = ("opd.lambdas", "opd.seeds", "opd.sweep", "forecast.", "parallel.", "track.")
     found = {}
     for name, other in others.items():

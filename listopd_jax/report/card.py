@@ -121,4 +121,5 @@ def _object(value: Any) -> dict[str, Any]:
 def _text(text: str, markup: bool = True) -> str:
     """`text` on one line with nothing hidden in it; where Markdown has `markup`, nothing of it is markup."""
     line = " ".join(visible(text).split())
+    # & too, since an entity would become the sign that it stands for.
     return "".join(f"\\{c}" if c in r"\`*[]<>|&" else c for c in line) if markup else line

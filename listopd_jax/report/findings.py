@@ -140,10 +140,12 @@ def policies(records: Iterable[Result]) -> list[Policy]:
     """Records grouped by policy, SFT first, λ ascending; of one seed only its longest training."""
     longest = {}
     for record in sorted(records, key=lambda r: r.steps or 0):
+        # Ascending in steps, so the longest training is what stays.
         longest[record.policy, record.seed] = record
     groups = defaultdict(list)
     for (policy, _), record in longest.items():
         groups[policy].append(record)
+    # `is not None` comes first: Python cannot compare None with a number.
     ordered = sorted(groups, key=lambda key: (*_stage_order(key[0]), key[1] is not None, *key[1:]))
     return [Policy(*key, tuple(sorted(groups[key], key=lambda r: r.seed or 0))) for key in ordered]
 
@@ -218,6 +220,7 @@ def main_failure(policy: Policy) -> tuple[str, float] | None:
     failed = sum(shares.values())
     if not failed:
         return None
+    # Sorted, so that among equals it is always the same one.
     main = max(sorted(shares), key=shares.get)
     return FAILURES.get(main, main), shares[main] / failed
 
@@ -241,6 +244,7 @@ def _compare(a: Policy, b: Policy) -> int:
     """1 if a parses more than b by intervals that do not overlap, −1 if less, 0 if they do not tell."""
     low_a, high_a = a.interval("parse") or (a.mean("parse"),) * 2
     low_b, high_b = b.interval("parse") or (b.mean("parse"),) * 2
+    # Stricter than a test of the difference: a sentence claims no more than the intervals allow.
     return (low_a > high_b) - (high_a < low_b)
 
 

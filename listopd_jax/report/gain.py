@@ -56,6 +56,7 @@ def figures(policy: Seeds) -> Json:
 
 def compared(policy: Seeds, reference: Seeds) -> Json:
     """λ, means and difference of a policy."""
+    # Unpacked as a check: all seeds of a policy have one λ.
     (lam,) = {record.lam for record in policy.values()}
     return {"lambda": lam, **figures(policy), "mae_difference": difference(policy, reference)}
 

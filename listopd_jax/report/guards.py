@@ -49,6 +49,7 @@ def compared(ablations: Mapping[str, Seeds]) -> list[Json]:
     rows = []
     for ablation, seeds in ablations.items():
         row = {
+            # The key that docs/results/guards.json has always had.
             "arm": ablation,
             "lambda": next(iter(seeds.values())).lam,
             "seeds": len(seeds),

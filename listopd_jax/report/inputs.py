@@ -116,6 +116,7 @@ class Inputs:
         return replace(
             self,
             config=self.config | {"config": _at_point(self.config.get("config", {}), label)},
+            # A forecast is of a guard, not of a point: points that share a guard share it.
             results=[r for r in results if r.stage != "forecast" or r.guard in guards],
             examples=examples,
             errors=errors,
@@ -170,6 +171,7 @@ def _option(text: str) -> float | bool | str:
     if text in ("True", "False"):
         return text == "True"
     try:
+        # JSON has no infinity, so config.json spells it.
         return text if math.isinf(float(text)) else float(text)
     except ValueError:
         return text

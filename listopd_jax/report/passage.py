@@ -57,6 +57,7 @@ def first_passage(records: Sequence[Result]) -> int | None:
     for record in records:
         if record.parse is not None and record.parse < CONTRACT_HOLDS and held:
             return record.steps
+        # A run that has never held cannot break: a student that starts low is not a passage.
         held |= record.parse is not None and record.parse >= CONTRACT_HOLDS
     return None
 

@@ -152,6 +152,7 @@ def versus_lambda(
             _draw_level(axes, level)
         if broken is not None:
             axes.axvspan(*broken, color=GRID, linewidth=0, zorder=0.5, label="contract breaks")
+        # A little beyond 0 and 1: dots are often at both ends.
         axes.set(xlabel="λ (1 = plain on-policy distillation)", ylabel=ylabel, ylim=(-0.03, 1.03))
         lams = {point.lam for one in series for point in one.points}
         if len(lams) == 1:
@@ -248,6 +249,7 @@ def _draw_series(axes: Axes, series: Series) -> None:
     lams = sorted({point.lam for point in points})
     seeds = {lam: [p for p in points if p.lam == lam] for lam in lams}
     means = [sum(p.value for p in seeds[lam]) / len(seeds[lam]) for lam in lams]
+    # Seeds of one λ side by side, or their intervals would cover each other.
     apart = 0.006 * (lams[-1] - lams[0]) if lams else 0.0
     alone = len(points) == len(lams)
     for lam, group in seeds.items():
@@ -276,7 +278,9 @@ def _draw_point(axes: Axes, point: Point, x: float, series: Series, alone: bool)
 def _svg(figure: Figure, description: str) -> str:
     """The figure as an <svg> element for HTML: described, unsized, no links, no repeated ids."""
     buffer = io.StringIO()
+    # Else the file would have a date in it, and be another one each time.
     empty = dict.fromkeys(("Creator", "Date", "Format", "Type"))
+    # Ids are hashes: the salt makes them the same each time, and keeps those of two figures on a page apart.
     with matplotlib.rc_context({"svg.hashsalt": description}):
         figure.savefig(buffer, format="svg", metadata=empty)
     return _inline(buffer.getvalue(), description)
@@ -287,6 +291,7 @@ def _inline(document: str, description: str) -> str:
     root, content = body.split(">", 1)
     view_box = re.search(r'viewBox="[^"]*"', root)[0]
     content = re.sub(r"<metadata>.*?</metadata>|<style.*?</style>|<!--.*?-->", "", content, flags=re.DOTALL)
+    # Only ids that something refers to; the rest would repeat from figure to figure.
     used = set(re.findall(r'(?:url\(#|href="#)([^")]+)', content))
     content = re.sub(r' id="([^"]*)"', lambda m: m[0] if m[1] in used else "", content)
     content = re.sub(r"'DejaVu Sans'[^;\"]*", "system-ui, sans-serif", content)

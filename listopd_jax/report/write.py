@@ -41,6 +41,7 @@ def render(inputs: Inputs) -> str:
     environment = jinja2.Environment(
         autoescape=True,
         finalize=_show,
+        # A misspelt name raises; by default it would be an empty place on the page.
         undefined=jinja2.StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,

@@ -52,6 +52,5 @@ def _read_and_recommend(job: Job) -> Recommendation | None:
 
 def _shared(find: Callable[[], Recommendation | None]) -> Recommendation | None:
     """What `find` finds on the first host, on every host."""
-    # As JSON, since that is what travels between hosts.
     found = from_main(lambda: (x := find()) and x.to_json())
     return None if found is None else Recommendation.from_json(found, RECOMMENDATION)

@@ -31,7 +31,6 @@ def evaluate_checkpoint(
         if found is None:
             params = initial_params(model, job.shapes["checkpoint"], seed=0, dtype=PARAM_DTYPE)
             return evaluate(job, "checkpoint", params, run, weights=digest)
-    # Another checkpoint of the same name must not pass for the one that was evaluated.
     if found.extra.get("weights") != digest:
         raise UserError(
             f"{workdir / RESULTS}: has another checkpoint that is called {run.name!r}; give --weights by a link of "

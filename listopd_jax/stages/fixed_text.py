@@ -98,7 +98,6 @@ def _completed(job: Job, sampler: Any, batch: Mapping[str, np.ndarray], key: Arr
     """A training batch with its completions; prompts and completions filled up to the most that there can be."""
     _, prompts, lengths, *for_teachers = read_by_models(job, batch)
     rollout = sample(job, sampler, prompts, lengths, key)
-    # To one width, since the parts are concatenated and trained on as one batch.
     fill = job.max_response - rollout.tokens.shape[-1]
     tokens, logprobs = (jnp.pad(x, ((0, 0), (0, 0), (0, fill))) for x in (rollout.tokens, rollout.logprobs))
     prompts = jnp.pad(prompts, ((0, 0), (0, job.buckets[-1] - prompts.shape[1])))

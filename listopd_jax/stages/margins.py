@@ -77,7 +77,6 @@ def _margins(
     head = decoder.head_weight().astype(hidden.dtype)
 
     def rows(hidden):
-        # [c, 2] → two vectors [c].
         first, second = jax.lax.top_k(log_distribution(hidden, head, vocab), 2)[0].T
         return first - second
 

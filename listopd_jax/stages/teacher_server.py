@@ -108,7 +108,6 @@ class TeacherServer:
         try:
             connection.request("GET" if body is None else "POST", url.path + path, sent, headers)
             answer = connection.getresponse()
-            # Bounded: what a server sends may have no end.
             text = answer.read(MOST_BYTES)
         except (OSError, http.client.HTTPException) as e:
             raise Retry(one_line(e)) from e

@@ -41,7 +41,6 @@ def ndcg(
     tied = predicted[:, None] == predicted[None, :]
     shared = tied @ gains / tied.sum(axis=1)
     places = np.arange(len(true))
-    # Ranks are 0-based here: 1/log2(rank + 1) of the first is 1/log2(2).
     discounts = (places < cutoff) / np.log2(places + 2.0)
     ideal = np.sort(gains)[::-1] @ discounts
     if ideal <= 0:

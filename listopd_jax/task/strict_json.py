@@ -34,7 +34,6 @@ def dumps(value: Any) -> str:
 
 def same(a: Any, b: Any) -> bool:
     """Whether two values are equal as JSON: 1 is 1.0, but true is not 1; the order of keys does not matter."""
-    # In Python True == 1.
     if isinstance(a, bool) or isinstance(b, bool):
         return a is b
     if isinstance(a, dict) and isinstance(b, dict):

@@ -79,7 +79,6 @@ def crossings(
     """
     curves, levels = np.asarray(curves), np.broadcast_to(levels, len(curves))
     last = len(lambdas) - 1
-    # The index of the last λ that reaches the level, −1 if none does.
     held = np.where(curves >= levels[:, None], np.arange(last + 1), -1).max(1)
     left, right = np.maximum(held, 0), np.minimum(np.maximum(held, 0) + 1, last)
     rows = np.arange(len(curves))

@@ -92,7 +92,6 @@ def reach(shape: Shape, lambdas: Float[np.ndarray, " A"], parse: Float[np.ndarra
     design = _design(lambdas[told])
     place = shape.where(parse[told])
     line, *_ = np.linalg.lstsq(design, place)
-    # Two parameters, a and s, are fitted.
     freedom = int(told.sum()) - 2
     spread = max(float(np.sqrt(((place - design @ line) ** 2).sum() / freedom)), LEAST_SPREAD)
     return Reach(line, spread**2 * np.linalg.inv(design.T @ design), spread, freedom)

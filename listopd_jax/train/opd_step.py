@@ -183,7 +183,6 @@ def summarize(per_token: dict[str, Float[Array, "B n T"]], mask, hyper: Hyper) -
         "advantage_mean": mean(per_token["advantage"]),
         # (λ − 1)² times this is the variance that RIDE (2609.36484) holds responsible for collapse.
         "log_ratio_variance": mean((log_ratio - mean(log_ratio)) ** 2),
-        # λ of a position differs from that of the run only where the guard lowered it.
         "guarded_fraction": mean(per_token["lambda"] != hyper.lam),
         "ratio_max": jnp.where(mask, per_token["ratio"], 0).max(),
         # A clipped ratio is exp(log c) in float32, which may fall short of c by an ulp.

@@ -156,7 +156,6 @@ def _check_values(
 
 def _aligned_empty(shape: tuple[int, ...], dtype) -> np.ndarray:
     """Memory at a multiple of 64 bytes, which JAX on a CPU takes over as it is instead of copying it."""
-    # 64 bytes more than needed leave room to begin at a multiple of 64.
     size = math.prod(shape) * np.dtype(dtype).itemsize
     raw = np.empty(size + 64, np.uint8)
     start = -raw.ctypes.data % 64
