@@ -14,7 +14,7 @@ from listopd_jax.task.prompt import ListExample
 
 COMMON = 100  # the most frequent words of the texts, which say nothing about relevance
 FILLERS = 5  # of them in a query
-GRADES = (1.0, 0.5)  # shares of the best label: half of the relevant texts have the one, half the other
+GRADES = (1.0, 0.5)  # shares of the best label that a relevant text may have
 
 _WORD = re.compile(r"[a-z]{3,}")
 
@@ -22,8 +22,8 @@ _WORD = re.compile(r"[a-z]{3,}")
 def synthetic_lists(texts: Sequence[str], count: int, k: int, best: int, seed: int) -> Iterator[ListExample]:
     """`count` lists of `k` of the `texts`, which are all different; the same for the same arguments.
 
-    Half of the texts of a list are relevant, with labels of GRADES of `best`; each gives as many of its words to the
-    query as its label is.
+    One to half of the texts of a list are relevant, with labels of GRADES of `best`; each gives as many of its words to
+    the query as its label is.
 
     UserError if fewer than `k` texts have words enough.
     """
@@ -44,7 +44,9 @@ def _one_list(
 ) -> ListExample:
     """Words of the relevant texts and common ones are the query, all in a random order."""
     chosen = rng.sample(list(own), k)
-    labels = {text: int(best * GRADES[i % len(GRADES)]) for i, text in enumerate(chosen[: k // 2])}
+    # How many are relevant differs: of a constant number, the labels written so far would give away the rest, and a
+    # model learns to count them instead of reading the texts.
+    labels = {text: int(best * rng.choice(GRADES)) for text in chosen[: rng.randint(1, k // 2)]}
     query = [word for text, label in labels.items() for word in rng.sample(own[text], label)]
     query += rng.sample(common, min(FILLERS, len(common)))
     rng.shuffle(query)
