@@ -203,7 +203,9 @@ def test_synthetic_lists_are_for_training_alone(passages, with_synthetic):
     relevant = np.array([record.scores for record in splits.train[-300:]]) > 0
     assert (np.abs(relevant.mean(0) - 2.5 / 8) < 0.1).all(), "the place of a passage says nothing"
     # Nor do the labels before it: of a constant number the last would follow from the others.
-    assert set(relevant.sum(1)) == {1, 2, 3, 4} and 0.1 < relevant[relevant[:, :-1].sum(1) == 2, -1].mean() < 0.5
+    assert (
+        set(relevant.sum(1)) == {1, 2, 3, 4} and 0.1 < relevant[relevant[:, :-1].sum(1) == 2, -1].mean() < 0.5
+    )
 
 
 def test_nothing_of_a_held_out_query_is_in_a_synthetic_list(with_synthetic):
