@@ -15,7 +15,7 @@ from listopd_jax.task.contract import TOKEN_CLASSES, Parsed
 from listopd_jax.tasks.bfcl import accepts, json_schema
 from listopd_jax.tasks.cranfield import BEST, read_judgements, read_sections
 from listopd_jax.tasks.load import load_task
-from listopd_jax.tasks.synthetic_queries import synthetic_lists
+from listopd_jax.tasks.synthetic_queries import parts, synthetic_lists
 
 
 def opened(name, folder, **fields):
@@ -232,6 +232,12 @@ def test_lists_of_a_held_out_query_that_max_lists_drops_are_held_out_too(shared,
     assert not any(t in shown for r in lists for t, s in zip(r.reviews, r.scores, strict=True) if s)
 
 
+def test_parts_are_the_texts_cut_each_once():
+    texts = ["a b c d e", "", "f g a b", "a b"]
+    assert parts(texts, 2) == ["a b", "c d", "e", "f g"]
+    assert parts(texts, 0) == ["a b c d e", "f g a b", "a b"]
+
+
 def test_synthetic_lists_depend_on_the_seed_alone():
     texts = [f"the flow of {' and '.join(map(word, range(i, i + 4)))}" for i in range(0, 800, 4)]
     lists = list(synthetic_lists(texts, 20, 4, BEST, seed=1))
@@ -246,7 +252,7 @@ def test_synthetic_lists_depend_on_the_seed_alone():
 @pytest.mark.parametrize(
     ("fields", "says"),
     [
-        ({"task.max_review_words": 2}, "0 texts have 4 uncommon words, too few for lists of task.k=8"),
+        ({"task.max_review_words": 1}, "0 texts have 4 uncommon words, too few for lists of task.k=8"),
         ({"data.synthetic_queries": -1}, "data.synthetic_queries=-1: must be >= 0"),
         (
             {"task.name": "bfcl"},

@@ -19,7 +19,7 @@ from listopd_jax.errors import UserError
 from listopd_jax.task.prompt import ListExample, render_list
 from listopd_jax.tasks.file_task import FileTask
 from listopd_jax.tasks.listwise import Listwise, deal_lists
-from listopd_jax.tasks.synthetic_queries import synthetic_lists
+from listopd_jax.tasks.synthetic_queries import parts, synthetic_lists
 
 BEST = 4  # the label of grade 1
 
@@ -57,9 +57,10 @@ class Cranfield(Listwise, FileTask):
         if count:
             queries = {record.product_id for record in split["validation"]}
             held_out = set(_relevant(record for record in records if record.product_id in queries))
-            texts = dict.fromkeys(filter(None, self._texts(self.data.path).values()))  # each once
-            free = [text for text in texts if text not in held_out]
-            split["train"] += synthetic_lists(free, count, self.options.k, BEST, self.data.seed)
+            words = self.options.max_review_words
+            documents = read_sections(self.data.path, "W").values()
+            free = [text for text in documents if first_words(text, words) not in held_out]
+            split["train"] += synthetic_lists(parts(free, words), count, self.options.k, BEST, self.data.seed)
         return split
 
     def group(self, record: ListExample) -> str:

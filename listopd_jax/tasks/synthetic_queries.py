@@ -7,7 +7,7 @@ taken from it. Such a list teaches to compare a query with texts; nobody has jud
 import random
 import re
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 from listopd_jax.errors import UserError
 from listopd_jax.task.prompt import ListExample
@@ -17,6 +17,20 @@ FILLERS = 5  # of them in a query
 GRADES = (1.0, 0.5)  # shares of the best label that a relevant text may have
 
 _WORD = re.compile(r"[a-z]{3,}")
+
+
+def parts(texts: Iterable[str], words: int) -> list[str]:
+    """The texts in parts of `words` words, each part once; whole texts if `words` is 0.
+
+    All parts, not the beginnings alone: a model learns a thousand short texts by heart and compares nothing.
+    """
+    split = (text.split(" ") for text in texts if text)
+    return list(dict.fromkeys(" ".join(part) for text in split for part in _runs(text, words or len(text))))
+
+
+def _runs(words: Sequence[str], size: int) -> Iterator[Sequence[str]]:
+    """Consecutive runs of `size`; the last may be shorter."""
+    return (words[i : i + size] for i in range(0, len(words), size))
 
 
 def synthetic_lists(texts: Sequence[str], count: int, k: int, best: int, seed: int) -> Iterator[ListExample]:
