@@ -1,9 +1,11 @@
-"""The two random models that every peer is given, on disk."""
+"""The random models that every peer is given, and their prompts, on disk."""
 
 import pathlib
 
+import numpy as np
+
 from benchmarks.presets import cpu
-from benchmarks.shape import Shape
+from benchmarks.shape import Prompts, Shape
 from listopd_jax.models.build import initial_params
 from listopd_jax.models.hf import save_hf
 from listopd_jax.plan.search import shapes_of
@@ -23,8 +25,11 @@ def words_tokenizer(vocab: int):
 
 
 def write_models(shape: Shape, folder: pathlib.Path) -> None:
-    """Random float32 weights of both roles as Hugging Face folders: folder/student, folder/teacher."""
+    """Random float32 weights as folder/student, /teacher and /base, which is the student; and the prompts."""
     config = cpu(shape)
     for seed, (role, dimensions) in enumerate(shapes_of(config).items()):
         params = initial_params(config[role], dimensions, seed, "float32")
         save_hf(folder / role, dimensions, params, words_tokenizer(shape.vocab))
+    (folder / "base").symlink_to("student")
+    lengths = np.full(shape.prompts, shape.prompt_tokens, np.int32)
+    Prompts(shape.prompt_ids(), lengths, np.zeros((1, 0), np.int32)).write(folder)

@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from benchmarks.presets import cpu
-from benchmarks.shape import Shape
+from benchmarks.shape import Prompts, Shape
 from benchmarks.step import Step
 from listopd_jax.config import validate
 from listopd_jax.rollout.decode import Rollout
@@ -16,11 +16,13 @@ class Peer:
     """One step in the stages rollout and update."""
 
     def __init__(self, shape: Shape, folder: pathlib.Path):
-        config, prompts = validate(cpu(shape)), shape.prompt_ids()
-        self.work = Step(config, prompts, shape.prompt_tokens, shape.new_tokens, folder)
+        self.shape, asked = shape, Prompts.read(folder)
+        self.work = Step(
+            validate(cpu(shape)), asked.ids, asked.lengths, shape.new_tokens, folder, shape.eos, shape.pad, asked.hint
+        )  # fmt: skip
 
     def rollout(self) -> Rollout:
-        """Completions of forced length."""
+        """Completions, with drafts where the run has them."""
         return self.work.rollout()
 
     def update(self, rollout: Rollout) -> tuple[float, dict[str, float]]:
@@ -28,10 +30,9 @@ class Peer:
         return float(self.work.update(rollout)["loss"]), {}
 
     def tokens(self, rollout: Rollout) -> np.ndarray:
-        """Sampled tokens [prompts, n, new]."""
+        """Sampled tokens [prompts, n, T], padded."""
         return np.asarray(rollout.tokens)
 
     def of_tokens(self, tokens: np.ndarray) -> Rollout:
         """A rollout of these tokens (its log-probabilities are only read for a metric)."""
-        lengths = np.full(tokens.shape[:2], tokens.shape[2], np.int32)
-        return Rollout(jnp.asarray(tokens), jnp.zeros(tokens.shape), jnp.asarray(lengths))
+        return Rollout(jnp.asarray(tokens), jnp.zeros(tokens.shape), jnp.asarray(self.shape.lengths(tokens)))

@@ -1,7 +1,7 @@
 """trl's DistillationTrainer: on-policy, the student's reverse KL to the teacher over the whole vocabulary.
 
 Its own methods in the order of its training step: n completions are n copies of the prompt; the batch is split as its
-gradient accumulation splits it. It has no base and no λ.
+gradient accumulation splits it. It has no base and no λ. Prompts are given to it as ids: their text is not tokenized.
 """
 
 import pathlib
@@ -15,7 +15,7 @@ from trl import DistillationConfig, DistillationTrainer
 from trl.trainer.utils import split_tensor_dict
 
 from benchmarks.peer_torch import ROWS
-from benchmarks.shape import Shape
+from benchmarks.shape import Prompts, Shape
 
 
 class Peer:
@@ -23,20 +23,21 @@ class Peer:
 
     def __init__(self, shape: Shape, folder: pathlib.Path):
         self.shape, self.rows = shape, shape.prompts * shape.completions
-        texts = [" ".join(f"w{i}" for i in prompt) for prompt in shape.prompt_ids()]
-        self.inputs = [{"prompt": text} for text in texts for _ in range(shape.completions)]
+        asked = [row.tolist() for row in Prompts.read(folder).rows() for _ in range(shape.completions)]
+        self.inputs = [{"prompt": f"prompt {i}"} for i in range(self.rows)]
         self.output = tempfile.TemporaryDirectory()
         config = DistillationConfig(
             output_dir=self.output.name, per_device_train_batch_size=self.rows, max_completion_length=shape.new_tokens,
-            temperature=1.0, beta=1.0, learning_rate=shape.lr, max_steps=10_000, use_cpu=True, bf16=False,
-            generation_kwargs={"min_new_tokens": shape.new_tokens}, report_to=[], gradient_checkpointing=False,
-            gradient_accumulation_steps=1,
+            temperature=shape.temperature, beta=1.0, learning_rate=shape.lr, max_steps=10_000, use_cpu=True, bf16=False,
+            generation_kwargs={} if shape.eos else {"min_new_tokens": shape.new_tokens}, report_to=[],
+            gradient_checkpointing=False, gradient_accumulation_steps=1,
         )  # fmt: skip
         self.trainer = DistillationTrainer(
             model=str(folder / "student"), teacher_model=str(folder / "teacher"), args=config,
             train_dataset=Dataset.from_list(self.inputs),
             processing_class=AutoTokenizer.from_pretrained(folder / "student"),
         )  # fmt: skip
+        self.trainer._tokenize_prompts = lambda prompts: (asked, None, {})
         self.trainer.create_optimizer()
         self.trainer.model.train()
 
@@ -57,5 +58,5 @@ class Peer:
         return total, {}
 
     def tokens(self, batch: dict) -> np.ndarray:
-        """Sampled tokens [prompts, n, new]."""
+        """Sampled tokens [prompts, n, T], padded."""
         return batch["completion_ids"].reshape(self.shape.prompts, self.shape.completions, -1).numpy()

@@ -12,13 +12,14 @@ FASHION = (700, 225)  # mean tokens of prompt and response on Amazon Fashion
 def cpu(shape: Shape = Shape()) -> ml_collections.ConfigDict:  # noqa: B008 (frozen)
     """The shape that peers are compared in, as a configuration: float32."""
     config = defaults()
-    config.remat = "attention"  # on a CPU as fast as storing the products ("dots"), and smaller
+    config.remat, config.rollout.draft_tokens = shape.remat, shape.drafts
     config.task.update(max_prompt=shape.prompt_tokens, max_response=shape.new_tokens)
     config.tokenizer.vocab_size = shape.vocab
     for role in ("student", "teacher"):
         config[role].update(shape.dimensions(role), rope_theta=float(shape.rope_theta))
     config.opd.update(
-        batch_size=shape.prompts, rollouts=shape.completions, lambdas=(shape.lam,), clip=shape.clip, lr=shape.lr
+        batch_size=shape.prompts, rollouts=shape.completions, lambdas=(shape.lam,), clip=shape.clip, lr=shape.lr,
+        temperature=shape.temperature, microbatch=shape.microbatch,
     )  # fmt: skip
     return config
 

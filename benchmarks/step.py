@@ -35,48 +35,56 @@ def random_prompts(config: Any, tokens: int) -> Int[np.ndarray, "B P"]:
 class Step:
     """Weights, optimizer state and prompts [B, P] of `prompt` tokens each, and what a step does with them.
 
-    Completions never end by themselves (no id is EOS): each has `response` tokens, by its budget. The weights are
-    random, or those of `folder`/student and `folder`/teacher.
+    Completions end at one of `ends`; without any each has `response` tokens, by its budget. The weights are random, or
+    those of `folder`/student, /teacher and /base. `hint`: what drafts are copied from.
     """
 
     def __init__(
         self,
         config: Any,
         prompts: Int[np.ndarray, "B P"],
-        prompt: int,
+        prompt: int | Int[np.ndarray, " B"],
         response: int,
         folder: pathlib.Path | None = None,
+        ends: tuple[int, ...] = (),
+        pad: int = 0,
+        hint: Int[np.ndarray, "1 H"] | None = None,
     ):
-        shapes, self.config, self.vocab = shapes_of(config), config, vocabulary(config)
-        compute = config.dtype.compute
+        self.config, self.vocab = config, vocabulary(config)
+        self.ends = {"eos": ends, "pad": pad}
+        compute, frozen = config.dtype.compute, config.dtype.frozen
+        if folder is None:
+            shapes = shapes_of(config)
+            student = base = initial_params(config.student, shapes["student"], 0, PARAM_DTYPE)
+            teacher = initial_params(config.teacher, shapes["teacher"], 1, frozen)
+        else:
+            read = {role: load_hf(folder / role) for role in ("student", "teacher", "base")}
+            shapes = {role: shape for role, (shape, _) in read.items()}
+            student, teacher, base = (params for _, params in read.values())
         self.backend = backend = resolve(config.attention, jax.default_backend(), compute)
         self.graphs = {
             role: graph_of(shape, compute, config.remat, backend) for role, shape in shapes.items()
         }
         self.prompts = jnp.asarray(prompts)
-        self.lengths, self.response = jnp.full(len(prompts), prompt, jnp.int32), response
-        if folder is None:
-            student = initial_params(config.student, shapes["student"], 0, PARAM_DTYPE)
-            teacher = initial_params(config.teacher, shapes["teacher"], 1, config.dtype.frozen)
-        else:
-            student = load_hf(folder / "student", jnp.dtype(PARAM_DTYPE))[1]
-            teacher = load_hf(folder / "teacher", jnp.dtype(config.dtype.frozen))[1]
-        self.frozen = Frozen(teacher, cast(student, config.dtype.frozen))
+        self.lengths = jnp.broadcast_to(jnp.asarray(prompt, jnp.int32), len(prompts))
+        self.response = response
+        self.frozen = Frozen(cast(teacher, frozen), cast(base, frozen))
         tx = adamw(config.optimizer, config.opd.b2, config.opd.moments)
         self.state = init_state(jax.tree.map(jnp.copy, student), tx)
         self.program = make_step(config.opd, tx, self.graphs, vocab=self.vocab, attention=backend)
         self.count, self.tokens_per_step = 0, 1.0
         self.drafts = max(0, config.rollout.draft_tokens)
-        self.hint = self.prompts[:1, :response] if self.drafts else None  # as long as an answer
+        # As long as an answer, where there is none.
+        self.hint = (self.prompts[:1, :response] if hint is None else hint) if self.drafts else None
 
     def rollout(self, response: int | None = None) -> Rollout:
-        """Completions of `response` tokens, cut to the widths that the OPD stage compiles (quarters of the budget)."""
+        """Completions of at most `response` tokens, cut to the widths of the OPD stage (quarters of the budget)."""
         response, opd, budget = response or self.response, self.config.opd, self.config.task.max_response
         self.count += 1
         rollout = generate(
             (self.graphs["student"],), (cast(self.state.params, self.config.dtype.compute),),
             jnp.ones((1, opd.rollouts)), self.prompts, self.lengths, jax.random.key(self.count),
-            max_tokens=budget, vocab=self.vocab, eos=(), pad=0, temperature=opd.temperature,
+            max_tokens=budget, vocab=self.vocab, **self.ends, temperature=opd.temperature,
             budgets=jnp.full((len(self.prompts), opd.rollouts), response, jnp.int32), hint=self.hint,
             draft_tokens=self.drafts, pass_tokens=pass_tokens(jax.default_backend()),
         )  # fmt: skip

@@ -2,8 +2,9 @@
 
     python -m benchmarks.worker PEER SHAPE FOLDER        SHAPE: the fields of benchmarks.shape.Shape as JSON
 
-    step         {"rollout": s, "update": s, "score": s, "gradient": s, "loss": x}    parts where the peer has them
-    sample FILE  writes the tokens of a rollout, int32 [prompts, completions, tokens], as FILE.npy; {}
+    step FILE    {"rollout": s, "update": s, "score": s, "gradient": s, "loss": x}    parts where the peer has them;
+                 the tokens of its rollout, int32 [prompts, completions, tokens], are in FILE
+    sample FILE  the same tokens without an update; {}
     check FILE   {"loss": x} of the update on these tokens
     forget       a new peak of memory begins; {}
     peak         {"peak_bytes": n}
@@ -37,7 +38,7 @@ def main(peer: str, shape: str, folder: str) -> None:
 def answer(system: Any, ask: str, file: str = "") -> dict[str, float]:
     """What `system` answers to one line."""
     if ask == "step":
-        return timed_step(system)
+        return timed_step(system, file)
     if ask == "sample":
         np.save(file, np.asarray(system.tokens(system.rollout()), np.int32))
     if ask == "check":
@@ -47,13 +48,14 @@ def answer(system: Any, ask: str, file: str = "") -> dict[str, float]:
     return {"peak_bytes": peak_resident()} if ask == "peak" else {}
 
 
-def timed_step(system: Any) -> dict[str, float]:
-    """Seconds of each stage of one step, and its loss."""
+def timed_step(system: Any, file: str) -> dict[str, float]:
+    """Seconds of each stage of one step, and its loss; the tokens that it learned from are kept, which takes none."""
     began = time.perf_counter()
     rollout = system.rollout()
     written = time.perf_counter()
     loss, parts = system.update(rollout)
     done = time.perf_counter()
+    np.save(file, np.asarray(system.tokens(rollout), np.int32))
     return {"rollout": written - began, "update": done - written, "step": done - began, "loss": loss} | parts
 
 
