@@ -25,7 +25,7 @@ import numpy as np
 
 from benchmarks.presets import cpu
 from benchmarks.shape import Shape
-from configs.fashion import get_config
+from benchmarks.trained import open_run
 from listopd_jax import files
 from listopd_jax.config import validate
 from listopd_jax.models.build import graph_of, initial_params
@@ -34,7 +34,6 @@ from listopd_jax.models.hf import load_hf
 from listopd_jax.parallel.compiler import compile_quickly
 from listopd_jax.rollout.decode import Rollout, generate
 from listopd_jax.stages.job import Job
-from listopd_jax.stages.prepare import open_job
 
 ROUNDS = 5
 
@@ -105,7 +104,7 @@ def main(argv: Sequence[str]) -> None:
     if not (args.workdir / "export").is_dir():
         parser.error(f"--workdir={args.workdir}: has no export/; run `make demo` first")
     compile_quickly()
-    job = open_job(validate(get_config("tiny")), args.workdir)
+    job = open_run(args.workdir)
     rows = []
     for policy in sorted((args.workdir / "export").iterdir()):
         for draft, n, greedy in ((4, 1, True), (10, 1, True), (4, 8, False), (10, 8, False)):
