@@ -93,14 +93,24 @@ def test_torch_and_we_find_the_same_loss_of_answers_of_any_length(work):
     assert len(set(Prompts.read(folder).lengths.tolist())) > 1
     for prompt, real, row in zip(torch.prompts, torch.real, Prompts.read(folder).rows(), strict=True):
         assert prompt[real > 0].tolist() == row.tolist()
+    assert torch.tokens(torch.rollout()).shape[:2] == (LISTS, N)
     tokens = ours.tokens(ours.rollout())
     rng = np.random.default_rng(0)
+    tokens = np.array(tokens)
     for (i, j), length in np.ndenumerate(rng.integers(1, tokens.shape[-1] + 1, tokens.shape[:2])):
-        tokens = np.array(tokens)
         tokens[i, j, length - 1 :] = [*shape.eos[:1], *[shape.pad] * (tokens.shape[-1] - length)]
     tokens[0, 0] = np.where(np.isin(tokens[0, 0], shape.eos), 5, tokens[0, 0])
     losses = [peer.update(peer.of_tokens(tokens))[0] for peer in (ours, torch)]
     assert losses[1] == pytest.approx(losses[0], rel=peers.TOLERANCE) and abs(losses[0]) > 0.01
+
+
+def test_we_draft_as_the_run_does_and_write_the_same(work):
+    from benchmarks import peer_ours
+
+    folder, shape, _ = work
+    plain, drafted = (peer_ours.Peer(Shape(**vars(shape) | {"drafts": n}), folder) for n in (0, 3))
+    assert (plain.tokens(plain.rollout()) == drafted.tokens(drafted.rollout())).all()
+    assert plain.work.tokens_per_step == 1.0 < drafted.work.tokens_per_step
 
 
 @needs_torch
