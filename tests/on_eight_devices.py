@@ -252,6 +252,9 @@ def test_rollout_writes_the_same_tokens(alone, sizes):
     np.testing.assert_allclose(rollout.logprobs, alone[2].logprobs, atol=1e-5)
     assert len(np.unique(rollout.tokens)) > 10
     check_traffic(program, *sizes[1:], updates=False)
+    # Of the logits no part is gathered or moved: at most a number of every row from every device.
+    gathers = map(math.prod, collectives(program, "all-gather"))
+    assert max(gathers, default=0) <= B * N * sizes[2] and not collectives(program, "collective-permute")
 
 
 def test_drafts_change_no_token_over_devices(alone):

@@ -156,7 +156,7 @@ def test_capacities_are_few_and_end_with_the_budget(budget, monkeypatch):
     assert (len(sizes) == 1) == (budget <= 64)
 
 
-@pytest.mark.parametrize("vocab", [1, 2, 5, 37, 64, 300])
+@pytest.mark.parametrize("vocab", [1, 2, 5, 37, 64, 96, 300])
 def test_two_stages_draw_from_the_distribution(vocab):
     """χ² of 30,000 rows, each with a key of its own."""
     rows = 30_000

@@ -1,5 +1,6 @@
 """The distribution of the next token, and a draw from it with random numbers that belong to its row."""
 
+import math
 from collections.abc import Sequence
 
 import jax
@@ -8,10 +9,10 @@ from jaxtyping import Array, Bool, Float, Int, UInt32
 
 from listopd_jax.ops.guard import Guard, guarded
 from listopd_jax.ops.head import logits_of, slice_vocab
-from listopd_jax.parallel.rules import is_split
-from listopd_jax.rounding import ceil_div
+from listopd_jax.parallel.rules import constrain, is_split
 
 IMPOSSIBLE = -1e30  # finite: a block of nothing else must have a log-probability and no NaN
+MOST_UNEVEN = 4  # times as few blocks as near √V that are taken for not padding the tokens (`categorical`)
 
 
 def mixed_logprobs(
@@ -22,24 +23,37 @@ def mixed_logprobs(
     temperature,
     guard: Guard | None = None,
     state: Int[Array, "B n S"] | None = None,
-    allowed: Bool[Array, "B n S V"] | None = None,
+    allowed: Bool[Array, "B n #S vocab"] | None = None,
 ) -> Float[Array, "B n S V"]:
     """log softmax(Σ_i w_i log π_i / temperature) for hidden states [B, n, S, D_i] of m decoders.
 
     Logits stand in for log π_i: they differ by a constant per row, which the softmax drops. With a guard the models are
     teacher and base, λ and 1 − λ their weights; `state` is of its grammar. What is not `allowed` has no probability,
-    and the rest is renormalised.
+    and the rest is renormalised. V: the rows that all heads have, of which those from `vocab` on are no tokens and have
+    no probability either; with a guard `vocab`.
     """
-    logits = [
-        slice_vocab(logits_of(h, d.head_weight()), vocab) for d, h in zip(decoders, hiddens, strict=True)
-    ]
+    logits = [logits_of(h, d.head_weight()) for h, d in zip(hiddens, decoders, strict=True)]
+    # Devices share a head's rows evenly; cut to the tokens, logits would be moved, and gathered for the draw.
+    V = vocab if guard is not None else min(z.shape[-1] for z in logits)
+    logits = [z if z.shape[-1] == V else slice_vocab(z, V) for z in logits]
     if guard is None:
         mixed = sum(weights[..., i, None] * z for i, z in enumerate(logits))
     else:
         mixed = guarded(*map(jax.nn.log_softmax, logits), weights[..., 0], guard, state).target
     # Last, since a guard compares the distributions at temperature 1.
-    logits = mixed / temperature
-    return jax.nn.log_softmax(logits if allowed is None else jnp.where(allowed, logits, IMPOSSIBLE))
+    return jax.nn.log_softmax(_possible(mixed / temperature, vocab, allowed))
+
+
+def _possible(
+    logits: Float[Array, "B n S V"], vocab: int, allowed: Bool[Array, "B n #S vocab"] | None
+) -> Float[Array, "B n S V"]:
+    """`logits`, IMPOSSIBLE from `vocab` on and where a token is not allowed."""
+    beyond = logits.shape[-1] - vocab
+    if allowed is not None:
+        allowed = jnp.pad(allowed, [(0, 0)] * 3 + [(0, beyond)])
+    elif beyond:
+        allowed = jnp.arange(logits.shape[-1]) < vocab
+    return logits if allowed is None else jnp.where(allowed, logits, IMPOSSIBLE)
 
 
 def unpacked(bits: UInt32[Array, "*s W"], vocab: int) -> Bool[Array, "*s V"]:
@@ -62,15 +76,26 @@ def categorical(keys: Array, logp: Float[Array, "*s V"]) -> Int[Array, "*s"]:
     takes about 2·√V random numbers per row where one maximum over all tokens takes V, which on a CPU cost more than a
     small model's decoding step.
     """
-    # A power of two near √V, so both stages draw about as many numbers.
-    width = 1 << (logp.shape[-1] - 1).bit_length() // 2
-    blocks = jnp.pad(
-        logp, [(0, 0)] * (logp.ndim - 1) + [(0, -logp.shape[-1] % width)], constant_values=IMPOSSIBLE
-    ).reshape(-1, ceil_div(logp.shape[-1], width), width)
+    blocks = _blocks(logp)
+    width = blocks.shape[-1]
     first, second = jax.vmap(jax.random.split, out_axes=1)(keys.reshape(-1))
     block = jax.vmap(jax.random.categorical)(first, jax.nn.logsumexp(blocks, -1))
     token = block * width + jax.vmap(jax.random.categorical)(second, _block_of(blocks, block))
     return token.reshape(keys.shape)
+
+
+def _blocks(logp: Float[Array, "*s V"]) -> Float[Array, "R N W"]:
+    """The rows of `logp`, flat, in N blocks: a power of two near √V that divides V where there is one.
+
+    Then both stages draw about as many numbers, and over devices that split the tokens each has whole blocks.
+    """
+    V = logp.shape[-1]
+    even = 1 << ((V - 1).bit_length() + 1) // 2
+    N = math.gcd(V, even)
+    if even > MOST_UNEVEN * N:
+        N = even
+        logp = jnp.pad(logp, [(0, 0)] * (logp.ndim - 1) + [(0, -V % N)], constant_values=IMPOSSIBLE)
+    return constrain(logp.reshape(-1, N, logp.shape[-1] // N), "batch", "vocab", None)
 
 
 def _block_of(blocks: Float[Array, "R N W"], block: Int[Array, " R"]) -> Float[Array, "R W"]:
