@@ -10,10 +10,15 @@ from unittest import mock
 
 import pytest
 
+from benchmarks.presets import paper
+from listopd_jax.config import validate
+from listopd_jax.models.config import ModelConfig
 from listopd_jax.parallel.mesh import AXES, make_mesh
+from listopd_jax.plan import compile as aot
 from listopd_jax.plan.__main__ import set_environment
 from listopd_jax.plan.chips import parse_topology
-from listopd_jax.plan.compile import devices_of
+from listopd_jax.plan.hlo import parse
+from listopd_jax.plan.kernels import kernels
 
 HERE = pathlib.Path(__file__).parent
 TINY = (
@@ -52,7 +57,7 @@ def test_a_mesh_axis_may_take_a_part_of_a_slices_axis():
         topology = parse_topology(name)
         with mock.patch.dict(os.environ):
             set_environment(topology)
-            mesh = make_mesh(dict(zip(AXES, sizes, strict=True)), devices_of(topology))
+            mesh = make_mesh(dict(zip(AXES, sizes, strict=True)), aot.devices_of(topology))
         assert mesh.devices.shape == sizes and len({d.id for d in mesh.devices.flat}) == mesh.size
 
 
@@ -75,3 +80,37 @@ def test_predicted_memory_is_the_measured():
     assert done.returncode == 0, done.stderr
     for phase, (measured, predicted) in json.loads(done.stdout.splitlines()[-1]).items():
         assert predicted == pytest.approx(measured, rel=0.15), phase
+
+
+def small_decoder():
+    """A student of 4 layers for a slice of four chips, whose stacks are larger than a chip's fast memory."""
+    config = paper()
+    config.tokenizer.update(path="", vocab_size=900)
+    config.task.update(max_prompt=2048, max_response=64)
+    config.parallel.update(data=1, tensor=4)
+    config.rollout.draft_tokens, config.opd.batch_size = 0, 32
+    student = ModelConfig(1024, 512, 1024, 4, 8, 4, 128, tied=True)
+    return validate(config), dict.fromkeys(("teacher", "student"), student)
+
+
+@needs_libtpu
+def test_decoding_on_a_tpu_copies_no_layer_and_gathers_no_logits():
+    """What a step moves within a chip's memory is less than one weight of a layer, and far less than its keys;
+    between chips, sums of states.
+
+    What is fetched from there into the fast memory, S(1), is no copy.
+    """
+    topology, (config, shapes) = parse_topology("v5p:2x2x1"), small_decoder()
+    with mock.patch.dict(os.environ):
+        set_environment(topology)
+        mesh = make_mesh({"data": 1, "fsdp": 1, "tensor": 4}, aot.devices_of(topology))
+    _, (segment,) = aot.rollout_programs(config, shapes, 900, mesh, [64])
+    places = {i.name: i.shape for body in parse(segment.text).values() for i in body.values()}
+    steps = [k for k in kernels(segment.text, turns=64) if k.runs > 1]  # all else is once per segment
+    weight, keys = 512 * 128 * 2, 32 * 2048 * 128 * 2
+    assert sum(k.read >= keys for k in steps) >= 2  # keys and values of the prompts are read where they are
+    copied = [k for k in steps if k.kind == "copy" and "S(1)" not in places[k.name].partition("}")[0]]
+    assert copied and max(k.written for k in copied) < weight
+    sent = [k for k in steps if k.kind == "collective"]
+    logits = 32 * 1024 * 4 * 3 / 4  # what a chip would receive of them
+    assert sent and max(k.written for k in sent) < 0.6 * logits

@@ -174,6 +174,9 @@ def optimised():
 
 
 @needs_plugin
+@pytest.mark.skipif(
+    jax.__version_info__ < (0, 11), reason="jax 0.10 has no working dynamic-slice fusion: it copies"
+)
 def test_decoding_copies_nothing_out_of_its_stacks(monkeypatch, optimised):
     """Of the bytes that a step of EC's student moves, under 2 % are copies; with XLA's defaults most of them are."""
     config = paper()
