@@ -19,7 +19,7 @@ def traffic(text: str, sizes: Mapping[str, int]) -> dict[str, float]:
     """Bytes that arrive at one device along each mesh axis of `sizes` (or axes, joined by +) in one run."""
     module = parse(text)
     total: dict[str, float] = {}
-    for name, times in _runs(module).items():
+    for name, times in runs_of(module).items():
         for i in filter(collective, module[name].values()):
             group = group_of(i.rest, math.prod(sizes.values()))
             if axes := _axes(group, sizes):
@@ -33,7 +33,7 @@ def collective(i: Instruction) -> str:
     return kind if kind in COLLECTIVES else ""
 
 
-def _runs(module: Module) -> dict[str, float]:
+def runs_of(module: Module) -> dict[str, float]:
     """How often each computation runs, following calls and loops from the entry."""
     runs: dict[str, float] = {}
 
