@@ -85,16 +85,21 @@ def categorical(keys: Array, logp: Float[Array, "*s V"]) -> Int[Array, "*s"]:
 
 
 def _blocks(logp: Float[Array, "*s V"]) -> Float[Array, "R N W"]:
-    """The rows of `logp`, flat, in N blocks: a power of two near √V that divides V where there is one.
+    """The rows of `logp`, flat, in N blocks of about √V tokens, so that both stages draw about as many numbers.
 
-    Then both stages draw about as many numbers, and over devices that split the tokens each has whole blocks.
+    Their width is a power of two near √V where N is then a multiple of four, for devices to share. Else N is a power of
+    two that divides V, if one does. Either way each device that holds a part of the tokens has whole blocks.
     """
-    V = logp.shape[-1]
-    even = 1 << ((V - 1).bit_length() + 1) // 2
-    N = math.gcd(V, even)
-    if even > MOST_UNEVEN * N:
-        N = even
-        logp = jnp.pad(logp, [(0, 0)] * (logp.ndim - 1) + [(0, -V % N)], constant_values=IMPOSSIBLE)
+    V, near = logp.shape[-1], 1 << (logp.shape[-1] - 1).bit_length() // 2
+    N = V // near
+    if V % near or N % 4:
+        even = 1 << ((V - 1).bit_length() + 1) // 2
+        N = math.gcd(V, even)
+        if even > MOST_UNEVEN * N:
+            N, logp = (
+                even,
+                jnp.pad(logp, [(0, 0)] * (logp.ndim - 1) + [(0, -V % even)], constant_values=IMPOSSIBLE),
+            )
     return constrain(logp.reshape(-1, N, logp.shape[-1] // N), "batch", "vocab", None)
 
 
