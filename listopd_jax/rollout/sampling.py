@@ -96,10 +96,8 @@ def _blocks(logp: Float[Array, "*s V"]) -> Float[Array, "R N W"]:
         even = 1 << ((V - 1).bit_length() + 1) // 2
         N = math.gcd(V, even)
         if even > MOST_UNEVEN * N:
-            N, logp = (
-                even,
-                jnp.pad(logp, [(0, 0)] * (logp.ndim - 1) + [(0, -V % even)], constant_values=IMPOSSIBLE),
-            )
+            N, none = even, [(0, 0)] * (logp.ndim - 1)
+            logp = jnp.pad(logp, [*none, (0, -V % N)], constant_values=IMPOSSIBLE)
     return constrain(logp.reshape(-1, N, logp.shape[-1] // N), "batch", "vocab", None)
 
 
