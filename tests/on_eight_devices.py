@@ -19,7 +19,7 @@ from listopd_jax.data.packing import RowShape, pack
 from listopd_jax.errors import UserError
 from listopd_jax.models import decoder as models_decoder
 from listopd_jax.models import hf
-from listopd_jax.models.build import initial_params
+from listopd_jax.models.build import cast, initial_params
 from listopd_jax.models.config import PROJECTIONS, Lora, ModelConfig
 from listopd_jax.models.decoder import Decoder, abstract
 from listopd_jax.models.hf import load
@@ -39,6 +39,7 @@ from listopd_jax.parallel.rules import batch_shardings, param_sharding, rollout_
 from listopd_jax.plan.traffic import traffic
 from listopd_jax.rollout import decode
 from listopd_jax.rollout.decode import Rollout, generate
+from listopd_jax.rollout.scoring import completion_logprobs
 from listopd_jax.train.opd_step import OpdBatch, make_opd_step
 from listopd_jax.train.optimizer import TrainState
 from listopd_jax.train.sft_step import cross_entropy, make_sft_step
@@ -288,6 +289,33 @@ def test_masks_of_the_host_and_of_a_grammar_let_the_same_through_over_devices():
     with use_mesh(mesh := mesh_of(2, 2, 2)):
         for way in ways:
             assert_close(wrote(mesh, way), one)
+
+
+@pytest.mark.parametrize("sizes", [(2, 4, 1), (1, 2, 4)], ids=str)
+@pytest.mark.parametrize("dtype", ["int8", "int4"])
+def test_rounded_models_are_those_of_one_device(sizes, dtype):
+    """Split like what they were rounded from; 4 devices along the width cut its two groups in two each."""
+    graph, exact = decoder(96, 64, 2, seed=3)
+    prompts, lengths, rollout = opd_batch(3)[:3]
+
+    def scored(mesh):
+        params = cast(put(exact, state_shardings, mesh), dtype)
+        score = jax.jit(
+            lambda p: completion_logprobs(nnx.merge(graph, p), prompts, lengths, rollout.tokens, VOCAB, 7)
+        )
+        return params, score(params)[0]
+
+    mesh, alone = mesh_of(*sizes), scored(None)
+    with use_mesh(mesh):
+        split = scored(mesh)
+    for a, b in zip(*map(jax.tree.leaves, (split[0], alone[0])), strict=True):
+        np.testing.assert_array_equal(a, b)
+    shardings = jax.tree.leaves(state_shardings(split[0], mesh))
+    assert all(
+        a.sharding.is_equivalent_to(s, a.ndim)
+        for a, s in zip(jax.tree.leaves(split[0]), shardings, strict=True)
+    )
+    np.testing.assert_allclose(split[1], alone[1], atol=1e-4)
 
 
 @pytest.mark.parametrize("sizes", [(2, 2, 2), (1, 1, 8)], ids=str)

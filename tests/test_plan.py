@@ -399,15 +399,15 @@ def test_mistakes_are_one_line(flags, said):
 
 
 def test_a_teacher_is_evaluated_trained_or_not_and_as_it_is_kept_if_it_stays_as_given():
-    """In float32 after its SFT or for its export; int8 and the compute dtype are decoded without a copy."""
+    """In float32 after its SFT or for its export; integers and the compute dtype are decoded without a copy."""
     config, shape = fashion.get_config("paper"), ModelConfig(1000, 64, 128, 2, 4, 2, 16)
-    kept = {d: arithmetic.frozen_bytes(shape, d) for d in ("bfloat16", "int8")}
+    kept = {d: arithmetic.frozen_bytes(shape, d) for d in ("bfloat16", "int8", "int4")}
     assert planner.evaluated_teacher(config, shape, kept["bfloat16"]) == 4 * num_params(shape)
     config.sft.teacher.update(steps=0, epochs=0.0)
     assert "evaluation" in planner._builds(config)
     assert planner.evaluated_teacher(config, shape, kept["bfloat16"]) == 4 * num_params(shape)
     config.train.export = False
-    for dtype in ("bfloat16", "int8"):
+    for dtype in kept:
         config.dtype.frozen = dtype
         assert planner.evaluated_teacher(config, shape, kept[dtype]) == 0
     config.dtype.compute = "float32"

@@ -247,7 +247,7 @@ def _reference() -> ml_collections.ConfigDict:
 def _dtype() -> ml_collections.ConfigDict:
     return _section(
         compute="float32",
-        frozen="float32",  # of teacher and base; int8: the weights of their products (models/quantized.py)
+        frozen="float32",  # of teacher and base; int8, int4: the weights of their products (models/quantized.py)
     )
 
 

@@ -42,7 +42,7 @@ _NAMES = {
     "remat": REMATS,
     "attention": ATTENTIONS,
     "dtype.compute": DTYPES,
-    "dtype.frozen": (*DTYPES, "int8"),
+    "dtype.frozen": (*DTYPES, "int8", "int4"),
     "sft.teacher.moments": DTYPES,
     "sft.student.moments": DTYPES,
     "opd.moments": DTYPES,

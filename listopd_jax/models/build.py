@@ -18,7 +18,7 @@ from listopd_jax.models.decoder import Decoder, abstract
 from listopd_jax.models.hf import adapter_files, check_hf, load_adapter, load_hf, read_eos_ids, resolve
 from listopd_jax.models.hf.gguf import gguf_folder
 from listopd_jax.models.lora import merge_adapter
-from listopd_jax.models.quantized import INT8, REST, is_quantized, quantize
+from listopd_jax.models.quantized import GROUPS, REST, is_quantized, quantize
 from listopd_jax.parallel.compiler import OTHER, backend_options
 from listopd_jax.parallel.rules import param_shardings
 
@@ -122,14 +122,15 @@ def lora_of(model: ml_collections.FrozenConfigDict) -> Lora | None:
 
 
 def initial_params(model: ml_collections.FrozenConfigDict, config: ModelConfig, seed: int, dtype: str) -> Any:
-    """The weights of config section `model` in `dtype`, a float or INT8: read, or drawn from `seed`.
+    """The weights of config section `model` in `dtype`, a float or one of GROUPS: read, or drawn from `seed`.
 
     Over devices, shard by shard. An adapter that the section names is merged into those read.
     """
-    exact = jnp.dtype(REST if dtype == INT8 else dtype)
+    exact = jnp.dtype(REST if dtype in GROUPS else dtype)
     if model.weights and not model.adapter:
         # Quantized tensor by tensor, so the model never has to fit in 16 bits.
-        return load_hf(weights_folder(model.weights), exact, quantize if dtype == INT8 else None)[1]
+        each = functools.partial(quantize, dtype=dtype) if dtype in GROUPS else None
+        return load_hf(weights_folder(model.weights), exact, each)[1]
     if model.weights:
         lora, adapter = load_adapter(model.adapter, config)
         # Quantized after the merge: an adapter must not be added to rounded weights.
@@ -142,12 +143,14 @@ def initial_params(model: ml_collections.FrozenConfigDict, config: ModelConfig, 
 
 
 def cast(params: Any, dtype: str) -> Any:
-    """The same parameters in `dtype`, a float or INT8; no copy of those that have it already.
+    """The same parameters in `dtype`, a float or one of GROUPS; no copy of those that have it already.
 
     What is quantized stays so in any float: layers make it that where they use it.
     """
-    if dtype == INT8:
-        return nnx.from_flat_state([(path, quantize(path, p)) for path, p in nnx.to_flat_state(params)])
+    if dtype in GROUPS:
+        return nnx.from_flat_state(
+            [(path, quantize(path, p, dtype)) for path, p in nnx.to_flat_state(params)]
+        )
     exact = jnp.dtype(dtype)
     return jax.tree.map(lambda x: x if is_quantized(x) else x.astype(exact), params, is_leaf=is_quantized)
 
@@ -159,6 +162,6 @@ def as_given(config: ml_collections.FrozenConfigDict) -> bool:
 
 
 def abstract_frozen(config: ModelConfig, dtype: str) -> Any:
-    """A frozen model in `dtype`, a float or INT8, with shapes for arrays."""
-    exact = abstract(config, param_dtype=jnp.dtype(REST if dtype == INT8 else dtype))[1]
+    """A frozen model in `dtype`, a float or one of GROUPS, with shapes for arrays."""
+    exact = abstract(config, param_dtype=jnp.dtype(REST if dtype in GROUPS else dtype))[1]
     return jax.eval_shape(lambda params: cast(params, dtype), exact)

@@ -1,21 +1,26 @@
-"""Frozen models in 8 bits: the weights of products as integers with a scale per output channel.
+"""Frozen models in 8 or 4 bits: the weights of products as integers with scales.
 
+In int8 an output channel has one scale, in int4 one for every 32 inputs (llama.cpp's Q4_0 without its 16th value).
 Weight-only: a layer's `astype` makes its weight again where it is used, so a decoder reads such parameters as it reads
 others, and activations keep their dtype. A library would replace the layers; ours are one stack under a scan. Norms,
 embedding and head stay in bfloat16.
 """
 
 import dataclasses
+import functools
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int8
 
 from listopd_jax.models.config import PROJECTIONS
+from listopd_jax.parallel.compiler import OTHER, BackendJit
+from listopd_jax.parallel.rules import PARAMS, constrain
 
-INT8 = "int8"  # as a dtype of frozen models
+GROUPS = {"int8": None, "int4": 32}  # as dtypes of frozen models: inputs that share a scale, None for all
+LARGEST = {"int8": 127, "int4": 7}
 REST = "bfloat16"  # of what stays as it is
 
 
@@ -25,12 +30,18 @@ class Quantized:
     """Weights as `values · scale`; of an array it has what a decoder asks of one."""
 
     values: Any  # int8 [L, …], or […] of one layer; in a tree of shapes or shardings, those
-    scale: Any  # float32, of length 1 along the inputs
+    scale: Any  # float32, along the inputs of length 1 or of as many as there are groups
+    # The axis, from the end, along which a byte holds two; 0 if none does. Not jnp.int4: before a scan, XLA for GPUs
+    # copies the whole stack, to put the contracted axis last (jax 0.10.2). With the copy it is as large as int8.
+    pairs: int = dataclasses.field(default=0, metadata={"static": True})
 
     @property
     def shape(self) -> tuple[int, ...]:
         """Of the weights."""
-        return self.values.shape
+        shape = list(self.values.shape)
+        if self.pairs:
+            shape[self.pairs] *= 2
+        return tuple(shape)
 
     def __getitem__(self, index: Any) -> "Quantized":
         """Some of the layers: the axes behind the first are never cut."""
@@ -38,25 +49,66 @@ class Quantized:
 
     def astype(self, dtype: Any) -> Float[Array, "..."]:
         """The weights in `dtype`, multiplied in float32."""
-        return (self.values.astype(jnp.float32) * self.scale).astype(dtype)
+        values = _apart(self.values, self.pairs) if self.pairs else self.values
+        return (values.astype(jnp.float32) * _of_each(self.scale, self.shape)).astype(dtype)
 
 
-def quantize(path: tuple, param: nnx.Variable) -> nnx.Variable:
-    """The parameter at `path` of a decoder: rounded to nearest if it is a product's weight, else in REST.
+def divides(size: int, dtype: str) -> bool:
+    """Whether an axis of `size` inputs can be rounded to `dtype`: only in int4 there are pairs and groups."""
+    group = GROUPS[dtype]
+    return group is None or (size % 2 == 0 if size < group else size % group == 0)
 
-    The largest weight of an output channel becomes 127.
+
+def quantize(path: tuple, param: nnx.Variable, dtype: str) -> nnx.Variable:
+    """The parameter at `path` of a decoder: rounded to nearest in `dtype` if it is a product's weight, else in REST.
+
+    The largest weight that a scale is for becomes 127 in int8, 7 in int4.
     """
-    weight = param[...]
     if path[0] != "layers" or path[-1] not in PROJECTIONS:
-        return param.replace(weight.astype(REST))
-    inputs = (1, 2) if path[-1] == "o" else (1,)
-    return param.replace(_rounded(weight.astype(jnp.float32), inputs))
+        return param.replace(param[...].astype(REST))
+    return param.replace(_rounded(param[...], path[-1], dtype))
 
 
-def _rounded(weight: Float[Array, "L *s"], inputs: tuple[int, ...]) -> Quantized:
-    # Never 0, so a channel of zeros stays zero instead of NaN.
-    scale = jnp.maximum(jnp.abs(weight).max(inputs, keepdims=True), jnp.finfo(jnp.float32).tiny) / 127
-    return Quantized(jnp.round(weight / scale).astype(jnp.int8), scale)
+@functools.partial(BackendJit, options=OTHER, static_argnames=("name", "dtype"))
+def _rounded(weight: Float[Array, "L *s"] | Quantized, name: str, dtype: str) -> Quantized:
+    # Compiled: a stack of layers in float32, which steps one by one would make, is larger than what is rounded.
+    weight, axis = weight.astype(jnp.float32), 2 if name == "o" else 1  # the last of the inputs: `o` has two
+    scale = _largest(jnp.abs(weight), axis, dtype) / LARGEST[dtype]
+    # Never 0, so zeros stay zero instead of NaN.
+    scale = jnp.maximum(scale, jnp.finfo(jnp.float32).tiny)
+    values = jnp.round(weight / _of_each(scale, weight.shape)).astype(jnp.int8)
+    pairs = axis - weight.ndim if dtype == "int4" else 0
+    rounded = Quantized(_in_pairs(values, pairs) if pairs else values, scale, pairs)
+    return jax.tree.map(lambda x: constrain(x, "layers", *PARAMS[name]), rounded)
+
+
+def _largest(sizes: Float[Array, "L *s"], axis: int, dtype: str) -> Float[Array, "L *g"]:
+    """The largest of those that share a scale: along the inputs, which end with `axis`."""
+    if GROUPS[dtype] is None:
+        return sizes.max(tuple(range(1, axis + 1)), keepdims=True)
+    group = min(GROUPS[dtype], sizes.shape[axis])
+    return sizes.reshape(*sizes.shape[:axis], -1, group, *sizes.shape[axis + 1 :]).max(axis + 1)
+
+
+def _of_each(scale: Float[Array, "*g"], shape: tuple[int, ...]) -> Float[Array, "*s"]:
+    """The scale of each weight of `shape`, or what is broadcast to that."""
+    for axis, (groups, size) in enumerate(zip(scale.shape, shape, strict=True)):
+        scale = jnp.repeat(scale, size // groups, axis) if groups > 1 else scale
+    return scale
+
+
+def _in_pairs(values: Int8[Array, "..."], axis: int) -> Int8[Array, "..."]:
+    """Numbers of 4 bits, two neighbours along `axis` in a byte: a device's part of that is of its own weights."""
+    axis %= values.ndim
+    low, high = (jax.lax.slice_in_dim(values, i, None, 2, axis) for i in range(2))
+    return low & 15 | high << 4
+
+
+def _apart(pairs: Int8[Array, "..."], axis: int) -> Int8[Array, "..."]:
+    """What `_in_pairs` packed; shifted to the right, a signed number keeps its sign."""
+    axis %= pairs.ndim
+    both = jnp.stack([pairs << 4 >> 4, pairs >> 4], axis + 1)
+    return both.reshape(*pairs.shape[:axis], -1, *pairs.shape[axis + 1 :])
 
 
 def is_quantized(x: Any) -> bool:

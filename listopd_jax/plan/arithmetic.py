@@ -11,9 +11,10 @@ from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 from listopd_jax.models.config import Lora, ModelConfig, lora_params, num_params
+from listopd_jax.models.quantized import GROUPS
 from listopd_jax.plan.chips import Topology
 
-WIDTHS = {"float32": 4, "bfloat16": 2, "int8": 1}
+WIDTHS = {"float32": 4, "bfloat16": 2, "int8": 1, "int4": 0.5 + 4 / GROUPS["int4"]}
 AXES = ("data", "fsdp", "tensor")
 F32 = 4
 PERSISTENT = ("parameters", "optimizer", "average", "teacher", "base")
@@ -135,7 +136,7 @@ def head_flops(c: ModelConfig, load: Load) -> float:
 
 
 def frozen_bytes(c: ModelConfig, dtype: str) -> float:
-    """Of a frozen model, of which int8 leaves embedding and head in bfloat16 (models/quantized.py)."""
+    """Of a frozen model, of which int8 and int4 leave embedding and head in bfloat16 (models/quantized.py)."""
     tables = c.vocab_size * c.hidden_size * (1 if c.tied else 2)
     return WIDTHS[dtype] * (num_params(c) - tables) + max(WIDTHS[dtype], WIDTHS["bfloat16"]) * tables
 

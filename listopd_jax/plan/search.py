@@ -14,7 +14,7 @@ from listopd_jax.config import REMATS
 from listopd_jax.errors import UserError, did_you_mean
 from listopd_jax.models.build import as_given
 from listopd_jax.models.config import NAMED_CONFIGS, ModelConfig, custom_config, named_config, num_params
-from listopd_jax.models.quantized import INT8
+from listopd_jax.models.quantized import GROUPS
 from listopd_jax.plan import arithmetic
 from listopd_jax.plan.arithmetic import Layout, Load
 from listopd_jax.plan.chips import GIB, RATES, Topology
@@ -87,11 +87,12 @@ def layout_of(config: Any, topology: Topology) -> Layout:
     from listopd_jax.ops.attention_backends import resolve
     from listopd_jax.parallel.mesh import mesh_sizes
     from listopd_jax.stages.job import draft_tokens
-    from listopd_jax.train.preflight import check_mesh
+    from listopd_jax.train.preflight import check_mesh, check_rounding
 
     backend = resolve(config.attention, topology.platform, config.dtype.compute)
     sizes = mesh_sizes(config.parallel, topology.devices)
     check_mesh(config, shapes_of(config), sizes)
+    check_rounding(config, shapes_of(config))
     remat = "full" if config.remat == "attention" and backend == "splash" else config.remat
     return Layout(
         sizes, config.opd.microbatch, remat, config.dtype.compute, config.dtype.frozen,
@@ -275,7 +276,7 @@ def evaluated_teacher(config: Any, shape: ModelConfig, frozen: float) -> float:
     """Bytes of the teacher beside the copy that decodes, of `frozen` as it is kept: in float32 from its SFT."""
     dtype = config.dtype
     if as_given(config):
-        return 0 if dtype.frozen == dtype.compute or dtype.frozen == INT8 else frozen
+        return 0 if dtype.frozen == dtype.compute or dtype.frozen in GROUPS else frozen
     return frozen * arithmetic.F32 * num_params(shape) / arithmetic.frozen_bytes(shape, dtype.frozen)
 
 

@@ -42,7 +42,7 @@ from listopd_jax.stages.teachers import expert_sections
 from listopd_jax.task.codec import Codec, vocab_of
 from listopd_jax.task.protocol import Task
 from listopd_jax.tasks.load import load_task
-from listopd_jax.train.preflight import check_mesh
+from listopd_jax.train.preflight import check_mesh, check_rounding
 
 STAMP = "data.json"
 
@@ -124,6 +124,8 @@ def open_job(
     job = Job(config, workdir, models, task, codec, records, backend)
     # A checkpoint or template that does not fit shows now, not when its turn comes.
     _ = job.shapes, job.validation
+    if all_roles:
+        check_rounding(config, job.shapes)
     for at in job.points():
         _ = at.guard_of(guard_text(at.config.opd.guard))
         _check_constraints(at)

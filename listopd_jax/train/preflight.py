@@ -10,6 +10,7 @@ from flax import nnx
 
 from listopd_jax.errors import UserError
 from listopd_jax.models.config import ModelConfig
+from listopd_jax.models.quantized import GROUPS, divides
 from listopd_jax.parallel.compiler import OTHER, BackendJit
 from listopd_jax.parallel.hosts import gather
 from listopd_jax.rollout.decode import completion_mask
@@ -82,6 +83,19 @@ def check_mesh(config: Any, shapes: Mapping[str, ModelConfig], sizes: Mapping[st
     for name, section in sections.items():
         for field in ("batch_size", "microbatch"):
             _divides(rows, sizes["data"] * fsdp, f"{name}.{field}={section[field]}", section[field])
+
+
+def check_rounding(config: Any, shapes: Mapping[str, ModelConfig]) -> None:
+    """UserError for the first number of inputs of the models' products that `dtype.frozen` does not divide."""
+    dtype = config.dtype.frozen
+    for role, shape in shapes.items() if dtype in GROUPS else ():
+        for name in ("hidden_size", "head_dim", "intermediate_size"):
+            size = getattr(shape, name)
+            if not divides(size, dtype):
+                raise UserError(
+                    f"dtype.frozen={dtype}: {name}={size} of the {role} must be a multiple of {GROUPS[dtype]}, or even "
+                    "and smaller; set dtype.frozen=int8"
+                )
 
 
 def _divides(what: str, divisor: int, dividend: str, size: int) -> None:
