@@ -25,7 +25,7 @@ ARROWS = {
     "metrics_log trackers files rounding errors",
     "config": "models trackers files errors",
     "train": "rollout models ops parallel metrics_log trackers lifecycle files errors",
-    "report": "recommend records metrics_log files errors",
+    "report": "recommend records metrics_log task files errors",
     "rollout": "models ops parallel rounding",
     "models": "ops parallel data lifecycle files errors",
     "simulate": "ops theory files errors",
