@@ -10,11 +10,38 @@ import pytest
 from ranx import Qrels, Run, evaluate
 from test_tasks import opened
 
+from listopd_jax import config as config_module
 from listopd_jax.errors import UserError
-from listopd_jax.task.contract import Parsed
-from listopd_jax.tasks.passages import read_qrels
+from listopd_jax.task.contract import TOKEN_CLASSES, Parsed
+from listopd_jax.task.prompt import ListExample
+from listopd_jax.tasks.cranfield import Cranfield
+from listopd_jax.tasks.esci import Esci
+from listopd_jax.tasks.passages import Passages, read_qrels
+from listopd_jax.tasks.reviews import Reviews
 
 QUERIES = 12
+
+
+class Documents(Reviews):
+    """A task of somebody's own, with another word for its texts."""
+
+    noun = "document"
+
+
+@pytest.mark.parametrize("kind", [Reviews, Cranfield, Passages, Esci, Documents])
+def test_every_task_of_lists_classes_its_ids_and_scores(kind):
+    """Ids are structure, whatever an answer calls them; the digits of scores are not."""
+    defaults = config_module.defaults()
+    task = kind(defaults.data, defaults.task)
+    text = task.answer(ListExample("key", "1", "what?", ("a", "b"), (2, 0)))
+    names = [TOKEN_CLASSES[i] for i in task.token_classes(list(text))]
+    found = {
+        name: "".join(c for c, own in zip(text, names, strict=True) if own == name) for name in set(names)
+    }
+    assert found == {
+        "bracket": "[]", "brace": "{}{}", "comma": ",,,", "colon": "::::", "quote": '"' * 12,
+        "field": f"{task.noun}_idscore" * 2, "id": "r1r2", "digit": "20",
+    }  # fmt: skip
 
 
 def collection(folder):

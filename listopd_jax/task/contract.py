@@ -41,7 +41,6 @@ _NUMBER = re.compile(r"-?(0|[1-9][0-9]*)(\.[0-9]+)?([eE][+-]?[0-9]+)?")
 
 _BRACKET, _BRACE, _COMMA, _COLON, _QUOTE, _FIELD, _ID, _DIGIT, _EOS, _OTHER = range(len(TOKEN_CLASSES))
 _PUNCTUATION = {"[": _BRACKET, "]": _BRACKET, "{": _BRACE, "}": _BRACE, ",": _COMMA, ":": _COLON}
-_VALUES = {"review_id": _ID, "passage_id": _ID, "score": _DIGIT}
 # A token that spans several classes takes the first of these: `},{"` is a comma, `}]` a bracket.
 _PRIORITY = (_BRACKET, _COMMA, _BRACE, _COLON, _QUOTE, _FIELD, _ID, _DIGIT, _OTHER)
 # A string (closed, or cut off by the end of the text, even inside an escape), one mark, or a run of the rest.
@@ -88,8 +87,16 @@ def repair_permutation(text: str, ids: Sequence[str], field: str = "review_id") 
     return _verdict(records, ids)
 
 
+def list_values(field: str = "review_id") -> dict[str, int]:
+    """Key → the class of its value, in a list of scores that names its ids under `field`."""
+    return {field: _ID, "score": _DIGIT}
+
+
+_REVIEWS = list_values()
+
+
 def token_classes(
-    pieces: Sequence[str], opening: str = "[", values: Mapping[str, int] = _VALUES
+    pieces: Sequence[str], opening: str = "[", values: Mapping[str, int] = _REVIEWS
 ) -> list[int]:
     """The role in the contract of each token of one completion, as indices into TOKEN_CLASSES.
 

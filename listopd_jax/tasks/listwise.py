@@ -7,7 +7,14 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from listopd_jax.data.reviews import first_words
-from listopd_jax.task.contract import FAILURES, Parsed, repair_permutation, strict_parse, token_classes
+from listopd_jax.task.contract import (
+    FAILURES,
+    Parsed,
+    list_values,
+    repair_permutation,
+    strict_parse,
+    token_classes,
+)
 from listopd_jax.task.corruptions import json_corruptions
 from listopd_jax.task.metrics import METRICS, list_metrics
 from listopd_jax.task.prompt import ListExample, render_answer, review_ids
@@ -30,21 +37,26 @@ class Listwise(Task):
         self.corruptions = {"truncate": self._truncated, "duplicate_id": self._duplicated}
         self.corruptions |= json_corruptions(self.answer)
 
+    @property
+    def _field(self) -> str:
+        """The key under which an answer names an id."""
+        return f"{self.noun}_id"
+
     def answer(self, record: ListExample) -> str:
         """The list with the labels as scores."""
         return self._render(record.scores)
 
     def parse(self, text: str, record: ListExample) -> Parsed:
         """EC's strict parse."""
-        return strict_parse(text, review_ids(len(record.scores)), f"{self.noun}_id")
+        return strict_parse(text, review_ids(len(record.scores)), self._field)
 
     def schema(self, record: ListExample) -> dict[str, Any]:
         """K objects, each with an id of the list and a whole score; no schema can say that no id appears twice."""
-        return list_schema(len(record.scores), f"{self.noun}_id", self.best)
+        return list_schema(len(record.scores), self._field, self.best)
 
     def repair(self, text: str, record: ListExample) -> Parsed:
         """EC's permutation repair."""
-        return repair_permutation(text, review_ids(len(record.scores)), f"{self.noun}_id")
+        return repair_permutation(text, review_ids(len(record.scores)), self._field)
 
     def score(self, parsed: Parsed, record: ListExample) -> dict[str, float]:
         """Ranking metrics of the scores against the labels."""
@@ -57,7 +69,7 @@ class Listwise(Task):
 
     def token_classes(self, pieces: Sequence[str]) -> list[int]:
         """Everything but score digits and stray text is structure."""
-        return token_classes(pieces)
+        return token_classes(pieces, values=list_values(self._field))
 
     def shortened(self, record: ListExample) -> Iterator[tuple[Callable[[int], ListExample], int]]:
         """By words of each text; where one word is too long, by characters, the title too."""
@@ -69,7 +81,7 @@ class Listwise(Task):
         return self._render([7] * len(records[0].scores))
 
     def _render(self, scores: Sequence[int]) -> str:
-        return render_answer(scores, f"{self.noun}_id")
+        return render_answer(scores, self._field)
 
     def _truncated(self, record: ListExample, rng: random.Random) -> str:
         """A well-formed list of K−1 objects."""
