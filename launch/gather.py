@@ -1,8 +1,8 @@
 """python -m launch.gather --root=ROOT
 
 Make one run of a grid: ROOT/results.json, metrics.jsonl, completions.jsonl, examples.json, errors.json,
-calibration.json, recommendation.json, config.json and report.html, from the common stages and every point that is done,
-in the order and with the contents of a single run of them all. The same grid gives the same bytes.
+calibration.json, recommendation.json, data.json, config.json and report.html, from the common stages and every point
+that is done, in the order and with the contents of a single run of them all. The same grid gives the same bytes.
 
 A point that is missing or broken is named here and in the report; exit code 0: none, 1: some, 2: a mistake to fix.
 """
@@ -19,7 +19,16 @@ from launch.grid import COMMON, Grid, Point, read_grid
 from listopd_jax import files
 from listopd_jax.errors import UserError, exit_code
 from listopd_jax.metrics_log import COMPLETIONS, FILE, read_metrics
-from listopd_jax.records import CALIBRATION, ERRORS, EXAMPLES, RECOMMENDATION, RESULTS, Result, write_records
+from listopd_jax.records import (
+    CALIBRATION,
+    ERRORS,
+    EXAMPLES,
+    RECOMMENDATION,
+    RESULTS,
+    STAMP,
+    Result,
+    write_records,
+)
 from listopd_jax.report.inputs import Inputs, read_inputs
 from listopd_jax.report.write import write_report
 
@@ -118,6 +127,8 @@ def write(grid: Grid, gathered: Gathered) -> pathlib.Path:
             files.write_json(root / name, record.to_json())
     if common.data:
         files.write_json(root / "data" / "report.json", common.data)
+    if common.noise is not None:
+        files.write_json(root / STAMP, {"noise": common.noise})
     return write_report(root)
 
 

@@ -21,6 +21,7 @@ RUNS, RESULTS, EXAMPLES, CALIBRATION = "runs.json", "results.json", "examples.js
 PREDICTIONS = "predictions.json"
 ERRORS = "errors.json"
 RECOMMENDATION = "recommendation.json"
+STAMP = "data.json"
 
 EVALUATE = "evaluate"
 """The stage of a checkpoint that no run here made: of such policies, `run` is the name of the checkpoint."""

@@ -85,12 +85,14 @@ def test_shares_are_of_all_answers_and_in_the_order_of_the_config():
     )
     kinds = [len(json.loads(noisy_answer(TASK, r, noise))) for r in LISTS]
     right = sum(noisy_answer(TASK, r, noise) == TASK.answer(r) for r in LISTS)
+    config.sft.teacher.steps, config.sft.teacher.epochs = 0, 0.0
+    assert known_noise(TASK, config_module.validate(config).sft.teacher) == (), "an SFT that trains nothing"
     assert 0.2 < kinds.count(2) / 200 < 0.4 and 0.4 < right / 200 < 0.6
 
 
-def record(stage, lam=None, **failures):
+def record(stage, lam=None, guard="", sweep="", **failures):
     found = {"parse": 0.5, "useful": 0.4, "failures": {"ok": 50, **failures}}
-    return Result(stage=stage, lam=lam, seed=0, steps=5, **found)
+    return Result(stage=stage, lam=lam, seed=0, steps=5, guard=guard, sweep=sweep, **found)
 
 
 def test_the_report_says_which_errors_transfer():
@@ -101,7 +103,11 @@ def test_the_report_says_which_errors_transfer():
         record("opd", 1.5, no_json=0, duplicate_id=50),
     ]
     config = {"config": {"sft": {"teacher": {"noise": "unclosed_string:0.1,duplicate_id:0.4"}}}}
-    section = errors_section(Inputs(config=config, results=results))
+    noise = {"teacher": {"unclosed_string": 0.1, "duplicate_id": 0.4}}
+    section = errors_section(Inputs(config={}, results=results, noise=noise))
+    assert section == errors_section(Inputs(config=config, results=results)), (
+        "of a run from before it was written"
+    )
     assert "unclosed_string in 0.1, duplicate_id in 0.4" in section.lead
     (table,) = section.tables
     assert table.head == ("failure class", "SFT teacher", "SFT student", "λ = 1", "λ = 1.5")
@@ -120,8 +126,31 @@ def test_errors_that_keep_the_contract_show_in_what_answers_are_worth():
 
 
 @pytest.mark.parametrize(
-    "config", [{}, {"sft": 3}, {"sft": {"teacher": {"noise": ""}}}, {"sft": {"teacher": {"noise": [1]}}}]
+    "sft",
+    [{}, 3, {"teacher": {"noise": ""}}, {"teacher": {"noise": [1]}}]
+    + [{"teacher": {"noise": "truncate:0.2", "epochs": 0.0, "steps": 0}}],
 )
-def test_without_errors_by_design_there_is_no_such_section(config):
+def test_without_errors_by_design_there_is_no_such_section(sft):
     results = [record("sft_teacher", no_json=50), record("opd", 1.0, no_json=50)]
-    assert errors_section(Inputs(config={"config": config}, results=results)) is None
+    assert errors_section(Inputs(config={"config": {"sft": sft}}, results=results)) is None
+
+
+def test_policies_of_one_lambda_have_a_column_and_a_line_each():
+    """Under a guard beside without it, and at two points of a sweep."""
+    wide, tight = {"sweep": "clip=5.0"}, {"sweep": "clip=1.5"}
+    results = [record("sft_teacher", no_json=50)] + [
+        record("opd", 1.0, no_json=n, **at)
+        for n, at in ((10, tight), (50, wide), (0, tight | {"guard": "margin=1.25"}))
+    ]
+    section = errors_section(Inputs(results=results, noise={"teacher": {"truncate": 0.2}}))
+    (table,) = section.tables
+    assert table.head[2:] == ("λ = 1, clip=1.5", "λ = 1, guarded, clip=1.5", "λ = 1, clip=5.0")
+    assert [cell.text.replace("\u00a0", " ") for cell in table.rows[0]] == [
+        "no JSON",
+        "50 %",
+        "17 %",
+        "0 %",
+        "50 %",
+    ]
+    for said in ("no JSON, clip=1.5: 17", "no JSON, guarded, clip=1.5: 0", "no JSON, clip=5.0: 50"):
+        assert said in section.plots[0].svg

@@ -15,6 +15,10 @@ from listopd_jax.errors import UserError
 from listopd_jax.models import hf
 from listopd_jax.models.config import ModelConfig
 from listopd_jax.models.decoder import abstract
+from listopd_jax.records import Result
+from listopd_jax.report.card import model_card
+from listopd_jax.report.errors_section import errors_section
+from listopd_jax.report.inputs import read_inputs
 from listopd_jax.stages.prepare import open_job, refuse_other_inputs
 from listopd_jax.task.prompt import render_answer
 
@@ -97,6 +101,53 @@ def test_other_inputs_are_refused_once_models_are_made(tmp_path):
     (tmp_path / "data.json").write_text("[]")
     with pytest.raises(UserError, match="data.json: not what a run writes"):
         refuse_other_inputs(tmp_path, fingerprint="b")
+
+
+def noisy(folder, **fields):
+    """The config of `folder` with errors by design, of which a task of JSON records has but one."""
+    lines = [json.dumps({"prompt": f"order {i}", "answer": {"n": i % 10}}) for i in range(24)]
+    (folder / "data.jsonl").write_text("\n".join(lines))
+    (folder / "schema.json").write_text('{"type": "object"}')
+    json_task = {
+        "task.name": "json",
+        "data.path": f"{folder}/data.jsonl",
+        "task.schema": f"{folder}/schema.json",
+    }
+    trained = {"sft.teacher.steps": 1, "sft.teacher.noise": "truncate:0.22,wrong_digit:0.1"}
+    return config_of(folder, **json_task | trained | {"sft.student.noise": "wrong_digit:0.3"} | fields)
+
+
+@pytest.mark.parametrize(
+    ("fields", "teacher"),
+    [
+        ({}, {"wrong_digit": 0.1}),
+        ({"sft.teacher.noise": "truncate:0.22"}, {}),  # which the task does not have
+        ({"sft.teacher.steps": 0}, {}),  # no SFT, as that of the student here
+    ],
+)
+def test_the_report_knows_the_errors_that_were_planted(folder, capsys, fields, teacher):
+    """Not those that the config asks for: what the task does not have is dropped, and no SFT has no answers."""
+    config, workdir = noisy(folder, **fields), folder / "json"
+    open_job(config, workdir)
+    assert "truncate (sft.teacher.noise): dropped" in capsys.readouterr().err
+    assert json.loads((workdir / "data.json").read_text())["noise"] == {"teacher": teacher, "student": {}}
+    sft, opd = (
+        Result(run="t", stage="sft_teacher", n=2),
+        Result(run="o", stage="opd", lam=1.0, parse=1.0, n=2),
+    )
+    write_json(workdir / "config.json", config=config_module.to_json(config))
+    (workdir / "results.json").write_text(json.dumps([sft.to_json(), opd.to_json()]))
+    inputs = read_inputs(workdir)
+    section, card = errors_section(inputs), model_card(config, inputs, sft)
+    assert (section is not None) == ("noise |" in card) == bool(teacher)
+    if teacher:
+        assert "by design: wrong_digit in 0.1. " in section.lead
+        assert "| sft.teacher.noise | wrong_digit:0.1 |" in card
+    write_json(workdir / "data.json", noise={"teacher": 0.1})
+    with pytest.raises(
+        UserError, match="data.json: field 'noise' must hold the shares of corruptions by role"
+    ):
+        read_inputs(workdir)
 
 
 def replace_weights(folder):

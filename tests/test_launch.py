@@ -470,6 +470,8 @@ def test_a_grid_of_processes_finds_what_one_run_finds(finished_job, tmp_path):
     ):
         result = run_command([sys.executable, "-m", *arguments])
         assert result.returncode == 0, result.stderr[-2000:]
+    noise = [json.loads((folder / "data.json").read_text())["noise"] for folder in (root, finished_job)]
+    assert noise[0] == noise[1] == {"teacher": {"truncate": 0.22}, "student": {"duplicate_id": 0.53}}
     for name in ("calibration.json", "recommendation.json"):
         assert (root / name).read_bytes() == (finished_job / name).read_bytes(), name
 

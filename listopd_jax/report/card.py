@@ -98,6 +98,10 @@ def _making(config: Any, inputs: Inputs, record: Result) -> str:
         names = [name for name in names if not name.startswith("guard.")]
     fields = [*FIELDS, *(f"{section}.{name}" for name in names)]
     values = {name: functools.reduce(getattr, name.split("."), config) for name in fields}
+    if record.stage != "opd":
+        # What was planted, which may be less than what the config asks for.
+        planted = inputs.planted(section.removeprefix("sft."))
+        values[f"{section}.noise"] = ", ".join(f"{name}:{share:g}" for name, share in planted)
     facts = {"λ": record.lam, "seed": record.seed, "steps": record.steps}
     # A run that collapsed and was stopped: these weights are of an earlier step.
     facts |= {

@@ -1,7 +1,6 @@
 """Which teacher errors transfer: of each failure class the teacher's share of answers, and the student's at each λ."""
 
 from collections.abc import Sequence
-from typing import Any
 
 from markupsafe import Markup
 
@@ -21,32 +20,22 @@ def errors_section(inputs: Inputs) -> Section | None:
 
     An error may leave the contract alone, as a wrong digit does: that is in the row of what answers are worth.
     """
-    planted, found = planted_noise(inputs, "teacher"), inputs.found
+    planted, found = inputs.planted("teacher"), inputs.found
     if not planted or found.teacher is None or not found.opd:
         return None
-    policies = [policy for policy in (found.teacher, found.student, *found.opd) if policy is not None]
+    distilled = sorted((*found.opd, *found.guarded), key=lambda p: (p.sweep, p.guard, p.lam))
+    policies = [policy for policy in (found.teacher, found.student, *distilled) if policy is not None]
     classes = _classes(policies)
-    said = ", ".join(f"{name} in {share}" for name, share in planted)
+    said = ", ".join(f"{name} in {number(share)}" for name, share in planted)
     lead = (
         f"The teacher’s training answers have errors by design: {said}. Below, the share of its greedy answers in each "
         "failure class, that of the student before distillation, and that of the student distilled at each λ. Errors "
         "that keep the contract show in ‘useful’ alone."
     )
     return Section(
-        "errors", "Which teacher errors transfer", lead, plots=[_plot(found.opd, classes)] if classes else (),
+        "errors", "Which teacher errors transfer", lead, plots=[_plot(distilled, classes)] if classes else (),
         tables=[_table(policies, classes)], layout="beside",
     )  # fmt: skip
-
-
-def planted_noise(inputs: Inputs, role: str) -> list[tuple[str, str]]:
-    """(corruption, share) of the SFT of `role`, as the config writes them."""
-    config: Any = inputs.config.get("config")
-    for name in ("sft", role, "noise"):
-        config = config.get(name) if isinstance(config, dict) else None
-    entries = config.split(",") if isinstance(config, str) else []
-    return [
-        (name.strip(), share) for name, found, share in (entry.partition(":") for entry in entries) if found
-    ]
 
 
 def _classes(policies: Sequence[Policy]) -> list[str]:
@@ -60,25 +49,35 @@ def _name(failure: str) -> str:
     return FAILURES.get(failure, label(failure))
 
 
+def _kind(policy: Policy) -> tuple[str, ...]:
+    """What tells policies of one λ apart: a guard, the point of a sweep."""
+    return tuple(filter(None, ("guarded" if policy.guard else "", policy.sweep)))
+
+
 def _table(policies: Sequence[Policy], classes: Sequence[str]) -> Table:
     """One row a failure class and one for what answers are worth, one column a policy."""
     shares = [policy.failure_shares() for policy in policies]
-    names = [policy.name if policy.lam is None else f"λ = {number(policy.lam)}" for policy in policies]
+    names = [
+        policy.name if policy.lam is None else ", ".join([f"λ = {number(policy.lam)}", *_kind(policy)])
+        for policy in policies
+    ]
     rows = [(Cell(_name(c)), *(Cell(percent(of.get(c, 0.0))) for of in shares)) for c in classes]
     worth = [policy.mean("useful") for policy in policies]
     rows.append((Cell("useful"), *(Cell(decimal(x)) for x in worth)))
     return Table("Share of answers, and useful", ("failure class", *names), rows)
 
 
-def _plot(opd: Sequence[Policy], classes: Sequence[str]) -> Plot:
+def _plot(distilled: Sequence[Policy], classes: Sequence[str]) -> Plot:
+    """One line a failure class and kind of policies: a class has one colour, its kinds have other markers."""
     series = [
         plots.Series(
-            _name(failure),
-            [plots.Point(p.lam, p.failure_shares().get(failure, 0.0)) for p in opd],
-            colour,
-            marker,
+            ", ".join([_name(failure), *map(label, kind)]),
+            [plots.Point(p.lam, p.failure_shares().get(failure, 0.0)) for p in distilled if _kind(p) == kind],
+            _COLOURS[i],
+            _MARKERS[(i + j) % len(_MARKERS)],
         )
-        for failure, colour, marker in zip(classes[:MOST_CLASSES], _COLOURS, _MARKERS, strict=False)
+        for j, kind in enumerate(dict.fromkeys(map(_kind, distilled)))
+        for i, failure in enumerate(classes[:MOST_CLASSES])
     ]
     spoken = "; ".join(
         f"{one.name}: {', '.join(f'{percent(p.value)} at λ = {number(p.lam)}' for p in one.points)}"

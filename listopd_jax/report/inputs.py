@@ -4,6 +4,7 @@ import copy
 import functools
 import math
 import pathlib
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -19,6 +20,7 @@ from listopd_jax.records import (
     PREDICTIONS,
     RECOMMENDATION,
     RESULTS,
+    STAMP,
     Calibration,
     Errors,
     Example,
@@ -68,6 +70,9 @@ class Inputs:
     predictions: Sequence[Prediction] = ()
     recommendation: Recommendation | None = None  # of the forecasts
     errors: Sequence[Errors] = ()
+    noise: Mapping[str, Mapping[str, float]] | None = (
+        None  # by role; None of a run from before it was written down
+    )
     beside: Mapping[str, "Inputs"] = field(default_factory=dict)  # other runs to compare with, by name
     point: str = ""  # of opd.sweep, that all of this is of
 
@@ -124,6 +129,16 @@ class Inputs:
             point=label or UNSWEPT,
         )
 
+    def planted(self, role: str) -> list[tuple[str, float]]:
+        """(corruption, share) of the answers that the SFT of `role` trained on; of an old run, what it asked for."""
+        if self.noise is not None:
+            return list(self.noise.get(role, {}).items())
+        sft: Any = self.config.get("config")
+        for name in ("sft", role):
+            sft = sft.get(name) if isinstance(sft, dict) else None
+        trains = isinstance(sft, dict) and (sft.get("steps", 1) or sft.get("epochs", 1))
+        return _entries(sft.get("noise")) if trains else []
+
     @property
     def useful(self) -> str:
         """What useful is."""
@@ -177,6 +192,14 @@ def _option(text: str) -> float | bool | str:
         return text
 
 
+def _entries(noise: Any) -> list[tuple[str, float]]:
+    """(corruption, share) of "NAME:SHARE,NAME:SHARE"; what a file has there instead is none."""
+    found = (
+        re.findall(r"([A-Za-z_]\w*) *: *([0-9]*\.?[0-9]+) *(?:,|$)", noise) if isinstance(noise, str) else []
+    )
+    return [(name, float(share)) for name, share in found]
+
+
 def logged_place(row: _Json) -> Place | None:
     """λ and guard of the run that a row of metrics.jsonl is of; None of one that is not distilled."""
     if row.get("stage") != "opd" or not is_number(row.get("lambda")):
@@ -196,7 +219,7 @@ def metric_columns(results: Sequence[Result]) -> dict[str, str]:
 
 
 def read_inputs(workdir: str | pathlib.Path) -> Inputs:
-    """Read config.json, data/report.json, results.json, metrics.jsonl, examples.json, calibration.json,
+    """Read config.json, data.json, data/report.json, results.json, metrics.jsonl, examples.json, calibration.json,
     predictions.json, recommendation.json and errors.json.
 
     Raises UserError if there is no such folder, or a file in it is broken.
@@ -216,7 +239,15 @@ def read_inputs(workdir: str | pathlib.Path) -> Inputs:
         read_predictions(workdir / PREDICTIONS),
         read_recommendation(workdir / RECOMMENDATION),
         read_errors(workdir / ERRORS),
+        _read_noise(workdir / STAMP),
     )
+
+
+def _read_noise(path: pathlib.Path) -> Mapping[str, Mapping[str, float]] | None:
+    noise = _read(path, {"noise": dict}).get("noise")
+    known = all(isinstance(of, dict) and all(map(is_number, of.values())) for of in (noise or {}).values())
+    _require(known, path, "field 'noise' must hold the shares of corruptions by role")
+    return noise
 
 
 def _read(path: pathlib.Path, parts: Mapping[str, type]) -> _Json:

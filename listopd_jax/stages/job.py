@@ -334,8 +334,10 @@ class Job:
 
 
 def known_noise(task: Task, sft: Any) -> tuple[tuple[str, float], ...]:
-    """The corruptions that an SFT section asks for and `task` has, and their shares."""
-    return tuple((name, share) for name, share in noise_shares(sft) if name in task.corruptions)
+    """The corruptions that an SFT section asks for and `task` has, and their shares; none where it trains nothing."""
+    if not sft.steps and not sft.epochs:
+        return ()
+    return tuple((name, share) for name, share in noise_shares(sft) if share and name in task.corruptions)
 
 
 def draft_tokens(config: Any) -> int:

@@ -36,15 +36,13 @@ from listopd_jax.models.build import (
 from listopd_jax.ops.attention_backends import resolve
 from listopd_jax.parallel import hosts
 from listopd_jax.parallel.mesh import configured_mesh, use_mesh
-from listopd_jax.records import RESULTS
-from listopd_jax.stages.job import REFERENCE, ROLES, Job, models_of, writers_of
+from listopd_jax.records import RESULTS, STAMP
+from listopd_jax.stages.job import REFERENCE, ROLES, Job, known_noise, models_of, writers_of
 from listopd_jax.stages.teachers import expert_sections
 from listopd_jax.task.codec import Codec, vocab_of
 from listopd_jax.task.protocol import Task
 from listopd_jax.tasks.load import load_task
 from listopd_jax.train.preflight import check_mesh, check_rounding
-
-STAMP = "data.json"
 
 INPUTS = {
     "fingerprint": "the data files",
@@ -54,7 +52,7 @@ INPUTS = {
     REFERENCE: "the files of reference.weights",
     "teachers": "the files of teachers.route",
 }
-"""What STAMP has the digests of."""
+"""What STAMP has the digests of, besides the noise that the answers of each SFT had."""
 
 
 def _say_dropped_noise(task: Task, config: Any) -> None:
@@ -64,6 +62,12 @@ def _say_dropped_noise(task: Task, config: Any) -> None:
     if dropped:
         known = ", ".join(sorted(task.corruptions)) or "none"
         print(f"task {task.name}: defines no {', '.join(dropped)}: dropped; it has {known}", file=sys.stderr)
+
+
+def _keep_noise(workdir: pathlib.Path, task: Task, config: Any, models: Mapping[str, Any]) -> None:
+    """Write to STAMP which noise the answers of each SFT really have: the report cannot know from the config alone."""
+    noise = {role: dict(known_noise(task, config.sft[role])) for role in ROLES if role in models}
+    files.write_json(workdir / STAMP, files.read_json(workdir / STAMP) | {"noise": noise})
 
 
 def _look_at_teacher_prompts(task: Task, config: Any, records: Sequence[Any]) -> None:
@@ -118,6 +122,7 @@ def open_job(
             refuse_other_inputs(workdir, **_digests(config, models))
             _say_dropped_noise(task, config)
             if all_roles:
+                _keep_noise(workdir, task, config, models)
                 _look_at_teacher_prompts(task, config, [*splits.train, *splits.validation])
     codec = Codec(tokenizer, completion_ends(config, tokenizer, writers_of(models)), task.token_classes)
     records = {"train": splits.train, "validation": splits.validation}
