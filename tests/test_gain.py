@@ -9,6 +9,7 @@ import pytest
 from listopd_jax.config import validate
 from listopd_jax.errors import UserError
 from listopd_jax.report.gain import main, summary, table
+from listopd_jax.report.guards import pairs
 
 T_975 = {1: 12.706204736, 2: 4.302652730}  # Student's t by degrees of freedom, from a printed table
 LEVEL = {"same": 1.5, "plain": 1.6, "guarded": 1.4, "independent": 1.7, "independent_guarded": 1.8}
@@ -23,6 +24,7 @@ def record(lam, seed, steps, mae, **fields):
         "seed": seed,
         "steps": steps,
         "parse": 0.9,
+        "useful": 0.7,
         "expected_mae": mae,
     } | fields
 
@@ -73,6 +75,19 @@ def test_seeds_are_paired_and_those_without_a_partner_left_out_of_the_difference
     found = summary(folder)["guarded"]["mae_difference"]
     half = T_975[1] * 0.005  # of −.09 and −.08
     assert found == pytest.approx({"mean": -0.085, "low": -0.085 - half, "high": -0.085 + half})
+
+
+@pytest.mark.parametrize("fields", [{"sweep": "clip=5.0"}, {"guard": "margin=1.25"}, {"lambda": 1.6}])
+def test_an_ablation_of_several_policies_is_refused(tmp_path, fields):
+    """A point of a sweep, or another λ, of the same seed would take the place of the first."""
+    path = ablations(tmp_path) / "plain" / "results.json"
+    path.write_text(json.dumps([*json.loads(path.read_text()), record(1.5, 7, 150, 1.2) | fields]))
+    for read in (lambda: summary(tmp_path), lambda: pairs(tmp_path)):
+        with pytest.raises(
+            UserError, match=r"plain/results.json: .* has more \(OPD, .*; OPD, .*opd.sweep"
+        ) as error:
+            read()
+        assert "\n" not in str(error.value)
 
 
 def test_one_seed_has_no_interval(tmp_path):

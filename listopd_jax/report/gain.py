@@ -20,6 +20,7 @@ from scipy import stats
 from listopd_jax import files
 from listopd_jax.errors import Parser, UserError, exit_code
 from listopd_jax.records import RESULTS, Result, read_results
+from listopd_jax.report.findings import policy_name
 from listopd_jax.report.wording import markdown
 
 Json = dict[str, Any]
@@ -81,9 +82,21 @@ def policies(folder: pathlib.Path) -> dict[str, Seeds]:
     return seeds
 
 
+def distilled(path: pathlib.Path) -> list[Result]:
+    """The distilled policies of an ablation; UserError if a seed has several, which would be taken for one another."""
+    records = [r for r in read_results(path) if r.stage == "opd"]
+    kinds = list(dict.fromkeys(policy_name(*r.policy) for r in records))
+    if len(kinds) > 1:
+        raise UserError(
+            f"{path}: an ablation has one policy per seed, this one has more ({'; '.join(kinds[:2])}): run it with one "
+            "of opd.lambdas, and without opd.plain_lambdas and opd.sweep"
+        )
+    return records
+
+
 def _trained(path: pathlib.Path) -> dict[tuple[int, int], Result]:
     """The distilled policies of an ablation by steps and seed."""
-    records = [r for r in read_results(path) if r.stage == "opd"]
+    records = distilled(path)
     if any(r.expected_mae is None for r in records):
         raise UserError(f"{path}: has no expected_mae; run the ablation with evaluation.expected=True")
     return {(r.steps, r.seed): r for r in records}
@@ -111,8 +124,8 @@ def table(folder: pathlib.Path) -> str:
     ablations, rows = policies(folder), []
     for name, seeds in ablations.items():
         reference = ablations["independent" if name.startswith("independent") else "same"]
-        to_longer = _interval(seeds, ablations["longer"]) if name in ("plain", "guarded") else ""
-        to_one = "" if seeds is reference else _interval(seeds, reference)
+        to_longer = in_words(difference(seeds, ablations["longer"])) if name in ("plain", "guarded") else ""
+        to_one = "" if seeds is reference else in_words(difference(seeds, reference))
         records = list(seeds.values())
         cells = (_spread([r.parse for r in records]), _spread([r.expected_mae for r in records]))
         rows.append((name, str(len(records)), f"{records[0].lam:g}", *cells, to_one, to_longer))
@@ -124,8 +137,8 @@ def _spread(values: Sequence[float]) -> str:
     return mean + (f" ± {statistics.stdev(values):.3f}" if len(values) > 1 else "")
 
 
-def _interval(policy: Seeds, reference: Seeds) -> str:
-    found = difference(policy, reference)
+def in_words(found: Json) -> str:
+    """A difference with its interval: "-0.100 [-0.132, -0.068]"."""
     ends = "" if found["low"] is None else f" [{found['low']:+.3f}, {found['high']:+.3f}]"
     return f"{found['mean']:+.3f}{ends}"
 

@@ -18,7 +18,7 @@ from typing import Any
 from listopd_jax import files
 from listopd_jax.errors import Parser, UserError, exit_code
 from listopd_jax.records import RESULTS, Result, read_results
-from listopd_jax.report.gain import Seeds, difference, figures
+from listopd_jax.report.gain import Seeds, difference, distilled, figures, in_words
 from listopd_jax.report.wording import markdown
 
 Json = dict[str, Any]
@@ -101,8 +101,7 @@ def pairs(folder: pathlib.Path) -> dict[str, dict[str, Seeds]]:
 
 def _trained(path: pathlib.Path) -> dict[int, Result]:
     """The distilled policies of an ablation by seed, after its last step."""
-    found = [r for r in read_results(path) if r.stage == "opd"]
-    records = {r.seed: r for r in sorted(found, key=lambda r: r.steps or 0)}
+    records = {r.seed: r for r in sorted(distilled(path), key=lambda r: r.steps or 0)}
     for record in records.values():
         if missing := [name for name in MEASURED if getattr(record, name) is None]:
             raise UserError(
@@ -125,7 +124,7 @@ def against(folder: pathlib.Path, name: str) -> str:
             both = sorted(seeds.keys() & reference.keys())
             if ablation != name and both:
                 found = (difference(seeds, reference, metric) for metric in ("useful", "expected_mae"))
-                rows.append((pair, ablation, str(len(both)), *map(_interval, found)))
+                rows.append((pair, ablation, str(len(both)), *map(in_words, found)))
     return markdown(("pair", "guard", "seeds", f"useful − {name}", f"MAE − {name}"), rows)
 
 
@@ -156,7 +155,7 @@ def _cells(row: Json) -> tuple[str, ...]:
         row["arm"],
         str(row["seeds"]),
         *numbers,
-        _interval(row.get("mae_difference")),
+        in_words(row["mae_difference"]) if "mae_difference" in row else "",
         *besides,
         met,
     )
@@ -168,13 +167,6 @@ def _beside(row: Json, name: str, digits: int) -> str:
         return ""
     seeds = row.get(f"{name}_seeds")
     return f"{row[name]:.{digits}f}" + (f" ({seeds} seeds)" if seeds else "")
-
-
-def _interval(found: Json | None) -> str:
-    if found is None:
-        return ""
-    ends = "" if found["low"] is None else f" [{found['low']:+.3f}, {found['high']:+.3f}]"
-    return f"{found['mean']:+.3f}{ends}"
 
 
 def main(argv: Sequence[str]) -> None:
