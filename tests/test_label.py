@@ -282,7 +282,7 @@ def test_a_reply_is_found_by_all_that_decides_it():
 
 def test_the_cache_survives_a_line_that_is_cut_off(tmp_path):
     path = tmp_path / "replies"
-    kept = {"a": Reply('{"score": 7}', 1, 2), "b": Reply(None, 3, 4), "c": Reply("\ud800 \n", 5, 6)}
+    kept = {"a": Reply('{"score": 7}', 1, 2), "b": Reply(None, 3, 4), "c": Reply("é \u2028 \n", 5, 6)}
     with open_cache(path) as cache:
         for of, reply in kept.items():
             cache.put("key", of, reply)
@@ -291,9 +291,13 @@ def test_the_cache_survives_a_line_that_is_cut_off(tmp_path):
         path.write_bytes(whole[:cut])
         with open_cache(path) as cache:
             assert cache.replies.items() <= kept.items()
-            assert len(cache.replies) == whole[:cut].count(b"\n")
-            if cut == len(whole) - 1:
+            # The whole line is a reply that was paid for, even if its end of line is missing.
+            assert len(cache.replies) == whole[: cut + 1].count(b"\n")
+            assert whole.startswith(path.read_bytes())
+            if cut == len(whole) - 2:
                 cache.put("key", "d", Reply("x", 1, 1))
+                with_d = path.read_bytes()
+    path.write_bytes(with_d)
     with open_cache(path) as cache:
         assert list(cache.replies) == ["a", "b", "d"]
 
@@ -309,7 +313,20 @@ def test_a_cache_that_is_none_is_one_line(tmp_path):
         path.write_text(f"{line}\n")
         with pytest.raises(UserError, match=f"^{path}:1: "), open_cache(path):
             pass
+        assert path.read_text() == f"{line}\n"
+    for text in ("no", "10: you would buy by it", "a\nb", '{"score": 3}', '{"request": 3}\n{"request": "x'):
+        path.write_text(text)
+        with pytest.raises(UserError, match=f"^{path}:[12]: "), open_cache(path):
+            pass
+        assert path.read_text() == text, "somebody's file, and it stays as it is"
+    path.write_text("")
+    with open_cache(path):
+        pass
+    assert path.exists(), "it was there before"
     path.unlink()
+    with pytest.raises(RuntimeError), open_cache(path):
+        raise RuntimeError
+    assert not path.exists()
     with open_cache(path), pytest.raises(UserError, match="another process"), open_cache(path):
         pass
     assert not path.exists(), "an empty one is not left"
@@ -462,6 +479,19 @@ def test_a_labels_file_of_another_origin_is_not_overwritten(tmp_path):
     ended = label(tmp_path, "http://127.0.0.1:9")
     assert ended.returncode == 2 and "choose another --out" in ended.stderr
     assert (tmp_path / "labels.jsonl").read_text() == '{"key": "a", "score": 3}\n'
+
+
+@pytest.mark.parametrize("flag", ["--cache", "--out", "--cache=link"])
+def test_a_file_that_is_named_twice_stays_as_it_is(tmp_path, flag):
+    """Replies in the labels file would be lost, and the rubric in either."""
+    (tmp_path / "link").symlink_to("rubric.txt")
+    named = {"--cache": "labels.jsonl", "--out": "rubric.txt", "--cache=link": "link"}[flag]
+    for more in ((), ("--estimate",)):
+        ended = label(tmp_path, "http://127.0.0.1:9", f"{flag.partition('=')[0]}={tmp_path}/{named}", *more)
+        (line,) = [line for line in ended.stderr.splitlines() if line.startswith("error: ")]
+        assert ended.returncode == 2 and "too; give it one of its own" in line, ended
+    assert (tmp_path / "rubric.txt").read_text() == RUBRIC
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["link", "rubric.txt"]
 
 
 def test_the_estimate_is_what_it_says():

@@ -19,12 +19,13 @@ def read_objects(path: str | os.PathLike) -> Iterator[tuple[int, dict[str, Any]]
         if not line.strip():
             continue
         found = True
-        yield number, _object(line, f"{path}:{number}")
+        yield number, read_object(line, f"{path}:{number}")
     if not found:
         raise UserError(f"{path}: is empty; give one JSON object per line")
 
 
-def _object(line: bytes, where: str) -> dict[str, Any]:
+def read_object(line: bytes, where: str) -> dict[str, Any]:
+    """The object of one line; UserError, which begins with `where`, for anything else."""
     try:
         value = loads(line.decode("utf-8-sig"))
     except UnicodeDecodeError as e:

@@ -8,6 +8,7 @@ code 0: all have a reply; 2: a mistake to fix; 3: some have none, and the same c
 """
 
 import json
+import os
 import pathlib
 import sys
 from collections.abc import Mapping, Sequence
@@ -76,8 +77,7 @@ def run(argv: Sequence[str]) -> int:
     reviews = listed_reviews(config.data, config.task)
     put = questions(reviews, rubric, config.task.max_review_words)
     asked = [(digest(settings, question), question) for question in put]
-    out = pathlib.Path(_OUT.value)
-    path = pathlib.Path(_CACHE.value or f"{out}.replies")
+    out, path = _written_files(config.data)
     if out.exists() and not path.exists():
         raise UserError(
             f"--out={out}: already exists and is not from this command ({path} is missing); choose another --out"
@@ -117,6 +117,18 @@ def _reviews_config(config: Any) -> Any:
     if config.data.labels:
         raise UserError("data.labels is what this command writes: leave it out here")
     return config
+
+
+def _written_files(data: Any) -> tuple[pathlib.Path, pathlib.Path]:
+    """Where labels and replies go; UserError if that is one file, or one that the command reads."""
+    out = _OUT.value
+    written = {"--out": out, "--cache": _CACHE.value or f"{out}.replies"}
+    named = {"--rubric": _RUBRIC.value, "data.path": data.path, "data.meta_path": data.meta_path, **written}
+    for name, path in written.items():
+        for other, taken in named.items():
+            if other != name and taken and os.path.realpath(taken) == os.path.realpath(path):
+                raise UserError(f"{name}={path}: is the file of {other} too; give it one of its own")
+    return pathlib.Path(written["--out"]), pathlib.Path(written["--cache"])
 
 
 def _judge(settings: Settings) -> Judge:

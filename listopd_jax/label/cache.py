@@ -10,13 +10,15 @@ from collections.abc import Iterator
 from typing import Any
 
 from listopd_jax import files
-from listopd_jax.data.json_lines import read_objects
+from listopd_jax.data.json_lines import read_object
 from listopd_jax.errors import UserError
 from listopd_jax.label.judges import Reply, Settings
 from listopd_jax.label.questions import Question
 
 FORMAT = 1
 """Part of the digest: raise it when the same settings and question are sent in another form."""
+START = b'{"request": "'
+"""Of every line: what else has no end of line is somebody's file, not a reply that a kill cut off."""
 
 
 def digest(settings: Settings, question: Question) -> str:
@@ -29,8 +31,7 @@ class Cache:
 
     def __init__(self, path: pathlib.Path, file: Any):
         self._path, self._file = path, file
-        _drop_torn_line(file)
-        self.replies = dict(_read(path)) if file.seek(0, os.SEEK_END) else {}
+        self.replies = _read(path, file)
 
     def put(self, key: str, of: str, reply: Reply) -> None:
         """Keep the reply to the question with digest `of` about the review `key`. UserError if it cannot be written."""
@@ -48,9 +49,10 @@ class Cache:
 def open_cache(path: pathlib.Path) -> Iterator[Cache]:
     """The cache in a file, made if absent, which no other process may have open meanwhile.
 
-    Raises UserError: the file cannot be written, is in use, or has a line that is not a reply. The rest of a line
-    that was cut off by a kill is dropped.
+    Raises UserError: the file cannot be written, is in use, or has a line that is not a reply; it then stays as it is.
+    The rest of a line that was cut off by a kill is dropped.
     """
+    found = os.path.lexists(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         file = path.open("ab+")
@@ -64,26 +66,38 @@ def open_cache(path: pathlib.Path) -> Iterator[Cache]:
                 f"{path}: another process writes replies there; wait for it or choose another --cache"
             ) from e
         cache = Cache(path, file)
-        yield cache
-        if not cache.replies:
-            # Nothing was asked, as with --estimate: no empty file is left.
-            path.unlink()
+        try:
+            yield cache
+        finally:
+            if not cache.replies and not found:
+                # Nothing was asked, as with --estimate: no empty file is left.
+                path.unlink()
 
 
-def _drop_torn_line(file: Any) -> None:
-    """Cut a file back to its last whole line."""
-    end = file.seek(0, os.SEEK_END)
+def _read(path: pathlib.Path, file: Any) -> dict[str, Reply]:
+    """The replies in an open file, whose last line is ended, or cut off if it is the start of a reply."""
+    replies, line, torn = {}, b"\n", b""
     file.seek(0)
-    rest = next((line for line in file if not line.endswith(b"\n")), b"")
-    file.truncate(end - len(rest))
+    for number, line in enumerate(file, 1):
+        try:
+            replies |= [_reply(line, f"{path}:{number}")] if line.strip() else []
+        except UserError:
+            if line.endswith(b"\n") or not line.startswith(START[: len(line)]):
+                raise
+            torn = line
+    # All lines were looked at: from here on the file is ours to change.
+    if torn:
+        file.truncate(file.seek(0, os.SEEK_END) - len(torn))
+    elif not line.endswith(b"\n"):
+        file.write(b"\n")
+    return replies
 
 
-def _read(path: pathlib.Path) -> Iterator[tuple[str, Reply]]:
-    for number, row in read_objects(path):
-        of, text = row.get("request"), row.get("text", 0)
-        tokens = [row.get(f"tokens_{way}") for way in ("in", "out")]
-        if not (isinstance(of, str) and isinstance(text, str | None) and all(type(n) is int for n in tokens)):
-            raise UserError(
-                f"{path}:{number}: is not a reply of a judge; delete the line, or choose another --cache"
-            )
-        yield of, Reply(text, *tokens)
+def _reply(line: bytes, where: str) -> tuple[str, Reply]:
+    """Digest and reply of a line; UserError if it has none."""
+    row = read_object(line, where)
+    of, text = row.get("request"), row.get("text", 0)
+    tokens = [row.get(f"tokens_{way}") for way in ("in", "out")]
+    if not (isinstance(of, str) and isinstance(text, str | None) and all(type(n) is int for n in tokens)):
+        raise UserError(f"{where}: is not a reply of a judge; delete the line, or choose another --cache")
+    return of, Reply(text, *tokens)
