@@ -1,6 +1,7 @@
 """A judge on loopback that speaks the protocols of OpenAI and Google, and misbehaves as it is told."""
 
 import contextlib
+import gzip
 import http.server
 import json
 import socket
@@ -8,6 +9,8 @@ import struct
 import threading
 import time
 from collections import Counter
+
+BOMB = gzip.compress(bytes(1 << 26))  # 64 kB, of 64 MiB
 
 
 class JudgeServer(http.server.ThreadingHTTPServer):
@@ -88,7 +91,7 @@ class _Handler(http.server.BaseHTTPRequestHandler):
             self.server.paid[text] += 1
 
     def _send(self, status, body, promised=None, **headers):
-        data = body.encode()
+        data = body.encode() if isinstance(body, str) else body
         self.send_response(status)
         for name, value in headers.items():
             self.send_header(name.replace("_", "-"), value)
@@ -143,6 +146,17 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
         self.connection.shutdown(socket.SHUT_RDWR)
         self.close_connection = True
+
+    def _bomb(self, rest):
+        """A small body that unpacks to a large one."""
+        self._send(200, BOMB, Content_Encoding="gzip")
+
+    def _flood(self, rest):
+        """A large body, part by part."""
+        part = b" " * (1 << 16)
+        self._send(200, part, promised=1 << 26)
+        for _ in range((1 << 10) - 1):
+            self.wfile.write(part)
 
     def _body(self, rest):
         """A body of whatever JSON."""

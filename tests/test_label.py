@@ -5,12 +5,13 @@ import json
 import sys
 import tempfile
 import time
+import tracemalloc
 from collections import Counter
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from judge_server import serving
+from judge_server import reply, serving
 from processes import start_main
 from test_evaluate import settings
 
@@ -21,8 +22,9 @@ from listopd_jax.data.labels import read_labels
 from listopd_jax.data.reviews import Review
 from listopd_jax.errors import UserError
 from listopd_jax.label.asking import IN_A_ROW, Limits, Pacer, ask_all
-from listopd_jax.label.bill import estimate
+from listopd_jax.label.bill import Bill, estimate
 from listopd_jax.label.cache import digest, open_cache
+from listopd_jax.label.client import LARGEST_BODY, http_client
 from listopd_jax.label.judges import PROVIDERS, Reply, Settings, check, retry_after
 from listopd_jax.label.questions import questions, score_of
 from listopd_jax.stages.prepare import open_job
@@ -45,12 +47,8 @@ def provider(request, monkeypatch):
 
 def asked(server, provider, reviews=REVIEWS, limits=QUICK, keep=None, **settings):
     """What ask_all makes of reviews: (the replies by text, what is unanswered)."""
-    import httpx2
-
     url = server if isinstance(server, str) else server.url
-    judge = PROVIDERS[provider](
-        Settings(f"{provider}:wise", url, **settings), httpx2.AsyncClient(timeout=None)
-    )
+    judge = PROVIDERS[provider](Settings(f"{provider}:wise", url, **settings), http_client())
     put = {q.text: q for q in questions(reviews, "Score it.", 200)}
     replies = {}
     unanswered = asyncio.run(ask_all(judge, put, limits, keep or replies.__setitem__))
@@ -63,7 +61,7 @@ def asked(server, provider, reviews=REVIEWS, limits=QUICK, keep=None, **settings
 MISBEHAVIOURS = (
     "status 500 oops", "status 429 slow down", "slowly 0.01", "slow 9", "truncate", "cut", "drop", "drip",
     "body []", "body {}", "body null", 'body {"choices": 5, "candidates": 5}', 'body {"choices": [[]]}',
-    "body " + "[" * 9000, "body \\", "status 503 down",
+    "body " + "[" * 9000, "body \\", "status 503 down", "bomb", "flood",
 )  # fmt: skip
 
 
@@ -88,6 +86,34 @@ def test_what_never_answers_is_counted_and_the_rest_is_scored(provider):
         replies, unanswered = asked(server, provider)
     assert len(replies) == 11 and unanswered.count == 1 and "HTTP 500" in unanswered.reason
     assert server.asked["Product: A dress\nReview: review number 3"] == QUICK.attempts
+
+
+@pytest.mark.parametrize("what", ["bomb", "flood"])
+def test_no_body_fills_the_memory(provider, what):
+    limits = Limits(concurrency=1, per_minute=0, timeout=9.0, attempts=1, backoff=0.01)
+    with serving(lambda text, attempt: 5 if text.endswith(" 1") else what) as server:
+        asked(server, provider, REVIEWS[1:2], limits)  # what is imported or made once
+        tracemalloc.start()
+        _, unanswered = asked(server, provider, REVIEWS[:1], limits)
+        _, peak = tracemalloc.get_traced_memory()
+        tracemalloc.stop()
+    assert unanswered.count == 1 and "a body " in unanswered.reason
+    assert peak < 4 * LARGEST_BODY, "of 64 MiB"
+
+
+@pytest.mark.parametrize("count", [10**308, -1, 10**10, True, 1.5, "7", None])
+def test_tokens_that_no_reply_has_are_counted_here(provider, count):
+    names = ("prompt_tokens", "completion_tokens", "promptTokenCount", "candidatesTokenCount")
+    path = "/chat/completions" if provider == "openai" else ""
+    body = reply(path, '{"score": 5}')
+    (usage,) = {"usage", "usageMetadata"} & body.keys()
+    body[usage] = {name: count for name in names if name in body[usage]}
+    with serving(lambda text, attempt: f"body {json.dumps(body)}") as server:
+        replies, _ = asked(server, provider)
+    bill = Bill(1.0, 1.0, None)
+    for one in replies.values():
+        bill.add(one)
+    assert bill.cost < 0.01 and (len(replies) == 12 or provider == "google")
 
 
 def test_a_refusal_is_a_reply_that_is_paid_for(provider):

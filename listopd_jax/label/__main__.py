@@ -132,10 +132,9 @@ def _written_files(data: Any) -> tuple[pathlib.Path, pathlib.Path]:
 
 
 def _judge(settings: Settings) -> Judge:
-    import httpx2
+    from listopd_jax.label.client import http_client  # needs the extra label
 
-    # No timeout here: asking.py times each attempt as a whole.
-    return PROVIDERS[settings.judge.partition(":")[0]](settings, httpx2.AsyncClient(timeout=None))
+    return PROVIDERS[settings.judge.partition(":")[0]](settings, http_client())
 
 
 def _is_pending(reply: Reply | None) -> bool:

@@ -22,6 +22,7 @@ from listopd_jax.task.strict_json import loads
 OPENAI_URL = "https://api.openai.com/v1"
 FORMATS = ("json_schema", "json_object", "text")
 LONGEST_ANSWER = 4000  # characters that are kept: no answer of the form asked for is longer
+MOST_TOKENS = 10**9  # that one reply may count: more is no count
 LONGEST_WAIT = 300.0  # seconds that a server may ask for
 
 _BLOCKED = {"SAFETY", "RECITATION", "BLOCKLIST", "PROHIBITED_CONTENT", "SPII"}
@@ -62,7 +63,7 @@ class Rejected(Exception):
 
 
 class Judge(abc.ABC):
-    """One model, asked over `client`, an httpx2.AsyncClient."""
+    """One model, asked over `client`, an httpx2.AsyncClient (label/client.py)."""
 
     variables: tuple[str, ...] = ()
     """Of the environment: the first that is set is the key."""
@@ -263,4 +264,5 @@ def _is_blocked(response: Any) -> bool:
 
 
 def _count(value: Any) -> int:
-    return value if isinstance(value, int) and not isinstance(value, bool) and value > 0 else 0
+    """The tokens that a server counts; 0 for what is no count."""
+    return value if isinstance(value, int) and not isinstance(value, bool) and 0 < value <= MOST_TOKENS else 0
