@@ -8,6 +8,7 @@ import contextlib
 import json
 import math
 import pathlib
+import statistics
 import sys
 import time
 from collections.abc import Iterable, Mapping, Sequence
@@ -139,6 +140,13 @@ def read_metrics(workdir: str | pathlib.Path, name: str = FILE) -> list[dict[str
     if None in rows[:-1]:
         raise UserError(f"{path}:{rows.index(None) + 1}: not a row of {name}; delete that line")
     return [row for row in rows if row is not None]
+
+
+def binned(points: Sequence[tuple[float, float]], most: int) -> list[tuple[float, float]]:
+    """(step, value) pairs as at most `most`: means of as many neighbours as that takes."""
+    width = math.ceil(len(points) / most) or 1
+    bins = [points[i : i + width] for i in range(0, len(points), width)]
+    return [tuple(map(statistics.fmean, zip(*one, strict=True))) for one in bins]
 
 
 def _row(line: bytes) -> dict[str, Any] | None:

@@ -100,6 +100,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
             return self.send(fault, f'{{"error": "as told, {self.headers["Authorization"]}"}}')
         if fault == "hang":
             time.sleep(2)
+        if fault == "flood":
+            return self.send(200, "[" + "{}," * (1 << 24) + "0]")
         self.send(
             200,
             {"truncated": text[:-20], "deep": "[" * 200_000, "list": "[]"}.get(fault, text),

@@ -114,6 +114,13 @@ def test_the_interval_of_ecs_rule_is_students():
     assert found["at"] == pytest.approx(onsets.mean())
 
 
+def test_levels_that_differ_in_the_third_digit_have_an_onset_each():
+    lambdas, parse = [1.0, 1.1, 1.2], [[0.95, 0.803, 0.2]]
+    found = cliff.locate(lambdas, parse, thresholds=(0.8, 0.801, 0.804), of_peak=(0.9, 0.901))["onset"]
+    assert list(found) == ["0.80", "0.801", "0.804", "0.90 of peak", "0.901 of peak"]
+    assert [found[name]["grid"]["at"] for name in ("0.80", "0.801", "0.804")] == [1.1, 1.1, 1.0]
+
+
 def test_where_the_crossing_is_linear_the_jackknife_is_students_interval_of_the_seeds_own_crossings():
     lambdas, shifts = np.array([1.0, 2.0, 3.0]), np.array([-0.3, 0.05, 0.1, 0.2, -0.15])
     parse = 0.5 + (2 + shifts[:, None] - lambdas) * 0.35  # a seed's own midpoint is 2 + its shift

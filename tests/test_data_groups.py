@@ -135,9 +135,11 @@ def test_the_seed_decides():
     )
 
 
-@pytest.mark.parametrize("products", [{}, {"a": 7, "b": 7}, {"a": 100, "b": 7}])
-def test_too_few_products_is_one_clear_line(products):
-    with pytest.raises(UserError, match="two are needed to split by product"):
+@pytest.mark.parametrize(
+    ("products", "says"), [({}, "no"), ({"a": 7, "b": 7}, "no"), ({"a": 100, "b": 7}, "only one")]
+)
+def test_too_few_products_is_one_clear_line(products, says):
+    with pytest.raises(UserError, match=f"^{says} product has .* two are needed to split by product"):
         plan_lists(table_of(reviews_of(products)), 8, validation_share=0.1)
 
 

@@ -349,7 +349,7 @@ def test_a_labels_file_decides_scores_and_rows(tmp_path):
         (Data(source="clothing", path="no/such.csv"), 4, "data.path=no/such.csv: no such file"),
         (Data(source="clothing", path="."), 4, "data.path=.: is a folder"),
         (Data(labels="no/labels"), 4, "data.labels=no/labels: no such file"),
-        (Data(), 17, "0 product has 17 distinct reviews"),
+        (Data(), 17, "no product has 17 distinct reviews"),
     ],
 )
 def test_unusable_inputs_are_one_line(tmp_path, data, k, message):

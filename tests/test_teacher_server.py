@@ -104,6 +104,13 @@ def test_a_fault_that_stays_is_one_line(server, batch, fault):
     assert "\n" not in str(error.value)
 
 
+def test_no_answer_fills_the_memory(server, batch):
+    """48 MiB of empty objects would be a gigabyte of dictionaries."""
+    server.faults.extend(["flood"] * 3)
+    with pytest.raises(UserError, match="1 attempts failed, the last with an answer of more than .* bytes"):
+        asked_of(server, batch, attempts=1)
+
+
 def test_a_server_that_hangs_or_is_not_there_is_given_up(server, batch):
     server.faults.extend(["hang"] * 3)
     with pytest.raises(UserError, match="1 attempts failed, the last with timed out"):

@@ -194,11 +194,11 @@ def serving(root):
             thread.join()
 
 
-def ask(server, path, method="GET", host="127.0.0.1", body=None):
+def ask(server, path, method="GET", host="127.0.0.1", body=None, port=True):
     """(status, headers, text) of a request whose path is sent as it is."""
     connection = http.client.HTTPConnection(*server.server_address)
     connection.putrequest(method, path, skip_host=True)
-    connection.putheader("Host", f"{host}:{server.server_address[1]}")
+    connection.putheader("Host", f"{host}:{server.server_address[1]}" if port else host)
     connection.endheaders(body)
     answer = connection.getresponse()
     return answer.status, answer.headers, answer.read().decode()
@@ -266,9 +266,11 @@ def test_it_takes_no_other_method_and_no_other_name(secret):
     with serving(secret) as server:
         for method in ("POST", "PUT", "DELETE", "OPTIONS"):
             assert ask(server, "/state.json", method)[0] == 501
-        for host in ("evil.example", "127.0.0.1.evil.example", ""):
-            assert ask(server, "/state.json", host=host)[0] == 403
-        assert ask(server, "/state.json", host="localhost")[0] == 200
+        for port in (True, False):
+            for host in ("evil.example", "127.0.0.1.evil.example", "", "[::1", "::1", "[::2]", "[::1]:x"):
+                assert ask(server, "/state.json", host=host, port=port)[0] == 403, host
+            for host in ("localhost", "127.0.0.1", "[::1]"):
+                assert ask(server, "/state.json", host=host, port=port)[0] == 200, host
 
 
 def test_mistakes_are_one_line(secret, capsys):

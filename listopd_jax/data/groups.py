@@ -125,7 +125,8 @@ def _held_out(
     order = rng.permutation(np.flatnonzero(sizes))
     if len(order) < 2:
         raise UserError(
-            f"{len(order)} product has {k} distinct reviews, and two are needed to split by product; "
+            f"{'only one' if len(order) else 'no'} product has {k} distinct reviews, and two are needed to split by "
+            "product; "
             "add more reviews or lower task.k"
         )
     room, taken = min(max(1, round(share * sizes.sum())), sizes.sum() - 1), []

@@ -6,8 +6,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from listopd_jax.data.labels import MAX_SCORE
-
-FEW_LISTS = 50
+from listopd_jax.data.splits import few
 
 
 def summarize(
@@ -51,12 +50,7 @@ def _histogram(rows: list[dict]) -> list[int]:
 
 
 def _notes(rows: dict[str, list[dict]], read: dict[str, int], max_lists: int) -> list[str]:
-    advice = {"train": "expect overfitting", "validation": "intervals will be wide"}
-    notes = [
-        f"only {len(part)} {split} lists: {advice[split]}"
-        for split, part in rows.items()
-        if len(part) < FEW_LISTS
-    ]
+    notes = few(rows, "lists")
     if read.get("products_without_title"):
         notes.append(
             f"{read['products_without_title']} products have no title, only an id; data.meta_path gives some"

@@ -5,11 +5,12 @@ import hashlib
 import html
 import re
 
+from listopd_jax.task.prompt import one_line
+
 _BREAK = re.compile(r"<br\s*/?>", re.IGNORECASE)
 # Digits are bounded because int() refuses thousands of them, and html.unescape raises what it raises.
 _ENTITY = re.compile(r"&(?:#[0-9]{1,20}|#[xX][0-9a-fA-F]{1,20}|[A-Za-z][A-Za-z0-9]*);")
 _UNESCAPES = 8
-_UNPRINTABLE = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -43,8 +44,7 @@ def clean_text(text: str) -> str:
     """
     for _ in range(_UNESCAPES if "&" in text else 0):
         text = _ENTITY.sub(lambda entity: html.unescape(entity[0]), text)
-    text = _UNPRINTABLE.sub(" ", _BREAK.sub(" ", text))
-    return " ".join(text.split()).replace("<|", "< |")
+    return one_line(_BREAK.sub(" ", text)).replace("<|", "< |")
 
 
 def first_words(text: str, count: int) -> str:

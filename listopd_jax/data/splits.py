@@ -10,7 +10,7 @@ from listopd_jax.errors import UserError
 
 SIDES = ("train", "validation")
 ROLES = ("system", "user", "assistant", "tool")
-FEW_RECORDS = 50
+FEW = 50
 
 
 def split_records(
@@ -46,15 +46,17 @@ def split_records(
     return _at_most(split, max_records, share)
 
 
+def few(split: Mapping[str, Sequence[Any]], noun: str) -> list[str]:
+    """A note for each side with fewer than FEW of what is called `noun`."""
+    advice = {"train": "expect overfitting", "validation": "intervals will be wide"}
+    return [
+        f"only {len(part)} {side} {noun}: {advice[side]}" for side, part in split.items() if len(part) < FEW
+    ]
+
+
 def notes(split: Mapping[str, Sequence[Any]], unanswered: int) -> list[str]:
     """What a reader should know of the split."""
-    advice = {"train": "expect overfitting", "validation": "intervals will be wide"}
-    found = [
-        f"only {len(part)} {side} records: {advice[side]}"
-        for side, part in split.items()
-        if len(part) < FEW_RECORDS
-    ]
-    return found + (
+    return few(split, "records") + (
         [f"{unanswered} training records have no answer: SFT leaves them out"] if unanswered else []
     )
 

@@ -7,6 +7,7 @@ memory is what a chip would say; for GPUs it is XLA's, with the options that a j
 import contextlib
 import copy
 import importlib.util
+import math
 import re
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -376,15 +377,8 @@ def _replicate(tree: Any, mesh: Mesh) -> Any:
 
 def _shard_bytes(tree: Any) -> int:
     """Bytes that a device holds of an abstract tree with shardings."""
-    sizes = (x.dtype.itemsize * _count(x.sharding.shard_shape(x.shape)) for x in jax.tree.leaves(tree))
+    sizes = (x.dtype.itemsize * math.prod(x.sharding.shard_shape(x.shape)) for x in jax.tree.leaves(tree))
     return sum(sizes)
-
-
-def _count(shape: tuple[int, ...]) -> int:
-    count = 1
-    for size in shape:
-        count *= size
-    return count
 
 
 def _compiled(lowered: Any, name: str, options: Options, mesh: Mesh) -> tuple[Program, Any]:

@@ -140,7 +140,8 @@ def _written(body: Computation, root: Instruction) -> float:
 def _moved(around: Computation, i: Instruction) -> tuple[float, float]:
     """Bytes that an instruction outside fusions reads and writes."""
     if i.opcode == "dynamic-update-slice":
-        return 2 * (_result_bytes(around[i.operands[1]]),)
+        update = _result_bytes(around[i.operands[1]])
+        return update, update
     written = _result_bytes(i)
     if i.opcode in _SLICES or i.opcode in ("copy", "copy-start"):
         return written, written

@@ -115,7 +115,9 @@ def _prediction(args: argparse.Namespace, config: Json) -> Json:
     if args.threshold is not None:
         return {"threshold": "given", "lambda": args.threshold}
     if args.p is None or (args.b is None and args.predict != "clip_base_neutral"):
-        raise UserError("give --p and --b (see `calibrate`), or the predicted --threshold itself")
+        raise UserError(
+            "give --p and --b (p_typ and b_measured in a run's calibration.json), or the predicted --threshold itself"
+        )
     # Base-neutral: a base that does not know.
     b = 0.5 if args.b is None else args.b
     c = float(config.get("opd", {}).get("clip", math.inf)) if args.c is None else args.c

@@ -129,10 +129,10 @@ def _place_check(
     """Onset or midpoint within the window; a cliff that is not there is a miss."""
     low, high = lock["window"]
     level = check.get("threshold", lock["midpoint"])
-    name = f"{check['quantity']} (parse {level:.2f}, {check['reading']}) in [{low:g}, {high:g}]"
+    name = f"{check['quantity']} (parse {cliff.level_name(level)}, {check['reading']}) in [{low:g}, {high:g}]"
     result = {"check": name, "value": None, "pass": False}
     if located is not None:
-        place = located["onset"][f"{level:.2f}"] if "threshold" in check else located["midpoint"]
+        place = located["onset"][cliff.level_name(level)] if "threshold" in check else located["midpoint"]
         reading = place[check["reading"]]
         result |= {"value": reading["at"], "interval": reading["interval"]}
     onsets = _onsets(check["reading"], lambdas, parse, level)

@@ -1,6 +1,5 @@
 """The report's training curves: small multiples over steps, one line a λ or a stage."""
 
-import math
 import statistics
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
@@ -8,6 +7,7 @@ from typing import Any, NamedTuple
 
 from markupsafe import Markup
 
+from listopd_jax.metrics_log import binned
 from listopd_jax.records import is_number
 from listopd_jax.report import plots
 from listopd_jax.report.findings import STAGES, place
@@ -126,10 +126,8 @@ def _mean_curve(rows: Iterable[Mapping[str, Any]], metric: str) -> tuple[list[fl
         if is_number(row.get(metric)):
             values[row["step"]].append(row[metric])
     points = [(step, statistics.fmean(values[step])) for step in sorted(values)]
-    width = math.ceil(len(points) / MAX_POINTS) or 1
-    bins = [points[i : i + width] for i in range(0, len(points), width)]
-    steps, means = ([statistics.fmean(pair[i] for pair in one) for one in bins] for i in (0, 1))
-    return steps, means
+    bins = binned(points, MAX_POINTS)
+    return [step for step, _ in bins], [mean for _, mean in bins]
 
 
 def _speed_table(groups: Sequence[Group]) -> Table:

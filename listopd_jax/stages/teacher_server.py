@@ -29,7 +29,7 @@ KEY = "LISTOPD_TEACHER_KEY"
 
 ROWS, REQUESTS = 8, 8  # sequences a request, requests at one time
 LONGEST_WAIT = 60.0  # seconds between two attempts
-MOST_BYTES = 1 << 28  # of an answer
+MOST_BYTES = 1 << 20, 256  # of an answer: at all, and for each byte of the request; a token takes about 150
 SAME = 0.05  # nats: two identical requests may differ by less; batching moves 16-bit kernels by about .01
 PROBE = 'Größe 12,5 µm\n\t{"naïve": [1, -2.5e3, "日本語"]} 🙂 – the END'
 AGAIN = (408, 425, 429)  # statuses, besides 500 and above, after which the same request may succeed
@@ -108,11 +108,14 @@ class TeacherServer:
         try:
             connection.request("GET" if body is None else "POST", url.path + path, sent, headers)
             answer = connection.getresponse()
-            text = answer.read(MOST_BYTES)
+            most = MOST_BYTES[0] + MOST_BYTES[1] * len(sent or "")
+            text = answer.read(most + 1)
         except (OSError, http.client.HTTPException) as e:
             raise Retry(one_line(e)) from e
         finally:
             connection.close()
+        if len(text) > most:
+            raise Retry(f"an answer of more than {most} bytes")
         return self._json(path, answer, text)
 
     def _json(self, path: str, answer: http.client.HTTPResponse, text: bytes) -> Any:

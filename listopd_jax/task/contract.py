@@ -31,6 +31,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from listopd_jax.task.strict_json import unique_keys
+
 OK = "ok"
 FAILURES = (OK, "no_json", "truncated_k_minus_1", "wrong_length", "duplicate_id", "unknown_id", "bad_score")
 
@@ -129,19 +131,12 @@ def _records(text: str, field: str) -> list[_Record] | None:
             parse_int=float,  # int() refuses numbers of more than 4,300 digits
             # append returns None, so the value is no number, and the list remembers that there was one.
             parse_constant=non_finite.append,
-            object_pairs_hook=_object,
+            object_pairs_hook=unique_keys,
         )
     except (ValueError, RecursionError):
         return None
     objects = [item if isinstance(item, dict) else {} for item in items]
     return [(_name(o.get(field)), None if non_finite else _number(o.get("score"))) for o in objects]
-
-
-def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    fields = dict(pairs)
-    if len(fields) < len(pairs):
-        raise ValueError("a key occurs twice in one object")
-    return fields
 
 
 def _name(value: Any) -> str | None:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 # Control characters break the line structure; lone surrogates have no UTF-8 form, so tokenizers refuse them.
-_UNPRINTABLE = re.compile(r"[\x00-\x1f\x7f-\x9f\ud800-\udfff]")
+_UNPRINTABLE = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,7 @@ def review_ids(k: int) -> tuple[str, ...]:
 
 def render_prompt(title: str, reviews: Sequence[str]) -> str:
     """The user's message: title, one line a review, and the form of the answer. Ends in a newline."""
-    head = f"Product: {_one_line(title)}. Below are {len(reviews)} reviews. Score each 0-10 for helpfulness."
+    head = f"Product: {one_line(title)}. Below are {len(reviews)} reviews. Score each 0-10 for helpfulness."
     return render_list(head, "review", reviews)
 
 
@@ -48,7 +48,7 @@ def render_list(head: str, noun: str, texts: Sequence[str], example: int = 7) ->
     k = len(texts)
     named = zip(review_ids(k), texts, strict=True)
     lines = [
-        f"[{noun.capitalize()} {n}] id={name} {_one_line(text)}" for n, (name, text) in enumerate(named, 1)
+        f"[{noun.capitalize()} {n}] id={name} {one_line(text)}" for n, (name, text) in enumerate(named, 1)
     ]
     tail = f'Return JSON list of {k} objects: [{{"{noun}_id":"r1","score":{example}}},...]'
     return "\n".join([head, *lines, tail, ""])
@@ -60,5 +60,6 @@ def render_answer(scores: Sequence[int], field: str = "review_id") -> str:
     return json.dumps(items, separators=(",", ":"))
 
 
-def _one_line(text: str) -> str:
+def one_line(text: str) -> str:
+    """`text` with control characters and line ends as spaces, and runs of white space as one space."""
     return " ".join(_UNPRINTABLE.sub(" ", text).split())

@@ -17,7 +17,11 @@ def loads(text: str) -> Any:
     """
     try:
         value = json.loads(
-            text, parse_constant=_refuse, parse_float=_float, parse_int=_integer, object_pairs_hook=_object
+            text,
+            parse_constant=_refuse,
+            parse_float=_float,
+            parse_int=_integer,
+            object_pairs_hook=unique_keys,
         )
     except json.JSONDecodeError as e:
         raise ValueError(f"not JSON: {e.msg} at character {e.pos + 1}") from e
@@ -43,7 +47,8 @@ def same(a: Any, b: Any) -> bool:
     return a == b
 
 
-def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """The `object_pairs_hook` that refuses a key twice in one object: ValueError."""
     fields: dict[str, Any] = {}
     for key, value in pairs:
         if key in fields:

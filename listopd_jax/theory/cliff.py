@@ -189,10 +189,12 @@ def locate(
         raise NoCliff(reason)
     seeds = _Seeds(lambdas, parse, confidence)
     onsets = {
-        f"{t:.2f}": {"grid": seeds.grid(t, resamples, seed)} | seeds.lines(lambda _, t=t: t)
+        level_name(t): {"grid": seeds.grid(t, resamples, seed)} | seeds.lines(lambda _, t=t: t)
         for t in thresholds
     }
-    onsets |= {f"{x:.2f} of peak": seeds.lines(lambda curves, x=x: x * curves.max(1)) for x in of_peak}
+    onsets |= {
+        f"{level_name(x)} of peak": seeds.lines(lambda curves, x=x: x * curves.max(1)) for x in of_peak
+    }
     mean = parse.mean(0)
     return {
         "peak": {"lambda": float(lambdas[mean.argmax()]), "parse": float(mean.max())},
@@ -201,6 +203,11 @@ def locate(
         "half_drop": seeds.lines(half_drop_levels),
         "seeds": len(parse),
     }
+
+
+def level_name(level: float) -> str:
+    """A level as the key of its onset: "0.80", and with as many digits as it takes, "0.801"."""
+    return max(f"{level:.2f}", str(float(level)), key=len)
 
 
 class _Seeds:

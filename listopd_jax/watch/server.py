@@ -7,6 +7,7 @@ elsewhere, by their Content-Security-Policy; a report is shown in a sandbox, sin
 import importlib.resources
 import json
 import pathlib
+import re
 import urllib.parse
 from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -57,7 +58,7 @@ class Handler(BaseHTTPRequestHandler):
 
     def do_GET(self) -> None:
         """The page, its files, its state, or a report."""
-        if self.headers.get("Host", "").rsplit(":", 1)[0] not in NAMES:
+        if re.sub(r":[0-9]+\Z", "", self.headers.get("Host", "")) not in NAMES:
             return self._refuse(HTTPStatus.FORBIDDEN)
         url = urllib.parse.urlsplit(self.path)
         chosen = urllib.parse.parse_qs(url.query).get("workdir", [""])[0]

@@ -1,13 +1,12 @@
 """What the page shows, as JSON: each workdir's stage, progress and ETA, its grid, and the curves of the chosen ones."""
 
-import math
 import pathlib
-import statistics
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from listopd_jax.errors import UserError
+from listopd_jax.metrics_log import binned
 from listopd_jax.records import Planned, Result, is_number
 from listopd_jax.report.findings import policy_name
 from listopd_jax.report.wording import cut, visible
@@ -219,14 +218,12 @@ def _order(row: Mapping[str, Any]) -> tuple[float, float]:
 
 def _curve(rows: Sequence[Mapping[str, Any]], metric: str) -> dict[str, Any]:
     points = [(row["step"], row[metric]) for row in rows if is_number(row.get(metric))]
-    width = math.ceil(len(points) / POINTS) or 1
-    bins = [points[i : i + width] for i in range(0, len(points), width)]
     lam = rows[0].get("lambda")
     return {
         "label": _label(rows[0]),
         "stage": str(rows[0].get("stage")),
         "lambda": lam if is_number(lam) else None,
-        "points": [[statistics.fmean(pair[i] for pair in one) for i in (0, 1)] for one in bins],
+        "points": list(map(list, binned(points, POINTS))),
     }
 
 
