@@ -1,15 +1,18 @@
 """Passages of MS MARCO and TREC-DL and products of ESCI: small files of the published form, and broken ones."""
 
 import gzip
+import json
 import random
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from processes import NO_LAMBDA, run_main
 from ranx import Qrels, Run, evaluate
 from test_tasks import opened
 
+from benchmarks import ranking_files
 from listopd_jax import config as config_module
 from listopd_jax.errors import UserError
 from listopd_jax.task.contract import TOKEN_CLASSES, Parsed
@@ -357,3 +360,32 @@ def test_files_that_are_not_those_are_one_line(tmp_path):
     ):
         fields["data.path"].write_bytes(content)
         assert_refused("esci", tmp_path, "examples.parquet: is not a readable Parquet file", **fields)
+
+
+# --- from files to a report
+
+
+TABLES = {
+    "passages": {"path": "collection.tsv", "meta_path": "queries.tsv", "labels": "qrels.txt"},
+    "esci": {"path": "examples.parquet", "meta_path": "products.parquet"},
+}
+
+
+def test_the_files_of_the_documentation_are_a_run_to_the_report(tmp_path):
+    """benchmarks/ranking_files.py and the two commands of docs/bring_your_own.md, at the smallest scale."""
+    ranking_files.main([f"--out={tmp_path}/files", "--queries=20"])
+    for task, tables in TABLES.items():
+        flags = [f"--config.data.{field}={tmp_path}/files/{name}" for field, name in tables.items()]
+        flags += [f"--config.task.name={task}", "--config.task.k=2", "--config.opd.lambdas=1.0,"]
+        flags += ["--config.data.max_lists=32", "--config.opd.eval_steps=()", "--config.task.max_response=48"]
+        ended = run_main(tmp_path / task, *NO_LAMBDA, *flags)
+        assert ended.returncode == 0, ended.stderr[-2000:]
+        records = json.loads((tmp_path / task / "results.json").read_text())
+        assert {r["stage"] for r in records} == {"sft_teacher", "sft_student", "forecast", "opd"}
+        assert all(
+            r["n"] == 6 and sum(r["failures"].values()) == 6 and r["ended"] is not None for r in records
+        )
+        page = (tmp_path / task / "report.html").read_text()
+        assert (
+            "NDCG@1" in page and "Which teacher errors transfer" in page and f"{TABLES[task]['path']}" in page
+        )
