@@ -70,9 +70,7 @@ class Inputs:
     predictions: Sequence[Prediction] = ()
     recommendation: Recommendation | None = None  # of the forecasts
     errors: Sequence[Errors] = ()
-    noise: Mapping[str, Mapping[str, float]] | None = (
-        None  # by role; None of a run from before it was written down
-    )
+    noise: Mapping[str, Mapping[str, float]] | None = None  # planted, by role; None: not written down yet
     beside: Mapping[str, "Inputs"] = field(default_factory=dict)  # other runs to compare with, by name
     point: str = ""  # of opd.sweep, that all of this is of
 
@@ -194,9 +192,8 @@ def _option(text: str) -> float | bool | str:
 
 def _entries(noise: Any) -> list[tuple[str, float]]:
     """(corruption, share) of "NAME:SHARE,NAME:SHARE"; what a file has there instead is none."""
-    found = (
-        re.findall(r"([A-Za-z_]\w*) *: *([0-9]*\.?[0-9]+) *(?:,|$)", noise) if isinstance(noise, str) else []
-    )
+    text = noise if isinstance(noise, str) else ""
+    found = re.findall(r"([A-Za-z_]\w*) *: *([0-9]*\.?[0-9]+) *(?:,|$)", text)
     return [(name, float(share)) for name, share in found]
 
 
