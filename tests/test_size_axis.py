@@ -16,11 +16,11 @@ LABELS = [9.0, 4.0, 2.0, 1.0]
 BEST, SECOND = [8.0, 3.0, 2.0, 1.0], [3.0, 8.0, 2.0, 1.0]  # NDCG@1 of 1 and of 4/9
 
 
-def write(folder, preset, seed, answers, stage="sft_teacher", lam=None):
+def write(folder, preset, seed, answers, stage="sft_teacher", lam=None, **fields):
     """A policy that gives `answers`, scores or None for one that fails, to lists a, b, c …"""
     workdir = folder / preset / str(seed)
     workdir.mkdir(parents=True, exist_ok=True)
-    head = {"run": stage, "stage": stage, "lambda": lam, "seed": seed, "steps": 9}
+    head = {"run": stage, "stage": stage, "lambda": lam, "seed": seed, "steps": 9} | fields
     gains = [None if a is None else LABELS[a.index(max(a))] / LABELS[0] for a in answers]
     parsed = [g for g in gains if g is not None]
     record = head | {
@@ -44,6 +44,14 @@ def runs(folder):
         write(folder, "small", seed, [BEST, second, SECOND, BEST], stage="opd", lam=1.1)
         write(folder, "large", seed, [BEST, BEST, BEST, None])
     return folder
+
+
+def test_policies_of_one_lambda_are_apart(tmp_path):
+    for sweep in ("clip=1.5", "clip=5.0"):
+        write(tmp_path, "small", 0, [BEST], stage="opd", lam=1.1, sweep=sweep, run=f"opd_{sweep}")
+    write(tmp_path, "small", 0, [SECOND], stage="opd", lam=1.1, guard="margin=1.25", run="opd_guarded")
+    names = [f"student, λ = 1.1, {kind}" for kind in ("clip=1.5", "clip=5.0", "guarded")]
+    assert sorted(policies(tmp_path)) == names
 
 
 def test_differences_are_paired_by_list_and_averaged_over_seeds(tmp_path):

@@ -70,7 +70,8 @@ def policies(folder: pathlib.Path) -> dict[str, Policy]:
 
 def _name(preset: str, record: Result) -> str | None:
     if record.stage == "opd":
-        return f"student, λ = {record.lam:g}"
+        kind = "guarded" if record.guard else "", record.sweep  # else they would take one another's place
+        return ", ".join([f"student, λ = {record.lam:g}", *filter(None, kind)])
     return NAMES.get((preset, record.stage))
 
 
