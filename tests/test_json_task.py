@@ -3,6 +3,7 @@
 import gzip
 import json
 import pathlib
+import re
 import time
 
 import jsonschema
@@ -293,6 +294,64 @@ def test_a_schema_without_end_is_one_line_wherever_the_recursion_ends():
             deeper(levels, lambda: Contract(schema, "here"))
 
 
+DRAFT_3, DRAFT_4, DRAFT_7 = (f"http://json-schema.org/draft-0{n}/schema#" for n in (3, 4, 7))
+
+
+@pytest.mark.parametrize(
+    ("target", "says"),
+    [
+        ({"pattern": "("}, "pattern '(' is not a regular expression"),
+        ({"pattern": "^(a|aa)+$"}, "pattern '^(a|aa)+$' takes exponential time on 'aaa…'"),
+        ({"$ref": "http://example.com/x"}, "$ref='http://example.com/x' leads out of the file"),
+        ({"type": "strng"}, "$ref='#/components/A': at $.type: 'strng' is not valid"),
+        ({"properties": 3}, "$ref='#/components/A': at $.properties: 3 is not of type 'object'"),
+        ([1], "$ref='#/components/A': at $: [1] is not of type 'object', 'boolean'"),
+        ("A", "$ref='#/components/A': at $: 'A' is not of type"),
+        ({"items": {"$ref": "#/components/B/0"}}, "$ref='#/components/B/0' names nothing in the schema"),
+    ],
+)
+def test_what_a_reference_leads_to_is_checked_wherever_it_is(target, says):
+    schema = {"properties": {"x": {"$ref": "#/components/A"}}, "components": {"A": target, "B": 3}}
+    with pytest.raises(UserError) as error:
+        Contract(schema, "here")
+    assert str(error.value).startswith("here: ") and says in str(error.value)
+
+
+def test_parts_that_refer_to_each_other_are_checked_once():
+    tree = {"properties": {"left": {"$ref": "#/components/B"}}, "required": ["left"], "type": "object"}
+    schema = {"$ref": "#/components/A", "components": {"A": tree, "B": {"anyOf": [{"type": "null"}, tree]}}}
+    assert Contract(schema, "here").failure({"left": {"left": None}}) == "ok"
+    assert Contract(schema, "here").failure({"left": {}}) != "ok"
+
+
+@pytest.mark.parametrize(
+    ("schema", "says"),
+    [
+        ({"$schema": DRAFT_3, "type": [{"type": "integer"}]}, "is too old; write the schema in draft-04 or"),
+        ({"$schema": DRAFT_3, "extends": {"$ref": "#/x"}}, "is too old"),
+        ({"$schema": DRAFT_4, "id": 3}, "here: at $.id: 3 is not of type 'string'"),
+        (
+            {"$id": "http://a/", "items": {"$id": "http://[b"}},
+            "here: cannot be read (ValueError: Invalid IPv6",
+        ),
+        ({"$schema": DRAFT_7, "dependencies": {"a": ["b"], "c": {"pattern": "("}}}, "pattern '(' is not"),
+    ],
+)
+def test_old_and_odd_schemas_are_one_line(schema, says):
+    with pytest.raises(UserError, match=re.escape(says)):
+        Contract(schema, "here")
+
+
+def test_a_version_inside_a_schema_changes_nothing():
+    """Neither the patterns' time nor what is a schema: the version is that of the whole."""
+    Contract({"definitions": {"x": {"$schema": DRAFT_4, "items": True}}}, "here")
+    inner = {"$schema": DRAFT_3, "pattern": r"^\p{L}", "extends": [3]}  # draft-03 would follow `extends`
+    contract = Contract({"properties": {"x": inner}}, "here")
+    assert [contract.failure({"x": text}) for text in ("é", "1")] == ["ok", "x/pattern"]
+    with pytest.raises(UserError, match="takes exponential time"):
+        Contract({"properties": {"x": inner | {"pattern": "^(a|aa)+$"}}}, "here")
+
+
 NAMES = st.text("ab", max_size=2) | st.text(max_size=3)
 VALUES = st.recursive(
     st.none() | st.booleans() | st.integers(-5, 5) | st.floats(allow_nan=False, allow_infinity=False) | st.text(),
@@ -347,10 +406,14 @@ KEYWORDS = st.fixed_dictionaries(
         "pattern": st.text("a.*+()[]\\d", max_size=5) | st.sampled_from([r"\p{L}", r"^\S+$"]),
         "multipleOf": st.sampled_from([2, 0.1, 0, "x"]),
         "anyOf": st.lists(INNER, max_size=2),
-        "$ref": st.sampled_from(["#", "#/properties/a", "x", "http://x/y", "#/%"]),
-        "$schema": st.sampled_from(["http://json-schema.org/draft-07/schema#", "http://x", 3]),
+        "$ref": st.sampled_from(
+            ["#", "#/properties/a", "#/components/a", "#/components", "x", "http://x/y", "#/%"]
+        ),
+        "$schema": st.sampled_from([DRAFT_3, DRAFT_4, DRAFT_7, "http://x", 3]),
         "$id": st.sampled_from(["http://a/b", "c", "::"]),
         "uniqueItems": st.booleans(),
+        "dependencies": st.dictionaries(st.text("ab", max_size=1), INNER | st.just(["a"]), max_size=2),
+        "components": st.dictionaries(st.just("a"), INNER | VALUES, max_size=1),
     },
 )
 SCHEMAS = KEYWORDS | st.booleans()

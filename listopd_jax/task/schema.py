@@ -5,17 +5,17 @@ Schemas and the values that they judge are hostile: a reference is never fetched
 
 import re
 import warnings
+from collections import deque
 from collections.abc import Iterator
 from typing import Any
 
 import jsonschema
 import referencing
-import referencing.exceptions
 import referencing.jsonschema
 import regex
 from jsonschema.exceptions import ValidationError, best_match
 
-from listopd_jax.errors import UserError, is_panic
+from listopd_jax.errors import UserError, is_panic, one_line
 from listopd_jax.task.contract import OK
 
 MATCH_SECONDS = 1.0
@@ -23,6 +23,7 @@ _PROBE_SECONDS = 0.1
 _PROBE_LENGTH = 40
 
 _FIX = "correct the schema"
+_REFERENCES = ("$ref", "$dynamicRef", "$recursiveRef")
 
 
 class Contract:
@@ -37,12 +38,8 @@ class Contract:
     def __init__(self, schema: Any, where: str, by_path: bool = True):
         if not isinstance(schema, dict):
             raise UserError(f"{where}: a JSON Schema is an object, this is {type(schema).__name__}; {_FIX}")
-        kind, self.schema, self._by_path = _dialect(schema, where), schema, by_path
-        resource = referencing.Resource.from_contents(
-            schema, default_specification=referencing.jsonschema.DRAFT202012
-        )
-        _check_schema(kind, schema, where)
-        _check_references(resource, where)
+        kind, self.schema, self._by_path = _version(schema, where), schema, by_path
+        _check_parts(kind, schema, where)
         # A registry that is given is asked instead of the network.
         self._validator = _bounded(kind)(schema, registry=referencing.Registry())
         self._check_recursion(where)
@@ -103,11 +100,15 @@ def _steps(error: ValidationError) -> list[str]:
     return [step for step in steps if step != "$ref"]
 
 
-def _dialect(schema: dict[str, Any], where: str) -> type:
+def _version(schema: dict[str, Any], where: str) -> type:
     named = schema.get("$schema")
     if named is None:
         return jsonschema.Draft202012Validator
     kind = jsonschema.validators.validator_for(schema, default=None) if isinstance(named, str) else None
+    if kind is jsonschema.Draft3Validator:
+        raise UserError(
+            f"{where}: $schema={named!r} is too old; write the schema in draft-04 or a later version"
+        )
     if kind is None:
         raise UserError(
             f"{where}: $schema={named!r} is not a known version of JSON Schema; use "
@@ -116,7 +117,7 @@ def _dialect(schema: dict[str, Any], where: str) -> type:
     return kind
 
 
-def _check_schema(kind: type, schema: dict[str, Any], where: str) -> None:
+def _check_schema(kind: type, schema: Any, where: str) -> None:
     try:
         # No formats: "regex" would ask Python's re, but patterns are run by `regex` (see _check_pattern).
         kind.check_schema(schema, format_checker=jsonschema.FormatChecker(formats=()))
@@ -126,15 +127,16 @@ def _check_schema(kind: type, schema: dict[str, Any], where: str) -> None:
         raise UserError(f"{where}: the schema is nested too deeply; {_FIX}") from e
 
 
-def _check_references(resource: referencing.Resource, where: str) -> None:
-    """UserError for a reference or a pattern in the schema that cannot be used."""
-    root = referencing.Registry().with_resource(resource.id() or "", resource).crawl()
-    parts = list(_parts(resource, root.resolver_with_root(resource)))
-    evaluates = any("unevaluatedProperties" in part for part, _ in parts)
-    for part, resolver in parts:
-        for keyword in ("$ref", "$dynamicRef", "$recursiveRef"):
-            if isinstance(name := part.get(keyword), str):
-                _resolve(resolver, name, where, keyword)
+def _check_parts(kind: type, schema: dict[str, Any], where: str) -> None:
+    """UserError for a part of the schema, or of what its references lead to, that cannot be used."""
+    try:
+        parts = list(_parts(kind, schema, where))
+    except UserError:
+        raise
+    except Exception as e:  # referencing trusts what it reads: an odd address or anchor can raise anything
+        raise UserError(f"{where}: cannot be read ({type(e).__name__}: {one_line(e)[:80]}); {_FIX}") from e
+    evaluates = any("unevaluatedProperties" in part for part in parts)
+    for part in parts:
         for pattern in (part.get("pattern"), *_keys(part.get("patternProperties"))):
             if isinstance(pattern, str):
                 _check_pattern(pattern, where)
@@ -146,23 +148,51 @@ def _keys(value: Any) -> list[str]:
     return list(value) if isinstance(value, dict) else []
 
 
-def _parts(resource: referencing.Resource, resolver: Any) -> Iterator[tuple[dict[str, Any], Any]]:
-    """Every schema in a schema, and what resolves the references in it."""
-    if isinstance(resource.contents, dict):
-        yield resource.contents, resolver
-    for inner in resource.subresources():
-        yield from _parts(inner, resolver.in_subresource(inner))
+def _parts(kind: type, schema: dict[str, Any], where: str) -> Iterator[dict[str, Any]]:
+    """Every schema in a schema, and in what its references lead to, which may lie under any key; each of them once.
+
+    UserError for a reference that leads nowhere, or to what is no schema of the version `kind`.
+    """
+    _check_schema(kind, schema, where)
+    version = referencing.jsonschema.specification_with(kind.META_SCHEMA["$schema"])
+    root = version.create_resource(schema)
+    registry = referencing.Registry().with_resource(root.id() or "", root)
+    targets, seen = deque([(schema, registry.resolver_with_root(root), where)]), set()
+    while targets:
+        target, resolver, here = targets.popleft()
+        if target is not schema and id(target) not in seen:
+            _check_schema(kind, target, here)
+        for part, at in _inside(version, target, resolver, seen):
+            yield part
+            names = [(k, part[k]) for k in _REFERENCES if isinstance(part.get(k), str)]
+            targets.extend(_resolve(at, name, where, keyword) for keyword, name in names)
 
 
-def _resolve(resolver: Any, name: str, where: str, keyword: str) -> None:
+def _inside(
+    version: referencing.Specification, part: Any, resolver: Any, seen: set[int]
+) -> Iterator[tuple[dict[str, Any], Any]]:
+    """A schema and every schema in it that is not `seen` yet, and what resolves the references in it."""
+    if not isinstance(part, dict) or id(part) in seen:
+        return
+    seen.add(id(part))
+    yield part, resolver
+    # referencing looks at the first of the dependencies alone, and takes the rest for lists of names if that is one.
+    old = part.get("dependencies")
+    for inner in (*version.subresources_of(part), *(old.values() if isinstance(old, dict) else ())):
+        if isinstance(inner, dict):
+            yield from _inside(version, inner, resolver.in_subresource(version.create_resource(inner)), seen)
+
+
+def _resolve(resolver: Any, name: str, where: str, keyword: str) -> tuple[Any, Any, str]:
+    """What a reference names, what resolves the references in it, and how messages call it."""
+    called = f"{where}: {keyword}={name[:80]!r}"
     try:
-        resolver.lookup(name)
-    except (referencing.exceptions.Unresolvable, ValueError) as e:
+        found = resolver.lookup(name)
+    except Exception as e:  # also of what a pointer leads through, which may be anything
         remote = not name.startswith("#")
         why = "leads out of the file, and nothing is fetched; copy what it names into $defs" if remote else ""
-        raise UserError(
-            f"{where}: {keyword}={name[:80]!r} {why or f'names nothing in the schema; {_FIX}'}"
-        ) from e
+        raise UserError(f"{called} {why or f'names nothing in the schema; {_FIX}'}") from e
+    return found.contents, found.resolver, called
 
 
 def _check_pattern(pattern: str, where: str) -> None:
@@ -235,10 +265,17 @@ def _additional_properties(
 
 
 def _bounded(kind: type) -> type:
-    """The validators of a dialect, with patterns that are given a time."""
+    """The validators of a version, with patterns that are given a time."""
     own = {
         "pattern": _pattern,
         "patternProperties": _pattern_properties,
         "additionalProperties": _additional_properties,
     }
-    return jsonschema.validators.extend(kind, {k: f for k, f in own.items() if k in kind.VALIDATORS})
+    bounded = jsonschema.validators.extend(kind, {k: f for k, f in own.items() if k in kind.VALIDATORS})
+    bounded.evolve = _evolve
+    return bounded
+
+
+def _evolve(validator: Any, **changes: Any) -> Any:
+    """jsonschema's own follows a `$schema` inside the schema, to validators that give no time; this one stays here."""
+    return type(validator)(**({"schema": validator.schema, "_resolver": validator._resolver} | changes))
