@@ -104,6 +104,17 @@ class Planned(_OfPolicy):
     extra: dict[str, Any] = _extra()
 
 
+BESIDES = (
+    "checkpoint",
+    "collapsed_at",
+    "forgetting",
+    "guarded",
+    "lambda_end",
+    "structural_margin",
+    "weights",
+)
+"""Further fields of a `Result`, where what they are of was asked for; they are in its `extra`."""
+
 FREE, REPAIRED = "free", "_repaired"
 """The decoding of a policy as it is; what the name of a decoding ends in whose answers its task has repaired."""
 
@@ -426,6 +437,13 @@ def _entries(kind: type[Record], value: Any, where: str, called: str) -> list[An
 
 
 # --- fields ---
+
+
+def taken_names() -> set[str]:
+    """What the records of a policy call their own fields: a metric of that name would overwrite one."""
+    fields = [field.name for kind in (Result, Decoding) for field in _fields(kind)]
+    return {"extra", *BESIDES, *fields, *map(json_name, fields)}
+
 
 _JSON_NAMES = {"lam": "lambda", "token_class": "class"} | {f"ndcg_{k}": f"ndcg@{k}" for k in (1, 3, 5, 10)}
 _ATTRIBUTES = {name: attribute for attribute, name in _JSON_NAMES.items()}

@@ -9,6 +9,7 @@ from processes import NO_LAMBDA, run_main
 
 from listopd_jax import config as config_module
 from listopd_jax.errors import UserError
+from listopd_jax.stages.prepare import open_job
 from listopd_jax.tasks.load import TASKS, load_task, task_in
 
 TEXT = (pathlib.Path(__file__).parents[1] / "docs" / "bring_your_own.md").read_text("utf-8")
@@ -91,3 +92,53 @@ def test_mistakes_in_its_data_are_one_line(folder):
 
 def test_the_config_names_every_task_that_is_shipped():
     assert set(config_module.TASKS) == TASKS.keys()
+
+
+BROKEN = [  # what is written instead, and what is said of it
+    ('metrics = ("useful", "distance")', 'metrics = "useful"', "metrics is 'useful'; write a tuple of"),
+    ('metrics = ("useful", "distance")', 'metrics = ("useful", 3)', "metrics is ('useful', 3); write a tuple"),
+    ('metrics = ("useful", "distance")', 'metrics = ("distance",)', "metrics lacks 'useful', by which"),
+    ('"distance")', '"distance", "steps")', "metrics has 'steps', which every record has already; call it"),
+    ('"distance")', '"distance", "run")', "metrics has 'run', which every record"),
+    ('"distance")', '"distance", "lambda")', "metrics has 'lambda'"),
+    ('"distance")', '"distance", "ms_per_token")', "metrics has 'ms_per_token'"),
+    ('"distance")', '"distance", "weights")', "metrics has 'weights'"),
+    ('"distance")', '"distance")\n    settings = {"seed": 1}', "settings has 'seed'"),
+    ('failures = ("ok", "no_number")', 'failures = "ok"', "failures is 'ok'; write a tuple"),
+    ('"distance": float', '"distanse": float', "'distanse', which metrics lacks; did you mean 'distance'? add it"),
+    ("float(distance)}", "None}", "score of its answer has 'distance': None, which is no finite number"),
+    ("float(distance)}", '"x"}', "score of its answer has 'distance': 'x', which is no finite"),
+    ("float(distance)}", "float('inf')}", "score of its answer has 'distance': inf, which is no finite"),
+    ('return {"useful": 0.0}', "return None", "score of an empty text is None; return a dict, metric → number"),
+    ('return {"useful": 0.0}', "return parsed.what", "AttributeError: 'Parsed' object has no attr"),
+    ("if not parsed.ok:", "if parsed.failure == 'x':", "TypeError: unsupported operand"),
+    ('else Parsed("no_number")', "else None", "parse of an empty text gives None; return Parsed('ok', value)"),
+    ('return f"={record.a + record.b}"', "return record.a + record.b", "answer is 96; return a text"),
+    ('return f"={record.a + record.b + rng.randint(1, 9)}"', "pass", "corruption 'one_more' is None; return"),
+    ('f"{path.name}:{number}", int', "number, int", "task sums: the key of a record is 1; give each record"),
+    ("    key: str", "    name: str", "task sums: the key of a record is None; give each"),
+    ('yield Sum(f"{path.name}:{number}", int(found[1]), int(found[2]))', "pass", "read gives no records; return"),
+    ("if not found:", "if line.bogus:", "AttributeError: 'str' object has no attr"),
+    ('return f"{record.a}+{record.b}\\n"', "return record.c", "AttributeError: 'Sum' object has no"),
+    ("class Sums(FileTask):", "class Sums(FileTask):\n    def __init__(self):\n        pass\n", "TypeError: Sums"),
+    (
+        "class Sums(FileTask):",
+        "class Sums(FileTask):\n    def __init__(self, data, options):\n        pass\n",
+        "Sums.__init__ must call super().__init__(data, options)",
+    ),
+    ("class Sums(FileTask):", "raise SystemExit(3)\n\n\nclass Sums(FileTask):", "SystemExit: 3; correct the task"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("part", "instead", "says"), BROKEN)
+def test_a_task_that_breaks_the_protocol_is_one_line_before_anything_is_trained(folder, part, instead, says):
+    assert CODE.count(part) == 1
+    (folder / "sums.py").write_text(CODE.replace(part, instead))
+    config = config_module.defaults()
+    config.task.file, config.data.path = str(folder / "sums.py"), str(folder / "sums.txt")
+    config.sft.teacher.noise = "one_more:0.5"
+    with pytest.raises(UserError) as error:
+        open_job(config_module.validate(config), folder / "run")
+    line = str(error.value)
+    assert says in line and ("sums.py" in line or "task sums" in line) and "\n" not in line
+    assert not (folder / "run" / "tokenizer").exists()

@@ -61,6 +61,14 @@ def notes(split: Mapping[str, Sequence[Any]], unanswered: int) -> list[str]:
     )
 
 
+def check_key(record: Any, task: str) -> None:
+    """UserError unless the record of a task has a text as its key."""
+    if not isinstance(key := getattr(record, "key", None), str):
+        raise UserError(
+            f"task {task}: the key of a record is {key!r}; give each record a text of its own, 'key'"
+        )
+
+
 def check_prompt(prompt: Any, where: str) -> None:
     """UserError unless `prompt` is a text, or messages with a role and a text whose last is not the assistant's."""
     if isinstance(prompt, str):

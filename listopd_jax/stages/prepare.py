@@ -38,10 +38,11 @@ from listopd_jax.parallel import hosts
 from listopd_jax.parallel.mesh import configured_mesh, use_mesh
 from listopd_jax.records import RESULTS, STAMP
 from listopd_jax.stages.job import REFERENCE, ROLES, Job, known_noise, models_of, writers_of
+from listopd_jax.stages.task_check import check_task
 from listopd_jax.stages.teachers import expert_sections
 from listopd_jax.task.codec import Codec, vocab_of
 from listopd_jax.task.protocol import Task
-from listopd_jax.tasks.load import load_task
+from listopd_jax.tasks.load import in_task_file, load_task
 from listopd_jax.train.preflight import check_mesh, check_rounding
 
 INPUTS = {
@@ -110,7 +111,9 @@ def open_job(
     task = task or load_task(config)
     with hosts.main_first():
         # Process 0 builds the data set and the tokenizer; the others find them.
-        splits = task.splits(workdir / "data")
+        with in_task_file(config.task.file):
+            splits = task.splits(workdir / "data")
+            check_task(task, splits, config)
         fingerprint = splits.report["fingerprint"]
         refuse_other_inputs(workdir, fingerprint=fingerprint)
         for note in splits.report["notes"]:

@@ -9,8 +9,8 @@ from typing import Any
 from listopd_jax import files
 from listopd_jax.data import manifest
 from listopd_jax.data.builder import REPORT
-from listopd_jax.data.splits import SIDES, check_prompt, notes, split_records
-from listopd_jax.errors import UserError
+from listopd_jax.data.splits import SIDES, check_key, check_prompt, notes, split_records
+from listopd_jax.errors import UserError, require
 from listopd_jax.task.protocol import Splits, Task
 
 FORMAT = 1
@@ -42,7 +42,11 @@ class FileTask(Task):
         if self.data.verify:
             for path in paths.values():
                 manifest.verify(path)
-        records = list(self.read(paths["data.path"]))
+        records = self.read(paths["data.path"])
+        require(
+            isinstance(records, Iterable), f"task {self.name}: read gives no records; return or yield them"
+        )
+        records = list(records)
         self._check(records)
         split = self.divided(records)
         report = self._report(paths, split)
@@ -58,9 +62,10 @@ class FileTask(Task):
         return split_records(records, sides, groups, data.validation_share, data.max_lists, data.seed)
 
     def _check(self, records: Sequence[Any]) -> None:
-        """UserError if two records have one key, or a prompt is none."""
+        """UserError if a record has no key or that of another, or a prompt is none."""
         keys = set()
         for record in records:
+            check_key(record, self.name)
             if record.key in keys:
                 raise UserError(f"{self.name}: two records have the key {record.key!r}; give each its own")
             keys.add(record.key)

@@ -1,10 +1,13 @@
 """The task of a run: one that is shipped, by `task.name`, or that of a user's own file, `task.file`."""
 
+import contextlib
 import importlib.util
 import inspect
 import pathlib
 import sys
+import traceback
 import types
+from collections.abc import Iterator
 from typing import Any
 
 from listopd_jax.errors import UserError, one_line
@@ -20,10 +23,36 @@ TASKS = {task.name: task for task in (Reviews, JsonTask, Bfcl, Cranfield, Passag
 
 
 def load_task(config: Any) -> Task:
-    """The task of a checked config; UserError for a file that cannot be loaded or holds no task."""
+    """The task of a checked config; UserError for a file that cannot be loaded, or holds no task that can be made."""
     options = config.task
-    kind = task_in(pathlib.Path(options.file)) if options.file else TASKS[options.name]
-    return kind(config.data, options)
+    if not options.file:
+        return TASKS[options.name](config.data, options)
+    path = pathlib.Path(options.file)
+    kind = task_in(path)
+    try:
+        task = kind(config.data, options)
+    except UserError:
+        raise
+    except (Exception, SystemExit) as e:
+        raise _mistake(path, e) from e
+    if not vars(task).keys() >= {"data", "options"}:
+        raise UserError(
+            f"task.file={path}: {kind.__name__}.__init__ must call super().__init__(data, options); correct it"
+        )
+    return task
+
+
+@contextlib.contextmanager
+def in_task_file(path: str) -> Iterator[None]:
+    """While inside, what fails in the lines of the task file `path` is a UserError; "" for none."""
+    try:
+        yield
+    except UserError:
+        raise
+    except (Exception, SystemExit) as e:
+        if not _lines(pathlib.Path(path), e):  # it is none of the file's
+            raise
+        raise _mistake(pathlib.Path(path), e) from e
 
 
 def task_in(path: pathlib.Path) -> type[Task]:
@@ -55,8 +84,18 @@ def _executed(path: pathlib.Path) -> types.ModuleType:
     module = sys.modules[name] = importlib.util.module_from_spec(spec)  # dataclasses look themselves up
     try:
         spec.loader.exec_module(module)
-    except Exception as e:  # it is the user's program: it can raise anything
-        lines = [f.lineno for f in inspect.getinnerframes(e.__traceback__) if f.filename == str(path)]
-        where = f":{lines[-1]}" if lines else f":{e.lineno}" if isinstance(e, SyntaxError) else ""
-        raise UserError(f"{path}{where}: {type(e).__name__}: {one_line(e)}; correct the task file") from e
+    except (Exception, SystemExit) as e:  # it is the user's program: it can raise anything, and leave
+        raise _mistake(path, e) from e
     return module
+
+
+def _mistake(path: pathlib.Path, e: BaseException) -> UserError:
+    """The one line for what the user's program raised."""
+    lines = _lines(path, e) or ([e.lineno] if isinstance(e, SyntaxError) else [])
+    where = f":{lines[-1]}" if lines else ""
+    return UserError(f"{path}{where}: {type(e).__name__}: {one_line(e)}; correct the task file")
+
+
+def _lines(path: pathlib.Path, e: BaseException) -> list[int]:
+    """The lines of the file that led to `e`, the last one last."""
+    return [f.lineno for f in traceback.extract_tb(e.__traceback__) if f.filename == str(path)]

@@ -1,0 +1,89 @@
+"""Whether a task keeps the protocol (task/protocol.py): asked on a few records when a job opens, not after SFT."""
+
+import math
+import numbers
+import random
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from listopd_jax.config import noise_shares
+from listopd_jax.data.splits import check_key, check_prompt
+from listopd_jax.errors import UserError, did_you_mean, require
+from listopd_jax.records import taken_names
+from listopd_jax.stages.job import ROLES
+from listopd_jax.task.contract import OK, Parsed
+from listopd_jax.task.metrics import METRICS
+from listopd_jax.task.protocol import Splits, Task
+
+
+def check_task(task: Task, splits: Splits, config: Any) -> None:
+    """UserError, which names the task's file, for what would stop its run later or damage its records.
+
+    Every key is looked at; prompt, answer, verdicts, scores and the noise of the config on one record of each side.
+    """
+    who = f"task.file={config.task.file}" if config.task.file else f"task {task.name}"
+    _check_names(task, who)
+    noise = {name for role in ROLES for name, _ in noise_shares(config.sft[role]) if name in task.corruptions}
+    for side, records in (("train", splits.train), ("validation", splits.validation)):
+        require(len(records) > 0, f"{who}: no record is for {side}")
+        for record in records:
+            check_key(record, task.name)
+        record = next((r for r in records if task.answer(r) is not None), records[0])
+        check_prompt(task.prompt(record), f"{who}: {record.key}")
+        _check_verdicts(task, record, f"{who}: {record.key}")
+        for name in noise if task.answer(record) is not None else ():
+            _check_text(task.corruptions[name](record, random.Random(0)), f"{who}: corruption {name!r}")
+
+
+def _check_names(task: Task, who: str) -> None:
+    """UserError unless metrics and failures are names, and records have room for them."""
+    for field in ("metrics", "failures"):
+        names = getattr(task, field)
+        fits = isinstance(names, list | tuple) and all(isinstance(name, str) for name in names)
+        require(
+            fits and len(set(names)) == len(names),
+            f"{who}: {field} is {names!r}; write a tuple of different names, as in ('useful',)",
+        )
+    require(
+        "useful" in task.metrics, f"{who}: metrics lacks 'useful', by which policies are compared; add it"
+    )
+    for field, free in (("metrics", METRICS), ("settings", ("gain",))):
+        if taken := sorted((taken_names() - set(free)) & set(getattr(task, field))):
+            raise UserError(
+                f"{who}: {field} has {taken[0]!r}, which every record has already; call it otherwise"
+            )
+
+
+def _check_verdicts(task: Task, record: Any, who: str) -> None:
+    """UserError unless the right answer, an empty one and a failure get a verdict and a score."""
+    if (right := task.answer(record)) is not None:
+        _check_text(right, f"{who}: answer")
+    texts = {"an empty text": ""} | ({} if right is None else {"its answer": right})
+    verdicts = {what: task.parse(text, record) for what, text in texts.items()}
+    for what, parsed in verdicts.items():
+        require(
+            isinstance(parsed, Parsed) and isinstance(parsed.failure, str),
+            f"{who}: parse of {what} gives {parsed!r}; return Parsed('ok', value) or Parsed('a_failure')",
+        )
+    failed = Parsed(next((name for name in task.failures if name != OK), "failed"))
+    for what, parsed in {**verdicts, "a failed answer": failed}.items():
+        _check_score(task.score(parsed, record), task.metrics, f"{who}: score of {what}")
+
+
+def _check_score(score: Any, metrics: Sequence[str], where: str) -> None:
+    """UserError unless a score maps some of the metrics to numbers; NaN stands for an undefined one."""
+    require(isinstance(score, Mapping), f"{where} is {score!r}; return a dict, metric → number")
+    for name, value in score.items():
+        if name not in (*metrics, "parse"):
+            close = did_you_mean(name, metrics) if isinstance(name, str) else ""
+            raise UserError(f"{where} has {name!r}, which metrics lacks; {close}add it there")
+        number = isinstance(value, numbers.Real | np.bool_) and not math.isinf(value)
+        require(
+            number, f"{where} has {name!r}: {value!r}, which is no finite number; leave out what is undefined"
+        )
+
+
+def _check_text(text: Any, where: str) -> None:
+    require(isinstance(text, str), f"{where} is {text!r}; return a text")
