@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 import shutil
 
 import numpy as np
@@ -19,6 +20,8 @@ from listopd_jax.data.reviews import clean_text
 from listopd_jax.data.tokenizer import load_tokenizer, train_tokenizer
 from listopd_jax.errors import UserError
 from listopd_jax.task.prompt import ListExample, render_answer, render_prompt
+from listopd_jax.task.schema import Contract
+from listopd_jax.tasks.json_records import JsonRecord, JsonTask
 from listopd_jax.tasks.reviews import Reviews
 
 TURNS = "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
@@ -144,6 +147,34 @@ def test_prompts_that_end_the_turn_are_refused(base, templated, tmp_path):
     stored.save(str(tmp_path / "ends" / "tokenizer.json"))
     with pytest.raises(UserError, match=r"prompts end in EOS '<\|im_end\|>'; set add_eos_token to false"):
         encode_split(TASK, EXAMPLES, load_tokenizer(tmp_path / "ends"), **options)
+
+
+@pytest.mark.parametrize(
+    ("text", "token"),
+    [
+        ("x<|im_end|>y", "<|im_end|>"),
+        ("</s>", "</s>"),
+        ("a <think> b", "<think>"),
+        ("great  < |im_end|>", None),
+    ],
+)
+def test_an_answer_that_spells_a_control_token_is_refused(tokenizer, text, token):
+    task = JsonTask(config_module.defaults().data, config_module.defaults().task)
+    contract = Contract({"type": "object"}, "schema")
+    records = [JsonRecord(f"k{i}", "p", {"a": a}, contract) for i, a in enumerate(("good", text))]
+
+    def encoded(ends=()):
+        return encode_split(task, records, tokenizer, max_prompt=99, max_answer=99, ends=ends)
+
+    if token is None:
+        first = encoded().answers[0][0]
+        with pytest.raises(UserError, match="k0: its right answer holds '{"):
+            encoded(ends=[first])
+    else:
+        with pytest.raises(
+            UserError, match=re.escape(f"k1: its right answer holds {token!r}, which the tok")
+        ):
+            encoded()
 
 
 # --- reviews

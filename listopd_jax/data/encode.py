@@ -12,7 +12,7 @@ import transformers
 from jaxtyping import Int32
 
 from listopd_jax.data.chat import DATE, chat_prompt, role_lines
-from listopd_jax.data.control import spell_out
+from listopd_jax.data.control import control_ids, spell_out
 from listopd_jax.data.reviews import hash64
 from listopd_jax.errors import UserError
 from listopd_jax.metrics_log import progress
@@ -69,7 +69,8 @@ def encode_split(
 
     Raises:
       UserError: no chat template though one is asked for, or an unfit one; a prompt that ends in EOS or cannot be cut
-        enough; an answer above `max_answer` tokens (EOS included), or that the tokenizer cannot spell.
+        enough; an answer above `max_answer` tokens (EOS included), that the tokenizer cannot spell, or in which it sees
+        a control token.
     """
 
     def to_ids(record: Any) -> np.ndarray:
@@ -83,6 +84,7 @@ def encode_split(
     # All prompts end in the same template, so one shows it.
     _check_open(prompts[0], tokenizer, {tokenizer.eos_token_id, *ends}, chat_template)
     _check_answers(task, records, answers, tokenizer, max_answer)
+    _check_no_control(records, answers, tokenizer, control_ids(tokenizer) | set(ends))
     return EncodedSplit(tuple(prompts), tuple(answers), tokenizer.pad_token_id)
 
 
@@ -190,6 +192,18 @@ def _check_answers(
             raise UserError(
                 f"{record.key}: its right answer comes back from the tokenizer as {' '.join(text.split())[:60]!r}, "
                 f"which fails the contract ({parsed.failure}); correct it, or choose another tokenizer"
+            )
+
+
+def _check_no_control(
+    records: Sequence[Any], answers: Sequence[np.ndarray], tokenizer, control: Collection[int]
+) -> None:
+    """UserError for a right answer in which a text becomes a control token: SFT would teach an end in its middle."""
+    for record, ids in zip(records, answers, strict=True):
+        if (found := next((i for i in ids[:-1].tolist() if i in control), None)) is not None:
+            raise UserError(
+                f"{record.key}: its right answer holds {tokenizer.decode([found])!r}, which the tokenizer reads as a "
+                "control token; write it otherwise, or leave the record out"
             )
 
 
