@@ -87,6 +87,40 @@ def test_equal_prompts_stay_on_one_side(tmp_path):
         assert not sides[0] & sides[1] and len(splits.validation) == 6
 
 
+HELLO = {"role": "user", "content": "hello"}
+SAME_PROMPT = [
+    ({"messages": [HELLO]}, {"messages": [{"content": "hello", "role": "user"}]}),
+    ({"messages": [HELLO]}, {"messages": [HELLO | {"name": "Anna"}]}),
+    ({"messages": [HELLO]}, {"prompt": "hello"}),
+    ({"prompt": "hello"}, {"prompt": "hello \n"}),
+    ({"messages": [HELLO]}, {"messages": [HELLO | {"content": " hello"}]}),
+]
+OTHER_PROMPT = [
+    ({"messages": [HELLO]}, {"messages": [{"role": "system", "content": "Be brief."}, HELLO]}),
+    ({"messages": [HELLO]}, {"messages": [HELLO | {"role": "tool"}]}),
+    ({"prompt": "hello"}, {"prompt": "hel lo"}),
+]
+
+
+@pytest.mark.parametrize("a_b", SAME_PROMPT + OTHER_PROMPT)
+def test_a_prompt_written_in_another_way_is_the_same_prompt(tmp_path, a_b):
+    sides = [{**line, "fold": side} for line, side in zip(a_b, ("train", "validation"), strict=True)]
+    lines = [*sides, *({"prompt": f"p{i}", "fold": side["fold"]} for i, side in enumerate(sides))]
+    if a_b in SAME_PROMPT:
+        with pytest.raises(UserError, match="data.jsonl:2: is for validation, but its prompt is that of"):
+            records_of(tmp_path, lines, **{"data.split_field": "fold"})
+        for seed in range(4):
+            splits = records_of(tmp_path, [*a_b, *LINES], **{"data.seed": seed})[1]
+            assert len({"data.jsonl:1", "data.jsonl:2"} & {r.key for r in splits.validation}) in (0, 2)
+    else:
+        assert len(records_of(tmp_path, lines, **{"data.split_field": "fold"})[1].train) == 2
+
+
+def test_the_split_of_texts_is_that_of_older_workdirs(tmp_path):
+    splits = records_of(tmp_path, LINES)[1]
+    assert [r.key for r in splits.validation] == ["data.jsonl:5", "data.jsonl:20"]
+
+
 def test_a_field_may_say_the_side(tmp_path):
     lines = [line | {"fold": "validation" if i % 4 == 0 else "train"} for i, line in enumerate(LINES)]
     _, splits = records_of(tmp_path, lines, **{"data.split_field": "fold"})

@@ -34,7 +34,8 @@ def split_records(
     members = defaultdict(list)
     for row, group in enumerate(groups):
         members[group].append(row)
-    order = [list(members)[i] for i in np.random.default_rng(seed).permutation(len(members))]
+    names = list(members)
+    order = [names[i] for i in np.random.default_rng(seed).permutation(len(names))]
     held_out = min(max(1, round(share * len(order))), len(order) - 1)
     split: dict[str, list[Any]] = {side: [] for side in SIDES}
     for i, group in enumerate(order):

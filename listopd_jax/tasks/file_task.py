@@ -33,8 +33,13 @@ class FileTask(Task):
         return None
 
     def group(self, record: Any) -> str:
-        """Records of one group stay on one side; by default those of one prompt."""
-        return json.dumps(self.prompt(record))
+        """Records of one group stay on one side; by default those of one prompt.
+
+        One is a text and its one user turn, whatever else a message says, and whatever blanks are around its text.
+        """
+        prompt = self.prompt(record)
+        turns = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+        return json.dumps([[turn["role"], turn["content"].strip()] for turn in turns])
 
     def splits(self, folder: pathlib.Path) -> Splits:
         """Read, split, and write folder/report.json."""
