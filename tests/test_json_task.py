@@ -386,6 +386,25 @@ def test_a_version_inside_a_schema_changes_nothing():
         Contract({"properties": {"x": inner | {"pattern": "^(a|aa)+$"}}}, "here")
 
 
+@pytest.mark.parametrize(
+    ("schema", "value", "failure", "by_keyword", "place"),
+    [
+        ({"properties": {"a": False}}, {"a": 1}, "a/false", "false", "$.a"),
+        ({"patternProperties": {"^x": False}}, {"x1": 1}, "^x/false", "false", "$.x1"),
+        ({"prefixItems": [{}, False]}, [1, 2], "[]/1/false", "false", "$[1]"),
+        ({"properties": {"a": {"$ref": "#/$defs/no"}}, "$defs": {"no": False}}, {"a": 1}, "a/false", "false", "$.a"),
+        ({"properties": {"a": {"allOf": [{}, False]}}}, {"a": 1}, "a/allOf/1/false", "false", "$.a"),
+        ({"dependentSchemas": {"a": False}}, {"a": 1}, "dependentSchemas/a/false", "false", "$"),
+        ({"not": {}}, 1, "not", "not", "$"),
+    ],
+)  # fmt: skip
+def test_a_schema_that_allows_nothing_fails_as_false(schema, value, failure, by_keyword, place):
+    contract = Contract(schema, "here")
+    assert contract.failure(value) == failure
+    assert Contract(schema, "here", by_path=False).failure(value) == by_keyword
+    assert contract.explain(value).startswith(f"at {place}: ")
+
+
 NAMES = st.text("ab", max_size=2) | st.text(max_size=3)
 VALUES = st.recursive(
     st.none() | st.booleans() | st.integers(-5, 5) | st.floats(allow_nan=False, allow_infinity=False) | st.text(),

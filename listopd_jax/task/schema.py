@@ -6,7 +6,7 @@ Schemas and the values that they judge are hostile: a reference is never fetched
 import re
 import warnings
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jsonschema
@@ -272,8 +272,25 @@ def _bounded(kind: type) -> type:
         "additionalProperties": _additional_properties,
     }
     bounded = jsonschema.validators.extend(kind, {k: f for k, f in own.items() if k in kind.VALIDATORS})
-    bounded.evolve = _evolve
+    bounded.evolve, bounded.descend = _evolve, _descend(bounded.descend)
     return bounded
+
+
+def _descend(follow: Callable) -> Callable:
+    """jsonschema's own, but what breaks the schema `false` has a keyword, `false`, and its place in the schema."""
+
+    def descend(validator, instance, schema, path=None, schema_path=None, resolver=None):
+        if schema is not False:
+            yield from follow(validator, instance, schema, path, schema_path, resolver)
+            return
+        yield ValidationError(
+            "nothing is allowed here",
+            validator="false",
+            path=[] if path is None else [path],
+            schema_path=["false"] if schema_path is None else [schema_path, "false"],
+        )
+
+    return descend
 
 
 def _evolve(validator: Any, **changes: Any) -> Any:
