@@ -18,7 +18,7 @@ from listopd_jax.task.contract import TOKEN_CLASSES
 from listopd_jax.task.metrics import summarize
 from listopd_jax.task.schema import Contract
 from listopd_jax.task.strict_json import dumps, loads, same
-from listopd_jax.tasks.json_records import JsonTask, share_right
+from listopd_jax.tasks.json_records import MOST_FIELDS, JsonTask, share_right
 
 SCHEMA = {
     "type": "object",
@@ -302,6 +302,28 @@ def test_scores_by_hand(tmp_path):
     assert found["field place"] == 1 and found["field tags"] == pytest.approx(2 / 3)
     assert found["counted"]["parse"] == 5 and found["counted"]["useful"] == 4
     assert found["failures"] == {"ok": 4, "no_json": 1}
+
+
+@pytest.mark.parametrize(
+    "schema",
+    [None, {"$ref": "#/$defs/o", "$defs": {"o": {"properties": {"count": {}}}}}, {"allOf": [{}]}, {}],
+)
+def test_fields_of_the_right_answers_have_accuracies_whatever_the_schema_declares(tmp_path, schema):
+    lines = [x | {"schema": {}} for x in LINES] if schema is None else LINES
+    task, splits = records_of(tmp_path, lines, schema)
+    assert task.metrics[4:] == ("field count", "field name")
+    record = splits.validation[0]
+    scores = task.score(task.parse(json.dumps(record.answer | {"count": 0}), record), record)
+    assert (scores["field count"], scores["field name"]) == (0, 1)
+
+
+def test_declared_fields_come_first_and_the_rarest_are_left_out(tmp_path):
+    declared = {"type": "object", "properties": {"rare": {}, "name": {}, "count": {}}}
+    lines = [{"prompt": f"p{i}", "answer": {"name": "A", f"k{i:02}": i, "often": 0}} for i in range(30)]
+    names = [name.removeprefix("field ") for name in records_of(tmp_path, lines, declared)[0].metrics[4:]]
+    assert names == ["name", "often", *(f"k{i:02}" for i in range(18))] and len(names) == MOST_FIELDS
+    few = records_of(tmp_path, lines[:3], declared)[0].metrics[4:]
+    assert few == tuple(f"field {x}" for x in ("rare", "name", "count", "often", "k00", "k01", "k02"))
 
 
 def test_marks_and_keys_are_structure(tmp_path):

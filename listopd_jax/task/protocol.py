@@ -27,7 +27,10 @@ class Splits:
 
 
 class Task(abc.ABC):
-    """One task. Made once a run from the sections `data` and `task` of its config; its methods change nothing.
+    """One task. Made once a run from the sections `data` and `task` of its config.
+
+    `splits` is called first, and may still settle the attributes, as by what the records have; no other method changes
+    anything.
 
     Attributes:
       name: how records and messages call it.

@@ -12,6 +12,7 @@ every line has a schema of its own.
 import dataclasses
 import difflib
 import pathlib
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -20,7 +21,7 @@ from listopd_jax.data.splits import SIDES
 from listopd_jax.errors import UserError, did_you_mean
 from listopd_jax.task.contract import OK, Parsed, token_classes
 from listopd_jax.task.corruptions import json_corruptions
-from listopd_jax.task.protocol import Prompt
+from listopd_jax.task.protocol import Prompt, Splits
 from listopd_jax.task.schema import Contract
 from listopd_jax.task.strict_json import dumps, loads, same
 from listopd_jax.tasks.file_task import FileTask
@@ -55,9 +56,14 @@ class JsonTask(FileTask):
         self.corruptions = json_corruptions(self.answer)
         schema = _schema_file(options.schema) if options.schema else {}
         self._contract = Contract(schema, options.schema) if options.schema else None
-        declared = schema.get("properties") if isinstance(schema.get("properties"), dict) else {}
-        self._fields = tuple(declared)[:MOST_FIELDS]
-        self.metrics = ("parse", "useful", "exact_match", "fields", *map(_accuracy, self._fields))
+        self._declared = tuple(schema["properties"]) if isinstance(schema.get("properties"), dict) else ()
+        self._score_fields([])
+
+    def splits(self, folder: pathlib.Path) -> Splits:
+        """Read and split; the fields of the right answers, too, have accuracies of their own from now on."""
+        found = super().splits(folder)
+        self._score_fields([r.answer for r in (*found.train, *found.validation)])
+        return found
 
     def read(self, path: pathlib.Path) -> Iterator[JsonRecord]:
         """The lines of the file; UserError names the line and field that is wrong."""
@@ -116,6 +122,15 @@ class JsonTask(FileTask):
     def token_classes(self, pieces: Sequence[str]) -> list[int]:
         """Marks and keys are structure, values are not."""
         return token_classes(pieces, opening="[{", values={})
+
+    def _score_fields(self, answers: Sequence[Any]) -> None:
+        """Score the declared fields and those of the right answers: of more than MOST_FIELDS the most frequent."""
+        counts = Counter(name for answer in answers if isinstance(answer, dict) for name in answer)
+        often = sorted(counts, key=lambda name: (-counts[name], name))
+        known = dict.fromkeys((*self._declared, *often))
+        kept = set(sorted(known, key=lambda name: -counts[name])[:MOST_FIELDS])
+        self._fields = tuple(name for name in known if name in kept)
+        self.metrics = ("parse", "useful", "exact_match", "fields", *map(_accuracy, self._fields))
 
     def _record(
         self, row: dict[str, Any], key: str, where: str, contracts: dict[str, Contract]
