@@ -18,6 +18,37 @@ def test_presets_are_valid_and_are_json(preset):
     assert json.loads(json.dumps(config_module.to_json(config)))["opd"]["clip"] == 5.0
 
 
+@pytest.mark.parametrize("preset", fashion.PRESETS)
+@pytest.mark.parametrize("task", [name for name in config_module.TASKS if name != "reviews"])
+def test_any_preset_serves_any_task(preset, task, capsys):
+    """What only lists of reviews have is dropped with one line; a mask, which would train otherwise, is refused."""
+    config = fashion.get_config(preset)
+    config.task.name, config.data.path = task, "FILE"
+    given = config_module.for_its_task(config)
+    checked, said = config_module.validate(given), capsys.readouterr().err
+    assert not (checked.evaluation.expected or checked.evaluation.margins)
+    assert checked.opd.guard.margin == config.opd.guard.margin and checked.opd.guard.scope == "all"
+    if given is config:
+        assert said == ""
+    else:
+        assert said.startswith(f"task {task}: has no ") and said.endswith("dropped; they are of reviews\n")
+        changed = {k for (k, a), (_, b) in zip(*map(flat, (config, given)), strict=True) if a != b}
+        assert changed and all(field in said for field in changed) and said.count("\n") == 1
+    config.opd.guard.update(margin=1.25, mask=True)
+    with pytest.raises(UserError, match="guards that know the contract"):
+        config_module.validate(config_module.for_its_task(config))
+
+
+def test_of_reviews_nothing_is_dropped(capsys):
+    config = fashion.get_config("demo")
+    assert config_module.for_its_task(config) is config and config.evaluation.expected
+    assert capsys.readouterr().err == ""
+
+
+def flat(config):
+    return sorted(config_module.flatten(config.to_dict()))
+
+
 @pytest.mark.parametrize("ablation", natural.ABLATIONS)
 def test_the_ablations_on_a_pretrained_pair_forecast_the_same_grid(ablation):
     config = natural.get_config(ablation)

@@ -5,7 +5,7 @@ Experiments live in `configs/*.py`; each starts from `defaults()` and sets what 
 combinations.
 """
 
-from listopd_jax.config.check import validate
+from listopd_jax.config.check import for_its_task, validate
 from listopd_jax.config.command_line import auto_preset, find_config_file, flag_mistakes, unknown_field
 from listopd_jax.config.derived import (
     constraints,
@@ -57,6 +57,7 @@ __all__ = [
     "fixed_fields",
     "flag_mistakes",
     "flatten",
+    "for_its_task",
     "from_json",
     "guard_knows_contract",
     "guard_text",

@@ -1,6 +1,7 @@
 """The checks that a configuration passes once, before anything is read: each field alone, then fields together."""
 
 import itertools
+import sys
 
 import ml_collections
 
@@ -42,6 +43,23 @@ def validate(config: ml_collections.ConfigDict) -> ml_collections.FrozenConfigDi
         checked.task.max_response = config.task.max_response or TOKENS_PER_OBJECT * checked.task.k
     _validate_packing(checked)  # of the lengths that a run has
     return ml_collections.FrozenConfigDict(checked)
+
+
+def for_its_task(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
+    """The config without the options of a preset that only lists of reviews have, and one line on stderr about them.
+
+    So any preset serves any task. What trains against the contract's grammar is left for `validate` to refuse.
+    """
+    own = {"evaluation.expected": False, "evaluation.margins": False, "opd.guard.scope": "all"}
+    given = dict(flatten(config.to_dict()))
+    dropped = {} if ranks_reviews(config) else {k: v for k, v in own.items() if given[k] != v}
+    if not dropped:
+        return config
+    named = ", ".join(f"{field}={given[field]!r}" for field in dropped)
+    print(f"task {task_name(config)}: has no {named}: dropped; they are of reviews", file=sys.stderr)
+    config = config.copy_and_resolve_references()
+    config.update_from_flattened_dict(dropped)
+    return config
 
 
 def _validate_grid(config: ml_collections.ConfigDict) -> None:
