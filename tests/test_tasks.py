@@ -102,7 +102,11 @@ def test_the_types_of_the_files_become_json_schema():
     [
         ({"id": "b"}, {}, "q.json:1: id 'b' has no possible answer in"),
         ({"id": 3}, {}, "q.json:1: field 'id' must be a str"),
-        ({"question": []}, {}, "q.json:1: has several turns, functions or calls; give a simple_* file"),
+        (
+            {"question": []},
+            {},
+            "q.json:1: has several turns, functions or calls; give the simple_python file",
+        ),
         ({"function": [{"name": "f"}]}, {}, "q.json:1: field 'parameters' must be a dict"),
         ({"question": [["hello"]]}, {}, "messages[1]: a message is"),
         ({"question": ["hello"]}, {}, "q.json:1: field 'question' must hold a list of messages"),
@@ -118,7 +122,11 @@ def test_the_types_of_the_files_become_json_schema():
             {},
             "q.json:1: a parameter is described by str, not an object",
         ),
-        ({"function": [{"name": "f", "parameters": {"type": "strange"}}]}, {}, "'strange' is not valid"),
+        (
+            {"function": [{"name": "f", "parameters": {"properties": {"x": {"type": "HashMap"}}}}]},
+            {},
+            "q.json:1: the type of a parameter is 'HashMap', which simple_python does not have; give its files",
+        ),
     ],
 )
 def test_a_mistake_in_the_questions_is_one_line(tmp_path, row, possible, says):
@@ -132,6 +140,23 @@ def test_a_mistake_in_the_questions_is_one_line(tmp_path, row, possible, says):
     with pytest.raises(UserError) as error:
         opened("bfcl", tmp_path, **{"data.path": tmp_path / "q.json", "data.labels": tmp_path / "a.json"})
     assert says in str(error.value) and "\n" not in str(error.value)
+
+
+def test_an_accepted_object_is_answered_with_the_first_value_of_each_field_that_is_one(tmp_path):
+    """ "" says that a field may be left out; where it came first, the record had no right answer."""
+    fields = {"x": {"type": "integer"}, "y": {"type": "integer"}, "z": {"type": "integer"}}
+    described = {"type": "dict", "properties": {"o": {"type": "dict", "properties": fields}}}
+    question = {"question": [[{"role": "user", "content": "?"}]]}
+    ask = [question | {"id": i, "function": [{"name": i, "parameters": described}]} for i in "ab"]
+    accepted = {"o": [{"x": [1], "y": ["", 2], "z": [""]}]}
+    (tmp_path / "q.json").write_text("\n".join(map(json.dumps, ask)))
+    answers = [{"id": i, "ground_truth": [{i: accepted}]} for i in "ab"]
+    (tmp_path / "a.json").write_text("\n".join(map(json.dumps, answers)))
+    files = {"data.path": tmp_path / "q.json", "data.labels": tmp_path / "a.json"}
+    task, splits = opened("bfcl", tmp_path, **files)
+    record = splits.train[0]
+    assert json.loads(task.answer(record))["arguments"] == {"o": {"x": 1, "y": 2}}
+    assert task.score(task.parse(task.answer(record), record), record)["useful"] == 1
 
 
 # --- passages

@@ -1,6 +1,6 @@
 """Call a function with arguments: the files of the Berkeley Function Calling Leaderboard as they are published.
 
-`data.path` has the questions (one function each: simple_*), `data.labels` the possible answers. An answer is
+`data.path` has the questions (one function each: simple_python), `data.labels` the possible answers. An answer is
 {"name": …, "arguments": {…}}; the schema of each record is that of its function. A call is right iff every argument has
 one of the accepted values, where "" among them says that it may be left out; texts are compared without case, blanks
 and punctuation.
@@ -23,6 +23,8 @@ from listopd_jax.tasks.file_task import FileTask
 
 TYPES = {"dict": "object", "float": "number", "tuple": "array", "any": None}
 """Types of the files that JSON Schema does not have, and what it calls them; None allows all."""
+
+JSON_TYPES = ("object", "array", "string", "number", "integer", "boolean", "null")
 
 FAILURES = {
     "const": "wrong_name",
@@ -114,6 +116,14 @@ def json_schema(parameters: Mapping[str, Any], where: str) -> dict[str, Any]:
     kind = parameters.get("type")
     if kind is not None and not isinstance(kind, str):
         raise UserError(f"{where}: the type of a parameter is {kind!r}, not a name; correct it")
+    if kind not in (
+        None,
+        *TYPES,
+        *JSON_TYPES,
+    ):  # of simple_java and simple_javascript: their answers are code
+        raise UserError(
+            f"{where}: the type of a parameter is {kind[:40]!r}, which simple_python does not have; give its files"
+        )
     schema: dict[str, Any] = {"type": name} if (name := TYPES.get(kind, kind)) else {}
     schema |= {word: parameters[word] for word in ("enum", "required") if word in parameters}
     if isinstance(inner := parameters.get("properties"), dict):
@@ -154,7 +164,7 @@ def _question(row: dict[str, Any], where: str, possible: dict[str, Any], there: 
     key, turns = row["id"], _field(row, "question", list, where)
     functions, truths = _field(row, "function", list, where), _field(possible, "ground_truth", list, there)
     if not len(turns) == len(functions) == len(truths) == 1:
-        raise UserError(f"{where}: has several turns, functions or calls; give a simple_* file")
+        raise UserError(f"{where}: has several turns, functions or calls; give the simple_python file")
     name, parameters = (
         _field(functions[0], "name", str, where),
         _field(functions[0], "parameters", dict, where),
@@ -189,9 +199,10 @@ def _first(accepted: Accepted, required: Sequence[str]) -> dict[str, Any]:
 
 
 def _value(accepted: Any) -> Any:
-    """A value that an accepted one stands for: an object has a list of values for each field."""
+    """A value that an accepted one stands for; an object has a list of values for each field, of which "" is none."""
     if isinstance(accepted, dict):
-        return {name: _value(values[0]) for name, values in accepted.items()}
+        kept = {name: [value for value in values if value != ""] for name, values in accepted.items()}
+        return {name: _value(values[0]) for name, values in kept.items() if values}
     return [_value(item) for item in accepted] if isinstance(accepted, list) else accepted
 
 
