@@ -86,8 +86,42 @@ def test_mistakes_in_its_data_are_one_line(folder):
         task_of(folder).splits(folder / "data")
     with pytest.raises(UserError, match="data.path=.*: is a folder"):
         task_of(folder, **{"data.path": str(folder)}).splits(folder / "data")
-    with pytest.raises(UserError, match="data.path is empty: task .*sums.py' needs a file"):
-        task_of(folder, **{"data.path": ""})
+    with pytest.raises(UserError, match="data.path is empty: task 'sums' needs a file"):
+        task_of(folder, **{"data.path": ""}).splits(folder / "data")
+
+
+NO_FILE = """
+from types import SimpleNamespace
+
+from listopd_jax.task.contract import Parsed
+from listopd_jax.task.protocol import Splits, Task
+
+
+class Doubles(Task):
+    def splits(self, folder):
+        records = [SimpleNamespace(key=str(i), number=i) for i in range(20)]
+        return Splits(records[4:], records[:4], {"fingerprint": "doubles", "notes": []})
+
+    def prompt(self, record):
+        return f"{record.number}\\n"
+
+    def answer(self, record):
+        return str(2 * record.number)
+
+    def parse(self, text, record):
+        return Parsed("ok", int(text)) if text.isdecimal() else Parsed("no_number")
+
+    def score(self, parsed, record):
+        return {"useful": float(parsed.value == 2 * record.number)}
+"""
+
+
+def test_a_task_that_reads_no_file_needs_none(tmp_path):
+    (tmp_path / "doubles.py").write_text(NO_FILE)
+    config = config_module.defaults()
+    config.task.file = str(tmp_path / "doubles.py")
+    job = open_job(config_module.validate(config), tmp_path / "run")
+    assert len(job.validation.prompts) == 4 and job.task.answer(job.records["train"][0]) == "8"
 
 
 def test_the_config_names_every_task_that_is_shipped():

@@ -3,6 +3,8 @@
 import json
 import random
 import re
+import sys
+from types import SimpleNamespace
 
 import pytest
 from hypothesis import given, settings
@@ -10,13 +12,14 @@ from hypothesis import strategies as st
 
 from listopd_jax import config as config_module
 from listopd_jax.data.encode import AnswerNoise, noisy_answer
+from listopd_jax.errors import UserError
 from listopd_jax.records import Result
 from listopd_jax.report.errors_section import errors_section
 from listopd_jax.report.inputs import Inputs
 from listopd_jax.stages.job import known_noise
 from listopd_jax.task import corruptions
 from listopd_jax.task.prompt import ListExample
-from listopd_jax.task.strict_json import dumps
+from listopd_jax.task.strict_json import dumps, loads
 from listopd_jax.tasks.reviews import Reviews
 
 TASK = Reviews(None, config_module.defaults().task)
@@ -74,6 +77,22 @@ def test_any_answer_can_be_corrupted_in_one_place(value, seed):
         assert (changed != value) == bool(re.search(r"\{[^}]", re.sub(r'"(\\.|[^"\\])*"', "s", text)))
     open_ended = corruptions.unclosed_string(text, random.Random(seed))
     assert len(open_ended) == len(text) - ('"' in text)
+
+
+@pytest.mark.parametrize("number", [2**53, -(2**60), 17 * 10**307, int(sys.float_info.max), 1.7e308, -1e300])
+def test_a_number_too_large_to_show_a_digit_is_wrong_all_the_same_and_in_range(number):
+    changed = loads(corruptions.wrong_digit(dumps({"a": number}), random.Random(1)))["a"]
+    assert changed == -number
+    assert loads(corruptions.wrong_digit("9007199254740991", random.Random(1))) > 2**53 - 1
+
+
+@pytest.mark.parametrize("answer", ["no JSON", "1e999", "{"])
+def test_an_answer_that_a_corruption_cannot_read_is_one_line(answer):
+    task = SimpleNamespace(answer=lambda record: answer)
+    task.corruptions = corruptions.json_corruptions(task.answer)
+    record = SimpleNamespace(key="line 3")
+    with pytest.raises(UserError, match="line 3: wrong_digit cannot break its right answer .*sft.*.noise"):
+        noisy_answer(task, record, AnswerNoise((("wrong_digit", 1.0),), seed=3))
 
 
 def test_shares_are_of_all_answers_and_in_the_order_of_the_config():

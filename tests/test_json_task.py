@@ -385,6 +385,10 @@ def test_parts_that_refer_to_each_other_are_checked_once():
     [
         ({"$schema": DRAFT_3, "type": [{"type": "integer"}]}, "is too old; write the schema in draft-04 or"),
         ({"$schema": DRAFT_3, "extends": {"$ref": "#/x"}}, "is too old"),
+        (
+            {"$schema": DRAFT_4, "enum": [*map(str, range(200)), "1"]},
+            "has non-unique elements; correct the schema",
+        ),
         ({"$schema": DRAFT_4, "id": 3}, "here: at $.id: 3 is not of type 'string'"),
         (
             {"$id": "http://a/", "items": {"$id": "http://[b"}},

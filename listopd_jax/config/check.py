@@ -410,8 +410,10 @@ def _validate_data(config: ml_collections.ConfigDict) -> None:
     data, k = config.data, config.task.k
     cap = data.max_reviews_per_product
     who = f"data.source={data.source!r}" if ranks_reviews(config) else f"task {task_name(config)!r}"
+    # A task of the user's own says itself what it reads (FileTask: data.path).
+    own = bool(config.task.file)
     require(
-        bool(data.path) or (ranks_reviews(config) and data.source in ("synthetic", "amazon2023")),
+        bool(data.path) or own or (ranks_reviews(config) and data.source in ("synthetic", "amazon2023")),
         f"data.path is empty: {who} needs a file, e.g. --config.data.path=FILE",
     )
     require(

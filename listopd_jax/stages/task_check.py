@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from listopd_jax.config import noise_shares
+from listopd_jax.data.encode import corrupted
 from listopd_jax.data.splits import check_key, check_prompt
 from listopd_jax.errors import UserError, did_you_mean, require
 from listopd_jax.records import taken_names
@@ -34,7 +35,7 @@ def check_task(task: Task, splits: Splits, config: Any) -> None:
         check_prompt(task.prompt(record), f"{who}: {record.key}")
         _check_verdicts(task, record, f"{who}: {record.key}")
         for name in noise if task.answer(record) is not None else ():
-            _check_text(task.corruptions[name](record, random.Random(0)), f"{who}: corruption {name!r}")
+            _check_text(corrupted(task, record, name, random.Random(0)), f"{who}: corruption {name!r}")
 
 
 def _check_names(task: Task, who: str) -> None:

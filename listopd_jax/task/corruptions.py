@@ -14,7 +14,7 @@ _STRING = re.compile(r'"(?:\\.|[^"\\])*"')
 def json_corruptions(answer: Callable[[Any], str]) -> dict[str, Corruption]:
     """The corruptions of any task whose right answers, `answer(record)`, are JSON texts.
 
-    wrong_field renames a key, wrong_digit changes a number by 1 to 9, missing_field drops the last field of an object,
+    wrong_field renames a key, wrong_digit changes a number, missing_field drops the last field of an object,
     unclosed_string leaves out the quote that closes a string. An answer without such a place stays right.
     """
     return {
@@ -39,11 +39,12 @@ def wrong_field(text: str, rng: random.Random) -> str:
 
 
 def wrong_digit(text: str, rng: random.Random) -> str:
-    """One number is larger by 1 to 9."""
+    """One number is larger by 1 to 9; one of 2^53 and beyond, where float64 need not show that, has the other sign."""
     box = [loads(text)]  # so that a bare number has a place too
     if places := [(c, key) for c in _containers(box) for key, inner in _items(c) if _is_number(inner)]:
         container, key = rng.choice(places)
-        container[key] += rng.randint(1, 9)
+        number, more = container[key], rng.randint(1, 9)
+        container[key] = number + more if abs(number) < 2**53 else -number
     return dumps(box[0])
 
 

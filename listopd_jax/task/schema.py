@@ -15,7 +15,7 @@ import referencing.jsonschema
 import regex
 from jsonschema.exceptions import ValidationError, best_match
 
-from listopd_jax.errors import UserError, is_panic, one_line
+from listopd_jax.errors import UserError, is_panic, one_line, shortened
 from listopd_jax.task.contract import OK
 
 MATCH_SECONDS = 1.0
@@ -83,7 +83,8 @@ class Contract:
 
 
 def _short(error: Any) -> str:
-    return " ".join(error.message.split())[:160]
+    # What is wrong comes after the value that is, which may be long.
+    return shortened(" ".join(error.message.split()), 160)
 
 
 def _steps(error: ValidationError) -> list[str]:

@@ -44,6 +44,10 @@ class FileTask(Task):
     def splits(self, folder: pathlib.Path) -> Splits:
         """Read, split, and write folder/report.json."""
         paths = self._paths()
+        require(
+            "data.path" in paths,
+            f"data.path is empty: task {self.name!r} needs a file, e.g. --config.data.path=FILE",
+        )
         if self.data.verify:
             for path in paths.values():
                 manifest.verify(path)
