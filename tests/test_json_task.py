@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import os
 import pathlib
 import re
 import time
@@ -429,6 +430,115 @@ def test_a_schema_that_allows_nothing_fails_as_false(schema, value, failure, by_
     assert contract.failure(value) == failure
     assert Contract(schema, "here", by_path=False).failure(value) == by_keyword
     assert contract.explain(value).startswith(f"at {place}: ")
+
+
+LIKE_PUBLISHED = {  # written here, of the kinds that JSONSchemaBench has: schema, right value, wrong ones by failure
+    "function call": (
+        {
+            "$schema": "https://json-schema.org/draft/2020-12/schema",
+            "properties": {"amount": {"type": "number", "exclusiveMinimum": 0}, "to": {"enum": ["EUR", "USD"]}},
+            "required": ["amount", "to"],
+        },
+        {"amount": 2.5, "to": "EUR"},
+        {"amount/exclusiveMinimum": {"amount": 0, "to": "EUR"}, "to/enum": {"amount": 1, "to": "eur"}},
+    ),
+    "resource": (
+        {
+            "$schema": DRAFT_7,
+            "x-kind": [{"group": "", "version": "v1"}],
+            "properties": {
+                "kind": {"const": "Pod"},
+                "spec": {"type": ["object", "null"], "additionalProperties": {"type": ["string", "integer"]}},
+                "ports": {"type": "array", "items": {"format": "int32", "type": "integer"}},
+            },
+        },
+        {"kind": "Pod", "spec": {"a": 1}, "ports": [80]},
+        {"spec/additionalProperties/type": {"spec": {"a": None}}, "ports/[]/type": {"ports": ["80"]}},
+    ),
+    "event": (
+        {
+            "$schema": DRAFT_4,
+            "self": {"vendor": "org.example", "format": "jsonschema", "version": "1-0-0"},
+            "properties": {"at": {"type": "integer", "minimum": 0, "exclusiveMinimum": True}},
+            "additionalProperties": False,
+        },
+        {"at": 1},
+        {"at/minimum": {"at": 0}, "additionalProperties": {"on": 1}},
+    ),
+    "document": (
+        {
+            "$schema": DRAFT_4,
+            "id": "https://example.org/story.json",
+            "type": "object",
+            "definitions": {
+                "part": {"oneOf": [{"$ref": "#/definitions/text"}, {"$ref": "#"}]},
+                "text": {"type": "string"},
+            },
+            "properties": {"parts": {"type": "array", "items": {"$ref": "#/definitions/part"}, "minItems": 1}},
+            "required": ["parts"],
+        },
+        {"parts": ["a", {"parts": ["b"]}]},
+        {"parts/minItems": {"parts": []}, "parts/required": {}},
+    ),
+    "configuration": (
+        {
+            "$schema": DRAFT_7,
+            "properties": {"mode": {"enum": ["on", "off"]}, "retries": {"$ref": "#/$shared/count"}},
+            "if": {"properties": {"mode": {"const": "on"}}, "required": ["mode"]},
+            "then": {"required": ["retries"]},
+            "dependencies": {"proxy": ["mode"], "cache": {"properties": {"cache": {"minLength": 1}}}},
+            "patternProperties": {r"^x-\p{L}+$": {"not": {"type": "null"}}},
+            "$shared": {"count": {"type": "integer", "multipleOf": 1}},
+        },
+        {"mode": "on", "retries": 2, "x-é": 1, "cache": "c"},
+        {
+            "then/retries/required": {"mode": "on"},
+            "dependencies": {"proxy": 1},
+            "dependencies/cache/cache/minLength": {"cache": ""},
+            r"^x-\p{L}+$/not": {"x-a": None},
+            "retries/type": {"retries": "2"},
+        },
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", LIKE_PUBLISHED)
+def test_schemas_of_the_published_kinds_judge_as_they_should(kind):
+    schema, right, wrong = LIKE_PUBLISHED[kind]
+    contract = Contract(loads(dumps(schema)), "here")
+    assert contract.failure(right) == "ok"
+    assert {failure: contract.failure(value) for failure, value in wrong.items()} == {f: f for f in wrong}
+
+
+@pytest.fixture
+def published_schemas(request):
+    """The files of JSONSchemaBench (third_party/manifest.toml): in LISTOPD_JSONSCHEMABENCH, or in ../shared."""
+    given = os.environ.get("LISTOPD_JSONSCHEMABENCH")
+    given = given or request.getfixturevalue("shared") / "data" / "jsonschemabench"
+    paths = sorted(pathlib.Path(given).rglob("*.json"))
+    if not paths:
+        pytest.skip(f"needs the schemas of JSONSchemaBench: LISTOPD_JSONSCHEMABENCH={given} has none")
+    return paths
+
+
+def test_published_schemas_are_contracts_or_one_line(published_schemas):
+    """No traceback, at load or later; and few are refused, each for what it is."""
+    refused, judged = [], 0
+    for path in published_schemas:
+        try:
+            contract = Contract(loads(path.read_text("utf-8")), path.name)
+        except (UserError, ValueError) as e:  # ValueError: of strict JSON, as from task.schema
+            assert "\n" not in str(e)
+            refused.append(f"{path.parent.name}/{path.name}: {e}")
+            continue
+        for value in (None, {}, [], "", 0, {"id": "x", "name": 3, "type": [], "spec": {"a": None}}):
+            failure = contract.failure(value)
+            assert (
+                failure and "None" not in failure and (failure == "ok") == (contract.explain(value) is None)
+            )
+        judged += 1
+    print(f"{judged} contracts, {len(refused)} refused", *refused, sep="\n")
+    assert len(refused) <= 0.01 * len(published_schemas)
 
 
 NAMES = st.text("ab", max_size=2) | st.text(max_size=3)
