@@ -80,6 +80,20 @@ def test_a_file_that_defines_no_task_is_one_line(tmp_path, name, code, says):
     assert says in str(error.value) and "\n" not in str(error.value)
 
 
+def test_a_mistake_has_its_line_where_the_config_names_the_file_from_here(folder, monkeypatch):
+    monkeypatch.chdir(folder)
+    pathlib.Path("bad.py").write_text("\n1 / 0\n")
+    with pytest.raises(UserError, match="bad.py:2: ZeroDivisionError"):
+        task_in(pathlib.Path("bad.py"))
+    text = CODE.replace("if not found:", "if line.bogus:")
+    pathlib.Path("sums.py").write_text(text)
+    number = next(i for i, line in enumerate(text.splitlines(), 1) if "bogus" in line)
+    config = config_module.defaults()
+    config.task.file, config.data.path = "sums.py", "sums.txt"
+    with pytest.raises(UserError, match=f"sums.py:{number}: AttributeError"):
+        open_job(config_module.validate(config), folder / "run")
+
+
 def test_mistakes_in_its_data_are_one_line(folder):
     (folder / "sums.txt").write_text("1+1\n1+x\n")
     with pytest.raises(UserError, match=r"sums.txt:2: '1\+x' is no sum"):

@@ -3,6 +3,7 @@
 import contextlib
 import importlib.util
 import inspect
+import os
 import pathlib
 import sys
 import traceback
@@ -98,4 +99,5 @@ def _mistake(path: pathlib.Path, e: BaseException) -> UserError:
 
 def _lines(path: pathlib.Path, e: BaseException) -> list[int]:
     """The lines of the file that led to `e`, the last one last."""
-    return [f.lineno for f in traceback.extract_tb(e.__traceback__) if f.filename == str(path)]
+    own = os.path.abspath(path)  # as importlib names a file, whatever the config calls it
+    return [f.lineno for f in traceback.extract_tb(e.__traceback__) if os.path.abspath(f.filename) == own]
