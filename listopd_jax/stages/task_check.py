@@ -8,12 +8,11 @@ from typing import Any
 
 import numpy as np
 
-from listopd_jax.config import noise_shares
 from listopd_jax.data.encode import corrupted
 from listopd_jax.data.splits import check_key, check_prompt
 from listopd_jax.errors import UserError, did_you_mean, require
 from listopd_jax.records import taken_names
-from listopd_jax.stages.job import ROLES
+from listopd_jax.stages.job import ROLES, known_noise
 from listopd_jax.task.contract import OK, Parsed
 from listopd_jax.task.metrics import METRICS
 from listopd_jax.task.protocol import Splits, Task
@@ -26,7 +25,7 @@ def check_task(task: Task, splits: Splits, config: Any) -> None:
     """
     who = f"task.file={config.task.file}" if config.task.file else f"task {task.name}"
     _check_names(task, who)
-    noise = {name for role in ROLES for name, _ in noise_shares(config.sft[role]) if name in task.corruptions}
+    noise = {name for role in ROLES for name, _ in known_noise(task, config.sft[role])}
     for side, records in (("train", splits.train), ("validation", splits.validation)):
         require(len(records) > 0, f"{who}: no record is for {side}")
         for record in records:
