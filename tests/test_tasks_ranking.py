@@ -371,6 +371,7 @@ TABLES = {
 }
 
 
+@pytest.mark.soak
 def test_the_files_of_the_documentation_are_a_run_to_the_report(tmp_path):
     """benchmarks/ranking_files.py and the two commands of docs/bring_your_own.md, at the smallest scale."""
     ranking_files.main([f"--out={tmp_path}/files", "--queries=20"])

@@ -10,6 +10,7 @@ from jaxtyping import Array, Bool, Float, Int, UInt32
 from listopd_jax.ops.guard import Guard, guarded
 from listopd_jax.ops.head import logits_of, slice_vocab
 from listopd_jax.parallel.rules import constrain, is_split
+from listopd_jax.rounding import round_up
 
 IMPOSSIBLE = -1e30  # finite: a block of nothing else must have a log-probability and no NaN
 MOST_UNEVEN = 4  # times as few blocks as near √V that are taken for not padding the tokens (`categorical`)
@@ -30,18 +31,26 @@ def mixed_logprobs(
     Logits stand in for log π_i: they differ by a constant per row, which the softmax drops. With a guard the models are
     teacher and base, λ and 1 − λ their weights; `state` is of its grammar. What is not `allowed` has no probability,
     and the rest is renormalised. V: the rows that all heads have, of which those from `vocab` on are no tokens and have
-    no probability either; with a guard `vocab`.
+    no probability either.
     """
     logits = [logits_of(h, d.head_weight()) for h, d in zip(hiddens, decoders, strict=True)]
+    V = min(z.shape[-1] for z in logits)
     # Devices share a head's rows evenly; cut to the tokens, logits would be moved, and gathered for the draw.
-    V = vocab if guard is not None else min(z.shape[-1] for z in logits)
-    logits = [z if z.shape[-1] == V else slice_vocab(z, V) for z in logits]
+    width = V if is_split("vocab") and guard is None else vocab
+    logits = [z if z.shape[-1] == width else slice_vocab(z, width) for z in logits]
     if guard is None:
         mixed = sum(weights[..., i, None] * z for i, z in enumerate(logits))
     else:
         mixed = guarded(*map(jax.nn.log_softmax, logits), weights[..., 0], guard, state).target
     # Last, since a guard compares the distributions at temperature 1.
-    return jax.nn.log_softmax(_possible(mixed / temperature, vocab, allowed))
+    logp = jax.nn.log_softmax(_possible(mixed / temperature, vocab, allowed))
+    return _padded(logp, V)
+
+
+def _padded(logp: Float[Array, "*s _"], size: int) -> Float[Array, "*s V"]:
+    """`logp` with impossible tokens at its end, `size` in all."""
+    beyond = size - logp.shape[-1]
+    return jnp.pad(logp, [(0, 0)] * (logp.ndim - 1) + [(0, beyond)], constant_values=IMPOSSIBLE)
 
 
 def _possible(
@@ -96,8 +105,7 @@ def _blocks(logp: Float[Array, "*s V"]) -> Float[Array, "R N W"]:
         even = 1 << ((V - 1).bit_length() + 1) // 2
         N = math.gcd(V, even)
         if even > MOST_UNEVEN * N:
-            N, none = even, [(0, 0)] * (logp.ndim - 1)
-            logp = jnp.pad(logp, [*none, (0, -V % N)], constant_values=IMPOSSIBLE)
+            N, logp = even, _padded(logp, round_up(V, even))
     return constrain(logp.reshape(-1, N, logp.shape[-1] // N), "batch", "vocab", None)
 
 
