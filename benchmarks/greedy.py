@@ -23,7 +23,7 @@ from jaxtyping import Float, Int
 
 from benchmarks.trained import open_run
 from listopd_jax import files
-from listopd_jax.errors import Parser, exit_code, positive
+from listopd_jax.errors import Parser, exit_code, positive, require
 from listopd_jax.lifecycle import say
 from listopd_jax.models.build import cast, graph_of
 from listopd_jax.models.config import ModelConfig
@@ -102,7 +102,9 @@ def main(argv: Sequence[str]) -> None:
     args = parser.parse_args(argv)
     compile_quickly()
     job, rows = open_run(args.workdir), []
-    for policy in sorted((args.workdir / "export").glob("*/")):
+    policies = sorted((args.workdir / "export").glob("*/"))
+    require(bool(policies), f"{args.workdir}/export: holds no policies; run with --config.train.export=True")
+    for policy in policies:
         for dtype in DTYPES:
             rows.append(compare(job, policy, dtype, args.drafts))
             say(json.dumps(rows[-1]))

@@ -98,7 +98,7 @@ def test_the_command_prints_tables_and_writes_the_file(tmp_path, capsys):
     [
         (
             lambda f: f.joinpath("large", "0", "examples.json").write_text("[]"),
-            "has 0 of the 4 answers of sft_teacher",
+            "of sft_teacher, seed 0, has 0 of its 4 answers",
         ),
         (lambda f: f.rename(f.with_name("other")), "holds no workdir PRESET/SEED"),
         (lambda f: f.joinpath("small", "0").rename(f / "small" / "7"), None),

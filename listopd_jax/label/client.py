@@ -6,7 +6,7 @@ import httpx2
 
 from listopd_jax.label.judges import Unavailable
 
-LARGEST_BODY = 1 << 20  # bytes; an answer has some thousand
+LARGEST_BODY = 1 << 20  # bytes; an answer has a few thousand
 
 
 def http_client() -> httpx2.AsyncClient:
@@ -20,9 +20,14 @@ def http_client() -> httpx2.AsyncClient:
 
 async def _limit(response: httpx2.Response) -> None:
     """Runs between the headers of a response and its body."""
-    if (packed := response.headers.get("Content-Encoding", "identity")).lower() != "identity":
+    packed = response.headers.get("Content-Encoding", "identity")
+    if packed.lower() == "identity":
+        response.stream = _Limited(response.stream)
+    elif response.status_code == httpx2.codes.OK:
         raise Unavailable(f"a body that is compressed, which was not asked for ({packed[:20]!r})")
-    response.stream = _Limited(response.stream)
+    else:  # the status says enough; what explains it stays unread
+        del response.headers["Content-Encoding"]
+        response.stream = httpx2.ByteStream(b"")
 
 
 class _Limited(httpx2.AsyncByteStream):

@@ -31,9 +31,11 @@ def cut(weights: str, layers: int, folder: pathlib.Path) -> None:
     source = weights_folder(weights)
     config, params = load_hf(source)
     if layers > config.num_layers:
-        raise UserError(f"--layers={layers}: {weights} has {config.num_layers}")
+        raise UserError(f"--layers={layers}: {weights} has {config.num_layers}; give at most that")
     if config.nope_layers:
-        raise UserError(f"{weights}: some of its layers have no positions, so layers cannot be left out")
+        raise UserError(
+            f"{weights}: some of its layers have no positions, so none can be left out; use another checkpoint"
+        )
     kept = spaced(config.num_layers, layers)
     flat = [(p, v.replace(v[...][kept]) if p[0] == "layers" else v) for p, v in nnx.to_flat_state(params)]
     save_hf(

@@ -115,8 +115,8 @@ def compared(student: Policy, large: Policy) -> Json:
 def _check_lists(record: Result, lists: Mapping[str, Any], keys: Sequence[str]) -> None:
     if len(lists) != record.n:
         raise UserError(
-            f"{EXAMPLES}: has {len(lists)} of the {record.n} answers of {record.run}, seed {record.seed}; set "
-            "evaluation.examples to the number of lists"
+            f"{EXAMPLES} of {record.run}, seed {record.seed}, has {len(lists)} of its {record.n} answers; keep the "
+            "run's own file, or set evaluation.examples to the number of lists and evaluate again"
         )
     if sorted(lists) != list(keys):
         raise UserError(

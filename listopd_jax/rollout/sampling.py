@@ -13,7 +13,9 @@ from listopd_jax.parallel.rules import constrain, is_split
 from listopd_jax.rounding import round_up
 
 IMPOSSIBLE = -1e30  # finite: a block of nothing else must have a log-probability and no NaN
-MOST_UNEVEN = 4  # times as few blocks as near √V that are taken for not padding the tokens (`categorical`)
+MOST_UNEVEN = (
+    4  # tokens are padded only if the blocks that divide V are more than this many times fewer than √V
+)
 
 
 def mixed_logprobs(
@@ -35,7 +37,8 @@ def mixed_logprobs(
     """
     logits = [logits_of(h, d.head_weight()) for h, d in zip(hiddens, decoders, strict=True)]
     V = min(z.shape[-1] for z in logits)
-    # Devices share a head's rows evenly; cut to the tokens, logits would be moved, and gathered for the draw.
+    # Devices share a head's rows evenly; cut to the tokens, logits would be moved, and gathered for the draw. A guard
+    # compares distributions over tokens alone, so under one they are cut all the same.
     width = V if is_split("vocab") and guard is None else vocab
     logits = [z if z.shape[-1] == width else slice_vocab(z, width) for z in logits]
     if guard is None:
@@ -96,8 +99,9 @@ def categorical(keys: Array, logp: Float[Array, "*s V"]) -> Int[Array, "*s"]:
 def _blocks(logp: Float[Array, "*s V"]) -> Float[Array, "R N W"]:
     """The rows of `logp`, flat, in N blocks of about √V tokens, so that both stages draw about as many numbers.
 
-    Their width is a power of two near √V where N is then a multiple of four, for devices to share. Else N is a power of
-    two that divides V, if one does. Either way each device that holds a part of the tokens has whole blocks.
+    Their width is a power of two near √V where N is then a multiple of four, for devices to share. Else N is the
+    largest power of two up to √V that divides V; or, where that is far below √V, one near √V, and V is padded. So each
+    device that holds a part of the tokens has whole blocks.
     """
     V, near = logp.shape[-1], 1 << (logp.shape[-1] - 1).bit_length() // 2
     N = V // near

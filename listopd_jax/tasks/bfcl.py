@@ -116,11 +116,8 @@ def json_schema(parameters: Mapping[str, Any], where: str) -> dict[str, Any]:
     kind = parameters.get("type")
     if kind is not None and not isinstance(kind, str):
         raise UserError(f"{where}: the type of a parameter is {kind!r}, not a name; correct it")
-    if kind not in (
-        None,
-        *TYPES,
-        *JSON_TYPES,
-    ):  # of simple_java and simple_javascript: their answers are code
+    # Others are of simple_java and simple_javascript, whose answers are code.
+    if kind not in {None, *TYPES, *JSON_TYPES}:
         raise UserError(
             f"{where}: the type of a parameter is {kind[:40]!r}, which simple_python does not have; give its files"
         )

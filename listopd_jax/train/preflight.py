@@ -93,8 +93,8 @@ def check_rounding(config: Any, shapes: Mapping[str, ModelConfig]) -> None:
             size = getattr(shape, name)
             if not divides(size, dtype):
                 raise UserError(
-                    f"dtype.frozen={dtype}: {name}={size} of the {role} must be a multiple of {GROUPS[dtype]}, or even "
-                    "and smaller; set dtype.frozen=int8"
+                    f"dtype.frozen={dtype}: {name}={size} of the {role} must be a multiple of {GROUPS[dtype]}, or an "
+                    "even number below that; set dtype.frozen=int8"
                 )
 
 
