@@ -1,4 +1,4 @@
-"""python -m listopd_jax.evaluate --weights=FOLDER --config=configs/fashion.py:tiny --workdir=runs/demo
+"""python -m listopd_jax.evaluate --weights=FOLDER --config=configs/fashion.py:demo --workdir=runs/demo
 
 Judges a checkpoint that no run here made, on the validation lists of the config: greedy answers, strict contract. In
 the workdir of a run its row is put beside the run's own policies; the run itself stays as it is. A workdir that is new

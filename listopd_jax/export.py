@@ -1,6 +1,6 @@
 """Write a policy of a run as a Hugging Face folder with a model card.
 
-    python -m listopd_jax.export --workdir=runs/demo --policy=opd_lambda1.0_seed0 --out=FOLDER
+    python -m listopd_jax.export --workdir=runs/demo --policy=opd_lambda2.0_seed0 --out=FOLDER
         [--steps=best] [--adapter]
 
 FOLDER must be new: it appears whole, with weights, config, generation config, tokenizer and README.md. The policies of
