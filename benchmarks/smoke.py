@@ -7,7 +7,6 @@ Nothing runs and no time is measured, so a busy machine changes nothing. Counts 
 than the recorded one the ratios are printed and decide nothing.
 """
 
-import argparse
 import json
 import os
 import pathlib
@@ -20,6 +19,7 @@ from benchmarks.presets import cpu
 from benchmarks.shape import Shape
 from listopd_jax import files
 from listopd_jax.config import validate
+from listopd_jax.errors import Parser, exit_code
 from listopd_jax.parallel.mesh import AXES, make_mesh
 from listopd_jax.plan.compile import Program, compile_update, rollout_programs
 from listopd_jax.plan.hlo import parse
@@ -70,7 +70,7 @@ def compare(now: Mapping[str, dict[str, float]], then: Mapping[str, dict[str, fl
 
 def main(argv: Sequence[str]) -> int:
     """0; 1 if a figure grew."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.smoke")
+    parser = Parser(prog="python -m benchmarks.smoke")
     parser.add_argument("--record", action="store_true", help="make today's figures the recorded ones")
     args = parser.parse_args(argv)
     now = {name: figures(program) for n in (1, 8) for name, program in programs(n)}
@@ -89,4 +89,4 @@ def main(argv: Sequence[str]) -> int:
 if __name__ == "__main__":
     os.environ.pop("XLA_FLAGS", None)  # what is recorded is compiled with XLA's defaults
     jax.config.update("jax_platforms", "cpu")
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(exit_code(main, sys.argv[1:]))

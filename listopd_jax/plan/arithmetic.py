@@ -13,6 +13,7 @@ from typing import NamedTuple
 from listopd_jax.models.config import Lora, ModelConfig, lora_params, num_params
 from listopd_jax.models.quantized import GROUPS
 from listopd_jax.plan.chips import Topology
+from listopd_jax.rounding import ceil_div
 
 WIDTHS = {"float32": 4, "bfloat16": 2, "int8": 1, "int4": 0.5 + 4 / GROUPS["int4"]}
 AXES = ("data", "fsdp", "tensor")
@@ -325,7 +326,7 @@ def memory_estimate(
     copies = tensor if layout.gather_rollout else layout.shards
     prompts = load.prompts / layout.rows
     prefill_scores = (
-        layout.keeps_scores * 3 * F32 * prompts * math.ceil(student.num_heads / tensor) * load.prompt**2
+        layout.keeps_scores * 3 * F32 * prompts * ceil_div(student.num_heads, tensor) * load.prompt**2
     )
     return {
         "parameters": F32 * trained / layout.shards,
@@ -356,7 +357,7 @@ def _pass_bytes(student: ModelConfig, teachers: Sequence[ModelConfig], load: Loa
     tokens = prompts * (load.prompt + load.rollouts * load.response)
     keys = load.prompt + load.response
     pairs = layout.keeps_scores * prompts * (load.prompt**2 + load.rollouts * load.response * keys)
-    heads = math.ceil(max(c.num_heads for c in (student, *teachers)) / tensor)
+    heads = ceil_div(max(c.num_heads for c in (student, *teachers)), tensor)
     scores = 3 * F32 * heads * pairs
     mixed = student.num_heads * student.head_dim / tensor
     units = 3 * student.intermediate_size / tensor + 5 * mixed

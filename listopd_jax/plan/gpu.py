@@ -5,7 +5,6 @@ would find out on the card is fixed here: products are not autotuned, and cuDNN 
 """
 
 import contextlib
-import math
 from collections.abc import Iterator
 from importlib import metadata
 from typing import Any
@@ -15,6 +14,7 @@ import jax
 from jax.experimental import topologies
 
 from listopd_jax.plan.chips import H100_NODE, Topology
+from listopd_jax.rounding import ceil_div
 
 EXTRA = "pip install 'listopd_jax[plan-gpu]'"
 PLUGIN = "jax-cuda13-plugin"
@@ -72,7 +72,7 @@ def can_compile() -> bool:
 
 def described_devices(topology: Topology) -> list[Any]:
     """The GPUs of h100:N, in nodes of H100_NODE, to compile for; `can_compile` must hold."""
-    nodes = math.ceil(topology.devices / H100_NODE)
+    nodes = ceil_div(topology.devices, H100_NODE)
     jax.devices()  # the plugin is registered with the first backend
     described = topologies.get_topology_desc(
         topology.name, "cuda", target_config=TARGET, topology=f"1x{nodes}x{topology.devices // nodes}"

@@ -7,7 +7,6 @@ figure draws parse against λ at every budget, the untrained forecast, and where
 implied b) and the flip (its median over answers) put the threshold.
 """
 
-import math
 import pathlib
 import statistics
 import sys
@@ -18,6 +17,7 @@ from listopd_jax.errors import Parser, UserError, exit_code
 from listopd_jax.records import Calibration, Result, is_number
 from listopd_jax.report.inputs import Inputs, read_inputs
 from listopd_jax.report.wording import markdown
+from listopd_jax.rounding import ceil_div
 
 COLUMNS = ("parse", "useful", "ndcg@1", "mae")
 HEAD = ("run", "steps", "λ", "seeds", "parse", "useful", "NDCG@1", "MAE", "K−1 cut", "guarded", "forecast")
@@ -77,7 +77,7 @@ def save_figure(runs: Mapping[str, Inputs], path: str) -> None:
     from matplotlib.figure import Figure
 
     columns = min(4, len(runs))
-    height = math.ceil(len(runs) / columns)
+    height = ceil_div(len(runs), columns)
     figure = Figure(figsize=(3.2 * columns, 2.5 * height), layout="constrained")
     panels = list(figure.subplots(height, columns, squeeze=False, sharey=True).flat)
     for axes, (name, inputs) in zip(panels, runs.items(), strict=False):

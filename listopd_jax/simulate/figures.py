@@ -8,7 +8,6 @@ them. The two processes are these: a *clean* teacher, surer than the base everyw
 .684) than the base (b = .988).
 """
 
-import math
 import pathlib
 import sys
 from collections.abc import Sequence
@@ -18,6 +17,7 @@ import numpy as np
 from listopd_jax import files
 from listopd_jax.errors import Parser, exit_code
 from listopd_jax.ops.objective import Variant
+from listopd_jax.rounding import ceil_div
 from listopd_jax.simulate.process import Process, Recipe, listwise, run_grid, single_position
 from listopd_jax.theory.budget import budget_lambda
 from listopd_jax.theory.cliff import crossings
@@ -185,7 +185,7 @@ def draw_curves(
 def _axes(count: int):
     from matplotlib.figure import Figure
 
-    rows, columns = math.ceil(count / 3), min(count, 3)
+    rows, columns = ceil_div(count, 3), min(count, 3)
     figure = Figure(figsize=(4.4 * columns, 3.5 * rows), layout="constrained")
     return figure, figure.subplots(rows, columns, squeeze=False).ravel()
 
