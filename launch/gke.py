@@ -22,6 +22,8 @@ from launch.grid import COMMON, Grid, dns_name, make_grid
 from launch.tpu import Slice, parse_topology
 from listopd_jax import config as config_module
 from listopd_jax.errors import Parser, UserError, exit_code, positive
+from listopd_jax.parallel.mesh import mesh_sizes
+from listopd_jax.train.preflight import check_mesh
 
 GRACE_SECONDS = 120  # from SIGTERM to SIGKILL: the step that runs, and the save
 Json = dict[str, Any]
@@ -35,7 +37,7 @@ def main(argv: Sequence[str]) -> int:
             f"--root={args.root}: must be a folder in the volume, which is mounted at --mount={args.mount}"
         )
     part = parse_topology(args.topology)
-    grid = remote_grid(args.root, arguments)
+    grid = remote_grid(args.root, arguments, part)
     names = stage_names(grid, args.stage)
     if args.format == "xpk":
         print("\n".join(shlex.join(xpk_command(grid, name, part, args)) for name in names))
@@ -67,9 +69,14 @@ def _parser() -> Parser:
     return parser
 
 
-def remote_grid(root: pathlib.Path, arguments: Sequence[str]) -> Grid:
-    """The grid for a `root` that may not be visible here: checked and recorded if it is, else by the pods."""
+def remote_grid(root: pathlib.Path, arguments: Sequence[str], part: Slice) -> Grid:
+    """The grid for a `root` that may not be visible here: checked and recorded if it is, else by the pods.
+
+    Raises UserError if the slice of a point cannot hold the config's mesh, or the mesh does not divide a batch. The
+    models' dimensions are checked by the pods, which see the weights.
+    """
     config = cli.checked_config(arguments)
+    check_mesh(config, {}, mesh_sizes(config.parallel, part.chips))
     if root.is_dir():
         return cli.open_grid(root, arguments, config)
     return make_grid(root, arguments, config_module.to_json(config))

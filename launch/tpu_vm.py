@@ -34,7 +34,7 @@ def main(argv: Sequence[str]) -> int:
         setup = args.setup.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as e:
         raise UserError(f"--setup={args.setup}: cannot be read ({e})") from e
-    grid = remote_grid(args.root, arguments)
+    grid = remote_grid(args.root, arguments, part)
     for name in stage_names(grid, args.stage):
         resource = dns_name(args.name, name)
         script = args.scripts / f"{resource}.sh"

@@ -5,6 +5,7 @@ import math
 import pathlib
 import re
 import shlex
+import string
 import subprocess
 import sys
 
@@ -12,7 +13,7 @@ import jsonschema
 import pytest
 
 from configs import fashion
-from launch import gke, tpu_vm
+from launch import cli, gke, tpu_vm
 from launch.grid import COMMON, dns_name, make_grid
 from launch.tpu import GENERATIONS, parse_topology
 from listopd_jax import config as config_module
@@ -323,3 +324,54 @@ def test_tpu_vm_prints_commands_and_writes_their_scripts(tmp_path):
 def test_a_wrong_option_is_one_line(module, options, says):
     with pytest.raises(UserError, match=re.escape(says)):
         module.main([*REQUIRED, *options])
+
+
+def documented_commands(path):
+    """Arguments of each launch.gke and launch.tpu_vm that a page shows in full, its shell variables filled in."""
+    text = (REPO / path).read_text("utf-8").replace("\\\n", " ")
+    variables = dict(re.findall(r'^    ([A-Z]+)="([^"]*)"', text, flags=re.MULTILINE))
+    for line in re.findall(r"^    python -m launch\.((?:gke|tpu_vm) [^>#\n]*)", text, flags=re.MULTILINE):
+        words = shlex.split(string.Template(line).safe_substitute(variables))
+        if "--config=…" not in words:
+            yield [word for word in words if word != "…"]
+
+
+DOCUMENTED = [x for page in ("README.md", "docs/running_on_pods.md") for x in documented_commands(page)]
+
+
+def test_both_pages_show_both_stages_of_gke():
+    stages = [word for words in DOCUMENTED if words[0] == "gke" for word in words if "--stage=" in word]
+    assert stages == ["--stage=common", "--stage=points"] * 2
+
+
+@pytest.mark.parametrize("words", DOCUMENTED, ids=" ".join)
+def test_commands_of_the_documentation_are_accepted(words, tmp_path):
+    (tmp_path / "setup.sh").write_text("true\n")
+    module, *arguments = (word.replace("--setup=", f"--setup={tmp_path}/") for word in words)
+    scripts = [f"--scripts={tmp_path}"] if module == "tpu_vm" else []
+    shown = subprocess.run(
+        [sys.executable, "-m", f"launch.{module}", *arguments, *scripts],
+        cwd=REPO, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert shown.returncode == 0 and shown.stdout, shown.stderr
+
+
+@pytest.mark.parametrize(
+    ("flags", "says"),
+    [
+        ("--config.parallel.fsdp=32", "parallel.data*parallel.fsdp=256 must divide opd.batch_size=128"),
+        (
+            "--config.parallel.tensor=8 --config.parallel.fsdp=32",
+            "parallel.data*parallel.fsdp=32 must divide sft.teacher.microbatch=8",
+        ),
+        ("--config.parallel.fsdp=3", "3 does not divide the 256 devices"),
+    ],
+)
+def test_a_mesh_that_every_pod_would_refuse_is_refused_before_any_starts(monkeypatch, flags, says):
+    config = fashion.get_config("paper")
+    for flag in flags.split():
+        name, _, size = flag.removeprefix("--config.parallel.").partition("=")
+        config.parallel[name] = int(size)
+    monkeypatch.setattr(cli, "checked_config", lambda _: config)
+    with pytest.raises(UserError, match=re.escape(says)):
+        gke.main([*REQUIRED, "--image=i", "--claim=c"])
