@@ -101,7 +101,7 @@ def parse(argv: list[str]) -> tuple[Any, pathlib.Path]:
     for name, value in (("--config", config), ("--workdir", workdir)):
         if not value:
             raise UserError(f"{name} is missing: give --config=configs/fashion.py --workdir=runs/NAME")
-    return config_module.validate(config_module.for_its_task(config)), pathlib.Path(workdir)
+    return config_module.validate(config_module.for_its_task(config, argv)), pathlib.Path(workdir)
 
 
 def record_config(

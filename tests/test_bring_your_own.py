@@ -10,6 +10,7 @@ from processes import NO_LAMBDA, run_main
 from listopd_jax import config as config_module
 from listopd_jax.errors import UserError
 from listopd_jax.stages.prepare import open_job
+from listopd_jax.stages.task_check import check_task
 from listopd_jax.tasks.load import TASKS, load_task, task_in
 
 TEXT = (pathlib.Path(__file__).parents[1] / "docs" / "bring_your_own.md").read_text("utf-8")
@@ -162,6 +163,19 @@ BROKEN = [  # what is written instead, and what is said of it
     ("if not parsed.ok:", "if parsed.failure == 'x':", "TypeError: unsupported operand"),
     ('else Parsed("no_number")', "else None", "parse of an empty text gives None; return Parsed('ok', value)"),
     ('return f"={record.a + record.b}"', "return record.a + record.b", "answer is 96; return a text"),
+    ('return f"={record.a + record.b}"', 'return 3 if record.key.endswith(":7") else "=1"', "sums.txt:7: answer is 3;"),
+    ('"distance")', '"distance")\n    token_classes = lambda self, pieces: [1]', "of 4 pieces gives [1]; return"),
+    ('"distance")', '"distance")\n    token_classes = lambda self, pieces: [10] * len(pieces)', "gives [10, 10,"),
+    ('"distance")', '"distance")\n    token_classes = lambda self, pieces: None', "gives None; return one index"),
+    ('"distance")', '"distance")\n    token_classes = lambda self, pieces: [0.5] * len(pieces)', "gives [0.5, 0.5"),
+    ('"distance")', '"distance")\n    hint = lambda self, records: None', "hint is None; return a text"),
+    ('"distance")', '"distance")\n    group = lambda self, record: [1]', "sums.txt:1: group is [1]; return a text"),
+    ('"distance")', '"distance")\n    group = lambda self, record: ([1],)', "group is ([1],); return"),
+    ('"distance")', '"distance")\n    side = lambda self, record: "foo"', "sums.txt:1: side is 'foo'; return 'train'"),
+    ('"distance")', '"distance")\n    side = lambda self, r: "train" if r.a > 50 else None', "side is None; return"),
+    ('"distance")', '"distance")\n    settings = None', "settings is None; write a dict"),
+    ("float(distance)}", "10**5000}", "score of its answer has 'distance': beyond float64"),
+    ('return f"={record.a + record.b + rng.randint(1, 9)}"', "raise ValueError('mine')", "ValueError: mine; correct"),
     ('return f"={record.a + record.b + rng.randint(1, 9)}"', "pass", "corruption 'one_more' is None; return"),
     ('f"{path.name}:{number}", int', "number, int", "task sums: the key of a record is 1; give each record"),
     ("    key: str", "    name: str", "task sums: the key of a record is None; give each"),
@@ -190,3 +204,23 @@ def test_a_task_that_breaks_the_protocol_is_one_line_before_anything_is_trained(
     line = str(error.value)
     assert says in line and ("sums.py" in line or "task sums" in line) and "\n" not in line
     assert not (folder / "run" / "tokenizer").exists()
+
+
+@pytest.mark.parametrize("written", [None, {"c": 3}, {3: str}, ["one_more"]])
+def test_corruptions_are_functions_by_name(folder, written):
+    task = task_of(folder)
+    task.corruptions = written
+    config = config_module.defaults()
+    config.task.file = str(folder / "sums.py")
+    with pytest.raises(UserError, match="corruptions is .*; write a dict as in {'one_more': self.one_more}"):
+        check_task(task, task.splits(folder / "data"), config)
+
+
+def test_noise_is_tried_on_training_records_alone(folder):
+    task = task_of(folder)
+    splits, tried = task.splits(folder / "data"), []
+    config = config_module.defaults()
+    config.task.file, config.sft.teacher.noise = str(folder / "sums.py"), "one_more:0.5"
+    task.corruptions = {"one_more": lambda record, rng: tried.append(record) or "=1"}
+    check_task(task, splits, config)
+    assert tried and all(record in splits.train for record in tried)

@@ -31,12 +31,32 @@ def test_any_preset_serves_any_task(preset, task, capsys):
     if given is config:
         assert said == ""
     else:
-        assert said.startswith(f"task {task}: has no ") and said.endswith("dropped; they are of reviews\n")
+        assert said.startswith(f"task {task}: ignoring ") and said.endswith(
+            ", which only lists of reviews have\n"
+        )
         changed = {k for (k, a), (_, b) in zip(*map(flat, (config, given)), strict=True) if a != b}
         assert changed and all(field in said for field in changed) and said.count("\n") == 1
     config.opd.guard.update(margin=1.25, mask=True)
     with pytest.raises(UserError, match="guards that know the contract"):
         config_module.validate(config_module.for_its_task(config))
+
+
+@pytest.mark.parametrize(
+    ("flag", "field"),
+    [
+        ("--config.opd.guard.scope=structure", "opd.guard.scope"),
+        ("--config.evaluation.expected", "evaluation.expected"),
+        ("-config.evaluation.margins=True", "evaluation.margins"),
+    ],
+)
+def test_what_a_flag_asks_for_is_refused_and_never_dropped(flag, field):
+    config = fashion.get_config("demo")
+    config.task.name, config.data.path = "json", "FILE"
+    config.evaluation.margins = True
+    given = dict(flat(config_module.for_its_task(config, ["main", flag])))
+    assert given[field] == dict(flat(config))[field]
+    with pytest.raises(UserError, match="guards that know the contract"):
+        config_module.validate(config_module.for_its_task(config, ["main", flag]))
 
 
 def test_of_reviews_nothing_is_dropped(capsys):

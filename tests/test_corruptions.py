@@ -95,6 +95,15 @@ def test_an_answer_that_a_corruption_cannot_read_is_one_line(answer):
         noisy_answer(task, record, AnswerNoise((("wrong_digit", 1.0),), seed=3))
 
 
+def test_what_a_users_corruption_raises_is_no_mistake_of_the_data():
+    def broken(record, rng):
+        raise ValueError("mine")
+
+    task = SimpleNamespace(answer=lambda record: "{}", corruptions={"broken": broken})
+    with pytest.raises(ValueError, match="^mine$"):
+        noisy_answer(task, SimpleNamespace(key="line 3"), AnswerNoise((("broken", 1.0),)))
+
+
 def test_shares_are_of_all_answers_and_in_the_order_of_the_config():
     config = config_module.defaults()
     config.sft.teacher.noise = "truncate:0.3,wrong_digit:0.2,strange:0.4"

@@ -19,7 +19,7 @@ from listopd_jax.task.contract import TOKEN_CLASSES
 from listopd_jax.task.metrics import summarize
 from listopd_jax.task.schema import Contract
 from listopd_jax.task.strict_json import dumps, loads, same
-from listopd_jax.tasks.json_records import MOST_FIELDS, JsonTask, share_right
+from listopd_jax.tasks.json_records import LONGEST_NAME, MOST_FIELDS, JsonTask, share_right
 
 SCHEMA = {
     "type": "object",
@@ -327,6 +327,16 @@ def test_declared_fields_come_first_and_the_rarest_are_left_out(tmp_path):
     assert few == tuple(f"field {x}" for x in ("rare", "name", "count", "often", "k00", "k01", "k02"))
 
 
+@pytest.mark.parametrize("name", ["a\nb", "x" * (LONGEST_NAME + 1), "\x1b[2J", "a\u2028b"])
+def test_a_name_that_is_no_printable_line_is_that_of_no_metric(tmp_path, name):
+    kept = "y" * LONGEST_NAME
+    lines = [{"prompt": f"p{i}", "answer": {name: 1, kept: 2}} for i in range(9)]
+    task, splits = records_of(tmp_path, lines, {"properties": {name: {}}})
+    assert task.metrics[4:] == (f"field {kept}",)
+    wrong = task.parse(json.dumps({name: 0, kept: 2}), splits.train[0])
+    assert task.score(wrong, splits.train[0])["useful"] == 0.5, "it still counts"
+
+
 def test_marks_and_keys_are_structure(tmp_path):
     task = task_of(tmp_path, LINES)
     pieces = ["{", '"', "name", '":', '"', "An", "na", '",', '"count', '":', "3", "}", ""]
@@ -372,6 +382,36 @@ def test_what_a_reference_leads_to_is_checked_wherever_it_is(target, says):
     with pytest.raises(UserError) as error:
         Contract(schema, "here")
     assert str(error.value).startswith("here: ") and says in str(error.value)
+
+
+DYNAMIC, RECURSIVE = {"$dynamicRef": "#nope"}, {"$recursiveRef": "#/nope"}
+
+
+@pytest.mark.parametrize(
+    ("version", "keywords", "known"),
+    [
+        (DRAFT_7, DYNAMIC | RECURSIVE, False),
+        ("https://json-schema.org/draft/2019-09/schema", DYNAMIC, False),
+        ("https://json-schema.org/draft/2020-12/schema", RECURSIVE, False),
+        ("https://json-schema.org/draft/2020-12/schema", DYNAMIC, True),
+    ],
+)
+def test_only_references_that_the_version_has_are_followed(version, keywords, known):
+    schema = {"$schema": version, "type": "integer"} | keywords
+    if known:
+        with pytest.raises(UserError, match="names nothing in the schema"):
+            Contract(schema, "here")
+    else:
+        assert [Contract(schema, "here").failure(x) for x in (1, "a")] == ["ok", "type"]
+
+
+@pytest.mark.parametrize(
+    ("keyword", "version"), [("$ref", "2020-12"), ("$dynamicRef", "2020-12"), ("$recursiveRef", "2019-09")]
+)
+def test_a_reference_is_no_step_of_a_failure(keyword, version):
+    schema = {"$schema": f"https://json-schema.org/draft/{version}/schema", "type": ["object", "null"]}
+    schema |= {"properties": {"next": {keyword: "#"}}}
+    assert Contract(schema, "here").failure({"next": 3}) == "next/type"
 
 
 def test_parts_that_refer_to_each_other_are_checked_once():

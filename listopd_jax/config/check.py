@@ -2,6 +2,7 @@
 
 import itertools
 import sys
+from collections.abc import Sequence
 
 import ml_collections
 
@@ -45,18 +46,22 @@ def validate(config: ml_collections.ConfigDict) -> ml_collections.FrozenConfigDi
     return ml_collections.FrozenConfigDict(checked)
 
 
-def for_its_task(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
+def for_its_task(config: ml_collections.ConfigDict, argv: Sequence[str] = ()) -> ml_collections.ConfigDict:
     """The config without the options of a preset that only lists of reviews have, and one line on stderr about them.
 
-    So any preset serves any task. What trains against the contract's grammar is left for `validate` to refuse.
+    So any preset serves any task. What the flags `argv` ask for stays, and so does what trains against the contract's
+    grammar: `validate` refuses them.
     """
+    typed = {arg.lstrip("-").split("=")[0].removeprefix("config.") for arg in argv}
     own = {"evaluation.expected": False, "evaluation.margins": False, "opd.guard.scope": "all"}
     given = dict(flatten(config.to_dict()))
-    dropped = {} if ranks_reviews(config) else {k: v for k, v in own.items() if given[k] != v}
+    dropped = (
+        {} if ranks_reviews(config) else {k: v for k, v in own.items() if given[k] != v and k not in typed}
+    )
     if not dropped:
         return config
     named = ", ".join(f"{field}={given[field]!r}" for field in dropped)
-    print(f"task {task_name(config)}: has no {named}: dropped; they are of reviews", file=sys.stderr)
+    print(f"task {task_name(config)}: ignoring {named}, which only lists of reviews have", file=sys.stderr)
     config = config.copy_and_resolve_references()
     config.update_from_flattened_dict(dropped)
     return config

@@ -14,7 +14,7 @@ from jaxtyping import Int32
 from listopd_jax.data.chat import DATE, chat_prompt, role_lines
 from listopd_jax.data.control import control_ids, spell_out
 from listopd_jax.data.reviews import hash64
-from listopd_jax.errors import UserError, one_line
+from listopd_jax.errors import UserError
 from listopd_jax.metrics_log import progress
 from listopd_jax.rounding import round_up
 from listopd_jax.task.protocol import Prompt, Task
@@ -229,18 +229,7 @@ def noisy_answer(task: Task, record: Any, noise: AnswerNoise) -> str | None:
     # The hash is the record's own uniform number in [0, 1).
     name = next((name for name, end in ends if seed / 2**64 < end), None)
     broken = right is not None and name is not None
-    return corrupted(task, record, name, random.Random(seed)) if broken else right
-
-
-def corrupted(task: Task, record: Any, name: str, rng: random.Random) -> str:
-    """The right answer as a corruption of the task breaks it; UserError if it is not of the form that it breaks."""
-    try:
-        return task.corruptions[name](record, rng)
-    except ValueError as e:
-        raise UserError(
-            f"{record.key}: {name} cannot break its right answer ({one_line(e)}); correct the answer, or leave {name} "
-            "out of sft.*.noise"
-        ) from e
+    return task.corruptions[name](record, random.Random(seed)) if broken else right
 
 
 def rendered(task: Task, records: Sequence[Any]) -> Iterator[str]:

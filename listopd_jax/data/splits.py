@@ -66,7 +66,7 @@ def check_key(record: Any, task: str) -> None:
     """UserError unless the record of a task has a text as its key."""
     if not isinstance(key := getattr(record, "key", None), str):
         raise UserError(
-            f"task {task}: the key of a record is {key!r}; give each record a text of its own, 'key'"
+            f"task {task}: the key of a record is {key!r}; give each record a unique text as `key`"
         )
 
 

@@ -78,7 +78,7 @@ def parse(argv: list[str]) -> tuple[Any, Topology, Load]:
         raise UserError(f"{rest[1]!r} is not a flag; overrides are written --config.field=value")
     if not config:
         raise UserError("--config is missing: e.g. --config=configs/fashion.py:paper")
-    config = config_module.validate(config_module.for_its_task(config))
+    config = config_module.validate(config_module.for_its_task(config, argv))
     if config.opd.sweep:
         raise UserError("opd.sweep: a plan is of one point; leave it out and set the options of the largest")
     return config, topology, Load(config.opd.batch_size, config.opd.rollouts, *_tokens(config))

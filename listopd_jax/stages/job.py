@@ -41,6 +41,7 @@ from listopd_jax.task.codec import Codec
 from listopd_jax.task.contract import Parsed
 from listopd_jax.task.protocol import Task
 from listopd_jax.task.schema_masks import Schema, SchemaMasks
+from listopd_jax.tasks.load import in_task_file
 from listopd_jax.trackers import Tracking
 from listopd_jax.train.loop import Saving
 
@@ -274,7 +275,8 @@ class Job:
                 f"{role}.weights to a model that is fine-tuned and sft.{role}.epochs=0"
             )
         noise = encode.AnswerNoise(known_noise(self.task, sft), seed=sft.seed)
-        split = encode.with_noise(self.train, self.task, records, self.codec.tokenizer, noise)
+        with in_task_file(self.config.task.file):
+            split = encode.with_noise(self.train, self.task, records, self.codec.tokenizer, noise)
         split = encode.rows_of(split, answered)
         return self._train_batches(split, sft.batch_size, sft.seed, self._packing(role, split))
 

@@ -8,12 +8,11 @@ from typing import Any
 
 import numpy as np
 
-from listopd_jax.data.encode import corrupted
 from listopd_jax.data.splits import check_key, check_prompt
-from listopd_jax.errors import UserError, did_you_mean, require
+from listopd_jax.errors import UserError, did_you_mean, require, shortened
 from listopd_jax.records import taken_names
 from listopd_jax.stages.job import ROLES, known_noise
-from listopd_jax.task.contract import OK, Parsed
+from listopd_jax.task.contract import OK, TOKEN_CLASSES, Parsed
 from listopd_jax.task.metrics import METRICS
 from listopd_jax.task.protocol import Splits, Task
 
@@ -21,7 +20,8 @@ from listopd_jax.task.protocol import Splits, Task
 def check_task(task: Task, splits: Splits, config: Any) -> None:
     """UserError, which names the task's file, for what would stop its run later or damage its records.
 
-    Every key is looked at; prompt, answer, verdicts, scores and the noise of the config on one record of each side.
+    Every key and answer is looked at; prompt, verdicts, scores and token classes of one record of each side; hint and
+    the noise of the config of training records alone, which alone get them.
     """
     who = f"task.file={config.task.file}" if config.task.file else f"task {task.name}"
     _check_names(task, who)
@@ -30,15 +30,25 @@ def check_task(task: Task, splits: Splits, config: Any) -> None:
         require(len(records) > 0, f"{who}: no record is for {side}")
         for record in records:
             check_key(record, task.name)
+            if (right := task.answer(record)) is not None:
+                _check_text(right, f"{who}: {record.key}: answer")
         record = next((r for r in records if task.answer(r) is not None), records[0])
         check_prompt(task.prompt(record), f"{who}: {record.key}")
         _check_verdicts(task, record, f"{who}: {record.key}")
-        for name in noise if task.answer(record) is not None else ():
-            _check_text(corrupted(task, record, name, random.Random(0)), f"{who}: corruption {name!r}")
+        for name in noise if side == "train" and task.answer(record) is not None else ():
+            broken = task.corruptions[name](record, random.Random(0))
+            _check_text(broken, f"{who}: {record.key}: corruption {name!r}")
+    _check_text(task.hint(splits.train), f"{who}: hint")
 
 
 def _check_names(task: Task, who: str) -> None:
-    """UserError unless metrics and failures are names, and records have room for them."""
+    """UserError unless metrics and failures are names, for which records have room, and the mappings are some."""
+    for field, example in (("corruptions", "{'one_more': self.one_more}"), ("settings", "{'digits': 2}")):
+        named = getattr(task, field)
+        fits = isinstance(named, Mapping) and all(isinstance(name, str) for name in named)
+        if fits and field == "corruptions":
+            fits = all(map(callable, named.values()))
+        require(fits, f"{who}: {field} is {named!r}; write a dict as in {example}, or {{}} for none")
     for field in ("metrics", "failures"):
         names = getattr(task, field)
         fits = isinstance(names, list | tuple) and all(isinstance(name, str) for name in names)
@@ -57,9 +67,9 @@ def _check_names(task: Task, who: str) -> None:
 
 
 def _check_verdicts(task: Task, record: Any, who: str) -> None:
-    """UserError unless the right answer, an empty one and a failure get a verdict and a score."""
-    if (right := task.answer(record)) is not None:
-        _check_text(right, f"{who}: answer")
+    """UserError unless the right answer, an empty one and a failure get a verdict and a score, and tokens classes."""
+    right = task.answer(record)
+    _check_classes(task, [*("1" if right is None else right), ""], who)
     texts = {"an empty text": ""} | ({} if right is None else {"its answer": right})
     verdicts = {what: task.parse(text, record) for what, text in texts.items()}
     for what, parsed in verdicts.items():
@@ -72,6 +82,17 @@ def _check_verdicts(task: Task, record: Any, who: str) -> None:
         _check_score(task.score(parsed, record), task.metrics, f"{who}: score of {what}")
 
 
+def _check_classes(task: Task, pieces: list[str], who: str) -> None:
+    """UserError unless each piece of an answer gets a class: a list of another length could broadcast silently."""
+    classes = task.token_classes(list(pieces))
+    fits = isinstance(classes, list | tuple | np.ndarray) and len(classes) == len(pieces)
+    require(
+        fits and all(isinstance(c, int | np.integer) and 0 <= c < len(TOKEN_CLASSES) for c in classes),
+        f"{who}: token_classes of {len(pieces)} pieces gives {shortened(repr(classes), 80)}; return one index into "
+        "contract.TOKEN_CLASSES for each",
+    )
+
+
 def _check_score(score: Any, metrics: Sequence[str], where: str) -> None:
     """UserError unless a score maps some of the metrics to numbers; NaN stands for an undefined one."""
     require(isinstance(score, Mapping), f"{where} is {score!r}; return a dict, metric → number")
@@ -79,9 +100,13 @@ def _check_score(score: Any, metrics: Sequence[str], where: str) -> None:
         if name not in (*metrics, "parse"):
             close = did_you_mean(name, metrics) if isinstance(name, str) else ""
             raise UserError(f"{where} has {name!r}, which metrics lacks; {close}add it there")
-        number = isinstance(value, numbers.Real | np.bool_) and not math.isinf(value)
+        try:
+            finite = isinstance(value, numbers.Real | np.bool_) and not math.isinf(float(value))
+            shown = repr(value)
+        except OverflowError:
+            finite, shown = False, "beyond float64"  # Python may refuse to write so many digits
         require(
-            number, f"{where} has {name!r}: {value!r}, which is no finite number; leave out what is undefined"
+            finite, f"{where} has {name!r}: {shown}, which is no finite number; leave out what is undefined"
         )
 
 

@@ -5,6 +5,7 @@ import re
 from collections.abc import Callable, Iterator
 from typing import Any
 
+from listopd_jax.errors import UserError, one_line
 from listopd_jax.task.protocol import Corruption
 from listopd_jax.task.strict_json import dumps, loads
 
@@ -15,14 +16,27 @@ def json_corruptions(answer: Callable[[Any], str]) -> dict[str, Corruption]:
     """The corruptions of any task whose right answers, `answer(record)`, are JSON texts.
 
     wrong_field renames a key, wrong_digit changes a number, missing_field drops the last field of an object,
-    unclosed_string leaves out the quote that closes a string. An answer without such a place stays right.
+    unclosed_string leaves out the quote that closes a string. An answer without such a place stays right; one that is
+    no JSON is a UserError.
     """
-    return {
-        "wrong_field": lambda record, rng: wrong_field(answer(record), rng),
-        "wrong_digit": lambda record, rng: wrong_digit(answer(record), rng),
-        "missing_field": lambda record, rng: missing_field(answer(record), rng),
-        "unclosed_string": lambda record, rng: unclosed_string(answer(record), rng),
-    }
+    changes = (wrong_field, wrong_digit, missing_field, unclosed_string)
+    return {change.__name__: _of_records(change, answer) for change in changes}
+
+
+def _of_records(change: Callable[[str, random.Random], str], answer: Callable[[Any], str]) -> Corruption:
+    """A change of JSON texts as one of records."""
+
+    def corruption(record: Any, rng: random.Random) -> str:
+        text, name = answer(record), change.__name__
+        try:
+            return change(text, rng)
+        except ValueError as e:
+            raise UserError(
+                f"{record.key}: {name} cannot break its right answer ({one_line(e)}); correct the answer, or leave "
+                f"{name} out of sft.*.noise"
+            ) from e
+
+    return corruption
 
 
 def wrong_field(text: str, rng: random.Random) -> str:

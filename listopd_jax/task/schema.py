@@ -98,7 +98,7 @@ def _steps(error: ValidationError) -> list[str]:
         at += 1
     if error.validator == "required" and isinstance(error.validator_value, list):
         steps += [name for name in error.validator_value if name not in error.instance][:1]
-    return [step for step in steps if step != "$ref"]
+    return [step for step in steps if step not in _REFERENCES]
 
 
 def _version(schema: dict[str, Any], where: str) -> type:
@@ -155,6 +155,9 @@ def _parts(kind: type, schema: dict[str, Any], where: str) -> Iterator[dict[str,
     UserError for a reference that leads nowhere, or to what is no schema of the version `kind`.
     """
     _check_schema(kind, schema, where)
+    known = [
+        keyword for keyword in _REFERENCES if keyword in kind.VALIDATORS
+    ]  # others are ignored by the version
     version = referencing.jsonschema.specification_with(kind.META_SCHEMA["$schema"])
     root = version.create_resource(schema)
     registry = referencing.Registry().with_resource(root.id() or "", root)
@@ -165,7 +168,7 @@ def _parts(kind: type, schema: dict[str, Any], where: str) -> Iterator[dict[str,
             _check_schema(kind, target, here)
         for part, at in _inside(version, target, resolver, seen):
             yield part
-            names = [(k, part[k]) for k in _REFERENCES if isinstance(part.get(k), str)]
+            names = [(k, part[k]) for k in known if isinstance(part.get(k), str)]
             targets.extend(_resolve(at, name, where, keyword) for keyword, name in names)
 
 

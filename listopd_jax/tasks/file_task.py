@@ -68,7 +68,19 @@ class FileTask(Task):
         """The records by side."""
         data, sides = self.data, [self.side(record) for record in records]
         groups = list(map(self.group, records))
+        self._check_division(records, sides, groups)
         return split_records(records, sides, groups, data.validation_share, data.max_lists, data.seed)
+
+    def _check_division(self, records: Sequence[Any], sides: Sequence[Any], groups: Sequence[Any]) -> None:
+        """UserError unless all sides are of SIDES, or all None, and groups can be told apart."""
+        known = SIDES if any(side is not None for side in sides) else (None,)
+        for record, side, group in zip(records, sides, groups, strict=True):
+            who = f"task {self.name}: {record.key}"
+            require(
+                side in known,
+                f"{who}: side is {side!r}; return 'train' or 'validation', or None for all records",
+            )
+            require(_is_hashable(group), f"{who}: group is {group!r}; return a text")
 
     def _check(self, records: Sequence[Any]) -> None:
         """UserError if a record has no key or that of another, or a prompt is none."""
@@ -107,3 +119,11 @@ class FileTask(Task):
             "notes": notes(split, len(split["train"]) - answered["train"]),
             "fingerprint": files.json_sha256([FORMAT, self.name, fields, digests]),
         }
+
+
+def _is_hashable(value: Any) -> bool:
+    try:
+        hash(value)  # isinstance(…, Hashable) would not look into a tuple
+    except TypeError:
+        return False
+    return True

@@ -28,6 +28,7 @@ from listopd_jax.tasks.file_task import FileTask
 
 FIELDS = ("prompt", "messages", "answer", "schema", "teacher_prompt")
 MOST_FIELDS = 20  # top-level fields with an accuracy of their own
+LONGEST_NAME = 80  # characters of such a field
 
 
 @dataclasses.dataclass(frozen=True)
@@ -124,10 +125,14 @@ class JsonTask(FileTask):
         return token_classes(pieces, opening="[{", values={})
 
     def _score_fields(self, answers: Sequence[Any]) -> None:
-        """Score the declared fields and those of the right answers: of more than MOST_FIELDS the most frequent."""
+        """Score the declared fields and those of the right answers: of more than MOST_FIELDS the most frequent.
+
+        Only those whose names can be those of metrics: one printable line of at most LONGEST_NAME characters.
+        """
         counts = Counter(name for answer in answers if isinstance(answer, dict) for name in answer)
         often = sorted(counts, key=lambda name: (-counts[name], name))
-        known = dict.fromkeys((*self._declared, *often))
+        named = (x for x in (*self._declared, *often) if x.isprintable() and len(x) <= LONGEST_NAME)
+        known = dict.fromkeys(named)
         kept = set(sorted(known, key=lambda name: -counts[name])[:MOST_FIELDS])
         self._fields = tuple(name for name in known if name in kept)
         self.metrics = ("parse", "useful", "exact_match", "fields", *map(_accuracy, self._fields))
