@@ -166,6 +166,7 @@ BROKEN = [  # what is written instead, and what is said of it
     ('return f"={record.a + record.b}"', 'return 3 if record.key.endswith(":7") else "=1"', "sums.txt:7: answer is 3;"),
     ('"distance")', '"distance")\n    token_classes = lambda self, pieces: [1]', "of 4 pieces gives [1]; return"),
     ('"distance")', '"distance")\n    token_classes = lambda self, pieces: [10] * len(pieces)', "gives [10, 10,"),
+    ('"distance")', '"distance")\n    token_classes = lambda self, pieces: [True] * len(pieces)', "gives [True, True"),
     ('"distance")', '"distance")\n    token_classes = lambda self, pieces: None', "gives None; return one index"),
     ('"distance")', '"distance")\n    token_classes = lambda self, pieces: [0.5] * len(pieces)', "gives [0.5, 0.5"),
     ('"distance")', '"distance")\n    hint = lambda self, records: None', "hint is None; return a text"),

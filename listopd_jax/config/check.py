@@ -55,10 +55,8 @@ def for_its_task(config: ml_collections.ConfigDict, argv: Sequence[str] = ()) ->
     typed = {arg.lstrip("-").split("=")[0].removeprefix("config.") for arg in argv}
     own = {"evaluation.expected": False, "evaluation.margins": False, "opd.guard.scope": "all"}
     given = dict(flatten(config.to_dict()))
-    dropped = (
-        {} if ranks_reviews(config) else {k: v for k, v in own.items() if given[k] != v and k not in typed}
-    )
-    if not dropped:
+    dropped = {field: value for field, value in own.items() if given[field] != value and field not in typed}
+    if ranks_reviews(config) or not dropped:
         return config
     named = ", ".join(f"{field}={given[field]!r}" for field in dropped)
     print(f"task {task_name(config)}: ignoring {named}, which only lists of reviews have", file=sys.stderr)

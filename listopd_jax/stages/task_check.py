@@ -85,9 +85,10 @@ def _check_verdicts(task: Task, record: Any, who: str) -> None:
 def _check_classes(task: Task, pieces: list[str], who: str) -> None:
     """UserError unless each piece of an answer gets a class: a list of another length could broadcast silently."""
     classes = task.token_classes(list(pieces))
-    fits = isinstance(classes, list | tuple | np.ndarray) and len(classes) == len(pieces)
+    known, fits = range(len(TOKEN_CLASSES)), isinstance(classes, list | tuple | np.ndarray)
+    whole = fits and all(isinstance(c, int | np.integer) and not isinstance(c, bool) for c in classes)
     require(
-        fits and all(isinstance(c, int | np.integer) and 0 <= c < len(TOKEN_CLASSES) for c in classes),
+        whole and len(classes) == len(pieces) and all(c in known for c in classes),
         f"{who}: token_classes of {len(pieces)} pieces gives {shortened(repr(classes), 80)}; return one index into "
         "contract.TOKEN_CLASSES for each",
     )
@@ -95,7 +96,8 @@ def _check_classes(task: Task, pieces: list[str], who: str) -> None:
 
 def _check_score(score: Any, metrics: Sequence[str], where: str) -> None:
     """UserError unless a score maps some of the metrics to numbers; NaN stands for an undefined one."""
-    require(isinstance(score, Mapping), f"{where} is {score!r}; return a dict, metric → number")
+    if not isinstance(score, Mapping):
+        raise UserError(f"{where} is {score!r}; return a dict, metric → number")
     for name, value in score.items():
         if name not in (*metrics, "parse"):
             close = did_you_mean(name, metrics) if isinstance(name, str) else ""

@@ -155,9 +155,7 @@ def _parts(kind: type, schema: dict[str, Any], where: str) -> Iterator[dict[str,
     UserError for a reference that leads nowhere, or to what is no schema of the version `kind`.
     """
     _check_schema(kind, schema, where)
-    known = [
-        keyword for keyword in _REFERENCES if keyword in kind.VALIDATORS
-    ]  # others are ignored by the version
+    known = [keyword for keyword in _REFERENCES if keyword in kind.VALIDATORS]  # its version ignores others
     version = referencing.jsonschema.specification_with(kind.META_SCHEMA["$schema"])
     root = version.create_resource(schema)
     registry = referencing.Registry().with_resource(root.id() or "", root)
