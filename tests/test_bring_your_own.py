@@ -139,6 +139,24 @@ def test_a_task_that_reads_no_file_needs_none(tmp_path):
     assert len(job.validation.prompts) == 4 and job.task.answer(job.records["train"][0]) == "8"
 
 
+def test_a_corruption_that_fails_later_has_its_line_too(tmp_path):
+    fails = """
+    def one_more(self, record, rng):
+        if record.number > 4:
+            raise ValueError("mine")
+        return "1"
+
+    corruptions = property(lambda self: {"one_more": self.one_more})
+"""
+    (tmp_path / "doubles.py").write_text(NO_FILE + fails)
+    config = config_module.defaults()
+    config.task.file, config.sft.teacher.noise = str(tmp_path / "doubles.py"), "one_more:1.0"
+    job = open_job(config_module.validate(config), tmp_path / "run")
+    number = (NO_FILE + fails).splitlines().index('            raise ValueError("mine")') + 1
+    with pytest.raises(UserError, match=f"doubles.py:{number}: ValueError: mine; correct the task file"):
+        next(iter(job.sft_batches("teacher")))
+
+
 def test_the_config_names_every_task_that_is_shipped():
     assert set(config_module.TASKS) == TASKS.keys()
 
