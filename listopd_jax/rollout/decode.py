@@ -32,7 +32,7 @@ from listopd_jax.ops.head import take_token
 from listopd_jax.parallel.compiler import ROLLOUT, BackendJit
 from listopd_jax.parallel.rules import constrain, context_mesh, row_multiple
 from listopd_jax.rollout.draft import draft
-from listopd_jax.rollout.sampling import categorical, mixed_logprobs, row_keys, unpacked
+from listopd_jax.rollout.sampling import categorical, head_rows, mixed_logprobs, row_keys, unpacked
 from listopd_jax.rollout.state import (
     Prompts,
     Rollout,
@@ -176,7 +176,8 @@ def sample_tokens(
     # A random number belongs to a row and a place in its text. Neither drafts nor batch shapes change what is drawn.
     place = rows.rollout.lengths[..., None] + jnp.arange(logp.shape[2])
     keys = None if greedy else row_keys(sampler.key, place, rows.number[..., None])
-    tokens = (jnp.argmax(logp, -1) if greedy else categorical(keys, logp)).astype(jnp.int32)
+    drawn = jnp.argmax(logp, -1) if greedy else categorical(keys, logp, head_rows(sampler.decoders))
+    tokens = drawn.astype(jnp.int32)
     count = _standing(rows, tokens, drafted, settings.eos)
     if state is not None:
         after = state_after(sampler.grammar, state, tokens, count)

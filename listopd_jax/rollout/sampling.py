@@ -10,7 +10,7 @@ from jaxtyping import Array, Bool, Float, Int, UInt32
 from listopd_jax.ops.guard import Guard, guarded
 from listopd_jax.ops.head import logits_of, slice_vocab
 from listopd_jax.parallel.rules import constrain, is_split
-from listopd_jax.rounding import round_up
+from listopd_jax.rounding import ceil_div
 
 IMPOSSIBLE = -1e30  # finite: a block of nothing else must have a log-probability and no NaN
 MOST_UNEVEN = (
@@ -27,33 +27,30 @@ def mixed_logprobs(
     guard: Guard | None = None,
     state: Int[Array, "B n S"] | None = None,
     allowed: Bool[Array, "B n #S vocab"] | None = None,
-) -> Float[Array, "B n S V"]:
+) -> Float[Array, "B n S _"]:
     """log softmax(Σ_i w_i log π_i / temperature) for hidden states [B, n, S, D_i] of m decoders.
 
     Logits stand in for log π_i: they differ by a constant per row, which the softmax drops. With a guard the models are
     teacher and base, λ and 1 − λ their weights; `state` is of its grammar. What is not `allowed` has no probability,
-    and the rest is renormalised. V: the rows that all heads have, of which those from `vocab` on are no tokens and have
-    no probability either.
+    and the rest is renormalised. Over devices that share the vocabulary the result has all `head_rows`, of which those
+    from `vocab` on are no tokens and have no probability either.
     """
     logits = [logits_of(h, d.head_weight()) for h, d in zip(hiddens, decoders, strict=True)]
-    V = min(z.shape[-1] for z in logits)
     # Devices share a head's rows evenly; cut to the tokens, logits would be moved, and gathered for the draw. A guard
     # compares distributions over tokens alone, so under one they are cut all the same.
-    width = V if is_split("vocab") and guard is None else vocab
+    width = head_rows(decoders) if is_split("vocab") and guard is None else vocab
     logits = [z if z.shape[-1] == width else slice_vocab(z, width) for z in logits]
     if guard is None:
         mixed = sum(weights[..., i, None] * z for i, z in enumerate(logits))
     else:
         mixed = guarded(*map(jax.nn.log_softmax, logits), weights[..., 0], guard, state).target
     # Last, since a guard compares the distributions at temperature 1.
-    logp = jax.nn.log_softmax(_possible(mixed / temperature, vocab, allowed))
-    return _padded(logp, V)
+    return jax.nn.log_softmax(_possible(mixed / temperature, vocab, allowed))
 
 
-def _padded(logp: Float[Array, "*s _"], size: int) -> Float[Array, "*s V"]:
-    """`logp` with impossible tokens at its end, `size` in all."""
-    beyond = size - logp.shape[-1]
-    return jnp.pad(logp, [(0, 0)] * (logp.ndim - 1) + [(0, beyond)], constant_values=IMPOSSIBLE)
+def head_rows(decoders: Sequence) -> int:
+    """The rows that the heads of all `decoders` have: their tokens, and what pads them."""
+    return min(d.head_weight().shape[0] for d in decoders)
 
 
 def _possible(
@@ -81,36 +78,42 @@ def row_keys(key: Array, place: Int[Array, "*#s"], rows: Int[Array, "*#s"]) -> A
     return jax.vmap(jax.random.fold_in)(of_place, rows.reshape(-1)).reshape(rows.shape)
 
 
-def categorical(keys: Array, logp: Float[Array, "*s V"]) -> Int[Array, "*s"]:
+def categorical(keys: Array, logp: Float[Array, "*s V"], rows: int = 0) -> Int[Array, "*s"]:
     """One draw per row of log-probabilities, row r with keys[r], in two exact stages: a block of tokens, then a token.
 
     A block is drawn by its total probability and a token by its share in the block, both by the Gumbel maximum. That
     takes about 2·√V random numbers per row where one maximum over all tokens takes V, which on a CPU cost more than a
-    small model's decoding step.
+    small model's decoding step. Tokens and draws are the same with and without the impossible tokens that pad them to
+    `rows` (0: none do).
     """
-    blocks = _blocks(logp)
-    width = blocks.shape[-1]
+    width = block_width(rows or logp.shape[-1])
+    blocks = _blocks(logp, width)
     first, second = jax.vmap(jax.random.split, out_axes=1)(keys.reshape(-1))
     block = jax.vmap(jax.random.categorical)(first, jax.nn.logsumexp(blocks, -1))
     token = block * width + jax.vmap(jax.random.categorical)(second, _block_of(blocks, block))
     return token.reshape(keys.shape)
 
 
-def _blocks(logp: Float[Array, "*s V"]) -> Float[Array, "R N W"]:
-    """The rows of `logp`, flat, in N blocks of about √V tokens, so that both stages draw about as many numbers.
+def block_width(rows: int) -> int:
+    """Tokens of a block, about √rows, so that both stages of a draw take about as many numbers.
 
-    Their width is a power of two near √V where N is then a multiple of four, for devices to share. Else N is the
-    largest power of two up to √V that divides V; or, where that is far below √V, one near √V, and V is padded. So each
-    device that holds a part of the tokens has whole blocks.
+    A power of two where that gives a multiple of four blocks, for devices to share. Else the number of blocks is the
+    largest power of two up to √rows that divides them; or, where that is far below √rows, one near it, the last blocks
+    padded. So each of up to four devices that share the rows has whole blocks, and of more unless they are few.
     """
-    V, near = logp.shape[-1], 1 << (logp.shape[-1] - 1).bit_length() // 2
-    N = V // near
-    if V % near or N % 4:
-        even = 1 << ((V - 1).bit_length() + 1) // 2
-        N = math.gcd(V, even)
-        if even > MOST_UNEVEN * N:
-            N, logp = even, _padded(logp, round_up(V, even))
-    return constrain(logp.reshape(-1, N, logp.shape[-1] // N), "batch", "vocab", None)
+    near = 1 << (rows - 1).bit_length() // 2
+    if rows % near == 0 and rows // near % 4 == 0:
+        return near
+    even = 1 << ((rows - 1).bit_length() + 1) // 2
+    blocks = math.gcd(rows, even)
+    return ceil_div(rows, even if even > MOST_UNEVEN * blocks else blocks)
+
+
+def _blocks(logp: Float[Array, "*s V"], width: int) -> Float[Array, "R N W"]:
+    """The rows of `logp`, flat, in blocks of `width`; impossible tokens fill the last."""
+    missing = [(0, 0)] * (logp.ndim - 1) + [(0, -logp.shape[-1] % width)]
+    whole = jnp.pad(logp, missing, constant_values=IMPOSSIBLE)
+    return constrain(whole.reshape(-1, whole.shape[-1] // width, width), "batch", "vocab", None)
 
 
 def _block_of(blocks: Float[Array, "R N W"], block: Int[Array, " R"]) -> Float[Array, "R W"]:
