@@ -13,6 +13,7 @@ from listopd_jax.parallel.rules import constrain, is_split
 from listopd_jax.rounding import ceil_div
 
 IMPOSSIBLE = -1e30  # finite: a block of nothing else must have a log-probability and no NaN
+MANY_ROWS = 4096  # of a head; to gather the logits of fewer costs next to nothing
 MOST_UNEVEN = (
     4  # tokens are padded only if the blocks that divide V are more than this many times fewer than √V
 )
@@ -97,12 +98,12 @@ def categorical(keys: Array, logp: Float[Array, "*s V"], rows: int = 0) -> Int[A
 def block_width(rows: int) -> int:
     """Tokens of a block, about √rows, so that both stages of a draw take about as many numbers.
 
-    A power of two where that gives a multiple of four blocks, for devices to share. Else the number of blocks is the
-    largest power of two up to √rows that divides them; or, where that is far below √rows, one near it, the last blocks
-    padded. So each of up to four devices that share the rows has whole blocks, and of more unless they are few.
+    A power of two where rows are few, or where that gives a multiple of four blocks, for devices to share. Else the
+    number of blocks is the largest power of two up to √rows that divides them; or, where that is far below √rows, one
+    near it, the last blocks padded. So of many rows each device has whole blocks.
     """
     near = 1 << (rows - 1).bit_length() // 2
-    if rows % near == 0 and rows // near % 4 == 0:
+    if rows < MANY_ROWS or rows % near == 0 and rows // near % 4 == 0:
         return near
     even = 1 << ((rows - 1).bit_length() + 1) // 2
     blocks = math.gcd(rows, even)
