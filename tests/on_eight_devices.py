@@ -44,7 +44,7 @@ from listopd_jax.train.opd_step import OpdBatch, make_opd_step
 from listopd_jax.train.optimizer import TrainState
 from listopd_jax.train.sft_step import cross_entropy, make_sft_step
 
-VOCAB, B, P, N, T = 122, 8, 6, 2, 5  # 122 tokens: no tensor axis but 2 divides them
+VOCAB, B, P, N, T = 90, 8, 6, 2, 5  # 90 tokens: no tensor axis but 2 divides them
 LAYERS = 2
 ROWS_BY_TENSOR = ((8, 1, 1), (2, 4, 1), (2, 2, 2), (1, 2, 4), (1, 1, 8))  # data, fsdp, tensor
 RECORD = optax.GradientTransformation(
@@ -62,10 +62,10 @@ def decoder(rows, hidden, num_kv_heads, seed):
     return graphdef, jax.tree.map(lambda x: np.asarray(rng.normal(0, 0.3, x.shape), x.dtype), shapes)
 
 
-STUDENT_DEF, STUDENT = decoder(128, 16, 2, seed=0)  # 2 KV heads: fewer than a tensor axis of 4 or 8
-_, BASE = decoder(128, 16, 2, seed=2)
-STUDENT_CONFIG, LORA = ModelConfig(128, 16, 32, LAYERS, 8, 2, 4, tied=True), Lora(2, 4.0, PROJECTIONS)
-TEACHER_DEF, TEACHER = decoder(136, 32, 4, seed=1)  # another width, another padded vocabulary, an untied head
+STUDENT_DEF, STUDENT = decoder(96, 16, 2, seed=0)  # 2 KV heads: fewer than a tensor axis of 4 or 8
+_, BASE = decoder(96, 16, 2, seed=2)
+STUDENT_CONFIG, LORA = ModelConfig(96, 16, 32, LAYERS, 8, 2, 4, tied=True), Lora(2, 4.0, PROJECTIONS)
+TEACHER_DEF, TEACHER = decoder(104, 32, 4, seed=1)  # another width, another padded vocabulary, an untied head
 FROZEN, MODELS = Frozen(TEACHER, BASE), Models(STUDENT_DEF, TEACHER_DEF, STUDENT_DEF)
 HYPER = jax.tree.map(
     np.float32,
@@ -253,9 +253,11 @@ def test_rollout_writes_the_same_tokens(alone, sizes):
     np.testing.assert_allclose(rollout.logprobs, alone[2].logprobs, atol=1e-5)
     assert len(np.unique(rollout.tokens)) > 10
     check_traffic(program, *sizes[1:], updates=False)
-    # Of the logits no part is gathered or moved: at most a number of every row from every device.
+    # Of the logits no part is gathered: at most a number of every row from every device. Nor is any moved, but where a
+    # device's part is no whole number of blocks: 12 of 96 rows over 8 devices, in blocks of 8.
     gathers = map(math.prod, collectives(program, "all-gather"))
-    assert max(gathers, default=0) <= B * N * sizes[2] and not collectives(program, "collective-permute")
+    assert max(gathers, default=0) <= B * N * sizes[2]
+    assert sizes[2] == 8 or not collectives(program, "collective-permute")
 
 
 def test_drafts_change_no_token_over_devices(alone):
@@ -295,7 +297,7 @@ def test_masks_of_the_host_and_of_a_grammar_let_the_same_through_over_devices():
 @pytest.mark.parametrize("dtype", ["int8", "int4"])
 def test_rounded_models_are_those_of_one_device(sizes, dtype):
     """Split like what they were rounded from; 4 devices along the width cut its two groups in two each."""
-    graph, exact = decoder(128, 64, 2, seed=3)
+    graph, exact = decoder(96, 64, 2, seed=3)
     prompts, lengths, rollout = opd_batch(3)[:3]
 
     def scored(mesh):
@@ -384,7 +386,7 @@ def test_the_heads_gradient_crosses_devices_once_in_however_many_chunks():
 def test_each_device_streams_its_part_of_a_frozen_head(sizes, monkeypatch):
     monkeypatch.setattr(pl, "pallas_call", functools.partial(pl.pallas_call, interpret=True))
     mesh, rng = mesh_of(*sizes), np.random.default_rng(0)
-    arrays = rng.normal(size=(16, 8)), rng.normal(size=(128, 8)), rng.integers(VOCAB, size=16)
+    arrays = rng.normal(size=(16, 8)), rng.normal(size=(96, 8)), rng.integers(VOCAB, size=16)
     arrays = [jnp.asarray(x, jnp.int32 if x.ndim == 1 else jnp.float32) for x in arrays]
     with use_mesh(mesh):
         got = jax.jit(gather_logprobs, static_argnums=3)(*arrays, VOCAB)
@@ -424,7 +426,7 @@ def test_steps_of_an_adapter_are_those_of_one_device(sizes, adapted_alone):
 
 # --- weights ---
 
-TINY = ModelConfig(128, 16, 32, LAYERS, 8, 2, 4, tied=False)
+TINY = ModelConfig(96, 16, 32, LAYERS, 8, 2, 4, tied=False)
 
 
 @pytest.fixture
@@ -457,7 +459,7 @@ def test_weights_load_into_their_shards(checkpoint, reads):
         np.testing.assert_array_equal(ours[...], theirs)
         assert ours[...].sharding.is_equivalent_to(param_sharding(path, theirs, mesh), theirs.ndim)
     assert sum(reads) == sum(x.nbytes for x in jax.tree.leaves(params))  # copies on `data` are not read twice
-    assert max(reads) <= 128 * 16 * 4 / 4  # the largest tensor in quarters
+    assert max(reads) <= 96 * 16 * 4 / 4  # the largest tensor in quarters
 
 
 @pytest.mark.parametrize("sizes", [(2, 2, 2), (1, 2, 4)], ids=str)

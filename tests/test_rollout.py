@@ -15,7 +15,6 @@ from listopd_jax.rollout.decode import completion_mask, decode, generate, segmen
 from listopd_jax.rollout.scoring import completion_hidden, completion_logprobs
 
 VOCAB, EOS, OTHER_EOS, PAD = 16, 1, 8, 0
-KEY = 3  # of completions that end at different lengths
 B, P, N, T = 3, 7, 3, 8
 LENGTHS = np.array([7, 2, 5])
 LAMBDAS = np.array([0.5, 1.2, 2.5])
@@ -55,7 +54,7 @@ def run(models, weights, prompts, key=0, **options):
 
 @pytest.fixture(scope="module")
 def sampled(student, prompts):
-    return run([student], np.ones((1, N)), prompts, key=KEY, temperature=1.0)
+    return run([student], np.ones((1, N)), prompts, temperature=1.0)
 
 
 @jax.jit(static_argnums=0)
@@ -260,14 +259,14 @@ def test_one_token_completions_can_be_scored(student, prompts, sampled):
 
 def test_the_prompts_padding_is_never_read(student, prompts, sampled):
     other = np.where(np.arange(P) < LENGTHS[:, None], prompts, (prompts + 3) % VOCAB)
-    again = run([student], np.ones((1, N)), other, key=KEY, temperature=1.0)
+    again = run([student], np.ones((1, N)), other, temperature=1.0)
     jax.tree.map(np.testing.assert_array_equal, again, sampled)
     hidden = [completion_hidden(nnx.merge(*student), x, LENGTHS, sampled.tokens) for x in (prompts, other)]
     np.testing.assert_array_equal(*hidden)
 
 
 def test_a_key_names_its_completions(student, prompts, sampled):
-    again = run([student], np.ones((1, N)), prompts, key=KEY, temperature=1.0)
+    again = run([student], np.ones((1, N)), prompts, temperature=1.0)
     jax.tree.map(np.testing.assert_array_equal, again, sampled)
     other = run([student], np.ones((1, N)), prompts, key=1, temperature=1.0)
     assert (other.tokens != sampled.tokens).any()

@@ -118,10 +118,15 @@ def constrain_state(tree: Any) -> Any:
     return jax.tree_util.tree_map_with_path(lambda path, x: constrain(x, *_state_axes(path, x)), tree)
 
 
+def shards(axis: str) -> int:
+    """Devices over which the logical `axis` is split; 1 without a mesh."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return 1 if mesh.empty else _devices(axis, mesh)
+
+
 def is_split(axis: str) -> bool:
     """Whether the logical `axis` is split over more than one device."""
-    mesh = jax.sharding.get_abstract_mesh()
-    return not mesh.empty and _devices(axis, mesh) > 1
+    return shards(axis) > 1
 
 
 def kv_copies(num_kv_heads: int) -> int:

@@ -9,11 +9,11 @@ from jaxtyping import Array, Bool, Float, Int, UInt32
 
 from listopd_jax.ops.guard import Guard, guarded
 from listopd_jax.ops.head import logits_of, slice_vocab
-from listopd_jax.parallel.rules import constrain, is_split
-from listopd_jax.rounding import ceil_div
+from listopd_jax.parallel.rules import constrain, is_split, shards
+from listopd_jax.rounding import ceil_div, round_up
 
 IMPOSSIBLE = -1e30  # finite: a block of nothing else must have a log-probability and no NaN
-MANY_ROWS = 4096  # of a head; to gather the logits of fewer costs next to nothing
+MANY_ROWS = 4096  # of a head; to move the logits of fewer between devices costs next to nothing
 MOST_UNEVEN = (
     4  # tokens are padded only if the blocks that divide V are more than this many times fewer than √V
 )
@@ -111,10 +111,12 @@ def block_width(rows: int) -> int:
 
 
 def _blocks(logp: Float[Array, "*s V"], width: int) -> Float[Array, "R N W"]:
-    """The rows of `logp`, flat, in blocks of `width`; impossible tokens fill the last."""
-    missing = [(0, 0)] * (logp.ndim - 1) + [(0, -logp.shape[-1] % width)]
+    """The rows of `logp`, flat, in blocks of `width`, as many on each device; impossible tokens fill the last."""
+    V = logp.shape[-1]
+    N = round_up(ceil_div(V, width), shards("vocab"))
+    missing = [(0, 0)] * (logp.ndim - 1) + [(0, N * width - V)]
     whole = jnp.pad(logp, missing, constant_values=IMPOSSIBLE)
-    return constrain(whole.reshape(-1, whole.shape[-1] // width, width), "batch", "vocab", None)
+    return constrain(whole.reshape(-1, N, width), "batch", "vocab", None)
 
 
 def _block_of(blocks: Float[Array, "R N W"], block: Int[Array, " R"]) -> Float[Array, "R W"]:
