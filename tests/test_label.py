@@ -308,10 +308,12 @@ def test_a_reply_is_found_by_all_that_decides_it():
 
 def test_the_cache_survives_a_line_that_is_cut_off(tmp_path):
     path = tmp_path / "replies"
-    kept = {"a": Reply('{"score": 7}', 1, 2), "b": Reply(None, 3, 4), "c": Reply("é \u2028 \n", 5, 6)}
+    kept = {"a": Reply('{"score": 7}', 1, 2), "b": Reply(None, 3, 4), "c": Reply("\ud800 é \u2028 \n", 5, 6)}
     with open_cache(path) as cache:
         for of, reply in kept.items():
             cache.put("key", of, reply)
+    kept["c"] = Reply("? é \u2028 \n", 5, 6)  # half of a surrogate pair could not be read again
+    assert cache.replies == kept
     whole = path.read_bytes()
     for cut in range(len(whole)):
         path.write_bytes(whole[:cut])

@@ -73,6 +73,17 @@ def test_a_weight_is_off_by_half_a_step_of_what_shares_its_scale(seed, name, dty
     assert np.abs(counts).max() < DTYPES[dtype][0] + 0.1
 
 
+def test_distributions_are_near_the_exact_ones(model):
+    graph, params = model
+    tokens = jnp.arange(10).reshape(2, 1, 5)
+
+    def logprobs(params):
+        return completion_logprobs(nnx.merge(graph, params), PROMPTS, LENGTHS, tokens, 61, 8)[0]
+
+    gap = jnp.abs(jax.jit(logprobs)(params) - jax.jit(logprobs)(cast(params, "int8")))
+    assert 0 < gap.max() < 0.03
+
+
 def test_log_probabilities_of_a_trained_model_are_near_the_exact_ones(finished_job, tmp_path):
     """Of the tokens of right answers, in nats."""
     with job_on_mesh(small_config(**start_from(finished_job)), tmp_path) as job:

@@ -34,7 +34,12 @@ class Cache:
         self.replies = _read(path, file)
 
     def put(self, key: str, of: str, reply: Reply) -> None:
-        """Keep the reply to the question with digest `of` about the review `key`. UserError if it cannot be written."""
+        """Keep the reply to the question with digest `of` about the review `key`. UserError if it cannot be written.
+
+        Half of a surrogate pair, which JSON can spell and UTF-8 cannot, becomes `?`: the line could not be read again.
+        """
+        if reply.text is not None:
+            reply = dataclasses.replace(reply, text=reply.text.encode("utf-8", "replace").decode())
         line = json.dumps({"request": of, "key": key, **dataclasses.asdict(reply)})
         try:
             self._file.write(f"{line}\n".encode())
