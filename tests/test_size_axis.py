@@ -3,6 +3,7 @@
 import json
 import math
 import pathlib
+import shutil
 
 import pytest
 
@@ -101,6 +102,7 @@ def test_the_command_prints_tables_and_writes_the_file(tmp_path, capsys):
             "of sft_teacher, seed 0, has 0 of its 4 answers",
         ),
         (lambda f: f.rename(f.with_name("other")), "holds no workdir PRESET/SEED"),
+        (lambda f: shutil.rmtree(f / "large"), "only student, λ = 1.1: run presets small and large"),
         (lambda f: f.joinpath("small", "0").rename(f / "small" / "7"), None),
     ],
 )

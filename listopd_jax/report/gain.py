@@ -143,18 +143,27 @@ def in_words(found: Json) -> str:
     return f"{found['mean']:+.3f}{ends}"
 
 
-def main(argv: Sequence[str]) -> None:
-    """Print the table and write the file; UserError where an ablation is missing."""
-    parser = Parser(prog="python -m listopd_jax.report.gain", description=__doc__.split("\n")[0])
-    parser.add_argument("folder", type=pathlib.Path, help="the folder of the ablations' workdirs")
+def parser_of(module: str, doc: str, workdirs: str) -> Parser:
+    """The arguments of a command that summarises a folder of `workdirs`, and may write that to a file."""
+    parser = Parser(prog=f"python -m listopd_jax.report.{module}", description=doc.split("\n")[0])
+    parser.add_argument("folder", type=pathlib.Path, help=f"the folder of the {workdirs}")
     parser.add_argument("--out", help="the JSON file to write")
-    args = parser.parse_args(argv)
-    print(table(args.folder))
-    found = summary(args.folder)
-    if args.out:
-        files.write_json(args.out, found)
+    return parser
+
+
+def hand_over(found: Json, out: str | None) -> None:
+    """Write a summary to the file `out`, or print it where there is none."""
+    if out:
+        files.write_json(out, found)
     else:
         print(json.dumps(found, indent=2))
+
+
+def main(argv: Sequence[str]) -> None:
+    """Print the table and write the file; UserError where an ablation is missing."""
+    args = parser_of("gain", __doc__, "ablations' workdirs").parse_args(argv)
+    print(table(args.folder))
+    hand_over(summary(args.folder), args.out)
 
 
 if __name__ == "__main__":

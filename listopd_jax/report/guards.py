@@ -16,9 +16,9 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from listopd_jax import files
-from listopd_jax.errors import Parser, UserError, exit_code
+from listopd_jax.errors import UserError, exit_code
 from listopd_jax.records import RESULTS, Result, read_results
-from listopd_jax.report.gain import Seeds, difference, distilled, figures, in_words
+from listopd_jax.report.gain import Seeds, difference, distilled, figures, in_words, parser_of
 from listopd_jax.report.wording import markdown
 
 Json = dict[str, Any]
@@ -171,9 +171,7 @@ def _beside(row: Json, name: str, digits: int) -> str:
 
 def main(argv: Sequence[str]) -> None:
     """Print the table and, with --out, write the file."""
-    parser = Parser(prog="python -m listopd_jax.report.guards", description=__doc__.split("\n")[0])
-    parser.add_argument("folder", type=pathlib.Path, help="the folder of the ablations' workdirs")
-    parser.add_argument("--out", help="the JSON file to write")
+    parser = parser_of("guards", __doc__, "ablations' workdirs")
     parser.add_argument(
         "--against", help="print differences to this: an ablation, teacher, or a results.json"
     )

@@ -8,7 +8,6 @@ over seeds, which share nothing but their number; null for one. NDCG@1 is over t
 both.
 """
 
-import json
 import pathlib
 import statistics
 import sys
@@ -18,10 +17,9 @@ from typing import Any, NamedTuple
 import numpy as np
 from jaxtyping import Float
 
-from listopd_jax import files
-from listopd_jax.errors import Parser, UserError, exit_code
+from listopd_jax.errors import UserError, exit_code
 from listopd_jax.records import EXAMPLES, RESULTS, Example, Result, read_examples, read_results
-from listopd_jax.report.gain import difference
+from listopd_jax.report.gain import difference, hand_over, parser_of
 from listopd_jax.report.wording import decimal, interval, markdown
 from listopd_jax.task.contract import Parsed
 from listopd_jax.task.metrics import bootstrap_intervals, list_metrics
@@ -31,8 +29,8 @@ METRICS = ("parse", "useful", "ndcg@1")
 NAMES = {
     ("small", "sft_student"): "student's SFT",
     ("small", "sft_teacher"): "teacher",
-    ("small_sft", "sft_student"): "small, the teacher's recipe",
-    ("small_sft", "sft_teacher"): "small, all lists",
+    ("small_sft", "sft_student"): "small SFT, the teacher's recipe",
+    ("small_sft", "sft_teacher"): "small SFT, all lists",
     ("large", "sft_student"): "large, the student's recipe",
     ("large", "sft_teacher"): "large, all lists",
 }
@@ -140,9 +138,14 @@ def _by_seed(student: Policy, large: Policy, metric: str) -> list[float] | None:
 
 
 def summary(found: Mapping[str, Policy]) -> Json:
-    """What size_axis.json says: each policy, and each student and control less each large model."""
-    small = [name for name in found if name.startswith(("student, ", "small, "))]
+    """What size_axis.json says: each policy, and each student and control less each large model.
+
+    UserError where one of the two kinds is missing: there is nothing to compare.
+    """
+    small = [name for name in found if name.startswith(("student, ", "small SFT, "))]
     pairs = [(s, b) for s in small for b in found if b.startswith("large, ")]
+    if not pairs:
+        raise UserError(f"only {', '.join(found)}: run presets small and large of configs/size_axis.py first")
     return {
         "policies": [figures(name, policy) for name, policy in found.items()],
         "differences": [{"small": s, "less": b, **compared(found[s], found[b])} for s, b in pairs],
@@ -168,16 +171,10 @@ def _gap(found: Json) -> str:
 
 def main(argv: Sequence[str]) -> None:
     """Print the tables and, with --out, write the file; else the summary is printed too."""
-    parser = Parser(prog="python -m listopd_jax.report.size_axis", description=__doc__.split("\n")[0])
-    parser.add_argument("folder", type=pathlib.Path, help="the folder of the workdirs PRESET/SEED")
-    parser.add_argument("--out", help="the JSON file to write")
-    args = parser.parse_args(argv)
+    args = parser_of("size_axis", __doc__, "workdirs PRESET/SEED").parse_args(argv)
     found = summary(policies(args.folder))
     print(tables(found))
-    if args.out:
-        files.write_json(args.out, found)
-    else:
-        print(json.dumps(found, indent=2))
+    hand_over(found, args.out)
 
 
 if __name__ == "__main__":
