@@ -24,8 +24,21 @@ import numpy as np
 from listopd_jax.errors import Parser, UserError, exit_code, positive
 from listopd_jax.lifecycle import quiet_libraries, say
 
-EXACT = "float32"
+EXACT, ROUNDED = "float32", ("bfloat16", "int8", "int4")
 ROWS, ROW = 4, 256
+
+
+def lambdas(text: str) -> tuple[float, ...]:
+    """Of "1,1.05". Raises ValueError, which argparse reports."""
+    return tuple(map(float, text.split(",")))
+
+
+def dtypes(text: str) -> tuple[str, ...]:
+    """Of "int8,int4", each of ROUNDED."""
+    names = tuple(text.split(","))
+    if unknown := set(names) - set(ROUNDED):
+        raise argparse.ArgumentTypeError(f"{', '.join(sorted(unknown))} is not of {', '.join(ROUNDED)}")
+    return names
 
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:
@@ -38,9 +51,9 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     what.add_argument("--job", type=pathlib.Path, help="the workdir of a finished job")
     what.add_argument("--weights", help="a checkpoint with its tokenizer")
     parser.add_argument("--reviews", help="what a checkpoint reads")
-    parser.add_argument("--lambdas", default="1,1.05,1.1,1.2")
+    parser.add_argument("--lambdas", default=(1.0, 1.05, 1.1, 1.2), type=lambdas)
     parser.add_argument("--lists", type=positive, default=600, help="of the job's validation split, at most")
-    parser.add_argument("--dtypes", default="bfloat16,int8,int4")
+    parser.add_argument("--dtypes", default=ROUNDED, type=dtypes)
     args = parser.parse_args(argv)
     if args.weights and not args.reviews:
         raise UserError("--weights: needs --reviews=FILE, a CSV file of clothing reviews")
@@ -61,7 +74,7 @@ def configuration(args: argparse.Namespace, dtype: str) -> ml_collections.Frozen
     config.sft.continued = config.train.export = False
     config.dtype.frozen = dtype
     config.opd.guard.update(defaults().opd.guard)
-    config.opd.update(lambdas=tuple(map(float, args.lambdas.split(","))), plain_lambdas=())
+    config.opd.update(lambdas=args.lambdas, plain_lambdas=())
     config.forecast.update(lambdas=(), plain_lambdas=())
     config.evaluation.max_lists = args.lists
     return validate(config)
@@ -99,7 +112,7 @@ def compare_pair(args: argparse.Namespace) -> dict[str, Any]:
     """Rows by dtype of a job's pair."""
     row, exact = pair_in(args, EXACT)
     rows = {EXACT: row}
-    for dtype in args.dtypes.split(","):
+    for dtype in args.dtypes:
         row, seen = pair_in(args, dtype)
         rows[dtype] = row | {"logprob_error": {role: error(x, exact[role]) for role, x in seen.items()}}
     return rows
@@ -122,7 +135,7 @@ def compare_texts(args: argparse.Namespace) -> dict[str, Any]:
         )
 
     exact = seen(EXACT)
-    return {EXACT: {"nll": -float(exact.mean())}} | {d: error(seen(d), exact) for d in args.dtypes.split(",")}
+    return {EXACT: {"nll": -float(exact.mean())}} | {d: error(seen(d), exact) for d in args.dtypes}
 
 
 def text(args: argparse.Namespace) -> dict[str, np.ndarray]:
@@ -136,6 +149,10 @@ def text(args: argparse.Namespace) -> dict[str, np.ndarray]:
         ids += tokenizer.encode(review.text + "\n", add_special_tokens=False)
         if len(ids) >= ROWS * ROW:
             break
+    else:
+        raise UserError(
+            f"{args.reviews}: has {len(ids)} tokens of text, fewer than {ROWS * ROW}; give a longer file"
+        )
     tokens = np.array(ids[: ROWS * ROW], np.int32).reshape(ROWS, ROW)
     batch = {"prompt": tokens[:, :1], "answer": tokens[:, 1:]}
     return batch | {f"{name}_length": np.full(ROWS, x.shape[1], np.int32) for name, x in batch.items()}
