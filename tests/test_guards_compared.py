@@ -39,7 +39,7 @@ def test_an_arm_is_compared_seed_by_seed_with_the_one_of_its_pair_and_estimator(
     write(tmp_path, "right_contract_reward", 1.4)
     write(tmp_path, "wrong_one", 1.0)
     write(tmp_path, "wrong_mask", 1.1)
-    rows = {(row["pair"], row["arm"]): row for row in summary(tmp_path)}
+    rows = {(row["pair"], row["ablation"]): row for row in summary(tmp_path)}
     half = T_975 * (0.0014 / 2) ** 0.5 / 3**0.5
     assert rows["right", "mask"]["mae_difference"] == pytest.approx(
         {"mean": -0.1, "low": -0.1 - half, "high": -0.1 + half}
@@ -57,7 +57,7 @@ def test_margins_and_guarded_tokens_are_of_the_seeds_that_have_them(tmp_path, ca
     rows[0] = {k: v for k, v in rows[0].items() if k != "guarded"}
     rows[1]["guarded"] = 0.25
     path.write_text(json.dumps(rows))
-    one, mask = sorted(summary(tmp_path), key=lambda row: row["arm"], reverse=True)
+    one, mask = sorted(summary(tmp_path), key=lambda row: row["ablation"], reverse=True)
     assert (mask["margin"], mask["guarded"], mask["guarded_seeds"]) == (1.25, 0.1875, 2)
     assert "margin_seeds" not in mask and not {"margin", "guarded", "guarded_seeds"} & one.keys()
     main([str(tmp_path)])
@@ -76,7 +76,7 @@ def test_margins_and_guarded_tokens_are_of_the_seeds_that_have_them(tmp_path, ca
 def test_the_goal_asks_for_both(tmp_path, mae, parse, own, met):
     write(tmp_path, "right_one", 1.5)
     write(tmp_path, "right_mask", mae, parse, own=own)
-    assert [row["goal"] for row in summary(tmp_path) if row["arm"] == "mask"] == [met]
+    assert [row["goal"] for row in summary(tmp_path) if row["ablation"] == "mask"] == [met]
 
 
 def test_one_seed_meets_no_goal_and_an_arm_without_its_one_is_not_compared(tmp_path, capsys):
@@ -85,7 +85,7 @@ def test_one_seed_meets_no_goal_and_an_arm_without_its_one_is_not_compared(tmp_p
     write(tmp_path, "wrong_mask", 1.4)
     out = tmp_path / "guards.json"
     main([str(tmp_path), f"--out={out}"])
-    rows = {(row["pair"], row["arm"]): row for row in json.loads(out.read_text())}
+    rows = {(row["pair"], row["ablation"]): row for row in json.loads(out.read_text())}
     assert rows["right", "mask"]["goal"] is False and rows["right", "mask"]["mae_difference"]["low"] is None
     assert "mae_difference" not in rows["wrong", "mask"]
     assert capsys.readouterr().out.count("\n| ") >= 3

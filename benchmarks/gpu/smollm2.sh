@@ -26,7 +26,7 @@ ablation() { # NAME TEACHER STUDENT --config.field=value …
   timeout -k 8 $((end > SECONDS ? end - SECONDS : 1)) python3 -m listopd_jax.main "--config=configs/natural.py:$name" \
     "--workdir=$ROOT/runs/$name" "--config.data.path=$DATA" "--config.tokenizer.path=$GGUF" \
     "--config.teacher.weights=$teacher" "--config.student.weights=$student" "$@" >"$ROOT/runs/$name.log" 2>&1
-  echo "{\"arm\": \"$name\", \"exit\": $?, \"began\": $began, \"ended\": $SECONDS}" | tee -a "$OUT/lines.jsonl"
+  echo "{\"ablation\": \"$name\", \"exit\": $?, \"began\": $began, \"ended\": $SECONDS}" | tee -a "$OUT/lines.jsonl"
 }
 of_early() { # NAME --config.field=value …: with the checkpoints of the ablation `early`
   local folder=$ROOT/runs/early/export name=$1

@@ -26,10 +26,7 @@ REFERENCES = ("one", "one_sampled")
 OF_SAMPLES = ("contract_reward",)  # ablations whose λ = 1 is that of the sampled estimator
 PARSE_LOSS = 0.02  # against λ = 1 that the goal allows
 MEASURED = ("parse", "useful", "expected_mae")
-BESIDES = {
-    "guarded": "guarded",
-    "structural_margin": "margin",
-}  # of records that have them -> their names here
+OPTIONAL = {"guarded": "guarded", "structural_margin": "margin"}  # field of a record -> its name here
 HEAD = (
     "pair",
     "guard",
@@ -49,22 +46,21 @@ def compared(ablations: Mapping[str, Seeds]) -> list[Json]:
     rows = []
     for ablation, seeds in ablations.items():
         row = {
-            # The key that docs/results/guards.json has always had.
-            "arm": ablation,
+            "ablation": ablation,
             "lambda": next(iter(seeds.values())).lam,
             "seeds": len(seeds),
             **figures(seeds),
         }
         row["useful"] = statistics.fmean(r.useful for r in seeds.values())
-        row |= _besides(seeds)
+        row |= _optional(seeds)
         rows.append(row if ablation in REFERENCES else row | _to_one(ablations, ablation))
     return rows
 
 
-def _besides(seeds: Seeds) -> Json:
+def _optional(seeds: Seeds) -> Json:
     """Means of what records may have, over the seeds that have it; their number where these are not all."""
     found: Json = {}
-    for field, name in BESIDES.items():
+    for field, name in OPTIONAL.items():
         values = [value for r in seeds.values() if (value := r.metric(field)) is not None]
         if values:
             found[name] = statistics.fmean(values)
@@ -148,20 +144,20 @@ def table(rows: Sequence[Json]) -> str:
 
 def _cells(row: Json) -> tuple[str, ...]:
     numbers = (f"{row[name]:.3f}" for name in ("parse", "useful", "mae"))
-    besides = (_beside(row, name, digits) for name, digits in (("guarded", 3), ("margin", 2)))
+    optional = (_optional_cell(row, name, digits) for name, digits in (("guarded", 3), ("margin", 2)))
     met = {True: "met", False: "not met"}.get(row.get("goal"), "")
     return (
         row["pair"],
-        row["arm"],
+        row["ablation"],
         str(row["seeds"]),
         *numbers,
         in_words(row["mae_difference"]) if "mae_difference" in row else "",
-        *besides,
+        *optional,
         met,
     )
 
 
-def _beside(row: Json, name: str, digits: int) -> str:
+def _optional_cell(row: Json, name: str, digits: int) -> str:
     """A number that a row may have, with that of its seeds where these are not all."""
     if name not in row:
         return ""
