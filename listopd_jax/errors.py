@@ -43,9 +43,9 @@ def shortened(text: str, most: int = MOST_TEXT) -> str:
     return text if len(text) <= most else f"{text[: most // 2]} … {text[-(most // 2 - 3) :]}"
 
 
-def did_you_mean(value: str, known: Iterable[str]) -> str:
-    """ "did you mean 'x'? " with the known name closest to `value`; "" if none is close."""
-    close = difflib.get_close_matches(value, known, n=1)
+def did_you_mean(value: str, known: Iterable[str], cutoff: float = 0.6) -> str:
+    """ "did you mean 'x'? " with the known name closest to `value`; "" if none is as similar as `cutoff` (of 1)."""
+    close = difflib.get_close_matches(value, known, n=1, cutoff=cutoff)
     return f"did you mean {close[0]!r}? " if close else ""
 
 

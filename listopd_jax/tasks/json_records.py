@@ -10,7 +10,6 @@ every line has a schema of its own.
 """
 
 import dataclasses
-import difflib
 import pathlib
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -216,9 +215,8 @@ def _schema_file(path: str) -> Any:
 def _check_fields(row: Mapping[str, Any], where: str) -> None:
     """UserError for a line without a prompt or with two, or for a field that seems to be one of ours misspelt."""
     for field in row.keys() - set(FIELDS):
-        near = difflib.get_close_matches(field, [f for f in FIELDS if f not in row], n=1, cutoff=0.8)
-        if near:
-            raise UserError(f"{where}: unknown field {field!r}; {did_you_mean(field, near)}rename it")
+        if meant := did_you_mean(field, [f for f in FIELDS if f not in row], cutoff=0.8):
+            raise UserError(f"{where}: unknown field {field!r}; {meant}rename it")
     given = [field for field in ("prompt", "messages") if field in row]
     if len(given) != 1:
         what = "has both 'prompt' and 'messages'" if given else "has neither 'prompt' nor 'messages'"
