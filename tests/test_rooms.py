@@ -23,7 +23,7 @@ ARROWS = {
     "main": "stages config report parallel records lifecycle trackers files errors",
     "stages": "config train rollout models ops parallel tasks data task recommend records theory lifecycle "
     "metrics_log trackers files rounding errors",
-    "config": "models trackers files errors",
+    "config": "models trackers task files errors",
     "train": "rollout models ops parallel metrics_log trackers lifecycle files errors",
     "report": "recommend records metrics_log task files rounding errors",
     "rollout": "models ops parallel rounding",

@@ -1,31 +1,28 @@
 """What several fields say together: questions that the rest of the code asks of a configuration."""
 
-import re
 from typing import Any
 
 import ml_collections
 
 from listopd_jax.config.fields import defaults
 from listopd_jax.errors import require
+from listopd_jax.task.corruptions import parse_noise
 
 SMALL_WIDTH = 128
 
 
 def noise_shares(sft: Any, field: str = "sft") -> tuple[tuple[str, float], ...]:
-    """The corruptions of an SFT section and their shares; UserError, which names `field`, for an entry that is none."""
-    shares = []
-    for entry in filter(None, sft.noise.split(",")):
-        found = re.fullmatch(r" *([A-Za-z_]\w*):([0-9]*\.?[0-9]+) *", entry)
-        require(
-            found is not None,
-            f"{field}.noise={sft.noise!r}: write NAME:SHARE, e.g. 'truncate:0.2,wrong_digit:0.1'",
-        )
-        shares.append((found[1], float(found[2])))
+    """The corruptions of an SFT section and their shares; UserError, which names `field`, for a malformed entry."""
+    shares = parse_noise(sft.noise)
+    require(
+        shares is not None,
+        f"{field}.noise={sft.noise!r}: write NAME:SHARE, e.g. 'truncate:0.2,wrong_digit:0.1'",
+    )
     require(
         sum(share for _, share in shares) <= 1 and len(dict(shares)) == len(shares),
         f"{field}.noise={sft.noise!r}: shares must not sum to more than 1, and no name may appear twice",
     )
-    return tuple(shares)
+    return shares
 
 
 def teacher_routes(teachers: Any) -> dict[str, str]:

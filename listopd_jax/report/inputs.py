@@ -4,7 +4,6 @@ import copy
 import functools
 import math
 import pathlib
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -36,6 +35,7 @@ from listopd_jax.records import (
     read_results,
 )
 from listopd_jax.report import findings, plots
+from listopd_jax.task.corruptions import parse_noise
 
 METRICS = {
     "parse": "parse",
@@ -135,7 +135,8 @@ class Inputs:
         for name in ("sft", role):
             sft = sft.get(name) if isinstance(sft, dict) else None
         trains = isinstance(sft, dict) and (sft.get("steps", 1) or sft.get("epochs", 1))
-        return _entries(sft.get("noise")) if trains else []
+        noise = sft.get("noise") if trains else None
+        return list(parse_noise(noise) or ()) if isinstance(noise, str) else []
 
     @property
     def useful(self) -> str:
@@ -188,13 +189,6 @@ def _option(text: str) -> float | bool | str:
         return text if math.isinf(float(text)) else float(text)
     except ValueError:
         return text
-
-
-def _entries(noise: Any) -> list[tuple[str, float]]:
-    """(corruption, share) of "NAME:SHARE,NAME:SHARE"; what a file has there instead is none."""
-    text = noise if isinstance(noise, str) else ""
-    found = re.findall(r"([A-Za-z_]\w*) *: *([0-9]*\.?[0-9]+) *(?:,|$)", text)
-    return [(name, float(share)) for name, share in found]
 
 
 def logged_place(row: _Json) -> Place | None:

@@ -10,6 +10,13 @@ from listopd_jax.task.protocol import Corruption
 from listopd_jax.task.strict_json import dumps, loads
 
 _STRING = re.compile(r'"(?:\\.|[^"\\])*"')
+_SHARE = re.compile(r" *([A-Za-z_]\w*):([0-9]*\.?[0-9]+) *")
+
+
+def parse_noise(text: str) -> tuple[tuple[str, float], ...] | None:
+    """(corruption, share) of each entry of `sft.*.noise`, "NAME:SHARE,NAME:SHARE"; None if one is not written so."""
+    entries = [_SHARE.fullmatch(entry) for entry in text.split(",") if entry]
+    return tuple((entry[1], float(entry[2])) for entry in entries) if all(entries) else None
 
 
 def json_corruptions(answer: Callable[[Any], str]) -> dict[str, Corruption]:
