@@ -53,7 +53,7 @@ setup(
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     license_files=["LICENSE"],
-    keywords="on-policy distillation, language models, structured output, JAX",
+    keywords="on-policy distillation, reward extrapolation, language models, structured output, JAX",
     classifiers=[
         "Development Status :: 3 - Alpha",
         "Intended Audience :: Science/Research",

@@ -9,6 +9,7 @@ import os
 import pathlib
 import random
 import re
+import runpy
 import shutil
 import socket
 import subprocess
@@ -19,6 +20,7 @@ from types import SimpleNamespace
 
 import pytest
 import tensorflow_datasets as tfds
+import yaml
 
 from listopd_jax.data import builder, manifest
 from listopd_jax.data.builder import read_split
@@ -455,3 +457,14 @@ def test_what_is_installed_holds_the_manifest_and_the_pages(tmp_path):
     assert package.read_bytes() == manifest.MANIFEST.read_bytes()
     for file in ("configs/fashion.py", "launch/local.py", "listopd_jax/report/report.html.jinja"):
         assert (tmp_path / file).is_file()
+
+
+def test_the_citation_says_what_the_package_says(monkeypatch):
+    pytest.importorskip("setuptools")
+    package = {}
+    monkeypatch.setattr("setuptools.setup", lambda **fields: package.update(fields))
+    runpy.run_path(str(ROOT / "setup.py"))
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text("utf-8"))
+    assert [citation[name] for name in ("version", "license")] == [package["version"], package["license"]]
+    assert citation["title"].lower() == f"{package['name']}: {package['description']}".lower()
+    assert ", ".join(citation["keywords"]) == package["keywords"]
