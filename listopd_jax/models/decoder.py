@@ -167,11 +167,6 @@ class Layer(nnx.Module):
         x = x + self._dense(constrain(units, "batch", "mlp"), "down")
         return constrain(x.reshape(*mixed.shape[:3], -1), *ROWS, "hidden")
 
-    def keys_values(self, x: Float[Array, "B n T D"], rope: tuple[Array, Array]) -> tuple[Array, Array]:
-        """Only the rotated keys and values [B,n,T,KV,H], with which the last layer of a prompt ends."""
-        y = self._norm(self.rows(x), "attn_norm")
-        return self._heads(y, "k", x.shape, rope), self._heads(y, "v", x.shape)
-
     def rows(self, x: Float[Array, "B n T D"]) -> Float[Array, "M D"]:
         """x as M = B·n·T rows: XLA's CPU backward pass through products of more axes is half as fast."""
         return constrain(x, *ROWS, "hidden").reshape(-1, self.config.hidden_size)
@@ -271,7 +266,8 @@ class Decoder(nnx.Module):
     def keys_values(self, tokens: Int[Array, "B P"]) -> KVCache:
         """Only the KV of prompts: the last layer ends with them, so a prompt costs one layer less."""
         x, rope, kv, last = self._to_last_layer(tokens, _of_prompt)
-        kv_of_last = _of_prompt(last.keys_values(x, rope))
+        # Nobody reads its queries, so the compiler drops them.
+        kv_of_last = _of_prompt(last.queries_keys_values(last.rows(x), x.shape, rope)[1:])
         return jax.tree.map(lambda a, b: jnp.concatenate([a, b[None]]), kv, kv_of_last)
 
     def states_at(
