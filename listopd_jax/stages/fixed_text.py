@@ -84,7 +84,12 @@ def _texts(job: Job, shared: Distillation) -> tuple[Texts, Models]:
 def models_of(job: Job) -> Models:
     """The static halves of the models of a job, the student's as one model without adapter."""
     graphs = job.graphs
-    return Models(graphs["student"], graphs["teacher"], base_of(graphs), experts_of(graphs))
+    return Models(
+        student=graphs["student"],
+        teacher=graphs["teacher"],
+        base=base_of(graphs),
+        experts=experts_of(graphs),
+    )
 
 
 @functools.partial(BackendJit, options=OTHER, static_argnums=0)

@@ -135,9 +135,14 @@ def make_step(
     `graphs` are the static halves of the models by role and, where it is none of these, of the base; `attention` is
     their backend (never auto), `grammar` that of a guard which knows the contract.
     """
-    base = graphs["base"] if "base" in graphs else base_of(graphs)
+    models = Models(
+        student=graphs["student"],
+        teacher=graphs.get("teacher"),
+        base=graphs["base"] if "base" in graphs else base_of(graphs),
+        experts=experts_of(graphs),
+    )
     return make_opd_step(
-        Models(graphs["student"], graphs.get("teacher"), base, experts_of(graphs)),
+        models,
         tx,
         variant_of(opd),
         vocab=vocab,

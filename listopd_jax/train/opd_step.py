@@ -140,7 +140,12 @@ def grammar_states(grammar: Grammar | None, tokens: Int[Array, "B n T"]) -> Int[
 def states_and_heads(graphs: Models, student, frozen: Frozen, batch: OpdBatch) -> tuple[Models, Models]:
     """Of each model, given by static halves and parameters: the states that predict the completions, and its head."""
     decoders = _decoders(graphs, student, frozen)
-    heads = Models(*map(_head, decoders[:3]), tuple(map(_head, decoders.experts)))
+    heads = Models(
+        student=_head(decoders.student),
+        teacher=_head(decoders.teacher),
+        base=_head(decoders.base),
+        experts=tuple(map(_head, decoders.experts)),
+    )
     return _hiddens(decoders, batch), heads
 
 
@@ -148,7 +153,12 @@ def _decoders(graphs: Models, student, frozen: Frozen) -> Models:
     """The models of static halves and parameters."""
     teacher = None if graphs.teacher is None else nnx.merge(graphs.teacher, frozen.teacher)
     experts = tuple(map(nnx.merge, graphs.experts, frozen.experts))
-    return Models(nnx.merge(graphs.student, student), teacher, nnx.merge(graphs.base, frozen.base), experts)
+    return Models(
+        student=nnx.merge(graphs.student, student),
+        teacher=teacher,
+        base=nnx.merge(graphs.base, frozen.base),
+        experts=experts,
+    )
 
 
 def _head(decoder: Decoder | None) -> Float[Array, "V D"] | None:
@@ -163,10 +173,12 @@ def _hiddens(decoders: Models, batch: OpdBatch) -> Models:
     # That width is of the student's prompts.
     width_told = None if own else batch.width
     return Models(
-        completion_hidden(decoders.student, *asked, tokens, batch.width),
-        None if decoders.teacher is None else completion_hidden(decoders.teacher, *told, tokens, width_told),
-        completion_hidden(decoders.base, *asked, tokens, batch.width),
-        tuple(completion_hidden(expert, *told, tokens, width_told) for expert in decoders.experts),
+        student=completion_hidden(decoders.student, *asked, tokens, batch.width),
+        teacher=None
+        if decoders.teacher is None
+        else completion_hidden(decoders.teacher, *told, tokens, width_told),
+        base=completion_hidden(decoders.base, *asked, tokens, batch.width),
+        experts=tuple(completion_hidden(expert, *told, tokens, width_told) for expert in decoders.experts),
     )
 
 
