@@ -24,7 +24,7 @@ class UserError(Exception):
 class Interrupted(BaseException):
     """The job stopped early on request with everything saved: main prints the message and exits with 0.
 
-    No Exception, like KeyboardInterrupt: a signal may raise it anywhere, and it is no failure of what it cuts short.
+    Not an Exception, like KeyboardInterrupt: a signal may raise it anywhere, and what it cuts short has not failed.
     """
 
 
@@ -32,7 +32,7 @@ class Interrupted(BaseException):
 
 
 def printable(text: str) -> str:
-    """The text with an escape in place of each character that is no print: no line ends, no terminal's commands."""
+    """The text with unprintable characters escaped: no line ends, no terminal commands."""
     if text.isprintable():
         return text
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
@@ -72,7 +72,7 @@ def first_line(e: BaseException) -> str:
 
 
 def is_panic(e: BaseException) -> bool:
-    """Whether `e` is a panic of a library written in Rust, which is no Exception."""
+    """Whether `e` is a panic of a library written in Rust, which is not an Exception."""
     return type(e).__name__ == "PanicException"
 
 
@@ -80,7 +80,7 @@ def is_panic(e: BaseException) -> bool:
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse that raises UserError for a mistake instead of printing its usage and leaving."""
+    """argparse that raises UserError for a mistake instead of printing its usage and exiting."""
 
     def parse_known_args(self, args=None, namespace=None):
         """argparse's, which reports a missing flag before the misspelt one that was meant."""
@@ -105,17 +105,17 @@ def positive(text: str) -> int:
 
 
 def denied(path: object) -> str:
-    """The one line for a path that may not be looked at."""
+    """The message for a path without permission to read it."""
     return f"{path}: permission denied; correct its permissions"
 
 
 def mistake(e: UserError | PermissionError) -> str:
-    """The one line of a mistake. A path that may not be looked at is one wherever it is met."""
+    """The message of a mistake; a permission error is one wherever it occurs."""
     return denied(e.filename) if isinstance(e, PermissionError) else str(e)
 
 
 def print_error(text: str) -> None:
-    """One line on stderr, in one write: what other threads say at that moment does not land in it."""
+    """One line on stderr, in one write, so that output of other threads does not land in it."""
     sys.stderr.write(f"error: {text}\n")
     sys.stderr.flush()
 
@@ -132,9 +132,9 @@ def exit_code(main: Callable[[Sequence[str]], int | None], argv: Sequence[str]) 
 
 
 def end_now(code: int) -> NoReturn:
-    """End the process with `code`, whatever its other threads do: no exit handler runs, only the output is flushed.
+    """End the process with `code`, whatever its other threads do: no exit handler runs, only output is flushed.
 
-    With 1 in place of 0 if that cannot be written; a reader that has left is no failure.
+    With 1 in place of 0 if output cannot be written; a closed pipe is not a failure.
     """
     for stream in (sys.stdout, sys.stderr):
         try:

@@ -1,8 +1,8 @@
 """python -m listopd_jax.evaluate --weights=FOLDER --config=configs/fashion.py:demo --workdir=runs/demo
 
-Judges a checkpoint that no run here made, on the validation lists of the config: greedy answers, strict contract. In
-the workdir of a run its row is put beside the run's own policies; the run itself stays as it is. A workdir that is new
-is made one. Exit code 0: done; 2: a mistake to fix.
+Judges a checkpoint from elsewhere on the validation lists of the config: greedy answers, strict contract. In the
+workdir of a run its row is added to those of the run's policies; the run itself stays as it is. A new workdir is
+created. Exit code 0: done; 2: a mistake to fix.
 """
 
 import pathlib

@@ -4,8 +4,8 @@
         [--steps=best] [--adapter]
 
 FOLDER must be new: it appears whole, with weights, config, generation config, tokenizer and README.md. The policies of
-a run are those that its results.json calls by name. With --adapter it is what a student with lora.rank learnt, as a
-folder that peft loads beside student.weights: of SFT and distillation as one adapter, of twice the rank.
+a run are those named in its results.json. --adapter writes only what a student with lora.rank learnt, as a folder that
+peft loads on top of student.weights: SFT and distillation as one adapter of twice the rank.
 """
 
 import argparse

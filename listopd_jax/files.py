@@ -67,8 +67,8 @@ def not_written(path: str | os.PathLike, e: Exception, instead: str = "another -
 def atomic_folder(folder: str | os.PathLike, replace: bool = True) -> Iterator[pathlib.Path]:
     """A new folder to fill inside; at the end it is on disk and takes the name `folder`, unless the block failed.
 
-    What stood there goes. With `replace=False` it stays, unless it is an empty folder, and that is an OSError. OSErrors
-    are for the caller to word (`not_written`).
+    What stood there is removed. With `replace=False` anything but an empty folder stays: an OSError. OSErrors are for
+    the caller to word (`not_written`).
     """
     folder = pathlib.Path(folder)
     temporary = _beside(folder)
@@ -87,7 +87,7 @@ def atomic_folder(folder: str | os.PathLike, replace: bool = True) -> Iterator[p
 
 
 def _beside(folder: pathlib.Path) -> pathlib.Path:
-    """An empty hidden folder beside `folder`, on the same disk."""
+    """An empty hidden folder next to `folder`, on the same disk."""
     folder.parent.mkdir(parents=True, exist_ok=True)
     made = pathlib.Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
     made.chmod(0o777 & ~_umask())  # mkdtemp makes folders that only their owner can read
@@ -125,7 +125,7 @@ def _text(value: Any) -> str:
 
 
 def json_sha256(value: Any, **form: Any) -> str:
-    """SHA-256 of `value` as JSON with sorted keys; `form` is json.dumps's: another form has another digest."""
+    """SHA-256 of `value` as JSON with sorted keys; `form`: options of json.dumps, which change the digest."""
     return hashlib.sha256(json.dumps(value, sort_keys=True, **form).encode()).hexdigest()
 
 

@@ -44,7 +44,7 @@ FLAGS = {
     "opd.clip": "--clip",
     "--workdir": "--out",
 }
-"""What stands for a field of a config on this command's line, in messages too."""
+"""Field of a config → the flag of this command that sets it, in messages too."""
 TAKES_LESS = "a smaller --batch-size, fewer --lambdas or --dtype=bfloat16"
 
 
@@ -131,7 +131,7 @@ def _number(value: float | None) -> str:
 
 @contextlib.contextmanager
 def _workdir(out: pathlib.Path | None) -> Iterator[pathlib.Path]:
-    """The locked folder that the stages work in: `out`, or one that goes away again."""
+    """The locked folder that the stages work in: `out`, or a temporary one."""
     with contextlib.ExitStack() as stack:
         folder = out or pathlib.Path(stack.enter_context(tempfile.TemporaryDirectory()))
         stack.enter_context(locked(folder))

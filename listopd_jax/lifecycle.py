@@ -1,8 +1,8 @@
-"""One job, one workdir: the lock that keeps a second run out, a SIGTERM that is heard in time, a reader that leaves.
+"""One job, one workdir: the lock that keeps a second run out, a SIGTERM handled in time, a stdout that is closed.
 
-SIGTERM (pre-emption) ends the job with exit code 0. In training that takes at most one step and one save, besides the
-rest of a save that is still being written; elsewhere the job stops at once, since every result is written whole and
-found again. A second SIGTERM changes nothing.
+SIGTERM (pre-emption) ends the job with exit code 0. In training that takes at most one step and one save, plus the rest
+of a save that is still being written; elsewhere the job stops at once, since every result is written whole and found
+again. A second SIGTERM changes nothing.
 """
 
 import contextlib
@@ -19,12 +19,12 @@ from listopd_jax.errors import Interrupted, UserError, end_now
 
 
 def end(code: int, others: bool = False) -> NoReturn:
-    """End a command with `code` at once: all that is to be closed has been closed by then.
+    """End a command with `code` at once; everything that needs closing is closed by then.
 
     After a save that failed, threads of orbax wait ten minutes for a signal that nobody sends any more. On a full disk
-    a thread of TensorBoard's writer survives, and exit handlers would make it print a traceback. One that compiles
-    when SIGTERM stops the job would crash in an interpreter that is gone. Only where there are `others`, the processes
-    of one job, is there an exit handler to wait for: jax's farewell.
+    a thread of TensorBoard's writer survives, and exit handlers would make it print a traceback. One that compiles when
+    SIGTERM stops the job would crash in an interpreter that is gone. Only where there are `others`, the processes of
+    one job, is there an exit handler to wait for: jax's shutdown.
     """
     if code or not others:
         end_now(code)
@@ -32,7 +32,7 @@ def end(code: int, others: bool = False) -> NoReturn:
 
 
 def say(text: str) -> None:
-    """Print to stdout at once; a reader that has left (`| head`) is not an error, and hears nothing more."""
+    """Print to stdout at once; a closed pipe (`| head`) is not an error, and gets nothing more."""
     try:
         print(text, flush=True)
     except BrokenPipeError:
@@ -40,9 +40,9 @@ def say(text: str) -> None:
 
 
 def quiet_libraries() -> None:
-    """Ask libraries that are imported later for errors only; what the user has set stays.
+    """Make libraries that are imported later log errors only; what the user has set stays.
 
-    Else transformers says that it misses PyTorch, which nothing here needs, and the hub warns twice of one thing.
+    Else transformers reports a missing PyTorch, which nothing here needs, and the hub repeats its warnings.
     """
     for variable in ("TRANSFORMERS_VERBOSITY", "HF_HUB_VERBOSITY"):
         os.environ.setdefault(variable, "error")
@@ -93,7 +93,7 @@ def locked(workdir: pathlib.Path) -> Iterator[None]:
 def interruptible() -> Iterator[None]:
     """While inside, the first SIGTERM raises Interrupted where the job is; within `sigterm_flag` it only sets the flag.
 
-    For the main thread. Python hears the signal when the call that it is in returns, e.g. one batch of an evaluation.
+    For the main thread. Python handles the signal when the current call returns, e.g. one batch of an evaluation.
     """
 
     def stop(*_):
@@ -108,7 +108,7 @@ def interruptible() -> Iterator[None]:
 def sigterm_flag() -> Iterator[threading.Event]:
     """While inside, SIGTERM only sets the flag, to be looked at between steps; never set outside the main thread.
 
-    A SIGTERM that was not acted on, though nothing failed, is handed at the end to the handler that stood before.
+    A SIGTERM that was not acted on, though nothing failed, is passed to the previous handler at the end.
     """
     flag = threading.Event()
     if threading.current_thread() is not threading.main_thread():
@@ -122,9 +122,9 @@ def sigterm_flag() -> Iterator[threading.Event]:
 
 @contextlib.contextmanager
 def _heard_by(handler: Callable) -> Iterator[Any]:
-    """While inside, `handler` hears SIGTERM. Yields the one before, which is put back at the end.
+    """While inside, `handler` handles SIGTERM. Yields the previous one, which is restored at the end.
 
-    After Interrupted, SIGTERM is ignored for good: another must not cut the way out of the process short.
+    After Interrupted, SIGTERM is ignored for good: another must not interrupt the shutdown.
     """
     before = after = signal.signal(signal.SIGTERM, handler)
     try:

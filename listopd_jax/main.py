@@ -28,7 +28,7 @@ _CONFIG = config_flags.DEFINE_config_file(
     "config", None, "configs/NAME.py[:PRESET]; override with --config.field=value"
 )
 _WORKDIR = flags.DEFINE_string(
-    "workdir", None, "folder for everything the run leaves; the same folder resumes"
+    "workdir", None, "folder for everything the run writes; the same folder resumes"
 )
 
 
@@ -53,7 +53,7 @@ def command(
         # A backend reads this when it starts, so it comes before anything that may start one.
         compiler.reserve_gpu_memory()
         with (
-            # The lock comes second: which process takes it is known only once the hosts have met.
+            # The lock comes second: which process takes it is known only once the hosts have connected.
             hosts.initialize_distributed(config.parallel), _alone(workdir), interruptible(),
             compiler.naming_full_memory(),
         ):  # fmt: skip
@@ -80,7 +80,7 @@ def _job(config: Any, workdir: pathlib.Path, argv: list[str]) -> pathlib.Path:
 
 
 def _alone(workdir: pathlib.Path) -> contextlib.AbstractContextManager:
-    """The lock on `workdir`, which of many hosts the first holds for all."""
+    """The lock on `workdir`; of many hosts the first holds it for all."""
     return locked(workdir) if hosts.is_main() else contextlib.nullcontext()
 
 
@@ -109,9 +109,9 @@ def record_config(
 ) -> None:
     """Save what this run of `module` is; UserError if the workdir already holds results of another config.
 
-    Of many hosts the first does; the others only look that the workdir is one they share.
-    The grid may grow: points that are done are kept, new ones are added. Where only checkpoints from elsewhere were
-    evaluated, the config need but judge by the same lists. What a later call was made with is appended
+    Of many hosts the first does; the others only check that they share the workdir.
+    The grid may grow: finished points are kept, new ones are added. Where only checkpoints from elsewhere were
+    evaluated, the config need only judge by the same lists. What a later call was made with is appended
     to the list "resumed". Fields that are newer than the workdir are at their defaults, and are not recorded.
     """
     if not hosts.is_main():
@@ -136,9 +136,9 @@ def record_config(
 
 
 def refuse_changes(path: pathlib.Path, config: Any, among: tuple[str, ...] = ("",)) -> dict[str, Any]:
-    """What a run's config.json records; UserError if `config` differs from it in a field that begins as one of `among`.
+    """What a run's config.json records; UserError if `config` differs in a field that starts with one of `among`.
 
-    Fields that may change between calls may differ all the same.
+    Fields that may change between calls are exempt.
     """
     saved = config_module.read_saved(path)
     if changed := config_module.changed_field(saved["config"], config_module.to_json(config), among):
@@ -194,7 +194,7 @@ def run(config: Any, workdir: pathlib.Path) -> pathlib.Path:
 
 
 def tell_results(tracking: trackers.Tracking, workdir: pathlib.Path, report: pathlib.Path) -> None:
-    """Tell the trackers what every policy was found to do, and give them the report."""
+    """Send every policy's results and the report to the trackers."""
     names = ("run", "lam", "seed", "steps", "parse", "useful", "ndcg_1", "tau", "mae")
     rows = [
         {json_name(name): getattr(record, name) for name in names}
@@ -206,7 +206,7 @@ def tell_results(tracking: trackers.Tracking, workdir: pathlib.Path, report: pat
 
 
 def set_up(config: Any, workdir: pathlib.Path) -> None:
-    """Tell this process how to compile, where compiled programs are kept, and when to collect garbage."""
+    """Set up this process: compiler options, the cache of compiled programs, garbage collection."""
     collect_rarely()
     compiler.compilations()  # counts from here on
     compiler.exact_float32(config.dtype.compute)

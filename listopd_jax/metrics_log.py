@@ -1,4 +1,4 @@
-"""Numbers of a run as it goes: rows in metrics.jsonl, TensorBoard events, and a progress bar with ETA.
+"""Metrics of a run as it goes: rows in metrics.jsonl, TensorBoard events, and a progress bar with ETA.
 
 A run that was killed and resumes from step s first loses its rows after s, so that the log of an interrupted
 run reads like that of an uninterrupted one. Sampled completions are logged the same way, in completions.jsonl.

@@ -121,8 +121,8 @@ def _use(chosen: Result, first: Result) -> str:
         f"parses {r.parse:.3f}" + ("" if r.useful is None else f", useful {r.useful:.3f}")
         for r in (chosen, first)
     )
-    besides = f" (at λ = 1 {there})" if chosen.lam != 1 else ""
-    return f"recommended: λ = {chosen.lam:g}, where the forecast {here}{besides}"
+    at_one = f" (at λ = 1 {there})" if chosen.lam != 1 else ""
+    return f"recommended: λ = {chosen.lam:g}, where the forecast {here}{at_one}"
 
 
 def _why(chosen: Result, held: Sequence[Result], broken: str) -> str:

@@ -57,13 +57,13 @@ def _extra() -> Any:
 
 
 class Identity(NamedTuple):
-    """What tells the evaluation of one policy from that of another."""
+    """What identifies the evaluation of a policy."""
 
     stage: str
     lam: float | None
     seed: int | None
     steps: int | None
-    checkpoint: str | None = None  # its name, of stage EVALUATE alone
+    checkpoint: str | None = None  # its name, for stage EVALUATE alone
     guard: str = ""
     sweep: str = ""
 
@@ -77,12 +77,12 @@ class _OfPolicy(Record):
     lam: float | None = None
     seed: int | None = None
     steps: int | None = None
-    guard: str = ""  # the options of opd.guard that the policy or forecast is of; "": none
-    sweep: str = ""  # the point of opd.sweep that the policy is of; "": none
+    guard: str = ""  # the options of opd.guard of the policy or forecast; "": none
+    sweep: str = ""  # the policy's point of opd.sweep; "": none
 
     @property
     def identity(self) -> Identity:
-        """Of one identity there is one result."""
+        """There is one result per identity."""
         checkpoint = self.run if self.stage == EVALUATE else None
         return Identity(self.stage, self.lam, self.seed, self.steps, checkpoint, self.guard, self.sweep)
 
@@ -104,7 +104,7 @@ class Planned(_OfPolicy):
     extra: dict[str, Any] = _extra()
 
 
-BESIDES = (
+OPTIONAL = (
     "checkpoint",
     "collapsed_at",
     "forgetting",
@@ -113,10 +113,10 @@ BESIDES = (
     "structural_margin",
     "weights",
 )
-"""Further fields of a `Result`, where what they are of was asked for; they are in its `extra`."""
+"""Further fields of a `Result`, where they were asked for; they are in its `extra`."""
 
 FREE, REPAIRED = "free", "_repaired"
-"""The decoding of a policy as it is; what the name of a decoding ends in whose answers its task has repaired."""
+"""The decoding of a policy as it is; the ending of a decoding's name where its task repaired the answers."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -345,7 +345,7 @@ class Prediction(Record):
     steps: int | None = None  # of the runs it predicts
     seeds: list[float] | None = None
     anchors: int = 0  # runs that it looked at
-    seconds: float | None = None  # that it took here, besides its anchors
+    seconds: float | None = None  # that it took here, without its anchors
     fit: dict[str, Any] = dataclasses.field(default_factory=dict)  # what it took from the anchors
     why: str = ""
     chosen: bool = False  # by the rule of stages/predict.py
@@ -392,7 +392,7 @@ def read_errors(path: str | os.PathLike) -> list[Errors]:
     found = _entries(Errors, _read(path), str(path), "record")
     for i, record in enumerate(found):
         numbers = all(map(is_number, record.errors)) and len(record.errors) == len(found[0].errors) > 0
-        _require(numbers, f"{path}: record {i}", "must have one number a list in 'errors'")
+        _require(numbers, f"{path}: record {i}", "must have one number per list in 'errors'")
     return found
 
 
@@ -440,9 +440,9 @@ def _entries(kind: type[Record], value: Any, where: str, called: str) -> list[An
 
 
 def taken_names() -> set[str]:
-    """What the records of a policy call their own fields: a metric of that name would overwrite one."""
+    """The names of the records' own fields: a metric of that name would overwrite one."""
     fields = [field.name for kind in (Result, Decoding) for field in _fields(kind)]
-    return {"extra", *BESIDES, *fields, *map(json_name, fields)}
+    return {"extra", *OPTIONAL, *fields, *map(json_name, fields)}
 
 
 _JSON_NAMES = {"lam": "lambda", "token_class": "class"} | {f"ndcg_{k}": f"ndcg@{k}" for k in (1, 3, 5, 10)}
@@ -450,12 +450,12 @@ _ATTRIBUTES = {name: attribute for attribute, name in _JSON_NAMES.items()}
 
 
 def json_name(attribute: str) -> str:
-    """How the files call a field of a record."""
+    """The name in the files of a field of a record."""
     return _JSON_NAMES.get(attribute, attribute)
 
 
 def attribute(name: str) -> str:
-    """How a record calls a field of the files."""
+    """The name in a record of a field of the files."""
     return _ATTRIBUTES.get(name, name)
 
 

@@ -1,7 +1,7 @@
-"""Experiment trackers beside metrics.jsonl and TensorBoard: Weights & Biases and trackio, whose interfaces agree.
+"""Experiment trackers, optional: Weights & Biases and trackio, whose interfaces agree.
 
-None is required: `track.to` names those that a run is to tell, extras of their names install them. Accounts, servers
-and offline mode are theirs to configure, by their environment variables (WANDB_MODE=offline, TRACKIO_DIR).
+`track.to` names those that a run logs to, extras of their names install them. Accounts, servers and offline mode are
+configured by their own environment variables (WANDB_MODE=offline, TRACKIO_DIR).
 """
 
 import contextlib
@@ -39,12 +39,12 @@ def require(names: Sequence[str]) -> None:
 
 
 class Trackers:
-    """Context manager: one run in every tracker of `tracking`; of many processes only process 0 tells them.
+    """Context manager: one run in every tracker of `tracking`; of many processes only process 0 logs.
 
     Args:
-      workdir: names the group of its runs; has wandb's files and the id that tells its runs from those of others.
+      workdir: names the group of its runs; has wandb's files and the id that keeps its runs apart from others.
       run: e.g. "opd_lambda1.2_seed0".
-      resumed: whether rows of the run were told before. Those told again are equal: trackers may keep either.
+      resumed: whether rows of the run were logged before. Rows logged again are equal: trackers may keep either.
 
     UserError if a tracker cannot be reached or refuses.
     """
@@ -67,18 +67,18 @@ class Trackers:
             library = importlib.import_module(name)
             if name == "wandb":
                 own = {"id": f"{made}-{self._run}", "dir": str(self._workdir)}
-                # An id of its own says which run to resume: what "never" would refuse is a run started over.
+                # A unique id says which run to resume; "never" would refuse a run that starts over.
                 own["resume"] = "allow" if self._resumed else None
                 return library, library.init(name=self._run, **about | own)
             return library, library.init(name=f"{self._run}-{made}", **about)
 
     def log(self, step: int, values: Mapping[str, Any]) -> None:
-        """Tell one row of scalars."""
+        """Log one row of scalars."""
         for _, run in self._runs:
             run.log(dict(values), step=step)
 
     def table(self, step: int | None, name: str, rows: Sequence[Mapping[str, Any]]) -> None:
-        """Tell a table; every row has the columns of the first."""
+        """Log a table; every row has the columns of the first."""
         for library, run in self._runs if rows else ():
             data = [list(row.values()) for row in rows]
             run.log({name: library.Table(columns=list(rows[0]), data=data)}, step=step)
@@ -108,7 +108,7 @@ def _said_on_stderr(name: str) -> Iterator[None]:
 
 
 def _made(workdir: pathlib.Path) -> str:
-    """The id that `workdir` is told apart by, made at the first call: a resumed run keeps it."""
+    """The unique id of `workdir`, made at the first call: a resumed run keeps it."""
     path = workdir / STAMP
     if not path.exists():
         files.write_json(path, {"id": uuid.uuid4().hex[:8]})

@@ -49,7 +49,7 @@ def validate(config: ml_collections.ConfigDict) -> ml_collections.FrozenConfigDi
 def for_its_task(config: ml_collections.ConfigDict, argv: Sequence[str] = ()) -> ml_collections.ConfigDict:
     """The config without the options of a preset that only lists of reviews have, and one line on stderr about them.
 
-    So any preset serves any task. What the flags `argv` ask for stays, and so does what trains against the contract's
+    So any preset serves any task. Options that the flags `argv` set stay, as do those that train against the contract's
     grammar: `validate` refuses them.
     """
     typed = {arg.lstrip("-").split("=")[0].removeprefix("config.") for arg in argv}
@@ -100,7 +100,7 @@ def _validate_grid(config: ml_collections.ConfigDict) -> None:
 
 
 def _validate_sweep(config: ml_collections.ConfigDict) -> None:
-    """Each point as a run of its own."""
+    """Validate each point as its own run."""
     labels = sweep_labels(config.opd)
     if labels == [""]:
         return
@@ -156,7 +156,7 @@ def _validate_anchors(config: ml_collections.ConfigDict) -> None:
 
 
 def _validate_server(config: ml_collections.ConfigDict) -> None:
-    """What a teacher that is served asks of the rest: its address is shown and kept, so it must hold no secret."""
+    """What a served teacher requires of other fields; its address is shown and saved, so it must hold no secret."""
     teacher, opd = config.teacher, config.opd
     require(
         bool(teacher.server) == bool(teacher.served_name),
@@ -297,7 +297,7 @@ def _validate_packing(config: ml_collections.ConfigDict) -> None:
 
 
 def _validate_options(config: ml_collections.ConfigDict) -> None:
-    """What the options of docs/training_options.md ask of the rest."""
+    """What the options of docs/training_options.md require of other fields."""
     opd = config.opd
     require(
         not opd.steps or opd.warmup_steps <= opd.steps,
@@ -365,7 +365,7 @@ def _validate_constraints(config: ml_collections.ConfigDict) -> None:
 
 
 def _validate_guard(config: ml_collections.ConfigDict) -> None:
-    """What sft.continued, the expected scores and the guards ask of the rest."""
+    """What sft.continued, the expected scores and the guards require of other fields."""
     opd = config.opd
     require(
         not config.sft.continued
@@ -413,7 +413,7 @@ def _validate_data(config: ml_collections.ConfigDict) -> None:
     data, k = config.data, config.task.k
     cap = data.max_reviews_per_product
     who = f"data.source={data.source!r}" if ranks_reviews(config) else f"task {task_name(config)!r}"
-    # A task of the user's own says itself what it reads (FileTask: data.path).
+    # The user's own task says itself what it reads (FileTask: data.path).
     own = bool(config.task.file)
     require(
         bool(data.path) or own or (ranks_reviews(config) and data.source in ("synthetic", "amazon2023")),
@@ -452,7 +452,7 @@ def _validate_categories(config: ml_collections.ConfigDict, who: str) -> None:
 
 
 def _validate_model(role: str, model: ml_collections.ConfigDict, vocab: int) -> None:
-    """UserError if the dimensions of a model without weights are none; `vocab` stands for the tokenizer's size."""
+    """UserError if a model without weights has impossible dimensions; `vocab` stands for the tokenizer's size."""
     _validate_lora(role, model.lora)
     require(
         bool(model.weights) or not model.adapter,

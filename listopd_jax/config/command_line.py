@@ -20,7 +20,7 @@ def auto_preset() -> str:
 
 
 def find_config_file(argv: Sequence[str]) -> list[str]:
-    """`argv` with a config file that the working directory lacks taken from beside this package.
+    """`argv` with a config file that the working directory lacks taken from next to this package.
 
     That is the checkout's own folder, or where `pip install .` put configs/. UserError if it is in neither place.
     """
@@ -33,14 +33,14 @@ def find_config_file(argv: Sequence[str]) -> list[str]:
             continue
         if not (root / path).exists():
             raise UserError(
-                f"--config={path}: no such file, here or beside the package; run in a checkout of listopd_jax"
+                f"--config={path}: no such file, here or next to the package; run in a checkout of listopd_jax"
             )
         found[i] = f"--config={root / path}{colon}{preset}"
     return found
 
 
 def unknown_field(argv: Sequence[str], e: Exception) -> str:
-    """One line for a field that does not exist, by its new name or a near one: ml_collections names the last part."""
+    """One line for an unknown field, with its new name or a close one; ml_collections names the last part."""
     message = str(e)
     names = [a.split("=")[0] for a in argv if a.startswith("--config.")]
     wrong = (re.search(r'(?:Key "|\b)(\w+)', message) or [""])[1]
@@ -57,7 +57,7 @@ def unknown_field(argv: Sequence[str], e: Exception) -> str:
 
 @contextlib.contextmanager
 def flag_mistakes(argv: Sequence[str]) -> Iterator[None]:
-    """What absl and ml_collections raise inside for a wrong flag, field, type or file is a UserError of one line."""
+    """While inside, errors of absl and ml_collections for a wrong flag, field, type or file become UserErrors."""
     if problem := keyword_field(argv) or decimal_comma(argv):
         raise UserError(problem)
     try:
@@ -71,7 +71,7 @@ def flag_mistakes(argv: Sequence[str]) -> Iterator[None]:
 def keyword_field(argv: Sequence[str]) -> str | None:
     """One line for an override of a field that no config can have, a Python keyword; None if there is none.
 
-    `--config.opd.lambda=1.2` and `--config.opd.lambda.x=1` are no Python, so ml_collections cannot read them.
+    `--config.opd.lambda=1.2` and `--config.opd.lambda.x=1` are not valid Python, so ml_collections cannot read them.
     """
     for name in (a.split("=")[0] for a in argv if a.startswith("--config.")):
         parts = name.removeprefix("--config.").split(".")

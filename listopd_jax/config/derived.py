@@ -1,4 +1,4 @@
-"""What several fields say together: questions that the rest of the code asks of a configuration."""
+"""What several fields mean together: questions that the rest of the code asks a configuration."""
 
 from typing import Any
 
@@ -26,7 +26,7 @@ def noise_shares(sft: Any, field: str = "sft") -> tuple[tuple[str, float], ...]:
 
 
 def teacher_routes(teachers: Any) -> dict[str, str]:
-    """Value of `teachers.field` → weights of its teacher, or TEACHER; UserError for an entry that is none."""
+    """Value of `teachers.field` → weights of its teacher, or TEACHER; UserError for a malformed entry."""
     pairs = [entry.partition("=") for entry in teachers.route.split(",")] if teachers.route else []
     routes = {value.strip(): weights.strip() for value, _, weights in pairs}
     require(
@@ -46,12 +46,12 @@ def constraints(config: ml_collections.ConfigDict | ml_collections.FrozenConfigD
 
 
 def task_name(config: ml_collections.ConfigDict | ml_collections.FrozenConfigDict) -> str:
-    """How messages call the task: by its file, if it has one."""
+    """The task's name in messages: its file, if it has one."""
     return config.task.file or config.task.name
 
 
 def ranks_reviews(config: ml_collections.ConfigDict | ml_collections.FrozenConfigDict) -> bool:
-    """Whether the task is that of reviews, which alone has `data.source`."""
+    """Whether the task is reviews, the only one with `data.source`."""
     return task_name(config) == "reviews"
 
 

@@ -75,8 +75,8 @@ def _task() -> ml_collections.ConfigDict:
     return _section(
         name="reviews",  # one of TASKS
         file="",  # a Python file that defines a task of your own, in place of `name` (docs/bring_your_own.md)
-        schema="",  # of task json: a file with the JSON Schema of all records that have none of their own
-        k=0,  # reviews a list; 0: 8, EC's, but 4 for the synthetic source, which two cores learn in minutes
+        schema="",  # task json: a file with the JSON Schema of all records without one of their own
+        k=0,  # reviews per list; 0: EC's 8, but 4 for the synthetic source, which two cores learn in minutes
         max_prompt=2048,  # tokens
         max_response=512,  # tokens; 0: TOKENS_PER_OBJECT for each review; other tasks: the longest right answer
         max_review_words=200,  # 0: uncut
@@ -102,10 +102,10 @@ def _data() -> ml_collections.ConfigDict:
         max_reviews_per_product=0,  # 0: all
         max_lists=0,  # 0: all
         validation_share=0.1,
-        category="",  # of source clothing: train on this department's reviews; empty: all
-        validation_category="",  # of source clothing: hold out this department's lists; empty: a share of all
-        split_field="",  # of task json: the field that says "train" or "validation"; empty: at random, by `seed`
-        synthetic_queries=0,  # of task cranfield: training lists besides, with queries of the abstracts' words
+        category="",  # source clothing: train on this department's reviews; empty: all
+        validation_category="",  # source clothing: hold out this department's lists; empty: a share of all
+        split_field="",  # task json: the field that says "train" or "validation"; empty: at random, by `seed`
+        synthetic_queries=0,  # task cranfield: extra training lists, with queries made of the abstracts' words
         seed=0,
         verify=True,
         synthetic=_section(products=500, reviews_per_product=16, noise=0.5, notes=()),
@@ -116,7 +116,7 @@ def _model() -> ml_collections.ConfigDict:
     return _section(
         weights="",  # folder with safetensors or hub id; empty: random weights of `architecture`
         adapter="",  # folder of a LoRA adapter by peft, which is merged into `weights`
-        lora=_section(  # train an adapter beside the frozen weights, W + alpha/rank · A B, not the weights themselves
+        lora=_section(  # train an adapter on top of the frozen weights, W + alpha/rank · A B
             rank=0,  # 0: off
             alpha=32.0,
             targets=",".join(LORA_TARGETS),
@@ -143,10 +143,10 @@ def _teacher() -> ml_collections.ConfigDict:
 
 def _teachers() -> ml_collections.ConfigDict:
     return _section(
-        field="",  # of a record: what it has there decides whose it is; empty: all are of section `teacher`
-        # "VALUE=WEIGHTS,VALUE=WEIGHTS": checkpoints as they are, as of teacher.weights; `teacher` is that section's
+        field="",  # of a record: its value names the teacher; empty: section `teacher` for all
+        # "VALUE=WEIGHTS,VALUE=WEIGHTS": checkpoints, never trained here; `teacher` is that section's
         route="",
-        max_prompt=0,  # tokens of the prompts that the task gives teachers alone; 0: they read the student's
+        max_prompt=0,  # tokens of the prompts that only teachers read; 0: they read the student's
     )
 
 
@@ -155,13 +155,13 @@ def _sft() -> ml_collections.ConfigDict:
         steps=0,  # 0: as many as `epochs` give
         epochs=5.0,
         batch_size=128,
-        microbatch=0,  # lists (of packed ones, rows) per gradient pass; 0: the whole batch
-        packing=0,  # tokens of the rows in which several lists share one; 0: a row for each list
+        microbatch=0,  # lists (if packed, rows) per gradient pass; 0: the whole batch
+        packing=0,  # tokens per row, which several lists share; 0: one list per row
         lr=1e-5,
         warmup_steps=0,
         b2=0.999,  # of AdamW
         moments="float32",  # in which AdamW keeps its moments; bfloat16: half the memory, rounded at random
-        # Errors by design, "NAME:SHARE,NAME:SHARE": a corruption of the task, and the share of answers that it breaks.
+        # Deliberate errors, "NAME:SHARE,NAME:SHARE": a corruption of the task, and the share of answers that it breaks.
         # Lists have truncate (EC's SFT teacher cuts ~42 %), duplicate_id and those of task/corruptions.py.
         noise="",
         seed=0,
@@ -170,7 +170,7 @@ def _sft() -> ml_collections.ConfigDict:
 
 def _opd() -> ml_collections.ConfigDict:
     return _section(
-        lambdas=(1.0, 1.05, 1.1, 1.15, 1.2, 1.25),  # (): stop after the forecast, as launch/ does once a grid
+        lambdas=(1.0, 1.05, 1.1, 1.15, 1.2, 1.25),  # (): only forecast, as launch/ does once per grid
         plain_lambdas=(),  # trained without the guard too: the same run shows what `guard` keeps and what it costs
         recommend=False,  # forecast them, and train at the one λ that the forecasts recommend (docs/forecast.md)
         seeds=(0,),
@@ -183,7 +183,7 @@ def _opd() -> ml_collections.ConfigDict:
         updates_per_batch=1,
         lr=1e-6,
         lr_decay="none",  # linear: from `lr` at the first step to 0 after the last
-        warmup_steps=0,  # over which the learning rate rises to that: Adam's first steps are as long as any
+        warmup_steps=0,  # over which the learning rate rises to `lr`: Adam's first steps are as large as any
         ema=0.0,  # decay of the average of the weights, which is evaluated and exported; 0: off, the last weights are
         b2=0.999,  # of AdamW
         moments="float32",  # in which AdamW keeps its moments; bfloat16: half the memory, rounded at random
@@ -194,9 +194,9 @@ def _opd() -> ml_collections.ConfigDict:
         advantage="base_relative",
         normalize=False,  # subtract log Z of the target from the advantage: every ratio then ends at the target
         estimator="sampled",
-        jsd=1.0,  # of full_vocab: 1 the reverse KL, 0 the forward KL, between them GKD's Jensen–Shannon divergence
+        jsd=1.0,  # full_vocab: 1 is the reverse KL, 0 the forward KL, between them GKD's Jensen–Shannon divergence
         on_policy=1.0,  # share of steps on the student's own completions; the others are on the right answers (GKD)
-        control_variate="none",  # kl or optimal: of sampled tokens; the same gradient on average, less noise
+        control_variate="none",  # kl or optimal, for sampled tokens: the same expected gradient, less noise
         contract_reward=0.0,  # weight of "the list parses", less the prompt's mean, in the advantage; 0: off
         aggregate="token",
         self_distillation=False,  # teacher and student may be one model: a control, in which λ does nothing
@@ -204,16 +204,16 @@ def _opd() -> ml_collections.ConfigDict:
         entropy_bonus=0.0,
         lambda_warmup_steps=0,
         ppo_clip=0.0,  # 0: off
-        guard=_section(  # keep the teacher's mode: λ_t = λ where λ·margin ≤ λ_flip, else that of `fallback`
+        guard=_section(  # keep the teacher's mode: λ_t = λ where λ·margin ≤ λ_flip, else `fallback`'s
             margin=0.0,  # 0: off
             fallback="teacher",  # teacher: 1; base: 0 where base and teacher have one mode, else 1
-            scope="all",  # structure: a flip to another score is none, for the margin and for the floor
+            scope="all",  # structure: a flip to another score does not count, for the margin and for the floor
             mask=False,  # teacher and base over what the contract allows next
             floor=0.0,  # log-odds that the mode keeps against each rival, if the base has them; 0: off
-            structure=-1.0,  # λ of the positions that choose no score; -1: that of the run
+            structure=-1.0,  # λ of the positions that choose no score; -1: the run's
         ),
-        on_collapse="none",  # warn, lower_lambda or stop, when the samples stop holding the contract
-        collapse=_section(  # what that is, of means over `window` steps, against the window with the best parse
+        on_collapse="none",  # warn, lower_lambda or stop, when samples start to break the contract
+        collapse=_section(  # the criteria, on means over `window` steps against the window with the best parse
             window=5,
             parse_drop=0.2,  # the sampled parse rate is lower by more than this,
             length_change=0.5,  # or completions are longer or shorter by more than this share,
@@ -228,14 +228,14 @@ def _opd() -> ml_collections.ConfigDict:
 
 def _parallel() -> ml_collections.ConfigDict:
     return _section(
-        data=-1,  # devices among which rows are split, weights copied; -1: all that are left
-        fsdp=1,  # devices among which rows and weights are split
-        tensor=1,  # devices among which heads, MLP units and vocabulary are split
-        gather_rollout=True,  # gather the student's weights over fsdp once before it writes, not at every token
+        data=-1,  # devices that split the rows and copy the weights; -1: all that are left
+        fsdp=1,  # devices that split rows and weights
+        tensor=1,  # devices that split heads, MLP units and vocabulary
+        gather_rollout=True,  # gather the student's weights over fsdp once per rollout, not at every token
         coordinator="",  # host:port of process 0, or JAX_COORDINATOR_ADDRESS; empty: one process, or found by jax
         num_processes=0,  # or JAX_NUM_PROCESSES
         process_id=-1,  # or JAX_PROCESS_ID
-        timeout_s=60,  # that processes wait for each other at start and end, and for a lost heartbeat
+        timeout_s=60,  # how long processes wait for each other at start and end, and for a lost heartbeat
     )
 
 
@@ -268,18 +268,18 @@ def _rollout() -> ml_collections.ConfigDict:
 
 
 def _forecast() -> ml_collections.ConfigDict:
-    return _section(  # lambdas besides those of opd, decoded without training
+    return _section(  # more lambdas than opd's, decoded without training
         lambdas=(),
-        plain_lambdas=(),  # the same besides opd.plain_lambdas
+        plain_lambdas=(),  # likewise, more than opd.plain_lambdas
         batch_size=8,
     )
 
 
 def _predict() -> ml_collections.ConfigDict:
     return _section(  # the parse of trained students, before they are trained: predictions.json
-        anchors=(),  # lambdas of the runs that say how far training comes; (): no prediction
-        seeds=(1, 2),  # of what is trained to predict; none of opd.seeds
-        largest_gap=0.15,  # in parse, between neighbours of the grid of λ that is decoded
+        anchors=(),  # lambdas of the runs that show how far training gets; (): no prediction
+        seeds=(1, 2),  # of those runs; none of opd.seeds
+        largest_gap=0.15,  # in parse, between neighbours on the decoded grid of λ
         fixed_text_lists=0,  # lists on which students of these seeds train without rollouts, a predictor; 0: none
         only=False,  # stop before the sweep, to lock the prediction (python -m listopd_jax.prereg curve)
     )
@@ -291,7 +291,7 @@ def _evaluation() -> ml_collections.ConfigDict:
         max_lists=0,
         bootstrap=2000,
         examples=3,
-        forgetting=False,  # also how each policy reads unrelated English: perplexity, and KL to the student's SFT
+        forgetting=False,  # also score unrelated English by each policy: perplexity, and KL to the student's SFT
         constrained="",  # "schema,contract" or one of them: each policy is decoded under these masks too
         expected=False,  # also the error of the expected scores, of every list (stages/expected.py)
         margins=False,  # also how firmly each policy holds the contract's tokens (stages/margins.py)
@@ -304,7 +304,7 @@ def _train() -> ml_collections.ConfigDict:
 
 def _track() -> ml_collections.ConfigDict:
     return _section(
-        to=(),  # of TRACKERS, beside metrics.jsonl and TensorBoard
+        to=(),  # some of TRACKERS, in addition to metrics.jsonl and TensorBoard
         project="listopd_jax",
         log_completions_every=10,  # steps of OPD between samples kept in completions.jsonl; 0: none
         completions=8,  # of each sample, the first of the batch

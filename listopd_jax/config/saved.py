@@ -25,10 +25,9 @@ def to_json(config: ml_collections.ConfigDict | ml_collections.FrozenConfigDict)
 
 
 def from_json(saved: dict[str, Any]) -> ml_collections.FrozenConfigDict:
-    """The checked config whose `to_json` is `saved`; a field that an older one lacks has its default.
+    """The checked config whose `to_json` is `saved`; a field that an older config lacks gets its default.
 
-    What an older one has of REMOVED is left out. UserError for a field that does not exist, or a value that is none of
-    its.
+    Fields of REMOVED are dropped. UserError for a field that does not exist, or a value it cannot have.
     """
     require(isinstance(saved, dict), f"the saved config is {type(saved).__name__}, not an object; restore it")
     config, known = defaults(), dict(flatten(defaults().to_dict()))
@@ -88,8 +87,8 @@ def changed_field(
 ) -> tuple[str, Any, Any] | None:
     """(name, before, now) of the first of `fixed_fields` in which two configs in JSON values differ.
 
-    A field that `before` lacks had its default; fields of `before` that exist no more come first. Only fields whose
-    names begin as one of `among` count.
+    A field that `before` lacks had its default; fields of `before` that no longer exist come first. Only fields whose
+    names start with one of `among` count.
     """
     old, new = fixed_fields(to_json(defaults())) | fixed_fields(before), fixed_fields(now)
     names = sorted(old.keys() | new.keys(), key=lambda name: (name in new, name))
@@ -98,7 +97,7 @@ def changed_field(
 
 
 def as_first_saved(now: dict[str, Any], first: dict[str, Any]) -> dict[str, Any]:
-    """The config `now`, in JSON values, without those `fixed_fields` that the version that saved `first` did not have.
+    """The config `now`, in JSON values, without the `fixed_fields` that did not exist when `first` was saved.
 
     So a workdir that a later version resumes keeps the digest that its checkpoints name.
     """
@@ -112,7 +111,7 @@ def as_first_saved(now: dict[str, Any], first: dict[str, Any]) -> dict[str, Any]
 
 
 def read_saved(path: pathlib.Path) -> dict[str, Any]:
-    """What a run's config.json records, with the config as JSON values under `config`; UserError if it is none."""
+    """What a run's config.json records, with the config as JSON values under `config`; UserError if it is not one."""
     saved = files.read_json(path)
     fits = isinstance(saved, dict) and isinstance(saved.get("config"), dict)
     require(

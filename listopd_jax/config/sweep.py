@@ -1,4 +1,4 @@
-"""`opd.sweep`: options of section opd that a run trains at several values, beside its λ and seeds.
+"""`opd.sweep`: options of section opd that a run trains at several values, in addition to λ and seeds.
 
     clip=1.5|5, ratio=none|aspo            a product: four points
     clip/lr=1.5/1e-5|5/1e-6                a zip: two points
@@ -57,7 +57,7 @@ def _axis(entry: str) -> list[str]:
 def at_point(
     config: ml_collections.ConfigDict | ml_collections.FrozenConfigDict, label: str
 ) -> ml_collections.FrozenConfigDict:
-    """The config of the runs at a point of its sweep, with that point's options and no sweep; of "" the config."""
+    """The config of the runs at a point of its sweep, with that point's options and no sweep; for "" itself."""
     if not label:
         return config
     pairs = (pair.partition("=") for pair in label.split())
@@ -69,7 +69,7 @@ def at_point(
 
 
 def _value(field: str, text: str) -> Any:
-    """What `text` says of an option of section opd; UserError if there is no such option, or it cannot have this."""
+    """`text` as a value of an option of section opd; UserError if there is no such option, or it cannot have that."""
     known = {name: value for name, value in flatten(defaults().opd.to_dict()) if name not in _NOT_SWEPT}
     if field not in known:
         raise unknown_name("opd.sweep", field, known)

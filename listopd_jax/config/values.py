@@ -125,7 +125,7 @@ def is_date(text: str) -> bool:
 
 
 def is_address(text: str) -> bool:
-    """Whether `text` is that of a server, without user, password or query."""
+    """Whether `text` is the address of a server, without user, password or query."""
     form = r"https?://([\w.-]+|\[[0-9a-fA-F:.]+\])(:[0-9]{1,5})?(/[\w./-]*)?"
     try:
         return re.fullmatch(form, text) is not None and urllib.parse.urlsplit(text).port != 0

@@ -17,7 +17,7 @@ from listopd_jax.task.prompt import ListExample
 
 NAME = "listwise_reviews"
 REPORT = "report.json"
-"""Beside the data set; whoever builds writes it last, so a data set with a report is whole."""
+"""Next to the data set and written last, so a data set with a report is complete."""
 VERSION = "1.0.0"
 
 

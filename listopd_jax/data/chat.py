@@ -90,7 +90,7 @@ def _render(turns: Sequence[Message], tokenizer, date: str, **options: bool) -> 
 
 
 def _dated(template: str, date: datetime.date) -> str:
-    """The template with a `strftime_now` of its own, which tells `date`, in place of the one that reads the clock."""
+    """The template with a `strftime_now` that returns `date`, in place of the one that reads the clock."""
     if "strftime_now" not in template:
         return template
     known = "".join(f'|replace("%{d}", "{date.strftime("%" + d)}")' for d in _DIRECTIVES)

@@ -8,8 +8,7 @@ from listopd_jax.task.prompt import render_answer
 def control_ids(tokenizer: transformers.PreTrainedTokenizerBase) -> set[int]:
     """The ids that mark a turn or a thought: special tokens, and added ones with signs in them, such as `<think>`.
 
-    Text are words that were added to a vocabulary, runs of white space, what stands for unknown characters, and tokens
-    that the right answers are spelt with.
+    Added words, runs of white space, the unknown token, and tokens that the right answers are spelt with count as text.
     """
     # ▁ is how SentencePiece writes a space.
     added = {i: (t.content.replace("▁", " "), t.special) for i, t in tokenizer.added_tokens_decoder.items()}

@@ -32,7 +32,7 @@ NO_NOISE = AnswerNoise()
 
 @dataclasses.dataclass(frozen=True)
 class EncodedSplit:
-    """A split as ids; of several teachers whose each record is, and where teachers read other prompts, those."""
+    """A split as ids; with several teachers, each record's own; where teachers read other prompts, those too."""
 
     prompts: tuple[Int32[np.ndarray, " _"], ...]
     answers: tuple[Int32[np.ndarray, " _"], ...]
@@ -65,7 +65,7 @@ def encode_split(
 
     A record whose prompt is above `max_prompt` tokens is cut as its task says, to the largest size that fits; its
     answer stays whole. With `chat_template` the assistant's turn is opened and thinking switched off, on `chat_date`.
-    `ends` are the ids besides EOS that end a turn. A record without an answer has EOS alone.
+    `ends` are the ids other than EOS that end a turn. A record without an answer has EOS alone.
 
     Raises:
       UserError: no chat template though one is asked for, or an unfit one; a prompt that ends in EOS or cannot be cut
@@ -101,7 +101,7 @@ def with_noise(
 
 
 def rows_of(split: EncodedSplit, rows: Sequence[int]) -> EncodedSplit:
-    """The split with `rows` alone; itself if that are all."""
+    """The split with `rows` alone; itself if those are all."""
     if len(rows) == len(split.prompts):
         return split
 
@@ -148,10 +148,10 @@ def prompt_ids(
     chat_template: bool,
     chat_date: str = DATE,
 ) -> Int32[np.ndarray, " prompt"]:
-    """Ids of a prompt: a text is one user turn; without a chat template with the BOS that some tokenizers add.
+    """Ids of a prompt: a text is one user turn, and starts with the tokenizer's BOS, if any, without a template.
 
-    Nothing in it gives a control token: what spells one is broken up. Without a chat template a text stays as it is,
-    and messages are lines of roles.
+    Nothing in it becomes a control token: text that spells one is broken up. Without a chat template a text stays as it
+    is, and messages are lines of roles.
     """
     turns = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
     turns = [{**turn, "content": spell_out(turn["content"], tokenizer)} for turn in turns]
@@ -180,7 +180,7 @@ def _check_open(
 def _check_answers(
     task: Task, records: Sequence[Any], answers: Sequence[np.ndarray], tokenizer, max_answer: int
 ) -> None:
-    """UserError for a right answer that is too long, or whose ids spell what the contract fails."""
+    """UserError for a right answer that is too long, or that breaks the contract once decoded."""
     longest = max(map(len, answers))
     if longest > max_answer:
         raise UserError(
@@ -198,7 +198,7 @@ def _check_answers(
 def _check_no_control(
     records: Sequence[Any], answers: Sequence[np.ndarray], tokenizer, control: Collection[int]
 ) -> None:
-    """UserError for a right answer in which a text becomes a control token: SFT would teach an end in its middle."""
+    """UserError for a right answer in which text becomes a control token: SFT would teach to stop in mid-answer."""
     for record, ids in zip(records, answers, strict=True):
         if (found := next((i for i in ids[:-1].tolist() if i in control), None)) is not None:
             raise UserError(

@@ -43,8 +43,8 @@ def plan_lists(
     Args:
       validation_share: share of the lists to hold out; met as nearly as whole clusters allow, at least one.
         Where a category is held out, all its lists are, or its share of `max_lists`.
-      max_lists: keep at most so many lists of both sides together (at least 2), drawn at random (0: all).
-      max_per_product: use at most so many reviews of one product, drawn at random (0: all).
+      max_lists: keep at most this many lists, both sides together (at least 2), drawn at random (0: all).
+      max_per_product: use at most this many reviews of one product, drawn at random (0: all).
 
     Raises:
       UserError: fewer than two clusters have a list, or nothing is left to train on.

@@ -27,7 +27,7 @@ def votes_from_score(score: float, cap: int) -> int:
 class LabelFile:
     """Scores of reviews from a file: `label_file(review)` is the score, or None for a review without one.
 
-    It remembers which keys it met, so that a file made for other reviews can be told.
+    It remembers which keys it met, to detect a file made for other reviews.
     """
 
     def __init__(self, path: str | os.PathLike):
@@ -40,7 +40,7 @@ class LabelFile:
         return self._scores.get(key)
 
     def notes(self) -> list[str]:
-        """What a reader should know of the scores: whether they look like those of a smaller scale."""
+        """Notes on the scores: whether they look like those of a smaller scale."""
         lowest, highest = min(self._scores.values()), max(self._scores.values())
         if highest > MAX_SCORE / 2:
             return []

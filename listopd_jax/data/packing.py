@@ -19,7 +19,7 @@ from listopd_jax.rounding import round_up
 
 
 class RowShape(NamedTuple):
-    """What a packed row holds, and by what a batch of rows is cut."""
+    """What a packed row holds, and how a batch of rows is cut."""
 
     tokens: int
     answers: int  # of the tokens
@@ -27,7 +27,7 @@ class RowShape(NamedTuple):
     devices: int = 1  # that split rows
 
     def rows(self, needed: int) -> int:
-        """`needed` rows or a few more: what its cuts divide, and few numbers (up to 1/8 more), so few compilations."""
+        """`needed` rounded up, by at most 1/8, to one of a few numbers that the cuts divide: few compilations."""
         in_parts = 0 < self.microbatch < needed
         # A sixteenth of the next power of two: at most 1/8 of `needed`.
         multiple, step = self.microbatch if in_parts else self.devices, 2 ** (needed - 1).bit_length() // 16

@@ -110,7 +110,7 @@ def _synthetic_fields(data: Any) -> dict:
 
 
 def _finished(folder: pathlib.Path, fingerprint: str) -> dict | None:
-    """The report of a whole data set with that fingerprint, or None. report.json is written last."""
+    """The report of a complete data set with that fingerprint, or None. report.json is written last."""
     if not (folder / builder.REPORT).is_file():
         return None
     report = files.read_json(folder / builder.REPORT)

@@ -163,7 +163,7 @@ def _decoded(path: str | os.PathLike) -> Iterator[str]:
 
 
 def _is_whole(row: dict) -> bool:
-    """Whether each column has one value, a text: csv puts what is too much under None, and None where it lacks."""
+    """Whether each column has one value, a text: csv puts surplus ones under None, and None where one is missing."""
     return None not in row and all(
         value is not None and not _SURROGATE.search(value) for value in row.values()
     )

@@ -56,7 +56,7 @@ def few(split: Mapping[str, Sequence[Any]], noun: str) -> list[str]:
 
 
 def notes(split: Mapping[str, Sequence[Any]], unanswered: int) -> list[str]:
-    """What a reader should know of the split."""
+    """Notes on the split for the reader."""
     return few(split, "records") + (
         [f"{unanswered} training records have no answer: SFT leaves them out"] if unanswered else []
     )

@@ -30,7 +30,7 @@ _PROBE = (
 _VOCABULARIES = (
     "tokenizer.json tokenizer.model vocab.json vocab.txt spiece.model sentencepiece.bpe.model".split()
 )
-"""What holds a tokenizer's tokens; of a folder without any, transformers makes a tokenizer of one token."""
+"""Files that hold a tokenizer's tokens; from a folder without any, transformers makes a tokenizer of one token."""
 
 _KEPT_APART = (
     "merges.txt tokenizer_config.json special_tokens_map.json added_tokens.json chat_template.jinja".split()
@@ -105,7 +105,7 @@ def _load(kind: type, path: str | os.PathLike) -> transformers.PreTrainedTokeniz
 def _one_line(path: str | os.PathLike) -> Iterator[None]:
     """Turn whatever transformers and its Rust raise for damaged files of a tokenizer into a UserError.
 
-    They check little: a value of a wrong type ends in any exception, an empty token in a panic of Rust, which is none.
+    They check little: a value of a wrong type raises any exception, an empty token a Rust panic, which is no Exception.
     """
     try:
         yield

@@ -48,7 +48,7 @@ _RETRY = flags.DEFINE_bool("retry_failed", False, "ask again where the judge ref
 _PRICE_IN = flags.DEFINE_float("price_in", None, "of a million tokens read", 0, **_own)
 _PRICE_OUT = flags.DEFINE_float("price_out", None, "of a million tokens written", 0, **_own)
 _MAX_COST = flags.DEFINE_float(
-    "max_cost", None, "stop when a call has cost as much; needs the prices", 0, **_own
+    "max_cost", None, "stop when a call has cost this much; needs the prices", 0, **_own
 )
 _CONCURRENCY = flags.DEFINE_integer("concurrency", 8, "requests at once", 1, 256, **_own)
 _PER_MINUTE = flags.DEFINE_float("per_minute", 60.0, "requests that may begin; 0: no limit", 0, **_own)
@@ -90,7 +90,7 @@ def run(argv: Sequence[str]) -> int:
 
 
 def parse(argv: Sequence[str]) -> tuple[Any, Settings, str]:
-    """The checked config, how to ask whom, and the rubric; UserError for whatever is wrong with them."""
+    """The checked config, the judge's settings, and the rubric; UserError for whatever is wrong with them."""
     argv = list(argv)
     with config_module.flag_mistakes(argv):
         rest = FLAGS(config_module.find_config_file(argv))

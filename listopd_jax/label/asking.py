@@ -12,12 +12,12 @@ from listopd_jax.label.judges import Judge, Rejected, Reply, Unavailable
 from listopd_jax.label.questions import Question
 
 IN_A_ROW = 20
-"""Questions that get no reply one after another: the server is down, or the form of the questions is not its own."""
+"""Questions in a row without a reply: the server is down, or speaks another protocol."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Limits:
-    """How hard a server is worked."""
+    """Limits on the load of a server."""
 
     concurrency: int = 8  # requests in flight
     per_minute: float = 60.0  # requests that begin; 0: no limit
@@ -60,7 +60,7 @@ class Pacer:
             self._next = now() + self._interval
 
     def hold(self, seconds: float) -> None:
-        """Let none begin for some seconds: what one request was told holds for all."""
+        """Let none begin for `seconds`: a pause that the server asks of one request holds for all."""
         self._next = max(self._next, asyncio.get_running_loop().time() + seconds)
 
 

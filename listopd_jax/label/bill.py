@@ -45,7 +45,7 @@ class Bill:
     tokens_out: int = 0
 
     def add(self, reply: Reply) -> None:
-        """One reply more; UserError if that reaches `most`."""
+        """Add a reply; UserError if that reaches `most`."""
         self.tokens_in += reply.tokens_in
         self.tokens_out += reply.tokens_out
         if self.most is not None and self.cost >= self.most:

@@ -1,4 +1,4 @@
-"""Replies that were paid for, a JSON line each: on disk before they count, so that none is paid for twice."""
+"""Paid replies, one JSON line each: on disk before they count, so that none is paid for twice."""
 
 import contextlib
 import dataclasses
@@ -18,7 +18,7 @@ from listopd_jax.label.questions import Question
 FORMAT = 1
 """Part of the digest: raise it when the same settings and question are sent in another form."""
 START = b'{"request": "'
-"""Of every line: what else has no end of line is somebody's file, not a reply that a kill cut off."""
+"""How every line starts: an unfinished line that starts otherwise is no reply cut off by a kill."""
 
 
 def digest(settings: Settings, question: Question) -> str:
@@ -52,7 +52,7 @@ class Cache:
 
 @contextlib.contextmanager
 def open_cache(path: pathlib.Path) -> Iterator[Cache]:
-    """The cache in a file, made if absent, which no other process may have open meanwhile.
+    """The cache in a file, made if absent and locked against other processes.
 
     Raises UserError: the file cannot be written, is in use, or has a line that is not a reply; it then stays as it is.
     The rest of a line that was cut off by a kill is dropped.

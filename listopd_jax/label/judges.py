@@ -22,7 +22,7 @@ from listopd_jax.task.strict_json import loads
 OPENAI_URL = "https://api.openai.com/v1"
 FORMATS = ("json_schema", "json_object", "text")
 LONGEST_ANSWER = 4000  # characters that are kept: no answer of the form asked for is longer
-MOST_TOKENS = 10**9  # that one reply may count: more is no count
+MOST_TOKENS = 10**9  # a larger count of tokens in one reply is not believed
 LONGEST_WAIT = 300.0  # seconds that a server may ask for
 
 _BLOCKED = {"SAFETY", "RECITATION", "BLOCKLIST", "PROHIBITED_CONTENT", "SPII"}
@@ -51,7 +51,7 @@ class Settings:
 
 
 class Unavailable(Exception):
-    """No answer this time; not before `after` seconds is it worth another try."""
+    """No answer this time; worth another try after `after` seconds."""
 
     def __init__(self, reason: str, after: float = 0.0):
         super().__init__(reason)
@@ -149,13 +149,13 @@ class Google(Judge):
         from google import genai
         from google.genai import errors, types
 
-        # Without a client of its own the library times nothing and tries again by itself.
+        # Without our client the library has no time limit and retries on its own.
         options = types.HttpOptions(
             base_url=settings.base_url or None,
             httpx_async_client=client,
             retry_options=types.HttpRetryOptions(attempts=1),
         )
-        # The library does not start without a key, and a server of one's own may need none.
+        # The library does not start without a key, and the user's own server may need none.
         own = genai.Client(api_key=self.key or "none", vertexai=False, http_options=options)
         self._models, self._error, self._config = own.aio.models, errors.APIError, types.GenerateContentConfig
 
@@ -264,5 +264,5 @@ def _is_blocked(response: Any) -> bool:
 
 
 def _count(value: Any) -> int:
-    """The tokens that a server counts; 0 for what is no count."""
+    """The tokens that a server counts; 0 for anything but a count."""
     return value if isinstance(value, int) and not isinstance(value, bool) and 0 < value <= MOST_TOKENS else 0

@@ -18,7 +18,7 @@ SCHEMA = {
     "required": ["score"],
     "additionalProperties": False,
 }
-"""The answer: what judges that take a schema are given, and what every answer is held to."""
+"""The schema of an answer: given to judges that take one, and enforced on every answer."""
 
 ANSWER_TOKENS = 8  # about: {"score": 7}
 
@@ -64,7 +64,7 @@ def read_rubric(path: str | os.PathLike) -> str:
 
 
 def questions(reviews: Sequence[Review], rubric: str, max_words: int) -> list[Question]:
-    """One question a review, whose text is cut to `max_words` words (0: uncut) as the student will see it."""
+    """One question per review, whose text is cut to `max_words` words (0: uncut) as the student will see it."""
     system = f"{rubric}\n\n{_FORM}"
     return [
         Question(r.key, system, f"Product: {r.title}\nReview: {first_words(r.text, max_words)}")

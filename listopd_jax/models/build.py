@@ -62,7 +62,7 @@ def model_ends(model: ml_collections.FrozenConfigDict, vocab: int) -> tuple[int,
 
 
 def weights_digest(model: ml_collections.FrozenConfigDict) -> str | None:
-    """SHA-256 of what the checkpoint of config section `model` consists of, read each time; None without one."""
+    """SHA-256 of what the checkpoint of config section `model` consists of, read at every call; None without one."""
     if not model.weights:
         return None
     folder = weights_folder(model.weights)
@@ -143,9 +143,9 @@ def initial_params(model: ml_collections.FrozenConfigDict, config: ModelConfig, 
 
 
 def cast(params: Any, dtype: str) -> Any:
-    """The same parameters in `dtype`, a float or one of GROUPS; no copy of those that have it already.
+    """The same parameters in `dtype`, a float or one of GROUPS, without copying those that have it already.
 
-    What is quantized stays so in any float: layers make it that where they use it.
+    Quantized weights stay quantized for any float: layers dequantize them at use.
     """
     if dtype in GROUPS:
         return nnx.from_flat_state(
@@ -156,7 +156,7 @@ def cast(params: Any, dtype: str) -> Any:
 
 
 def as_given(config: ml_collections.FrozenConfigDict) -> bool:
-    """Whether nothing but the frozen teacher is made of the checkpoint that it starts from: no SFT and no export."""
+    """Whether the teacher's checkpoint becomes the frozen teacher and nothing else: no SFT and no export."""
     sft = config.sft.teacher
     return bool(config.teacher.weights) and not (sft.steps or sft.epochs or config.train.export)
 

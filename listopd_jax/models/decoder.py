@@ -27,7 +27,7 @@ from listopd_jax.parallel.rules import (
 
 
 def _of_cudnn(primitive: Any, *_: Any, **__: Any) -> bool:
-    """What cuDNN's attention leaves for its backward pass, which no name can be put on from outside."""
+    """Whether it is cuDNN's attention, whose residuals cannot be named from outside."""
     return primitive.name.startswith("dot_product_attention_fwd")
 
 
@@ -143,7 +143,7 @@ class Layer(nnx.Module):
         rope: tuple[Array, Array],
         attend: Callable[[Array, Array, Array], Array],
     ) -> tuple[Float[Array, "B n T D"], tuple[Array, Array]]:
-        """The new x, and rotated keys and values [B,n,T,KV,H]. `attend(q, k, v)` mixes values, as q's shape."""
+        """The new x, and rotated keys and values [B,n,T,KV,H]. `attend(q, k, v)` has q's shape."""
         rows = self.rows(x)
         q, k, v = self.queries_keys_values(rows, x.shape, rope)
         return self.after_attention(rows, attend(q, k, v)), (k, v)
@@ -151,7 +151,7 @@ class Layer(nnx.Module):
     def queries_keys_values(
         self, x: Float[Array, "M D"], shape: tuple[int, ...], rope: tuple[Array, Array]
     ) -> tuple[Array, Array, Array]:
-        """What attention reads of rows of `shape` [B, n, T]: queries [B,n,T,N,H], keys and values [B,n,T,KV,H]."""
+        """Attention's inputs for rows of `shape` [B, n, T]: queries [B,n,T,N,H], keys and values [B,n,T,KV,H]."""
         y = self._norm(x, "attn_norm")
         q = self._heads(y, "q", shape, rope)
         return q, self._heads(y, "k", shape, rope), self._heads(y, "v", shape)
@@ -159,7 +159,7 @@ class Layer(nnx.Module):
     def after_attention(
         self, x: Float[Array, "M D"], mixed: Float[Array, "B n T *NH"]
     ) -> Float[Array, "B n T D"]:
-        """The new x of rows and of the values that attention mixed for them."""
+        """The new x from the rows and attention's result for them."""
         x = x + self._dense(mixed.reshape(len(x), -1), "o")
         y = self._norm(x, "mlp_norm")
         # Over `tensor`, gate and up are split by columns and down by rows: one all-reduce, after down (Megatron-LM).
@@ -184,7 +184,7 @@ class Layer(nnx.Module):
         return y + self.lora.scale * (x @ a.reshape(-1, rank) @ b.reshape(rank, -1))
 
     def _heads(self, x: Float[Array, "M D"], name: str, shape: tuple[int, ...], rope=None) -> Array:
-        """Queries, keys (both normalised if the model does it, and rotated) or values [B,n,T,N,H] of rows of `shape`.
+        """Queries, keys (both rotated, and normalised if the model does that) or values [B,n,T,N,H] of rows of `shape`.
 
         Keys and values have as many heads as `kv_copies` gives.
         """
@@ -217,12 +217,12 @@ class Decoder(nnx.Module):
 
     dtype: of the activations (norms, rotary positions and softmax are float32 inside).
     param_dtype: of the weights, which are cast to `dtype` at use.
-    remat: what of a layer the backward pass finds stored: 'full' (nothing but its input), 'attention' (besides it what
-        attention mixed), 'dots' (besides these the results of the matrix products with weights) or 'none' (no remat:
-        all but attention's scores). Splash attention leaves nothing that can be stored.
-    lora: the adapter that is used beside the weights; its parameters, of type nnx.LoRAParam, are zero to begin with.
+    remat: what each layer stores for the backward pass: 'full' (only its input), 'attention' (also attention's result),
+        'dots' (also the results of matrix products with weights) or 'none' (no remat: all but attention's scores).
+        Splash attention leaves nothing that can be stored.
+    lora: the adapter added to the weights, with parameters of type nnx.LoRAParam; B starts at zero.
     attention: the backend of passes over many tokens, of listopd_jax.ops.attention_backends.BACKENDS; a decode step,
-        which is bound by the bytes that it reads, always has the reference's.
+        which is bound by the bytes that it reads, always uses the reference's.
     """
 
     def __init__(
@@ -264,7 +264,7 @@ class Decoder(nnx.Module):
         return self._final(last), kv
 
     def keys_values(self, tokens: Int[Array, "B P"]) -> KVCache:
-        """Only the KV of prompts: the last layer ends with them, so a prompt costs one layer less."""
+        """Only the KV of prompts: the last layer stops at its own, so a prompt costs one layer less."""
         x, rope, kv, last = self._to_last_layer(tokens, _of_prompt)
         # Nobody reads its queries, so the compiler drops them.
         kv_of_last = _of_prompt(last.queries_keys_values(last.rows(x), x.shape, rope)[1:])
@@ -273,10 +273,10 @@ class Decoder(nnx.Module):
     def states_at(
         self, tokens: Int[Array, "B T"], places: Int[Array, "B S"], starts: Int[Array, "B T"] | None = None
     ) -> Float[Array, "B S D"]:
-        """States of whole sequences at `places`: behind its attention, the last layer computes no others.
+        """States of whole sequences at `places`: after its attention, the last layer computes no others.
 
-        Rows may hold several sequences: `starts` is the place at which that of each token begins. It has position 0
-        there, and sees no other.
+        Rows may hold several sequences: `starts` is where each token's sequence begins, which is its position 0; a
+        sequence sees no other.
         """
         x, rope, _, last = self._to_last_layer(tokens, lambda kv: None, starts)
         mixed = self._attend(*last.queries_keys_values(last.rows(x), x.shape, rope), starts=starts)
@@ -317,11 +317,11 @@ class Decoder(nnx.Module):
     ) -> tuple[Float[Array, "B n S D"], KVCache]:
         """Read the next S tokens of every completion: the states after each, and the cache with them.
 
-        `cached` is the number of tokens that the cache holds already: one number for all completions, or [B,n], each
-        its own. The cache must have room for S more; what it holds after `cached` is never read.
+        `cached` is the number of tokens that the cache holds already: one number for all completions, or [B,n], one
+        each. The cache must have room for S more; what it holds after `cached` is never read.
         """
         S, at = tokens.shape[-1], jnp.atleast_2d(cached)[..., None]
-        # Behind `cached` there may be keys of drafts that were not confirmed.
+        # After `cached` there may be keys of drafts that were not confirmed.
         written = jnp.arange(cache.capacity) < at[..., None]
         # A single new token sees itself and needs no mask.
         causal = None if S == 1 else (jnp.arange(S) <= jnp.arange(S)[:, None])[None, None]
@@ -415,7 +415,7 @@ class Decoder(nnx.Module):
         return jnp.cos(angles), jnp.sin(angles)
 
     def _rope_of(self, rope: tuple[Array, Array], layer: Int[Array, ""] | int | None) -> tuple[Array, Array]:
-        """`rope` as the layer of this number turns by it: by no angle in `nope_layers`."""
+        """`rope` for the layer of this number: no rotation in `nope_layers`."""
         if not self.config.nope_layers:
             return rope
         turns = (layer != np.array(self.config.nope_layers)).all()
@@ -435,7 +435,7 @@ class Decoder(nnx.Module):
 def put_tokens(
     cache: Shaped[Array, "L B n *r"], new: Shaped[Array, "L B n *s"], at: Int[Array, "*at"], axis: int
 ) -> Shaped[Array, "L B n *r"]:
-    """`cache` with `new` from place `at` of `axis` on: one place for all completions, or [B,n], each its own."""
+    """`cache` with `new` written from place `at` of `axis`: one for all completions, or [B,n], one each."""
     put = functools.partial(jax.lax.dynamic_update_slice_in_dim, axis=axis)
     if at.ndim == 0:
         return put(cache, new, at)

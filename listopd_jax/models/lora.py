@@ -1,7 +1,7 @@
-"""Low-rank adapters: drawn, put beside the weights of their base, merged into them, several as one.
+"""Low-rank adapters: drawn, attached to their base, merged into it, several stacked as one.
 
-An adapter is a part of a decoder's parameters: those of type nnx.LoRAParam of a Decoder with `lora`. Its base are the
-others, which are those of the decoder without it.
+An adapter is the parameters of type nnx.LoRAParam of a Decoder with `lora`; its base is the others, which are those of
+the decoder without it.
 """
 
 from collections.abc import Sequence

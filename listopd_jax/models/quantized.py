@@ -1,9 +1,9 @@
 """Frozen models in 8 or 4 bits: the weights of products as integers with scales.
 
 In int8 an output channel has one scale, in int4 one for every 32 inputs (llama.cpp's Q4_0 without its 16th value).
-Weight-only: a layer's `astype` makes its weight again where it is used, so a decoder reads such parameters as it reads
-others, and activations keep their dtype. A library would replace the layers; ours are one stack under a scan. Norms,
-embedding and head stay in bfloat16.
+Weight-only: a layer's `astype` dequantizes its weight at use, so a decoder reads such parameters like any others, and
+activations keep their dtype. A library would replace the layers; ours are one stack under a scan. Norms, embedding and
+head stay in bfloat16.
 """
 
 import dataclasses
@@ -27,7 +27,7 @@ REST = "bfloat16"  # of what stays as it is
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Quantized:
-    """Weights as `values · scale`; of an array it has what a decoder asks of one."""
+    """Weights as `values · scale`, with the parts of an array's interface that a decoder uses."""
 
     values: Any  # int8 [L, …], or […] of one layer; in a tree of shapes or shardings, those
     scale: Any  # float32, along the inputs of length 1 or of as many as there are groups
@@ -62,7 +62,7 @@ def divides(size: int, dtype: str) -> bool:
 def quantize(path: tuple, param: nnx.Variable, dtype: str) -> nnx.Variable:
     """The parameter at `path` of a decoder: rounded to nearest in `dtype` if it is a product's weight, else in REST.
 
-    The largest weight that a scale is for becomes 127 in int8, 7 in int4.
+    The largest weight of each scale becomes 127 in int8, 7 in int4.
     """
     if path[0] != "layers" or path[-1] not in PROJECTIONS:
         return param.replace(param[...].astype(REST))
@@ -83,7 +83,7 @@ def _rounded(weight: Float[Array, "L *s"] | Quantized, name: str, dtype: str) ->
 
 
 def _largest(sizes: Float[Array, "L *s"], axis: int, dtype: str) -> Float[Array, "L *g"]:
-    """The largest of those that share a scale: along the inputs, which end with `axis`."""
+    """The largest of the values that share a scale: along the inputs, which end with `axis`."""
     if GROUPS[dtype] is None:
         return sizes.max(tuple(range(1, axis + 1)), keepdims=True)
     group = min(GROUPS[dtype], sizes.shape[axis])
@@ -112,5 +112,5 @@ def _apart(pairs: Int8[Array, "..."], axis: int) -> Int8[Array, "..."]:
 
 
 def is_quantized(x: Any) -> bool:
-    """Of a node of a tree of parameters."""
+    """Whether a node of a tree of parameters is quantized."""
     return isinstance(x, Quantized)

@@ -1,1 +1,1 @@
-"""The objective, the fused loss and attention: each kernel beside a plain reference."""
+"""The objective, the fused loss and attention: each kernel with a plain reference."""

@@ -17,7 +17,7 @@ from jaxtyping import Array, Float, Int
 from listopd_jax.parallel.rules import spec
 from listopd_jax.rounding import ceil_div, round_up
 
-ROWS = 512  # positions a block: their products with a head block take longer than reading that from HBM
+ROWS = 512  # positions per block: their products with a head block take longer than reading it from HBM
 HEAD_BYTES = 3 * 2**20  # of the head in fast memory at one time, twice
 FAST_BYTES = 48 * 2**20  # of fast memory that the kernel may fill, of the 96 to 128 MiB of a v5 or v6 core
 MASKED = -1e30  # finite: a device may hold none of the tokens that exist

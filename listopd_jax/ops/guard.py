@@ -6,7 +6,7 @@ contract. The guard gives each position a λ of its own: λ where λ·margin ≤
 m: the teacher (λ = 1) or, where it has the same mode, the base (λ = 0), which is surer of m against v exactly there.
 
 Guarded everywhere, the greedy target is the teacher's own answer at every λ. With scope "structure" a flip to another
-score is none: the contract allows it, and what extrapolation can improve are the scores.
+score does not count: the contract allows it, and scores are what extrapolation can improve.
 
 Three more guards need no margin and go together with it. `mask` leaves teacher and base only the tokens that the
 contract allows next, the one guard that repairs a teacher whose own mode breaks the list. `floor` = μ keeps the mode m
@@ -28,7 +28,7 @@ from listopd_jax.ops.grammar import Grammar, allowed_tokens, chooses_score, cont
 from listopd_jax.ops.head import take_token
 from listopd_jax.ops.limit import teacher_student_limit
 
-IMPOSSIBLE = -1e9  # log-probability of what is masked; finite, since λ(−∞) + (1−λ)(−∞) is none
+IMPOSSIBLE = -1e9  # log-probability of a masked token; finite, since λ(−∞) + (1−λ)(−∞) is undefined
 
 
 @functools.partial(
@@ -38,7 +38,7 @@ IMPOSSIBLE = -1e9  # log-probability of what is masked; finite, since λ(−∞)
 )
 @dataclasses.dataclass(frozen=True)
 class Guard:
-    """What changes the target at a position, see the module; scope, mask, floor and structure need the grammar.
+    """What changes the target at a position (see the module); scope, mask, floor and structure need the grammar.
 
     fallback "": no margin is kept. floor 0, structure below 0: off.
     """

@@ -5,8 +5,8 @@ r_v = (p_v/b_v)^(λ−1) and t_v = p_v r_v, the unnormalised target:
 
     q_v = t_v · exp(−max(W(κ r_v), κ/c)),   κ from Σ_v q_v = 1                                          (ours)
 
-W is Lambert's function. κ ≥ 0 for λ ≥ 1, where Σ_v t_v ≥ 1. For λ < 1, κ < 0 and min stands for max; the equation has
-no solution for a token with κ r_v < −1/e: there the least W, −1, stands for it. Other ratios end at the target itself.
+W is Lambert's function. κ ≥ 0 for λ ≥ 1, where Σ_v t_v ≥ 1. For λ < 1, κ < 0 and min becomes max; the equation has no
+solution for a token with κ r_v < −1/e: there the least W, −1, stands for it. Other ratios end at the target itself.
 """
 
 import jax

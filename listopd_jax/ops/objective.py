@@ -15,13 +15,13 @@ is then log target − log π_S, which vanishes at the target, and the limit is 
 
 `jsd` < 1 takes the exact divergence of GKD (arXiv:2306.13649) in place of the reverse KL, see `divergence`.
 
-`control_variate` subtracts from ρA a number of the position that does not depend on the sampled token, so that the
-expected gradient is the same. `kl`: the mean of ρA under the student; where the ratio is 1, −KL(π_S‖target), up to
-log Z (vOPD, arXiv:2605.07865). `optimal` (ours): the mean in which token v counts π_S(v)·‖e_v − π_S‖², its share of the
+`control_variate` subtracts from ρA a number per position that does not depend on the sampled token, so that the
+expected gradient is the same. `kl`: the mean of ρA under the student; where the ratio is 1, −KL(π_S‖target), up to log
+Z (vOPD, arXiv:2605.07865). `optimal` (ours): the mean in which token v counts π_S(v)·‖e_v − π_S‖², its share of the
 squared gradient in the logits; no other number leaves less variance there, and none is left between two tokens.
 
-Everything a sweep varies is a traced number in `Hyper`; what changes the program is static in `Variant`. Where a run is
-guarded, λ is a number for each position, so the losses take it by name beside `Hyper`, as they take log Z
+Everything a sweep varies is a traced number in `Hyper`; what changes the program is static in `Variant`. In a guarded
+run λ is a number per position, so the losses take it by name in addition to `Hyper`, as they take log Z
 (listopd_jax.ops.opd_loss decides both).
 """
 
@@ -99,7 +99,7 @@ def importance_ratio(student, teacher, rollout, adv, clip, kind: str) -> Float[A
 def _token_weight(
     student, teacher, base, rollout, hyper: Hyper, variant: Variant, *, lam, shift, banned=False
 ):
-    """What multiplies −log π_S of a token in the loss, its advantage, to which `shift` is added, and its ratio."""
+    """The factor of −log π_S of a token in the loss, its advantage plus `shift`, and its ratio."""
     adv = advantage(student, teacher, base, lam, variant.advantage) + shift
     ratio = importance_ratio(student, teacher, rollout, adv, hyper.clip, variant.ratio)
     adv, ratio = jnp.where(banned, BANNED, adv), jnp.where(banned, 1.0, ratio)
@@ -112,7 +112,7 @@ def expected_weight(
     """The control variate, a mean over v of the weight of v, from log-distributions [*s, V]; no gradient.
 
     On the policy: the student samples, so that the ratio `trainer_rollout` is 1. `lam` and `log_z` are one for all or
-    one for each position.
+    one per position.
     """
     student = jax.lax.stop_gradient(student)
     lam, shift = jnp.asarray(lam)[..., None], -jnp.asarray(log_z)[..., None]
@@ -207,10 +207,10 @@ def full_vocab_loss(
     """Exact per-position loss KL(π_S‖target) + β KL(π_S‖π_B) − γ H(π_S) from log-distributions [*s, V].
 
     With Variant.jsd below 1 its `divergence` takes the place of the first term. Zero variance given the visited prefix.
-    `lam` is one for all or one for each position; `target`, log-probabilities [*s, V], stands in for the one that λ
-    gives; what is not `allowed` has the advantage BANNED. Returns (loss [*s], {"advantage", "ratio"}): the advantage
-    of the visited `tokens` against the target of the reverse KL, for the same metrics as the sampled estimator; the
-    ratio is 1.
+    `lam` is one for all or one per position; `target`, log-probabilities [*s, V], stands in for the one that λ gives;
+    what is not `allowed` has the advantage BANNED. Returns (loss [*s], {"advantage", "ratio"}): the advantage of the
+    visited `tokens` against the target of the reverse KL, for the same metrics as the sampled estimator; the ratio is
+    1.
     """
     if target is None:
         target = target_log_distribution(teacher, base, jnp.asarray(lam)[..., None], variant.advantage)

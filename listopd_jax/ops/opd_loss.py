@@ -1,9 +1,9 @@
 """The OPD loss from hidden states: student, teacher and base meet their heads a chunk of positions at a time.
 
 The objective itself, per token, is listopd_jax.ops.objective; how the student's head gets its gradient without stored
-logits is listopd_jax.ops.fused. The way of λ: every position starts with the λ of `Hyper`, the guard lowers it where
-the distributions of teacher and base are at hand (`_frozen_distributions`, for every estimator), and the loss takes it
-by name. So does log Z, which those distributions and that λ give (`_token_scores`).
+logits is listopd_jax.ops.fused. Every position starts with the λ of `Hyper`, the guard lowers it where the
+distributions of teacher and base are at hand (`_frozen_distributions`, for every estimator), and the loss takes it by
+name. The same holds for log Z, which follows from those distributions and that λ (`_token_scores`).
 """
 
 import functools
@@ -35,7 +35,7 @@ class Frozen(NamedTuple):
 
     teacher: Any
     base: Any
-    experts: tuple[Any, ...] = ()  # the teachers besides, where each row of a batch has its own
+    experts: tuple[Any, ...] = ()  # further teachers, where each row of a batch has its own
 
     @property
     def teachers(self) -> tuple[Any, ...]:
@@ -75,15 +75,15 @@ def opd_loss(
     own_teacher: Int[Array, " N"] | None = None,
     teacher: Float[Array, " N"] | None = None,
 ) -> tuple[Float[Array, ""], dict[str, Float[Array, " N"]]]:
-    """Σ weight·loss over N completion positions (EC §2) and what is known of each; differentiable in the student's.
+    """Σ weight·loss over N completion positions (EC §2) and metrics of each; differentiable in the student's.
 
     Args:
       hiddens, heads: [N, D] and [V, D] of each model, which has its own width D and padded vocabulary V.
       tokens, rollout: the sampled tokens and their log-probability when they were sampled.
       weights: of each position's loss, 0 where there is no token.
       vocab, chunk: see `fused_loss`.
-      grammar, states: what a guard of structure alone needs, and the state of each position.
-      pallas: score teacher and base by ops/gather_kernel.py, on a TPU, where no more than that is asked of them.
+      grammar, states: for guards that know the contract; states are those of each position.
+      pallas: score teacher and base by ops/gather_kernel.py, on a TPU, where no more than scores are needed.
       reward: of each sampled token, added to its advantage.
       own_teacher: with experts, whose row it is: 0 the teacher's, i the i-th expert's.
       teacher: log π_T of the tokens where that is all there is of a teacher: those of `hiddens` and `heads` are None.
@@ -120,7 +120,7 @@ def opd_loss(
 
 
 def _logprobs(hidden, head, tokens: Int[Array, " N"], vocab: int, chunk: int) -> Float[Array, " N"]:
-    """What `gather_logprobs` gives, by plain XLA."""
+    """`gather_logprobs` in plain XLA."""
     return token_logprobs(hidden, head, tokens, vocab, chunk)[0]
 
 
@@ -147,7 +147,7 @@ def _teacher_and_base(
 
 
 def _frozen_distributions(rows: dict[str, Any], heads: Frozen, guard: Guard | None, vocab: int):
-    """log π_T and log π_B [c, vocab] of a chunk of rows, and the λ of each position [c]; what a guard makes of them."""
+    """log π_T and log π_B [c, vocab] of a chunk of rows, and the λ of each position [c], after the guard."""
     teacher, base = _teacher_and_base(
         lambda h, w: log_distribution(h, w, vocab), rows["hiddens"], heads, rows["own_teacher"]
     )
@@ -174,7 +174,7 @@ def _frozen_scores(
 def _token_scores(
     rows: dict[str, Any], teacher, base, lam, found: Guarded | None, variant: Variant
 ) -> dict[str, Any]:
-    """Of every sampled token [c]: log π_T, log π_B, λ and log Z of its position, whether it is banned, and whether the
+    """For every sampled token [c]: log π_T, log π_B, λ and log Z of its position, whether it is banned, and whether the
     target flips there."""
     token, banned, flip = rows["token"], rows["banned"], _flips(teacher, base, lam, found, variant)
     log_z = log_normalizer(teacher, base, lam, variant.advantage) if variant.normalize else rows["log_z"]
@@ -208,7 +208,7 @@ def _allowed_scores(teacher, base, token: Int[Array, " c"], found: Guarded):
 def _sampled(variant: Variant, vocab: int, logits, rows, shared):
     """A chunk's weighted loss and quantities from the student's logits [c, vocab] and the others' scores [c].
 
-    With the control variate the others' distributions are made here, beside the student's.
+    With the control variate the others' distributions are computed here, next to the student's.
     """
     logp, (heads, hyper, guard), kept = jax.nn.log_softmax(logits), shared, rows["weight"] > 0
     constants = {"reward": rows["reward"]} if "reward" in rows else {}

@@ -61,7 +61,7 @@ class BackendJit:
 
 
 def backend_options(options: Options, backend: str = "") -> dict[str, Any] | None:
-    """The `options` (by backend) for `backend`; empty: that of this process."""
+    """The `options` (by backend) for `backend`; empty: this process's."""
     return options.get(backend or jax.default_backend())
 
 
@@ -92,7 +92,7 @@ def keep_compiled(folder: pathlib.Path) -> None:
 
 @functools.cache
 def compilations() -> collections.Counter:
-    """Of this process since the first call: its programs, the seconds that compiling took, and those that it read."""
+    """Counts since the first call: programs, seconds of compiling, and programs read from the cache."""
     counts: collections.Counter = collections.Counter()
 
     def took(event: str, seconds: float, **_: Any) -> None:

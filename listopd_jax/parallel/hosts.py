@@ -1,9 +1,9 @@
-"""Many hosts: one process each, started together; who reads what, who writes, and how all end when one is gone.
+"""Many hosts: one process each, started together; who reads what, who writes, and how all stop when one is gone.
 
 Every process runs the same program (SPMD). Process 0 alone writes files; what it reads and others must agree on goes
-through `from_main`. Each holds a TCP line to process 0 besides jax's own: if it breaks, or brings the news that a
-process has stopped, the others print one line that names that process and exit, instead of waiting in a collective.
-The kernel closes the line of a killed process at once; of a host that is cut off it takes KEEPALIVE, about 25 s.
+through `from_main`. Each keeps a TCP line to process 0, apart from jax's own: if it breaks, or brings the news that a
+process has stopped, the others print one line that names that process and exit, instead of waiting in a collective. The
+kernel closes the line of a killed process at once; for a host that is cut off it takes KEEPALIVE, about 25 s.
 """
 
 import contextlib
@@ -37,7 +37,7 @@ _ending = threading.Event()  # this process is on its way out
 
 
 def is_main() -> bool:
-    """Whether this process is the one that writes; true where there is but one."""
+    """Whether this process is the one that writes; true if there is only one."""
     return _process == 0
 
 
@@ -73,9 +73,9 @@ def alone() -> bool:
 
 
 def leave(code: int, text: str) -> int:
-    """The exit code of a process that stops early; where there are others they are told why, and it exits at once.
+    """The exit code of a process that stops early; it tells any others why, and exits at once.
 
-    With code 0, a stop that was asked for and that most likely all hear of, it waits for the others to save.
+    With code 0, a requested stop that most likely reaches all of them, it waits for the others to save.
     """
     if alone():
         return code
@@ -84,7 +84,7 @@ def leave(code: int, text: str) -> int:
     if code == 0:
         for follower in _followers:
             follower.join(PATIENCE)
-    # Without jax's farewell, which would wait for processes that are gone.
+    # Without jax's own shutdown, which would wait for processes that are gone.
     end_now(code)
     return code
 
@@ -157,7 +157,7 @@ def _connect(jax: Any) -> None:
     """Lines between process 0 and each other one, with a thread that listens on each."""
     from jax._src import distributed
 
-    # The port is open to the network. Whoever connects must know the word, which only these processes do.
+    # The port is open to the network. Whoever connects must send the word, which only these processes know.
     listener, word = socket.create_server(("", 0)) if is_main() else None, secrets.token_hex(16)
     port, word = from_main(lambda: (listener.getsockname()[1], word))
     if listener is None:
@@ -194,21 +194,21 @@ def _follow(line: socket.socket, peer: int) -> None:
         for text in said:
             news = json.loads(text)
             break
-    # Code 0 is a stop that was asked for. This process has most likely heard of it too and is saving.
+    # Code 0 is a requested stop. This process most likely got the request too and is saving.
     if news.get("done") or (news["code"] == 0 and _ending.wait(PATIENCE)):
         return
     if is_main():
-        _tell(news, besides=line)
+        _tell(news, skip=line)
     print_error(
         f"process {news['process']} of {_count} {news['text']}; the same command resumes from what is saved"
     )
     end_now(news["code"])
 
 
-def _tell(news: dict[str, Any], besides: socket.socket | None = None) -> None:
+def _tell(news: dict[str, Any], skip: socket.socket | None = None) -> None:
     for line in _lines:
         with contextlib.suppress(OSError):
-            if line is not besides:
+            if line is not skip:
                 line.sendall((json.dumps(news) + "\n").encode())
 
 
@@ -216,7 +216,7 @@ def _tell(news: dict[str, Any], besides: socket.socket | None = None) -> None:
 
 
 def from_main(compute: Callable[[], Any]) -> Any:
-    """What `compute` gives on process 0, on every process; JSON values. Every process asks at the same point."""
+    """The result of `compute` on process 0, on every process; JSON values. Every process calls it at the same point."""
     if alone():
         return compute()
     text = np.frombuffer(json.dumps(compute()).encode() if is_main() else b"", np.uint8)
@@ -227,7 +227,7 @@ def from_main(compute: Callable[[], Any]) -> Any:
 
 
 def anywhere(flag: bool) -> bool:
-    """Whether `flag` is up on any host; every host asks at the same point."""
+    """Whether `flag` is set on any host; every host calls it at the same point."""
     return flag if alone() else bool(_everyone(np.array(flag)).any())
 
 
@@ -242,7 +242,7 @@ def main_first() -> Iterator[None]:
 
 
 def gather(x: Any) -> np.ndarray:
-    """The whole of an array on the host, of every process; each calls it with its own part."""
+    """The whole array, on the host of every process; each calls it with its own part."""
     if getattr(x, "is_fully_addressable", True) or x.is_fully_replicated:
         return np.asarray(x)
     from jax.experimental import multihost_utils

@@ -1,8 +1,8 @@
 """The mesh: how many devices each of its three axes has.
 
 data: rows of the batch, weights copied. fsdp: rows of the batch too, weights split and gathered layer by layer. tensor:
-heads, MLP units and vocabulary. The order is that of the traffic, so that the chattiest axis is of neighbouring
-devices. What is split along which axis: rules.py.
+heads, MLP units and vocabulary. The axes are ordered by traffic, so that the busiest one has neighbouring devices.
+What is split along which axis: rules.py.
 """
 
 import contextlib
@@ -51,7 +51,7 @@ def make_mesh(sizes: Mapping[str, int], devices: Sequence[Any] | None = None) ->
 
 
 def configured_mesh(parallel: Mapping[str, int]) -> Mesh | None:
-    """The mesh over all devices that config section `parallel` asks for; None where there is but one device."""
+    """The mesh over all devices that config section `parallel` asks for; None if there is only one device."""
     sizes = mesh_sizes(parallel, jax.device_count())
     return make_mesh(sizes) if math.prod(sizes.values()) > 1 else None
 

@@ -2,7 +2,7 @@
 
 Every axis has a logical name, and RULES is the one table from these to mesh axes. Models and steps name the axes of an
 array at a few places, `constrain(x, "batch", …)`, and XLA's partitioner derives the collectives. The mesh is that of
-the context (`use_mesh`); without one, all of this is the identity and a program is that of one device.
+the context (`use_mesh`); without one, all of this is the identity and a program is for one device.
 
 Weights are stored split over `fsdp` and `tensor`. A layer gathers them over `fsdp`, in the compute dtype, for its use.
 A mesh axis that does not divide a dimension leaves it whole. Where `tensor` does not divide the KV heads, each head is
@@ -130,7 +130,7 @@ def is_split(axis: str) -> bool:
 
 
 def kv_copies(num_kv_heads: int) -> int:
-    """Copies of each KV head with which every device of the tensor axis has as many: 1 if it divides the heads."""
+    """Copies of each KV head that give every device of the tensor axis equally many: 1 if it divides the heads."""
     mesh = jax.sharding.get_abstract_mesh()
     return 1 if mesh.empty else math.lcm(num_kv_heads, _devices("kv_heads", mesh)) // num_kv_heads
 

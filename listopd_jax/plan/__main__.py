@@ -112,7 +112,7 @@ def set_environment(topology: Topology) -> None:
         os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {count}".strip()
     if topology.is_tpu:
         # Only the compiler is used, so the lock that guards a host's TPUs is neither needed nor taken from a training
-        # run beside this one. The rest keeps libtpu from asking a metadata server, and from writing logs.
+        # run next to this one. The rest keeps libtpu from asking a metadata server, and from writing logs.
         os.environ.update(
             TPU_SKIP_MDS_QUERY="1", ALLOW_MULTIPLE_LIBTPU_LOAD="1", TPU_ACCELERATOR_TYPE=accelerator_type(topology),
             TPU_WORKER_HOSTNAMES="localhost", TPU_LOG_DIR="disabled", TPU_MIN_LOG_LEVEL="3",
@@ -121,7 +121,7 @@ def set_environment(topology: Topology) -> None:
 
 
 def accelerator_type(topology: Topology) -> str:
-    """Google's name of a slice: v5litepod-8, v6e-8; of a v5p in TensorCores, two a chip."""
+    """Google's name of a slice: v5litepod-8, v6e-8; for a v5p in TensorCores, two per chip."""
     kind = {"v5e": "v5litepod"}.get(topology.kind, topology.kind)
     return f"{kind}-{topology.devices * (2 if kind == 'v5p' else 1)}"
 
@@ -150,7 +150,7 @@ def verdict(plan: Mapping[str, Any]) -> str:
     mesh = " ".join(f"{axis}={size}" for axis, size in plan["mesh"].items() if size > 1) or "one device"
     setting = f"{plan['topology']}, {mesh}, microbatch {plan['microbatch']}, remat {plan['remat']}"
     setting += f", attention {plan['attention']}"
-    size = f"{plan['peak_gib']:.3g} GiB of {plan['hbm_gib']:.4g} a device"
+    size = f"{plan['peak_gib']:.3g} GiB of {plan['hbm_gib']:.4g} per device"
     size += ", estimated" if plan["bytes_compiled"] is None else ""
     return (
         f"{word}: {size} ({setting}); a step takes at least {plan['step_s_floor']:.3g} s ({plan['bound_by']})"
@@ -158,7 +158,7 @@ def verdict(plan: Mapping[str, Any]) -> str:
 
 
 def _memory_lines(plan: Mapping[str, Any]) -> list[str]:
-    lines = [f"memory a device, GiB ({plan['memory_source']})"]
+    lines = [f"memory per device, GiB ({plan['memory_source']})"]
     lines += [f"  {kind:<22}{size:>9.2f}" for kind, size in plan["memory_gib"].items()]
     lines += [f"  peak of the {phase:<11}{size:>8.2f}" for phase, size in plan.get("peaks_gib", {}).items()]
     if plan.get("refused"):
@@ -183,7 +183,7 @@ def _time_lines(plan: Mapping[str, Any]) -> list[str]:
 
 
 def _kernel_lines(plan: Mapping[str, Any]) -> list[str]:
-    """Times by the kernels beside the floors of the phases, and the longest kernels."""
+    """Times by the kernels against the floors of the phases, and the longest kernels."""
     if "modelled" not in plan:
         return []
     modelled = plan["modelled"]

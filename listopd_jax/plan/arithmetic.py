@@ -54,13 +54,13 @@ class Layout(NamedTuple):
     gather_rollout: bool = True
     chunk: int = 1024
     attention: str = "xla"
-    drafts: int = 0  # tokens per completion that the rollout's cache has room for besides the budget
+    drafts: int = 0  # extra tokens per completion that the rollout's cache has room for
     average: bool = False  # whether an average of what the student trains is kept
     lora: Lora | None = None  # the adapter that the student trains; None: it trains all of itself
 
     @property
     def keeps_scores(self) -> bool:
-        """Whether attention scores are arrays in memory: fused kernels have but blocks of them."""
+        """Whether attention scores are arrays in memory: fused kernels hold only blocks of them."""
         return self.attention == "xla"
 
     def trained(self, student: ModelConfig) -> int:
@@ -69,7 +69,7 @@ class Layout(NamedTuple):
 
     @property
     def rolls_out_base(self) -> bool:
-        """Whether the student writes with the arrays of the base: beside an adapter they need be no copy."""
+        """Whether the student writes with the arrays of the base: with an adapter they need not be a copy."""
         gathers = self.gather_rollout and self.sizes["fsdp"] > 1
         return self.lora is not None and self.compute == self.frozen and not gathers
 
@@ -85,7 +85,7 @@ class Layout(NamedTuple):
 
 
 class Cost(NamedTuple):
-    """Of one phase on one device: FLOPs, bytes through HBM, bytes that arrive along each mesh axis."""
+    """The cost of one phase on one device: FLOPs, bytes through HBM, bytes that arrive along each mesh axis."""
 
     flops: float
     hbm: float
@@ -137,7 +137,7 @@ def head_flops(c: ModelConfig, load: Load) -> float:
 
 
 def frozen_bytes(c: ModelConfig, dtype: str) -> float:
-    """Of a frozen model, of which int8 and int4 leave embedding and head in bfloat16 (models/quantized.py)."""
+    """Bytes of a frozen model; int8 and int4 leave embedding and head in bfloat16 (models/quantized.py)."""
     tables = c.vocab_size * c.hidden_size * (1 if c.tied else 2)
     return WIDTHS[dtype] * (num_params(c) - tables) + max(WIDTHS[dtype], WIDTHS["bfloat16"]) * tables
 
@@ -148,10 +148,10 @@ def forward_flops(c: ModelConfig, load: Load) -> float:
 
 
 def recomputed_flops(c: ModelConfig, load: Load, remat: str) -> float:
-    """What the backward pass computes again: of the layers what `remat` says, of the fused head nothing.
+    """What the backward pass recomputes: of the layers what `remat` says, nothing of the fused head.
 
-    Attention's scores are always computed again, its mixture only by 'full' (and by splash attention with 'dots' too,
-    some 0.2 % of a step that is not counted).
+    Attention's scores are always recomputed, its mixture only by 'full' (and by splash attention with 'dots' too, about
+    0.2 % of a step that is not counted).
     """
     layers = forward_flops(c, load) - head_flops(c, load)
     if remat == "full":
@@ -168,9 +168,9 @@ def step_flops(
 ) -> dict[str, float]:  # fmt: skip
     """FLOPs of one OPD step by part, over all devices; `base` has the student's shape unless another is given.
 
-    `experts` are further teachers, which read all rows too. All are taken to read the student's prompts.
-    A student that is `adapted` has no gradients of its weights; its adapter's own products, some rank/width of the
-    others, are left out.
+    `experts` are further teachers, which read all rows too. All are taken to read the student's prompts. A student that
+    is `adapted` has no gradients of its weights; its adapter's own products, about rank/width of the others, are left
+    out.
     """
     return {
         "prefill": prompt_flops(student, load),
@@ -363,7 +363,7 @@ def _pass_bytes(student: ModelConfig, teachers: Sequence[ModelConfig], load: Loa
     units = 3 * student.intermediate_size / tensor + 5 * mixed
     stored = {"full": 0.0, "attention": mixed, "dots": units, "none": 2 * units}[layout.remat]
     layer = max(layer_weights(c) / c.num_layers for c in (student, *teachers))
-    # Of each layer its input is kept, and what the remat policy stores besides.
+    # Each layer keeps its input and what the remat policy stores.
     kept = student.num_layers * tokens * width * (student.hidden_size + stored)
     head_gradient = 0 if layout.lora else F32 * student.vocab_size * student.hidden_size / tensor
     return (

@@ -3,7 +3,7 @@
 Sources (read November 2026). TPU: "System architecture" tables of cloud.google.com/tpu/docs/v5e, /v5p and /v6e. They
 give the inter-chip bandwidth of a chip in both directions (400, 1200, 800 GB/s); the half of it that arrives is divided
 here by the chip's torus axes (2, 3, 2). Their data-centre network is given for a pod or a chip. H100 SXM: NVIDIA's data
-sheet (80 GB, 3.35 TB/s, 989 TFLOP/s dense bf16, NVLink 900 GB/s in both directions), 400 Gb/s of network a GPU.
+sheet (80 GB, 3.35 TB/s, 989 TFLOP/s dense bf16, NVLink 900 GB/s in both directions), 400 Gb/s of network per GPU.
 `hbm_gib` is what a program may use: of the 16 and 32 GiB of v5e and v6e libtpu 0.0.42 refuses what is over 15.75 and
 31.25 (it would grant 95.74 of v5p's published 95); of an H100's 79.18 GiB a job takes .92
 (listopd_jax.parallel.compiler.MEMORY_FRACTION; this module starts no jax).
@@ -27,7 +27,7 @@ class Chip(NamedTuple):
     flops: float  # bf16, dense, FLOP/s
     link: float  # bytes/s that arrive over one axis of the interconnect
     links: int  # axes of the interconnect
-    dcn: float  # bytes/s a chip over the network between slices or nodes
+    dcn: float  # bytes/s per chip over the network between slices or nodes
 
 
 CHIPS = {
@@ -45,7 +45,7 @@ class Rates(NamedTuple):
     product: float  # FLOP/s of large matrix products
     attention: float  # FLOP/s of fused attention
     bandwidth: float  # bytes/s of what a kernel reads and writes
-    launch: float  # seconds that each kernel takes besides
+    launch: float  # seconds of overhead per kernel
     link: float  # bytes/s that arrive from other devices
 
 
@@ -102,7 +102,7 @@ class Topology(NamedTuple):
 
 
 def parse_topology(name: str) -> Topology:
-    """The topology of a name such as v5p:2x2x2, h100:8 or cpu:8; UserError with the known ones if it is none."""
+    """The topology of a name such as v5p:2x2x2, h100:8 or cpu:8; UserError with the known ones for any other."""
     kind, _, rest = name.partition(":")
     if kind not in CHIPS:
         raise UserError(f"--topology={name}: {did_you_mean(kind, CHIPS)}known: {known()}")

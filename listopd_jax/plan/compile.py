@@ -1,7 +1,7 @@
 """The real rollout and update programs, compiled ahead of time for devices that need not exist.
 
-Nothing is allocated: arguments are shapes with shardings. For TPUs it is libtpu's own compiler, so what it says of
-memory is what a chip would say; for GPUs it is XLA's, with the options that a job gives it.
+Nothing is allocated: arguments are shapes with shardings. For TPUs it is libtpu's own compiler, so its memory figures
+are those of a chip; for GPUs it is XLA's, with the options that a job gives it.
 """
 
 import contextlib
@@ -157,7 +157,7 @@ def rollout_programs(
     sizes: Sequence[int],
     of_base: bool = False,
 ) -> tuple[Program, list[Program]]:
-    """Of the first token, and of each segment whose cache has room for so many of `sizes` tokens."""
+    """The program of the first token, and of each segment, whose cache has room for one of `sizes` tokens."""
     sampler = _sampler(config, shapes, vocab, mesh, of_base)
     prompts, lengths, rollout = _batch(config, mesh)
     hint = jax.ShapeDtypeStruct((*lengths.shape, HINT), jnp.int32)

@@ -1,4 +1,4 @@
-"""An H100 that is not there: XLA's GPU compiler runs on a CPU if it is told what it compiles for.
+"""Compiling for an absent H100: XLA's GPU compiler runs on a CPU if given its target.
 
 jax's CUDA plugin is the compiler (extra `plan-gpu`: without the CUDA libraries, which only a run needs). What a run
 would find out on the card is fixed here: products are not autotuned, and cuDNN is taken to be there.

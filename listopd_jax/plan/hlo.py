@@ -1,4 +1,4 @@
-"""The HLO text of a compiled program as data: computations of instructions, and which of them runs which how often."""
+"""The HLO text of a compiled program as data: computations of instructions, and how often each runs."""
 
 import math
 import re
@@ -95,7 +95,7 @@ def elements(shape: str) -> int:
 
 
 def dimensions(shape: str) -> list[int]:
-    """Of the first array of a shape."""
+    """Dimensions of the first array of a shape."""
     return ints(re.search(r"\w+\[([\d,]*)\]", shape)[1])
 
 

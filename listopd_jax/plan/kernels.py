@@ -1,8 +1,8 @@
 """The kernels of a program compiled for a GPU, read from its HLO text: what each computes and moves, and how often.
 
 An instruction that is not bookkeeping is one kernel. Slices count for the bytes that are taken, updates in place for
-those that are written. Times are a roofline with the rates of chips.py, one kernel after another: what a kernel finds
-in the cache, kernels side by side and autotuning are not seen.
+those that are written. Times are a roofline with the rates of chips.py, one kernel after another: cache hits,
+concurrent kernels and autotuning are not modelled.
 """
 
 import math
@@ -46,7 +46,7 @@ class Kernel(NamedTuple):
     written: float
 
     def seconds(self, rates: Rates) -> float:
-        """Of all its runs."""
+        """The time of all its runs."""
         speed = rates.attention if self.kind == "attention" else rates.product
         width = rates.link if self.kind == "collective" else rates.bandwidth
         return self.runs * (rates.launch + max(self.flops / speed, (self.read + self.written) / width))

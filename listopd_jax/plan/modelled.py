@@ -44,7 +44,7 @@ def modelled_step(
 def at_mean(config: Any, load: Load) -> ml_collections.ConfigDict:
     """`config` with prompts as wide as those of the mean length; drafts only where they are asked for by number.
 
-    How many will be confirmed only a trained policy tells: decoding is counted as if none were.
+    Only a trained policy tells how many will be confirmed: decoding is counted as if none were.
     """
     narrow = ml_collections.ConfigDict(copy.deepcopy(config.to_dict()))
     narrow.task.max_prompt = min(config.task.max_prompt, round_up(math.ceil(load.prompt), WIDTH_MULTIPLE))

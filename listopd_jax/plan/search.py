@@ -198,8 +198,8 @@ def _compiled_memory(config, shapes, topology: Topology, layout: Layout) -> dict
     mesh = make_mesh(layout.sizes, devices)
     memory = aot.state_memory(config, shapes, mesh, layout.rolls_out_base)
     result = {"memory_source": f"compiled for {devices[0].device_kind}", "refused": None}
-    # What is not among a program's arguments waits beside it: the teacher, until it is needed; for what writes, whose
-    # own are a copy of the model (or the base, beside an adapter) and the prompts, all else.
+    # What is not among a program's arguments takes memory all the same: the teacher, until it is needed; for the
+    # rollout, whose arguments are a copy of the model (or the base, with an adapter) and the prompts, all else.
     shared = memory["base"] if layout.rolls_out_base else 0
     waiting = {
         "sft student": memory["teacher"],
@@ -273,7 +273,7 @@ def _trained_roles(config: Any) -> list[str]:
 
 
 def evaluated_teacher(config: Any, shape: ModelConfig, frozen: float) -> float:
-    """Bytes of the teacher beside the copy that decodes, of `frozen` as it is kept: in float32 from its SFT."""
+    """Bytes of the teacher without the copy that decodes, of `frozen` as it is kept: in float32 from its SFT."""
     dtype = config.dtype
     if as_given(config):
         return 0 if dtype.frozen == dtype.compute or dtype.frozen in GROUPS else frozen
@@ -281,7 +281,7 @@ def evaluated_teacher(config: Any, shape: ModelConfig, frozen: float) -> float:
 
 
 def _builds(config: Any) -> dict[str, Callable[..., Any]]:
-    """What compiles the programs of each phase; the SFT of a role only where it is trained, evaluated it is anyway."""
+    """What compiles the programs of each phase; the SFT of a role only where it is trained; it is evaluated anyway."""
     from listopd_jax.plan import compile as aot
 
     sft = {f"sft {role}": functools.partial(aot.compile_sft, role=role) for role in _trained_roles(config)}
@@ -324,7 +324,7 @@ def _meshes(devices: int) -> Iterator[dict[str, int]]:
 
 
 def search(config: Any, topology: Topology, load: Load, compiles: int) -> dict[str, Any]:
-    """The plan of the fastest layout that fits, for its devices are the same number in all.
+    """The plan of the fastest layout that fits; all use the same number of devices.
 
     By arithmetic all are ranked, those that fit first; the best is compiled. If it does not fit after all, the working
     memory of the others is taken to be underestimated as much, and the best of them is compiled, at most `compiles` in
@@ -357,7 +357,7 @@ def search(config: Any, topology: Topology, load: Load, compiles: int) -> dict[s
 
 
 def _working_gib(plan: Mapping[str, Any], estimate: Mapping[str, Any]) -> float:
-    """What is needed at the peak beside the persistent part (known exactly, from the estimate)."""
+    """GiB needed at the peak on top of the persistent part (known exactly, from the estimate)."""
     return max(plan["peak_gib"] - arithmetic.persistent(estimate["memory_gib"]), 1e-3)
 
 
@@ -367,7 +367,7 @@ def _enlarged(estimate: Mapping[str, Any], factor: float) -> dict[str, Any]:
 
 
 def _rank(plan: Mapping[str, Any]) -> tuple:
-    """Fitting plans by time, of equals the largest microbatch; after them the others by memory, of equals likewise."""
+    """Fitting plans by time, ties by the largest microbatch; then the others by memory, ties likewise."""
     room = 1.0 if plan["bytes_compiled"] is not None else ROOM
     # To three digits: arithmetic does not know more, and within that the larger microbatch wins.
     seconds, peak = (float(f"{plan[name]:.3g}") for name in ("step_s_floor", "peak_gib"))

@@ -2,8 +2,8 @@
 
     RMSE ≤ max(.05, 1.25 · floor),   floor = √mean_λ(sd²/n)
 
-The floor is what a predictor that knows the true means would miss the means of n seeds by. Of the predictors in the
-lock one is `chosen`, by a rule that its code had before; the verdict is about that one.
+The floor is the error of a predictor that knows the true means, against means of n seeds. Of the predictors in the lock
+one is `chosen`, by a rule fixed in its code beforehand; the verdict is about that one.
 """
 
 import datetime

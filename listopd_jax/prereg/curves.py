@@ -1,6 +1,6 @@
-"""The verdicts on several locked curves as one JSON list, beside what needs no predictor: docs/results/forecast.json.
+"""The verdicts on several locked curves as one JSON list, with baselines: docs/results/forecast.json.
 
-Baselines, which see what they are judged by or another pair's runs, so that a predictor has to beat them honestly:
+The baselines see the curve that they are judged by, or another pair's runs, so a predictor has to beat them honestly:
 `best_constant`, the mean of the observed curve; `logistic_of_PAIR`, a logistic in λ fitted to the runs of that pair.
 """
 

@@ -1,4 +1,4 @@
-"""Write the report of a workdir again, with other runs beside it if there are any.
+"""Write the report of a workdir again, with other runs next to it if there are any.
 
 python -m listopd_jax.report runs/plain --beside runs/guard [--out=FILE]
 """

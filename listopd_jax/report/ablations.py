@@ -73,7 +73,7 @@ def rows(name: str, inputs: Inputs) -> list[tuple[str, ...]]:
 
 
 def save_figure(runs: Mapping[str, Inputs], path: str) -> None:
-    """One panel a run: parse against λ at each budget, with its predictions; a PNG."""
+    """One panel per run: parse against λ at each budget, with its predictions; a PNG."""
     from matplotlib.figure import Figure
 
     columns = min(4, len(runs))

@@ -1,4 +1,4 @@
-"""Other runs beside this one, such as the guarded beside the plain: parse and useful at each λ in one figure each."""
+"""Other runs next to this one, such as guarded next to plain: parse and useful at each λ in one figure each."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -17,7 +17,7 @@ LOOKS = ((plots.BLUE, "o"), (plots.ORANGE, "s"), (plots.GREEN, "D"), (plots.PURP
 
 
 def beside_section(inputs: Inputs) -> Section | None:
-    """This run and those that the report was asked to show beside it; None if it was asked for none."""
+    """This run and those that the report was asked to show next to it; None if it was asked for none."""
     if not inputs.beside:
         return None
     runs = {

@@ -18,7 +18,7 @@ _LEAD = (
 
 
 def constrained_section(inputs: Inputs) -> Section | None:
-    """One row a policy and decoding; None where that was not asked for."""
+    """One row per policy and decoding; None where that was not asked for."""
     rows = [_row(record, d) for record in inputs.results for d in record.decodings]
     if not rows:
         return None

@@ -1,4 +1,4 @@
-"""The report's training curves: small multiples over steps, one line a λ or a stage."""
+"""The report's training curves: small multiples over steps, one line per λ or stage."""
 
 import statistics
 from collections import defaultdict
@@ -63,7 +63,7 @@ def sft_section(inputs: Inputs) -> Section | None:
 
 
 def opd_section(inputs: Inputs) -> Section | None:
-    """Training curves of distillation, one line a λ and guard; None before there are any."""
+    """Training curves of distillation, one line per λ and guard; None before there are any."""
     rows = defaultdict(list)
     for row in inputs.metrics:
         if (run := logged_place(row)) is not None:

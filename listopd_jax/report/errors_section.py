@@ -55,7 +55,7 @@ def _kind(policy: Policy) -> tuple[str, ...]:
 
 
 def _table(policies: Sequence[Policy], classes: Sequence[str]) -> Table:
-    """One row a failure class and one for what answers are worth, one column a policy."""
+    """One row per failure class and one for what answers are worth, one column per policy."""
     shares = [policy.failure_shares() for policy in policies]
     names = [
         policy.name if policy.lam is None else ", ".join([f"λ = {number(policy.lam)}", *_kind(policy)])
@@ -68,7 +68,7 @@ def _table(policies: Sequence[Policy], classes: Sequence[str]) -> Table:
 
 
 def _plot(distilled: Sequence[Policy], classes: Sequence[str]) -> Plot:
-    """One line a failure class and kind of policies: a class has one colour, its kinds have other markers."""
+    """One line per failure class and kind of policies: a class has one colour, its kinds have different markers."""
     series = [
         plots.Series(
             ", ".join([_name(failure), *map(label, kind)]),

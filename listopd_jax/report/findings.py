@@ -58,7 +58,7 @@ class Policy:
 
     @property
     def name(self) -> str:
-        """How the report calls it."""
+        """Its name in the report."""
         return policy_name(*self.key)
 
     @property
@@ -125,7 +125,7 @@ class Findings:
 def policy_name(
     stage: str, lam: float | None, checkpoint: str | None, guard: str = "", sweep: str = ""
 ) -> str:
-    """How the report calls a policy: "OPD, λ = 1.2", "OPD, λ = 1.2, guarded, clip=1.5", "checkpoint NAME"."""
+    """A policy's name in the report: "OPD, λ = 1.2", "OPD, λ = 1.2, guarded, clip=1.5", "checkpoint NAME"."""
     name = STAGES.get(stage, stage) + (f" {checkpoint}" if checkpoint is not None else "")
     where = [] if lam is None else [place(lam, guard)]
     return ", ".join([name, *where, *filter(None, [sweep])])
@@ -176,7 +176,7 @@ def find(records: Iterable[Result]) -> Findings:
 
 
 def _by_guard(some: Iterable[Policy]) -> tuple[tuple[Policy, ...], tuple[Policy, ...]]:
-    """Policies without a guard and those under one; all under one are the first, where there is nothing beside them."""
+    """Policies without a guard and those under one; if all are under one, they are the first."""
     some = tuple(some)
     plain, guarded = (tuple(p for p in some if bool(p.guard) == on) for on in (False, True))
     return (plain, guarded) if plain else (guarded, ())

@@ -1,4 +1,4 @@
-"""Plain and guarded policies of one run beside each other, and whether going past λ = 1 paid.
+"""Plain and guarded policies of one run side by side, and whether going past λ = 1 paid.
 
 The endpoint is the error of the expected scores, for which every list counts, parsed or not. One seed is compared with
 λ = 1 list by list, several seed by seed: an interval over lists says nothing about other seeds.
@@ -19,7 +19,7 @@ CONTROLS = (
 
 
 def guarded_section(inputs: Inputs) -> Section | None:
-    """Every distilled policy with its difference to plain λ = 1; None where none is guarded beside plain ones."""
+    """Every distilled policy with its difference to plain λ = 1; None unless there are both guarded and plain ones."""
     found = inputs.found
     if not found.guarded:
         return None

@@ -42,7 +42,7 @@ HEAD = (
 
 
 def compared(ablations: Mapping[str, Seeds]) -> list[Json]:
-    """What guards.json says of each ablation of one pair; an ablation is compared once λ = 1 has a seed of it."""
+    """The rows of guards.json for one pair; an ablation is compared once λ = 1 has one of its seeds."""
     rows = []
     for ablation, seeds in ablations.items():
         row = {

@@ -50,7 +50,7 @@ METRICS = {
 }
 """The metrics that the report has names for."""
 USEFUL = "parse · NDCG@1"
-"""What useful is where the data report does not say: of reviews."""
+"""What useful is where the data report does not say: that of reviews."""
 
 UNSWEPT = "no sweep"
 _Json = Mapping[str, Any]
@@ -72,7 +72,7 @@ class Inputs:
     errors: Sequence[Errors] = ()
     noise: Mapping[str, Mapping[str, float]] | None = None  # planted, by role; None: not written down yet
     beside: Mapping[str, "Inputs"] = field(default_factory=dict)  # other runs to compare with, by name
-    point: str = ""  # of opd.sweep, that all of this is of
+    point: str = ""  # of opd.sweep, that all of this belongs to
 
     @cached_property
     def found(self) -> findings.Findings:
@@ -102,15 +102,15 @@ class Inputs:
         return replace(self, results=results, metrics=metrics)
 
     def points(self) -> dict[str, "Inputs"]:
-        """The points of opd.sweep, each as a run with what all share; "" and itself of a run that sweeps nothing.
+        """The points of opd.sweep, each as a run with what all share; "" and itself for a run that sweeps nothing.
 
-        What was distilled before there was a sweep is a point of its own, UNSWEPT.
+        Policies distilled before there was a sweep are a point of their own, UNSWEPT.
         """
         labels = dict.fromkeys(record.sweep for record in self.results if record.stage == "opd")
         return {label or UNSWEPT: self._at(label) for label in labels} if any(labels) else {"": self}
 
     def _at(self, label: str) -> "Inputs":
-        """What is of that point or of all; of forecasts those under its guard, or under none."""
+        """What belongs to that point or to all; forecasts are those under its guard, or under none."""
         results, examples, errors = (
             [r for r in records if r.stage != "opd" or r.sweep == label]
             for records in (self.results, self.examples, self.errors)
@@ -128,7 +128,7 @@ class Inputs:
         )
 
     def planted(self, role: str) -> list[tuple[str, float]]:
-        """(corruption, share) of the answers that the SFT of `role` trained on; of an old run, what it asked for."""
+        """(corruption, share) of the answers that the SFT of `role` trained on; for an old run, from its config."""
         if self.noise is not None:
             return list(self.noise.get(role, {}).items())
         sft: Any = self.config.get("config")
@@ -153,7 +153,7 @@ class Inputs:
 
 
 def first_point(inputs: Inputs) -> Inputs:
-    """The first point of a sweep with the others beside it, and each point of other runs; without a sweep `inputs`."""
+    """The first point of a sweep with the others next to it, and each point of other runs; without a sweep `inputs`."""
     (_, first), *others = inputs.points().items()
     runs = {
         f"{name} {label}".strip(): at
@@ -174,7 +174,7 @@ def _at_point(config: _Json, label: str) -> _Json:
 
 
 def _section(tree: dict[str, Any], name: str) -> dict[str, Any]:
-    """The section of that name, made where there is none: a label of a file may say anything."""
+    """The section of that name, made where there is none: a label in a file may say anything."""
     if not isinstance(tree.get(name), dict):
         tree[name] = {}
     return tree[name]
@@ -192,7 +192,7 @@ def _option(text: str) -> float | bool | str:
 
 
 def logged_place(row: _Json) -> Place | None:
-    """λ and guard of the run that a row of metrics.jsonl is of; None of one that is not distilled."""
+    """λ and guard of the run that a row of metrics.jsonl is of; None if it is not distilled."""
     if row.get("stage") != "opd" or not is_number(row.get("lambda")):
         return None
     return row["lambda"], str(row.get("guard") or "")

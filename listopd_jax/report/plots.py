@@ -143,7 +143,7 @@ def versus_lambda(
     in_percent: bool = False,
     broken: tuple[float, float] | None = None,
 ) -> str:
-    """Metrics in 0..1 against λ: a dot a seed with its interval, lines through the means, `broken` shaded."""
+    """Metrics in 0..1 against λ: one dot per seed with its interval, lines through the means, `broken` shaded."""
     with matplotlib.rc_context(_STYLE):
         figure, axes = _figure(340, 256)
         for one in series:
@@ -166,7 +166,7 @@ def versus_lambda(
 def failure_bars(
     rows: Sequence[tuple[str, Mapping[str, float]]], names: Mapping[str, str], *, description: str
 ) -> str:
-    """One bar a policy, from top to bottom, split by the share of its answers in each failure class.
+    """One bar per policy, from top to bottom, split by the share of its answers in each failure class.
 
     Args:
       rows: (name of the policy, share of its answers by class) each.
@@ -201,7 +201,7 @@ def failure_bars(
 def training_curves(
     curves: Sequence[Curve], *, ylabel: str, description: str, limits: tuple[float, float] | None = None
 ) -> str:
-    """One metric over training steps, one line a curve; the legend is the page's."""
+    """One metric over training steps, one line per curve; the legend is the page's."""
     with matplotlib.rc_context(_STYLE):
         figure, axes = _figure(280, 176)
         width = 1.4 if len(curves) <= 8 else 1.0
@@ -278,7 +278,7 @@ def _draw_point(axes: Axes, point: Point, x: float, series: Series, alone: bool)
 def _svg(figure: Figure, description: str) -> str:
     """The figure as an <svg> element for HTML: described, unsized, no links, no repeated ids."""
     buffer = io.StringIO()
-    # Else the file would have a date in it, and be another one each time.
+    # Else the file would have a date in it, and differ each time.
     empty = dict.fromkeys(("Creator", "Date", "Format", "Type"))
     # Ids are hashes: the salt makes them the same each time, and keeps those of two figures on a page apart.
     with matplotlib.rc_context({"svg.hashsalt": description}):

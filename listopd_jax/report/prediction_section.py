@@ -1,4 +1,4 @@
-"""What predictions.json said of the trained curve, beside what came of it."""
+"""The trained curve as predictions.json had it, against the curve that was measured."""
 
 import math
 import statistics

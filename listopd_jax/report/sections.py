@@ -44,7 +44,7 @@ MAX_OUTPUT, MAX_PROMPT = 1500, 4000  # characters of an example shown
 FEW_BUDGETS = 2  # drawn in the figure of parse against λ
 FORGETTING = ("perplexity", "kl_to_base")
 FORGETTING_HEAD = ("policy", "seed", "perplexity", "KL to the base")
-GOOD_EXAMPLES, BAD_EXAMPLES = 1, 2  # shown a policy
+GOOD_EXAMPLES, BAD_EXAMPLES = 1, 2  # shown per policy
 _ORIGIN = ("fingerprint", "inputs", "files")  # of the data report: for machines, folded away
 
 
@@ -117,7 +117,7 @@ def forgetting_section(inputs: Inputs) -> Section | None:
     if not rows:
         return None
     lead = (
-        "Twelve English sentences that have nothing to do with the task: perplexity a token, and the mean KL "
+        "Twelve English sentences that have nothing to do with the task: perplexity per token, and the mean KL "
         "divergence to the base in nats. The SFT student is the base: what distilled policies start from."
     )
     return Section("forgetting", "What is forgotten", lead, tables=[Table("", FORGETTING_HEAD, rows)])
@@ -246,7 +246,7 @@ def _quality_plot(found: Findings) -> Plot:
 
 
 def _points(policies: Iterable[Policy], metric: str) -> list[plots.Point]:
-    """One point a seed that defines `metric`."""
+    """One point per seed that defines `metric`."""
     runs = [(policy.lam, run) for policy in policies for run in policy.records]
     return [
         plots.Point(lam, value, run.intervals.get(metric))
@@ -283,7 +283,7 @@ def _how_to_read(inputs: Inputs) -> str:
 
 
 def _runs_table(inputs: Inputs, collapsed: bool) -> Table:
-    """One row a record: metrics with intervals, answers, steps, seed."""
+    """One row per record: metrics with intervals, answers, steps, seed."""
     places = {policy.key: i for i, policy in enumerate(inputs.policies)}
     runs = sorted(inputs.results, key=lambda r: (places[r.policy], r.seed or 0, r.steps or 0))
     rows = [_run_row(run, inputs.metrics_shown) for run in runs]
@@ -300,7 +300,7 @@ def _run_row(run: Result, shown: Iterable[str]) -> tuple[Cell, ...]:
 
 
 def _seeds_table(inputs: Inputs) -> Table:
-    """One row a policy: means over its seeds."""
+    """One row per policy: means over its seeds."""
     rows = [
         (
             Cell(policy.name),
@@ -349,7 +349,7 @@ def _failure_table(shown: Sequence[Policy], names: Mapping[str, str]) -> Table:
 
 
 def _choose(examples: Sequence[Example]) -> list[Example]:
-    """A few good and bad outputs a policy, in the order of the policies."""
+    """A few good and bad outputs per policy, in the order of the policies."""
     groups = defaultdict(list)
     for example in examples:
         groups[example.policy].append(example)
@@ -412,7 +412,7 @@ def _facts(name: str, values: Mapping[str, Any]) -> Table:
 
 
 def _lines(tree: Mapping[str, Any], between: str) -> str:
-    """One line a leaf: its dotted path and its JSON."""
+    """One line per leaf: its dotted path and its JSON."""
     return "\n".join(
         f"{path}{between}{json.dumps(value, ensure_ascii=False)}" for path, value in _leaves(tree, ".")
     )

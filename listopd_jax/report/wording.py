@@ -21,7 +21,7 @@ def at(lam: float) -> str:
 
 
 def percent(rate: float | None, digits: int = 0) -> str:
-    """A rate as a percentage; near its ends with a digit more, so that all but reads as all less often."""
+    """A rate as a percentage; near its ends with one more digit, so that nearly all is seldom shown as all."""
     if rate is None:
         return "–"
     if 0 < rate < 0.005 or 0.995 <= rate < 1:

@@ -35,7 +35,7 @@ def write_report(workdir: str | pathlib.Path) -> pathlib.Path:
 
 
 def render(inputs: Inputs) -> str:
-    """The page as text; of a sweep the page of its first point, with the others beside it."""
+    """The page as text; for a sweep the page of its first point, with the others next to it."""
     inputs = first_point(inputs)
     dark = "".join(f"--c{light[1:]}:{shade};" for light, shade in plots.DARK.items())
     environment = jinja2.Environment(

@@ -7,7 +7,7 @@ shares one prompt cache.
 
 `decode` is one program with a cache of the whole budget. `generate` writes the same in segments: the cache grows with
 the completions, and rows that have ended leave the batch. The host reads three numbers after each segment and nothing
-in between. A row's random numbers are its own, so where it is computed does not change what it says.
+in between. A row's random numbers are its own, so where it is computed does not change what it writes.
 
 Completions may be constrained to what a grammar allows: by its tables on the device (`constraint`), or token by token
 by masks that the host makes (`masks`). The sampler is then its distribution over what is allowed, renormalised, and
@@ -60,7 +60,7 @@ LEAST_CAPACITY = 64  # tokens; a shorter cache is not worth a program
 Masks = Callable[[Int[np.ndarray, " R"], Int[np.ndarray, " R"] | None], UInt32[np.ndarray, "R W"]]
 """(number of each row, its last token; None: it has none) → what it may write next, 32 tokens to a word.
 
-Asked of every row before its first token, and of those that are not done after each token, while there are any.
+Called for every row before its first token, and for those that are not done after each token, while there are any.
 """
 
 
@@ -79,7 +79,7 @@ class Settings(NamedTuple):
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Sampler:
-    """All that decides the next token, but for the tokens before it.
+    """All that decides the next token, except the tokens before it.
 
     graphs, params: static half and parameters of each of m models. weights [m, n]: of the models in the mixture that
     completion j of a prompt is from. temperature: a scalar. guard: lowers the first of two weights (ops/guard.py).
@@ -97,7 +97,7 @@ class Sampler:
 
     @property
     def grammar(self) -> Grammar | None:
-        """What the rows' states are of."""
+        """The grammar that the rows' states belong to."""
         return self.constraint if self.guard is None else self.guard.grammar
 
     @property
@@ -162,7 +162,7 @@ def sample_tokens(
 
     `hiddens` are the models' states before `drafted` and after each of its tokens. Each position is sampled from the
     model's own distribution there, with the random number that belongs to row and position; it is kept if all tokens
-    before it were drafted as they were sampled. So a row says what it says without drafts, and a drafted token is
+    before it were drafted as they were sampled. So a row writes what it writes without drafts, and a drafted token is
     confirmed with the model's probability of it, the most that any exact scheme reaches.
     """
     settings, greedy = sampler.settings, sampler.settings.greedy
@@ -258,7 +258,7 @@ def pass_tokens(platform: str) -> int:
 def draft_size(settings: Settings, rows: int) -> int:
     """Tokens to draft for each of `rows`, at most `draft_tokens`: about as many as make `pass_tokens` per device.
 
-    Beyond that a drafted token costs what a sampled one does, and the later ones are often in vain.
+    Beyond that a drafted token costs what a sampled one does, and the later ones are often rejected.
     """
     enough = settings.pass_tokens * row_multiple() // rows - 1
     return min(settings.draft_tokens, max(LEAST_DRAFT, enough))
@@ -338,7 +338,7 @@ def segment(sampler: Sampler, prompts: Prompts, state: State, least: int) -> tup
 
 @jax.jit
 def _last(rows: Rows) -> Int[Array, "3 B n"]:
-    """Of each row its number, whether it is done, and its last token."""
+    """The number of each row, whether it is done, and its last token."""
     return jnp.stack([rows.number, rows.done.astype(jnp.int32), last_tokens(rows)])
 
 

@@ -12,7 +12,7 @@ from listopd_jax.ops.head import logits_of, slice_vocab
 from listopd_jax.parallel.rules import constrain, is_split, shards
 from listopd_jax.rounding import ceil_div, round_up
 
-IMPOSSIBLE = -1e30  # finite: a block of nothing else must have a log-probability and no NaN
+IMPOSSIBLE = -1e30  # finite: a block of impossible tokens alone must have a log-probability and no NaN
 MANY_ROWS = 4096  # of a head; to move the logits of fewer between devices costs next to nothing
 MOST_UNEVEN = (
     4  # tokens are padded only if the blocks that divide V are more than this many times fewer than √V
@@ -100,7 +100,7 @@ def block_width(rows: int) -> int:
 
     A power of two where rows are few, or where that gives a multiple of four blocks, for devices to share. Else the
     number of blocks is the largest power of two up to √rows that divides them; or, where that is far below √rows, one
-    near it, the last blocks padded. So of many rows each device has whole blocks.
+    near it, the last blocks padded. So with many rows each device has whole blocks.
     """
     near = 1 << (rows - 1).bit_length() // 2
     if rows < MANY_ROWS or rows % near == 0 and rows // near % 4 == 0:
@@ -111,7 +111,7 @@ def block_width(rows: int) -> int:
 
 
 def _blocks(logp: Float[Array, "*s V"], width: int) -> Float[Array, "R N W"]:
-    """The rows of `logp`, flat, in blocks of `width`, as many on each device; impossible tokens fill the last."""
+    """The rows of `logp`, flat, in blocks of `width`, equally many on each device; impossible tokens fill the last."""
     V = logp.shape[-1]
     N = round_up(ceil_div(V, width), shards("vocab"))
     missing = [(0, 0)] * (logp.ndim - 1) + [(0, N * width - V)]

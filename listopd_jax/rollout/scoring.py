@@ -22,7 +22,7 @@ class RowWidth:
 
     @classmethod
     def holding(cls, tokens: int) -> "RowWidth":
-        """Of rows of at most `tokens`, and up to 31 or 1/16 more: few widths, so few compilations of the update.
+        """`tokens` rounded up, by at most 31 or 1/16: few widths, so few compilations of the update.
 
         In steps of 32 tokens up to 1,024, of 64 up to 2,048 and so on.
         """
@@ -32,14 +32,14 @@ class RowWidth:
 def row_width(
     attention: str, prompt_lengths: Int[Array, " B"], lengths: Int[Array, "B n"]
 ) -> RowWidth | None:
-    """What holds the longest prompt with its completion; None where they are not read in one row."""
+    """The width that holds the longest prompt with its completion; None where they are not read in one row."""
     if not in_one_row(attention, lengths.shape[1]):
         return None
     return RowWidth.holding(int((prompt_lengths[:, None] + lengths).max()))
 
 
 def in_one_row(attention: str, completions: int) -> bool:
-    """Whether prompt and completion are read as one causal row: what a fused kernel prefers where there is one."""
+    """Whether prompt and completion are read as one causal row, which fused kernels prefer for one completion."""
     return completions == 1 and attention != "xla"
 
 

@@ -23,7 +23,7 @@ class Rollout(NamedTuple):
 
 
 def trim(rollout: Rollout, budget: int) -> Rollout:
-    """Without what no completion reaches, in quarters of `budget`: few shapes, so few compilations of the update."""
+    """Cut behind the longest completion, in quarters of `budget`: few shapes, so few compilations of the update."""
     size = min(budget, round_up(int(rollout.lengths.max()), ceil_div(budget, 4)))
     return rollout._replace(tokens=rollout.tokens[..., :size], logprobs=rollout.logprobs[..., :size])
 
@@ -31,7 +31,7 @@ def trim(rollout: Rollout, budget: int) -> Rollout:
 class Rows(NamedTuple):
     """What belongs to one completion and moves with it."""
 
-    number: Int[Array, "B n"]  # its place b·n + j in the result, which also names its random numbers
+    number: Int[Array, "B n"]  # its place b·n + j in the result, which also seeds its random numbers
     weights: Float[Array, "B n m"]
     budgets: Int[Array, "B n"]
     done: Bool[Array, "B n"]
@@ -165,6 +165,6 @@ def _put_back(out: Rollout, number: Array, written: Rollout) -> Rollout:
 
 
 def _freed(new: Array, old: Array) -> Array:
-    """`new`, computed from `old`, which is not needed any more: two whole caches never exist together."""
+    """`new`, computed from `old`, which is no longer needed: two whole caches never exist together."""
     old.delete()
     return new

@@ -38,7 +38,7 @@ class Process(NamedTuple):
     teacher: Float[np.ndarray, "P D"]
     base: Float[np.ndarray, "P D"]
     features: Float[np.ndarray, "P F"]
-    repeat: Int[np.ndarray, " D"]  # positions of each class in a whole list, in order of the classes
+    repeat: Int[np.ndarray, " D"]  # positions of each class in a complete list, in order of the classes
     ends: tuple[bool, ...]  # a miss in this class ends the list
 
 
@@ -152,8 +152,8 @@ def _read(theta: Float[Array, "P D"], repeat: Int[Array, " D"]):
 def _draw_counts(key, theta: Float[Array, "P D"], repeat, ends, lists: int) -> Float[Array, "P D 2"]:
     """How often the rollouts of a batch took the right token and the rival, per prompt and class.
 
-    The positions of an ending class come one after the other, for a list that ends is not asked again;
-    those of another class, which nothing interrupts, are drawn at once.
+    The positions of an ending class are drawn one after the other, since a list that has ended draws no more; those of
+    another class, which nothing interrupts, are drawn at once.
     """
     walk = [(d, 1 if ending else n) for d, (n, ending) in enumerate(zip(repeat, ends, strict=True))
             for _ in range(n if ending else 1)]  # fmt: skip

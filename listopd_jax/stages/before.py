@@ -1,4 +1,4 @@
-"""What is known of λ before any training: calibration, forecast, and the λ that they recommend."""
+"""What is known about λ before any training: calibration, forecast, and the λ that they recommend."""
 
 from collections.abc import Callable
 

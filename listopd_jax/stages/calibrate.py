@@ -61,7 +61,7 @@ def calibrate_forecasts(
     """Add to workdir/calibration.json what teacher and base say along the forecasts' own answers, λ by λ.
 
     `answers` are those of one λ to every validation prompt, for each of `lambdas`; one pass of both models scores all.
-    `guard`: the one that they are under.
+    `guard` is the one in force.
     """
     params = dict(zip(teacher_roles(job.models), frozen.teachers, strict=True))
     ids = [{answer.index: answer.tokens for answer in column} for column in answers]
@@ -90,7 +90,7 @@ def _add_forecasts(path: pathlib.Path, rows: Sequence[ForecastFlips]) -> None:
 
 
 def _teacher_notes(measured: Mapping[str, Positions], clip: float) -> list[str]:
-    """Of several teachers, what each has on its own lists."""
+    """With several teachers, the thresholds of each on its own lists."""
     if len(measured) == 1:
         return []
     notes = []

@@ -1,4 +1,4 @@
-"""A checkpoint that no run here made, judged on the lists of a run and recorded beside its policies."""
+"""A checkpoint from elsewhere, judged on the lists of a run and recorded next to its policies."""
 
 import os
 import pathlib
@@ -18,11 +18,11 @@ from listopd_jax.train.loop import Run
 def evaluate_checkpoint(
     config: ml_collections.FrozenConfigDict, workdir: pathlib.Path, weights: str
 ) -> Result:
-    """Evaluate the checkpoint `weights`, a folder or hub id, as a policy of the run is; returns its record.
+    """Evaluate the checkpoint `weights`, a folder or hub id, like a policy of the run; returns its record.
 
-    The record is called as the folder is and has, besides what every record has, the digest of its files; one that is
-    there already is only read. UserError for a checkpoint that cannot be loaded or has another tokenizer than the
-    task, and for one that is called as another that was evaluated here.
+    The record is named after the folder and also has the digest of its files; one that is there already is only read.
+    UserError for a checkpoint that cannot be loaded or has another tokenizer than the task, and for one with the name
+    of another that was evaluated here.
     """
     model = _section(config, weights)
     run = Run(os.path.basename(os.path.abspath(weights)), EVALUATE, lam=None, seed=None, steps=0)

@@ -22,7 +22,7 @@ def watch_of(opd: Any, run: Run) -> Watch | None:
 def best_checkpoint(job: Job, shared: Distillation, run: Run) -> tuple[int, Any]:
     """Step and parameters of the most useful of the checkpoints that a stopped run has left, the first of equals.
 
-    Chosen on the validation lists, which flatters what they say of it a little.
+    Chosen on the validation lists, which flatters its scores there a little.
     """
     with open_checkpoints(job.workdir, run, opd_saving(job.config, job.workdir)) as checkpoints:
         like = abstract(initial_state(job, shared, run.seed))
@@ -35,7 +35,7 @@ def best_checkpoint(job: Job, shared: Distillation, run: Run) -> tuple[int, Any]
 
 
 def collapse_fields(watch: Watch | None, run: Run) -> dict[str, Any]:
-    """What the record of a run says of its collapses; {} of one that had none."""
+    """What the record of a run says of its collapses; {} if it had none."""
     if watch is None or not watch.collapses:
         return {}
     lowered = {} if watch.lam(run.lam) == run.lam else {"lambda_end": watch.lam(run.lam)}

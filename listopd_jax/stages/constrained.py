@@ -13,13 +13,13 @@ from listopd_jax.records import FREE, REPAIRED, Decoding
 from listopd_jax.stages.evaluate import Answer, decoding_record, greedy_answers, greedy_rollout
 from listopd_jax.stages.job import Job
 
-TIMINGS = 3  # the fastest of which counts: whatever else runs can only slow one down
+TIMINGS = 3  # the fastest counts: other load can only slow one down
 
 
 def decodings(
     job: Job, role: str, params: Any, free: Sequence[Answer], description: str
 ) -> tuple[Decoding, ...]:
-    """How the policy of `params` fares under each of `evaluation.constrained`, beside its answers `free` of masks.
+    """How the policy of `params` fares under each of `evaluation.constrained`, next to its answers `free` of masks.
 
     () where the config asks for none.
     """
@@ -31,7 +31,7 @@ def decodings(
 def _under(
     job: Job, role: str, params: Any, name: str, free: Sequence[Answer], description: str
 ) -> Iterator[Decoding]:
-    """The records of one constraint; of answers that may break the contract also after the repair, if there is one."""
+    """The records of one constraint, and after the repair, if there is one, of answers that may break the contract."""
     constrain = lambda rows: job.constraint("" if name == FREE else name, "validation", rows)  # noqa: E731
     policy = (job.graphs[role],), (params,), jnp.ones((1, 1))
     answers = free

@@ -31,7 +31,7 @@ SCORES = tuple(range(11))
 class Forced(NamedTuple):
     """The right answers of N lists of K reviews, once for each review, whose own score is 1 there.
 
-    After that 1 the answer may continue to 10, so one reading gives the probability of all scores.
+    After that 1 the answer may continue to 10, so one pass gives the probability of all scores.
     """
 
     tokens: Int[np.ndarray, "N K T"]

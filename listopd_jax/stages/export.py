@@ -61,7 +61,7 @@ class Adapter(NamedTuple):
 
 
 def find_policy(results: Iterable[Result], name: str, steps: str = "last") -> Result:
-    """The record of the trained policy `name` at the last, the best (by useful) or a given one of its evaluated steps.
+    """The record of the trained policy `name` at the last, the best (by useful) or a given evaluated step.
 
     UserError, which lists those there are.
     """
@@ -99,7 +99,7 @@ def policy_model(config: ml_collections.FrozenConfigDict, workdir: pathlib.Path,
 
 
 def _check_name(workdir: pathlib.Path, record: Result) -> None:
-    """UserError if what a record says of a run is not a name: results.json is a file like any other."""
+    """UserError if the run of a record is not a plain name: results.json is a file like any other."""
     if pathlib.PurePath(record.run).name != record.run or record.run in ("", ".."):
         raise UserError(
             f"{workdir / RESULTS}: run {record.run!r} is not the name of a policy; restore the file"
@@ -137,7 +137,7 @@ def _from_checkpoint(config: Any, workdir: pathlib.Path, record: Result) -> Mode
 
 
 def _tokenizer(config: Any, workdir: pathlib.Path) -> PreTrainedTokenizerBase:
-    """That of the run in `workdir`; UserError if its files were replaced since."""
+    """The tokenizer of the run in `workdir`; UserError if its files were replaced since."""
     path = tokenizer_source(config.tokenizer.path)
     tokenizer = load_tokenizer(path or workdir / "tokenizer")
     refuse_other_inputs(workdir, tokenizer=tokenizer_digest(path))

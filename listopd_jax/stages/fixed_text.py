@@ -57,7 +57,7 @@ def fixed_text_parse(job: Job, shared: Distillation, lambdas: Sequence[float]) -
 def band(
     parse: Float[np.ndarray, "S L"], seeds: int
 ) -> tuple[Float[np.ndarray, " L"], Float[np.ndarray, " L"]] | None:
-    """Where the mean of `seeds` other runs should lie, by Student's t over the S that are known; None of one."""
+    """Where the mean of `seeds` other runs should lie, by Student's t over the S that are known; None for one."""
     known = len(parse)
     if known < 2:
         return None
@@ -69,7 +69,7 @@ def band(
 
 
 def _texts(job: Job, shared: Distillation) -> tuple[Texts, Models]:
-    """`predict.fixed_text_lists` prompts, or a few more, as the student answers them now; the frozen models' heads."""
+    """`predict.fixed_text_lists` prompts, or a few more, with the student's answers now; the frozen models' heads."""
     options, models, start = job.config, models_of(job), shared.start(0)
     sampler, student = with_adapter(shared.frozen.base, start), merged_student(job, shared, start)
     count = ceil_div(options.predict.fixed_text_lists, options.opd.batch_size)
@@ -100,7 +100,7 @@ def _read(graphs: Models, student: Any, frozen: Frozen, batch: OpdBatch) -> tupl
 
 
 def _completed(job: Job, sampler: Any, batch: Mapping[str, np.ndarray], key: Array) -> OpdBatch:
-    """A training batch with its completions; prompts and completions filled up to the most that there can be."""
+    """A training batch with its completions; prompts and completions padded to the largest sizes."""
     _, prompts, lengths, *for_teachers = read_by_models(job, batch)
     rollout = sample(job, sampler, prompts, lengths, key)
     fill = job.max_response - rollout.tokens.shape[-1]
@@ -110,7 +110,7 @@ def _completed(job: Job, sampler: Any, batch: Mapping[str, np.ndarray], key: Arr
 
 
 def schedule_of(opd: Any, lam: float, seed: int, lists: int, steps: int) -> Schedule:
-    """The steps of a run of section `opd` at λ: what each would be given, and which of the texts it takes."""
+    """The steps of a run of section `opd` at λ: the inputs of each, and which of the texts it takes."""
     order, each = np.random.default_rng(seed), min(opd.batch_size, lists)
     hyper = jax.tree.map(lambda *xs: jnp.stack(xs), *(hyper_at(opd, lam, step) for step in range(steps)))
     return Schedule(

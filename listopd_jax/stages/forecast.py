@@ -27,7 +27,7 @@ from listopd_jax.train.loop import Run
 
 
 def forecast_run(lam: float, guard: str = "") -> Run:
-    """What identifies the forecast at λ under a guard among the results: a run of no steps and no seed."""
+    """The forecast at λ under a guard as a run of no steps and no seed, which identifies it among the results."""
     return Run(f"forecast_lambda{float(lam)}", "forecast", lam=float(lam), seed=None, steps=0, guard=guard)
 
 

@@ -30,15 +30,15 @@ TEXTS = (
     "Light from the nearest star beside the sun takes a little more than four years to reach us.",
     "She missed the last train, walked home along the river, and found that she had forgotten her keys.",
 )
-"""Written for this; no task here has anything like them."""
+"""Written for this purpose; no task here has anything like them."""
 
 
 def forgetting(job: Job, role: str, params: Any, base: Any = None) -> dict[str, float]:
-    """What a policy of `role` makes of TEXTS, in the dtype that samples.
+    """Scores of TEXTS by a policy of `role`, in the dtype that samples.
 
-    `perplexity`: exp of the mean of −log π a token, in tokens of the task's tokenizer: to be compared between policies
-    of one tokenizer. `kl_to_base`, given the parameters of the model that it was trained from: the mean over positions
-    of KL(π ‖ base) in nats.
+    `perplexity`: exp of the mean of −log π per token of the task's tokenizer: to be compared between policies of one
+    tokenizer. `kl_to_base`, given the parameters of the model that it was trained from: the mean over positions of KL(π
+    ‖ base) in nats.
     """
     tokens, lengths = _encoded(job)
     params = cast(params, job.config.dtype.compute)

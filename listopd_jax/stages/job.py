@@ -75,7 +75,7 @@ class Job:
     def points(self) -> list["Job"]:
         """The job at each point of `opd.sweep`; itself where nothing is swept.
 
-        What is cached stays: records, models and prompts do not depend on section opd.
+        Cached properties stay: records, models and prompts do not depend on section opd.
         """
         return (
             [self._at(label) for label in sweep_labels(self.config.opd)] if self.config.opd.sweep else [self]
@@ -120,7 +120,7 @@ class Job:
 
     @functools.cached_property
     def for_teachers(self) -> dict[str, encode.EncodedSplit]:
-        """Both splits with what several teachers, and teachers with prompts of their own, need of each record."""
+        """Both splits, with each record's teacher and its prompt for teachers, where there are such."""
         splits = {"train": self.train, "validation": self.validation}
         return {name: self._for_teachers(split, self.records[name]) for name, split in splits.items()}
 
@@ -155,13 +155,13 @@ class Job:
         return round_up(longest, 16)
 
     def judge(self, split: str) -> Callable[[str, int], Parsed]:
-        """What judges a text as the answer to the record of `split` at a row."""
+        """A function that judges a text as the answer to the record of `split` at a row."""
         records = self.records[split]
         return lambda text, row: self.task.parse(text, records[row])
 
     @functools.cached_property
     def decoding(self) -> dict[str, Any]:
-        """How completions are written everywhere in the job: the options of `generate` that no stage chooses.
+        """The options of `generate` that are the same everywhere in the job.
 
         The hint, which drafts are copied from, is an answer of the task's form.
         """
@@ -198,7 +198,7 @@ class Job:
 
     @functools.cached_property
     def schema_masks(self) -> SchemaMasks:
-        """What makes masks of the schemas of records."""
+        """The compiler from the schemas of records to masks."""
         if jax.process_count() > 1:
             raise UserError("constrained to 'schema': the masks are made by one process; run it on one host")
         return SchemaMasks(self.codec.tokenizer, self.codec.vocab, self.codec.ends)
@@ -263,7 +263,7 @@ class Job:
         return batches.choose_buckets(both, self.config.task.prompt_buckets)
 
     def sft_batches(self, role: str) -> Any:
-        """Endless shuffled batches for the SFT of `role`: records with an answer, and the noise that its section asks.
+        """Endless shuffled batches for the SFT of `role`: records with an answer, and the noise of its section.
 
         UserError if no training record has an answer.
         """
@@ -283,7 +283,7 @@ class Job:
     def _packing(
         self, role: str, split: encode.EncodedSplit
     ) -> Callable[[batches.Batch], batches.Batch] | None:
-        """What packs the lists of `split` for the SFT of `role`; None if each has a row of its own."""
+        """The function that packs the lists of `split` for the SFT of `role`; None if each has a row of its own."""
         sft = self.config.sft[role]
         if not sft.packing:
             return None
@@ -299,10 +299,10 @@ class Job:
     def _train_batches(
         self, split: encode.EncodedSplit, batch_size: int, seed: int, change: Callable | None = None
     ) -> Any:
-        """Of each global batch, the rows that this host's devices hold; with a `change`, which may move them, all."""
+        """The rows of each global batch that this host's devices hold; with a `change`, which may move them, all."""
         # Every host plans the same global batch from the seed and reads only its rows.
         rows = None if change else hosts.local_rows(batch_size)
-        # Buckets keep padding low by batches of lists of about one length, which packed rows need not.
+        # Buckets keep padding low by batches of lists of similar length, which packed rows do not need.
         buckets = self.buckets[-1:] if change else self.buckets
         return batches.train_batches(
             split, buckets=buckets, batch_size=batch_size, seed=seed, rows=rows, change=change
@@ -313,7 +313,7 @@ class Job:
         return self._evaluation_batches(self.validation, batch_size)
 
     def by_teacher(self, batch_size: int = 0) -> Iterator[tuple[str, Iterator[dict[str, Any]]]]:
-        """`evaluation_batches` of each teacher's own lists, as it reads them, with its role; of those that have any."""
+        """`evaluation_batches` of each teacher's own lists, as it reads them, with its role; none without lists."""
         split = self.for_teachers["validation"]
         if split.own_teacher is None:
             yield "teacher", self._evaluation_batches(split, batch_size)
@@ -355,12 +355,12 @@ def models_of(config: Any) -> dict[str, Any]:
 
 
 def writers_of(models: Mapping[str, Any]) -> dict[str, Any]:
-    """Those of `models`, by role, of which answers are taken: all but a reference."""
+    """Those of `models`, by role, that write answers: all but a reference."""
     return {role: model for role, model in models.items() if role != REFERENCE}
 
 
 def base_of(by_role: Mapping[str, Any]) -> Any:
-    """What `by_role` has of the base: of the reference where there is one, else of the student."""
+    """The entry of the base in `by_role`: of the reference where there is one, else of the student."""
     return by_role[REFERENCE if REFERENCE in by_role else "student"]
 
 
@@ -370,6 +370,6 @@ def tracking(config: Any) -> Tracking:
 
 
 def saving(config: Any, workdir: pathlib.Path, best: int | None = None, **identity: Any) -> Saving:
-    """Saving as section `train` of `config` says, of a run in `workdir` that `config` and `identity` make."""
+    """How section `train` of `config` says to save a run in `workdir`, identified by `config` and `identity`."""
     identity["config"] = digest(config, workdir)
     return Saving(config.train.checkpoint_every, config.train.keep_checkpoints, best, identity)

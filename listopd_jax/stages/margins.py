@@ -43,8 +43,8 @@ def structural_margins(
 ) -> Float[np.ndarray, " N"]:
     """log π_1 − log π_2 in nats at each structural token of the answers `written` to the prompts of `batches`.
 
-    π_1 and π_2 are the probabilities of the likeliest token and of the next: a small margin is one that noise carries
-    a policy over. Filler rows (weight 0) are left out.
+    π_1 and π_2 are the probabilities of the likeliest token and of the next: noise can carry a policy across a small
+    margin. Filler rows (weight 0) are left out.
     """
     found = []
     for batch in batches:

@@ -44,17 +44,17 @@ from listopd_jax.train.preflight import answer_logprobs, check_models
 
 
 class Distillation(NamedTuple):
-    """What the runs of every λ and seed share: where they start, what stays as it is, and how they are updated."""
+    """What the runs of every λ and seed share: where they start, what is frozen, and how they are updated."""
 
     start: Callable[[int], Any]  # gives the run of a seed its own copy of what trains, in float32
     frozen: Frozen
     tx: optax.GradientTransformation
-    steps: Mapping[str, Callable]  # of `make_step`, by the guard that a run says
-    server: TeacherServer | None = None  # that has the teacher
+    steps: Mapping[str, Callable]  # of `make_step`, by the guard of a run
+    server: TeacherServer | None = None  # that serves the teacher
 
 
 def opd_runs(job: Job, lam: float, seed: int, plain: bool = False) -> list[Run]:
-    """The OPD run at λ and seed, once for each budget at which it is evaluated: one training, read on its way.
+    """The OPD run at λ and seed, once for each budget at which it is evaluated: one training, evaluated on its way.
 
     `plain`: without the guard that the job has.
     """
@@ -72,7 +72,7 @@ def opd_steps(job: Job) -> int:
 
 
 def preflight(job: Job, models: Mapping[str, Any], server: TeacherServer | None = None) -> None:
-    """Look at the models, parameters by role, on the first batch of answers; UserError if they cannot be distilled."""
+    """Check the models, parameters by role, on the first batch of answers; UserError if they cannot be distilled."""
     batch, chunk, vocab = first_batch(job), job.config.opd.head_chunk, job.codec.vocab
     seen = {} if server is None else {"teacher": of_answers(server, batch)}
     teachers = teacher_roles(models) or ["teacher"]
@@ -92,7 +92,7 @@ def first_batch(job: Job) -> dict[str, np.ndarray]:
 
 
 def connected(job: Job) -> TeacherServer | None:
-    """The server that has the teacher, after a look at its tokenizer and at whether it repeats itself; None if none."""
+    """The server of the teacher, once its tokenizer and its determinism are checked; None if there is none."""
     teacher = job.config.teacher
     if not teacher.server:
         return None
@@ -112,7 +112,7 @@ def connected(job: Job) -> TeacherServer | None:
 def served_logprobs(
     server: TeacherServer, batch: Mapping[str, np.ndarray], rollout: Rollout
 ) -> Float[Array, "B n T"]:
-    """log π_T of the sampled tokens; `batch` has this host's rows, which it asks for."""
+    """log π_T of the sampled tokens; each host asks for its own rows, those of `batch`."""
     rows = hosts.local_rows(len(rollout.tokens))
     tokens, lengths = (
         hosts.gather(x)[slice(None) if rows is None else rows] for x in (rollout.tokens, rollout.lengths)
@@ -174,7 +174,7 @@ def variant_of(opd: Any) -> Variant:
 
 
 def program_options(opd: Any) -> tuple:
-    """What section `opd` says of the update's program: where two agree, one program runs both."""
+    """The options of section `opd` that shape the update's program: where two agree, one program runs both."""
     return (
         variant_of(opd),
         opd.head_chunk,
@@ -211,7 +211,7 @@ def initial_state(job: Job, shared: Distillation, seed: int) -> TrainState:
 
 
 def merged_student(job: Job, shared: Distillation, trained: Any) -> Any:
-    """The student's parameters of what a run trained: themselves, or its adapter merged into the base."""
+    """The student's parameters after a run: `trained` itself, or as an adapter merged into the base."""
     return merge_adapter(shared.frozen.base, trained, lora_of(job.config.student))
 
 
@@ -253,7 +253,7 @@ def train_opd(
         if opd.ema:
             state = with_average(state, jnp.float32(average_rate(step, opd.ema)))
         count = {"tokens": int(rollout.lengths.sum()) + opd.rollouts * int(lengths.sum())}
-        if not own:  # nothing was sampled, so nothing is known of samples
+        if not own:  # nothing was sampled
             del metrics["sampler_trainer_gap"]
             return state, metrics | count
         count["tokens_per_decode_step"] = tokens_per_decode_step(rollout)
@@ -267,7 +267,7 @@ def train_opd(
 
 
 def read_by_models(job: Job, batch: Mapping[str, np.ndarray]) -> list[Any]:
-    """Of a training batch on the devices: which records, their prompts, the lengths, and what FOR_TEACHERS names."""
+    """A training batch on the devices: which records, their prompts, the lengths, and the fields of FOR_TEACHERS."""
     names = ("index", "prompt", "prompt_length", *FOR_TEACHERS)
     rows = hosts.global_batch({k: batch[k] for k in names if k in batch}, job.config.opd.batch_size)
     return [rows.get(name) for name in names]
@@ -296,7 +296,7 @@ def sample(job: Job, params: Any, prompts, lengths, key, **constrained: Any) -> 
 
 
 def is_on_policy(seed: int, step: int, share: float) -> bool:
-    """Whether a step is on the student's own completions: a coin of its own for every step (GKD, arXiv:2306.13649)."""
+    """Whether a step is on the student's own completions: one coin flip per step (GKD, arXiv:2306.13649)."""
     return share == 1 or bool(np.random.default_rng((seed, step)).random() < share)
 
 
@@ -321,7 +321,7 @@ def tokens_per_decode_step(rollout: Rollout) -> float:
 
 def contract_reward(held: Bool[np.ndarray, "B n"], weight: float) -> Float[Array, "B n"]:
     """`weight` times: 1 if a completion holds the contract, else 0, less the mean over its prompt's."""
-    # The mean of the prompt's own completions is the baseline: where all hold, or none, nothing pushes.
+    # The mean of the prompt's own completions is the baseline: where all hold, or none, there is no gradient.
     reward = weight * (held - held.mean(-1, keepdims=True))
     rows = hosts.local_rows(len(reward))
     # Every host judged all completions; each puts only its own rows on its devices.
@@ -347,7 +347,7 @@ def flat(rollout: Rollout) -> tuple[Int[np.ndarray, "N T"], Int[np.ndarray, " N"
 def contract_metrics(
     codec: Codec, rollout: Rollout, per_token: Mapping[str, Any], held: Bool[np.ndarray, "B n"]
 ) -> dict[str, float]:
-    """What the sampled completions say of the contract: how many hold it and end, advantage by kind of token.
+    """How the sampled completions meet the contract: how many hold it and end, advantage by kind of token.
 
     With `flip` in `per_token`, the share of positions at which the target flips, by kind of token, too.
     """

@@ -1,4 +1,4 @@
-"""Calibration, forecast and recommendation for a pair of checkpoints that no run here made, without any training."""
+"""Calibration, forecast and recommendation for a pair of checkpoints from elsewhere, without any training."""
 
 import pathlib
 
@@ -16,7 +16,7 @@ from listopd_jax.tasks.json_records import Prompts
 
 
 def forecast_pair(config: ml_collections.FrozenConfigDict, workdir: pathlib.Path) -> Recommendation | None:
-    """What `config.teacher` and, as the base, `config.student` say of λ on the prompts of `config.data.path`.
+    """What `config.teacher` and, as the base, `config.student` say about λ on the prompts of `config.data.path`.
 
     Leaves calibration.json, results.json and recommendation.json in `workdir`, as a run does. UserError for a
     checkpoint that cannot be loaded, two that are one, or a base with another tokenizer than the teacher's.

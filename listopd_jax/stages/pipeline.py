@@ -69,9 +69,9 @@ def _models_to_policies(job: Job) -> None:
 
 
 def _before(job: Job, frozen: Frozen, server: TeacherServer | None) -> Recommendation | None:
-    """What calibration and forecast recommend, said on stderr; None where a server gives no distributions.
+    """What calibration and forecast recommend, printed on stderr; None where a server gives no distributions.
 
-    Of a sweep that is for its first point; the others are only forecast.
+    In a sweep that is for its first point; the others are only forecast.
     """
     first, *others = job.points()
     found = None if server else before_training(first, frozen)
@@ -111,9 +111,9 @@ def distillation(
 
 
 def grid(job: Job, found: Recommendation | None) -> list[tuple[float, int, bool]]:
-    """λ and seed of what the job trains, and whether without its guard, in order.
+    """λ and seed of each run of the job, and whether without its guard, in order.
 
-    With `opd.recommend` the λ under the guard is the one of `found`, none as long as there is none.
+    With `opd.recommend` the λ under the guard is the one of `found`, if there is one yet.
     """
     opd, lambdas = job.config.opd, job.config.opd.lambdas
     if opd.recommend:
@@ -129,7 +129,7 @@ def planned(job: Job, found: Recommendation | None) -> list[Run]:
 
 
 def frozen_models(job: Job, server: TeacherServer | None = None) -> Frozen:
-    """Teachers and base, trained or read, after a look at each; the base is the SFT student unless another is named."""
+    """Teachers and base, trained or read, each checked; the base is the SFT student unless another is named."""
     dtype = job.config.dtype.frozen
     # With sft.continued the teacher starts from the trained student.
     order = ("student", "teacher") if job.config.sft.continued else ("teacher", "student")
@@ -150,7 +150,7 @@ def sft_stage(job: Job, role: str) -> Any:
 
 
 def student_again(job: Job, base: Any) -> Callable[[int], Any]:
-    """What gives every OPD run what it trains, in float32: a new adapter of its seed, or the SFT student.
+    """A function that gives every OPD run what it trains, in float32: a new adapter of its seed, or the SFT student.
 
     That is a copy of the base if the base is float32, else it is read again: through OPD there is no room on a device
     for a float32 copy that only the next run needs.
@@ -172,12 +172,12 @@ def distil(job: Job, shared: Distillation, runs: Sequence[Run]) -> None:
             watch = watch_of(job.config.opd, run)
             # `runs` are one training at growing budgets: each call resumes where the one before it ended.
             params = train_opd(job, shared, run, most_useful(job.workdir, runs), watch)
-            besides = collapse_fields(watch, run) | guarded_share(job.workdir, run)
+            extra = collapse_fields(watch, run) | guarded_share(job.workdir, run)
             if watch and watch.stopped:
-                besides["checkpoint"], params = best_checkpoint(job, shared, run)
+                extra["checkpoint"], params = best_checkpoint(job, shared, run)
             start = None if REFERENCE in job.models else shared.frozen.base
-            export = run is runs[-1] and run.stage != ANCHOR  # an anchor only says how far training comes
-            finish(job, "student", params, run, export, start, **besides)
+            export = run is runs[-1] and run.stage != ANCHOR  # an anchor only shows how far training gets
+            finish(job, "student", params, run, export, start, **extra)
 
 
 def most_useful(workdir: pathlib.Path, runs: Sequence[Run]) -> int | None:
@@ -187,18 +187,18 @@ def most_useful(workdir: pathlib.Path, runs: Sequence[Run]) -> int | None:
 
 
 def finish(
-    job: Job, role: str, params: Any, run: Run, export: bool = True, base: Any = None, **besides: Any
+    job: Job, role: str, params: Any, run: Run, export: bool = True, base: Any = None, **extra: Any
 ) -> None:
     """Export and evaluate the policy that `run` ended in; its record in results.json says that both are done.
 
-    `base` is what it was distilled from. `besides` are more fields of the record.
+    `base` is what it was distilled from. `extra` are more fields of the record.
     """
     if export and job.config.train.export:
         folder, codec = job.workdir / "export" / run.name, job.codec
         # Before the evaluation, whose record says that both are done.
         save_hf(folder, job.shapes[role], params, codec.tokenizer, ends=codec.ends)
     if job.config.evaluation.forgetting:
-        besides["forgetting"] = forgetting(job, role, params, base)
-    record = evaluate(job, role, params, run, **besides)
+        extra["forgetting"] = forgetting(job, role, params, base)
+    record = evaluate(job, role, params, run, **extra)
     if is_main():
         print(f"{run.name}, {run.steps} steps: {summary(record)}", file=sys.stderr)

@@ -141,9 +141,9 @@ def _classes(
     modes: Int[np.ndarray, "B T"],
     lengths: Int[np.ndarray, " B"],
 ) -> Int[np.ndarray, "B T"]:
-    """The class of each position, −1 after the end: of the teacher's token, or of what is written in its place.
+    """The class of each position, −1 after the end: of the teacher's token, or of the one written in its place.
 
-    That is structural if one of the two is: a list may end where the teacher continues, and where it writes a score.
+    It is structural if one of the two is: a list may end where the teacher continues, and where it writes a score.
     """
     classes = codec.classes(answers, lengths)
     for row, at in np.argwhere((modes != answers) & (classes >= 0)):

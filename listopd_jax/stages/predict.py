@@ -54,7 +54,7 @@ COARSE, ROUNDS = 9, 2  # points of the grid at first, and how often it is refine
 
 
 def anchor_runs(job: Job) -> list[Run]:
-    """The runs that say how far N steps come; none of them is of the sweep."""
+    """The runs that show how far N steps get; none of them is of the sweep."""
     options, guard = job.config.predict, guard_text(job.config.opd.guard)
     return [
         Run(f"anchor_lambda{float(lam)}_seed{seed}", ANCHOR, float(lam), seed, opd_steps(job), guard)
@@ -64,7 +64,7 @@ def anchor_runs(job: Job) -> list[Run]:
 
 
 def predict(job: Job, shared: Distillation) -> None:
-    """Write predictions.json for the λ of the sweep, the anchors being evaluated; what it holds already is left alone.
+    """Write predictions.json for the λ of the sweep, once the anchors are evaluated; keeps those already there.
 
     Other λ, seeds or anchors are another prediction, but there is none once the sweep has begun.
     """
@@ -150,7 +150,7 @@ def _made_from(job: Job, anchors: Sequence[Run]) -> dict[str, Any]:
 
 
 def _decoded_with(job: Job) -> dict[str, Guard | None]:
-    """Predictor -> what changes the target of its greedy answers: the job's guard, and the estimator's limit."""
+    """Predictor -> the guard that changes the target of its greedy answers: the job's, and the estimator's limit."""
     opd, guard = job.config.opd, job.guard_of(guard_text(job.config.opd.guard))
     if opd.estimator != "sampled" or opd.ratio != "teacher_student" or opd.normalize:
         return {"nominal": guard}  # the limit is the target
@@ -191,7 +191,7 @@ def _of_shape(job: Job, name: str, found: Shape, lambdas: Sequence[float]) -> di
 
 
 def _without(opd: Any, left_out: Mapping[str, Any]) -> str:
-    """What of the options `left_out`, given with their values of no effect, a run has and its predictor has not."""
+    """The options of `left_out`, given with their values of no effect, that a run has and its predictor has not."""
     names = [name for name, off in left_out.items() if getattr(opd, name) != off]
     return f", without {', '.join(names)}" if names else ""
 

@@ -53,7 +53,7 @@ INPUTS = {
     REFERENCE: "the files of reference.weights",
     "teachers": "the files of teachers.route",
 }
-"""What STAMP has the digests of, besides the noise that the answers of each SFT had."""
+"""What STAMP has the digests of, in addition to the noise in the answers of each SFT."""
 
 
 def _say_dropped_noise(task: Task, config: Any) -> None:
@@ -66,7 +66,7 @@ def _say_dropped_noise(task: Task, config: Any) -> None:
 
 
 def _keep_noise(workdir: pathlib.Path, task: Task, config: Any, models: Mapping[str, Any]) -> None:
-    """Write to STAMP which noise the answers of each SFT really have: the report cannot know from the config alone."""
+    """Write to STAMP the noise that the answers of each SFT really have: the config alone does not tell the report."""
     noise = {role: dict(known_noise(task, config.sft[role])) for role in ROLES if role in models}
     files.write_json(workdir / STAMP, files.read_json(workdir / STAMP) | {"noise": noise})
 
@@ -187,7 +187,7 @@ def refuse_other_inputs(workdir: pathlib.Path, **digests: str | None) -> None:
 
 
 def _digests(config: ml_collections.FrozenConfigDict, models: Mapping[str, Any]) -> dict[str, str | None]:
-    """What decides a run besides config and data: the bytes of the folders that the config names."""
+    """What decides a run in addition to config and data: the bytes of the folders that the config names."""
     weights = {role: weights_digest(models[role]) for role in (*ROLES, REFERENCE) if role in models}
     experts = {role: weights_digest(models[role]) for role in models if role in expert_sections(config)}
     return {
@@ -224,6 +224,6 @@ def _check_tokenizers(tokenizer: Any, models: Mapping[str, Any]) -> None:
 
 
 def completion_ends(config: Any, tokenizer: Any, models: Mapping[str, Any]) -> list[int]:
-    """The ids besides EOS that end a completion: whatever ends one of `models`, or a turn."""
+    """The ids other than EOS that end a completion: whatever ends one of `models`, or a turn."""
     ends = [i for model in models.values() for i in model_ends(model, vocab_of(tokenizer))]
     return ends + (turn_ends(tokenizer) if config.task.chat_template else [])

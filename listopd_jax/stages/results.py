@@ -39,7 +39,7 @@ from listopd_jax.train.loop import Run
 
 
 def write_plan(workdir: pathlib.Path, runs: Sequence[Run]) -> None:
-    """Write runs.json: what there is to come, in its order."""
+    """Write runs.json: the runs to come, in their order."""
     write_records(workdir / RUNS, [Planned(**_head(run)) for run in runs])
 
 
@@ -54,15 +54,15 @@ def evaluated(workdir: pathlib.Path, run: Run) -> Result | None:
     return None if found is None else Result.from_json(found, RESULTS)
 
 
-def evaluate(job: Job, role: str, params: Any, run: Run, **besides: Any) -> Result:
+def evaluate(job: Job, role: str, params: Any, run: Run, **extra: Any) -> Result:
     """Evaluate the policy that `run` ended in, constrained too where the job asks; keep record and examples."""
     params, description = _sampling_copy(job, params), f"{run.name} evaluated"
     answers = greedy(job, role, params, description)
     (means,) = expected(job, (job.graphs[role],), (params,), jnp.ones((1, 1)))
     under = decodings(job, role, params, answers, description)
     if job.config.evaluation.margins:
-        besides["structural_margin"] = structural_margin(job, role, params, answers)
-    return keep(job, run, answers, expected=means, decodings=under, **besides)
+        extra["structural_margin"] = structural_margin(job, role, params, answers)
+    return keep(job, run, answers, expected=means, decodings=under, **extra)
 
 
 def guarded_share(workdir: pathlib.Path, run: Run) -> dict[str, float]:
@@ -70,7 +70,7 @@ def guarded_share(workdir: pathlib.Path, run: Run) -> dict[str, float]:
     if not run.guard:
         return {}
     rows = from_main(lambda: [r for r in read_metrics(workdir) if r.get("run") == run.name])
-    # The log may go on to a larger budget of the same run.
+    # The log may continue to a larger budget of the same run.
     shares = [r["guarded_fraction"] for r in rows if r["step"] <= run.steps and "guarded_fraction" in r]
     return {"guarded": float(np.mean(shares))} if shares else {}
 
@@ -117,14 +117,14 @@ def keep(
     answers: Sequence[Answer],
     of_policy: bool = True,
     expected: Float[np.ndarray, "N K"] | None = None,
-    **besides: Any,
+    **extra: Any,
 ) -> Result:
     """Put the record of `answers` into results.json; returns the record.
 
-    `expected` are the mean scores of the lists. Of a policy (a forecast is none) some answers go into examples.json,
-    and the errors of its mean scores into errors.json. `besides` are more fields of the record.
+    `expected` are the mean scores of the lists. Some answers of a policy (a forecast is not one) go into examples.json,
+    and the errors of its mean scores into errors.json. `extra` are more fields of the record.
     """
-    evaluation, head = job.config.evaluation, _head(run) | besides
+    evaluation, head = job.config.evaluation, _head(run) | extra
     errors = None if expected is None else np.abs(expected - job.true_scores)
     if errors is not None:
         head["expected_mae"] = float(errors.mean())
@@ -151,7 +151,7 @@ def summary(record: Result) -> str:
 
 
 def _head(run: Run) -> dict[str, Any]:
-    """What the records of the policy that `run` ended in begin with."""
+    """The first fields of the records of the policy that `run` ended in."""
     return {
         "run": run.name,
         "stage": run.stage,

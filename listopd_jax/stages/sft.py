@@ -32,7 +32,7 @@ def train_sft(job: Job, role: str) -> Any:
     if role == "teacher" and config.sft.continued:
         weights = lambda dtype: cast(train_sft(job, "student"), dtype)  # noqa: E731
     if run.steps == 0:  # the weights are fine-tuned already
-        # A teacher that is never anything but frozen need not exist in float32.
+        # A teacher that is only ever frozen need not exist in float32.
         return weights(config.dtype.frozen if role == "teacher" and as_given(config) else PARAM_DTYPE)
     if lora is None:
         frozen, start = NONE, functools.partial(weights, PARAM_DTYPE)

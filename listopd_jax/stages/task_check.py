@@ -1,4 +1,4 @@
-"""Whether a task keeps the protocol (task/protocol.py): asked on a few records when a job opens, not after SFT."""
+"""Whether a task keeps the protocol (task/protocol.py): checked on a few records when a job opens, not after SFT."""
 
 import math
 import numbers
@@ -21,7 +21,7 @@ def check_task(task: Task, splits: Splits, config: Any) -> None:
     """UserError, which names the task's file, for what would stop its run later or damage its records.
 
     Every key and answer is looked at; prompt, verdicts, scores and token classes of one record of each side; hint and
-    the noise of the config of training records alone, which alone get them.
+    the config's noise only for training records, which alone get them.
     """
     who = f"task.file={config.task.file}" if config.task.file else f"task {task.name}"
     _check_names(task, who)
@@ -42,7 +42,7 @@ def check_task(task: Task, splits: Splits, config: Any) -> None:
 
 
 def _check_names(task: Task, who: str) -> None:
-    """UserError unless metrics and failures are names, for which records have room, and the mappings are some."""
+    """UserError unless metrics and failures are names that records have room for, and the mappings are mappings."""
     for field, example in (("corruptions", "{'one_more': self.one_more}"), ("settings", "{'digits': 2}")):
         named = getattr(task, field)
         fits = isinstance(named, Mapping) and all(isinstance(name, str) for name in named)
@@ -67,7 +67,7 @@ def _check_names(task: Task, who: str) -> None:
 
 
 def _check_verdicts(task: Task, record: Any, who: str) -> None:
-    """UserError unless the right answer, an empty one and a failure get a verdict and a score, and tokens classes."""
+    """UserError unless the right answer, an empty one and a failure get verdict and score, and tokens classes."""
     right = task.answer(record)
     _check_classes(task, [*("1" if right is None else right), ""], who)
     texts = {"an empty text": ""} | ({} if right is None else {"its answer": right})

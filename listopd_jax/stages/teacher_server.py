@@ -1,8 +1,8 @@
 """A teacher that is served elsewhere (`teacher.server`): log π_T of sampled tokens over HTTP.
 
 Any server that answers /v1/completions as vLLM does: prompts as token ids, and `prompt_logprobs`, the log-probability
-of every token of a prompt. Prompt and completion are sent as one prompt; the one token that is generated besides is
-thrown away. What a server sends is checked value by value, and what another attempt may get right is asked again.
+of every token of a prompt. Prompt and completion are sent as one prompt; the one extra token that is generated is
+thrown away. What a server sends is checked value by value, and failures that may pass are retried.
 """
 
 import concurrent.futures
@@ -27,16 +27,16 @@ from listopd_jax.errors import UserError, one_line, unknown_name
 KEY = "LISTOPD_TEACHER_KEY"
 """The environment variable with the server's key, which is sent as a bearer token and never shown."""
 
-ROWS, REQUESTS = 8, 8  # sequences a request, requests at one time
+ROWS, REQUESTS = 8, 8  # sequences per request, requests at one time
 LONGEST_WAIT = 60.0  # seconds between two attempts
 MOST_BYTES = 1 << 20, 256  # of an answer: at all, and for each byte of the request; a token takes about 150
 SAME = 0.05  # nats: two identical requests may differ by less; batching moves 16-bit kernels by about .01
 PROBE = 'Größe 12,5 µm\n\t{"naïve": [1, -2.5e3, "日本語"]} 🙂 – the END'
-AGAIN = (408, 425, 429)  # statuses, besides 500 and above, after which the same request may succeed
+AGAIN = (408, 425, 429)  # statuses below 500 after which the same request may succeed
 
 
 class Retry(Exception):
-    """What another attempt may get right; `after` is the server's own advice in seconds."""
+    """A failure that another attempt may cure; `after` is the server's own advice in seconds."""
 
     def __init__(self, message: str, after: float = 0.0):
         super().__init__(message)
@@ -53,7 +53,7 @@ class Refused(UserError):
 
 @dataclasses.dataclass(frozen=True)
 class TeacherServer:
-    """Where the teacher is served, under which name, and how patiently it is asked: seconds, attempts, first wait."""
+    """Where the teacher is served, under which name, and how patient requests are: seconds, attempts, first wait."""
 
     url: str
     model: str
@@ -72,7 +72,7 @@ class TeacherServer:
 
     def _scored(self, pairs: Sequence[tuple[Sequence[int], Sequence[int]]]) -> list[Float[np.ndarray, " _"]]:
         sequences = [[*prompt, *completion] for prompt, completion in pairs]
-        # prompt_logprobs=1: the likeliest token, and besides it always the prompt's own.
+        # prompt_logprobs=1: the likeliest token, and always the prompt's own.
         body = {"prompt": sequences, "max_tokens": 1, "temperature": 0, "prompt_logprobs": 1}
         rows = self.ask("/v1/completions", functools.partial(_token_logprobs, sequences), body)
         # The server scores prompt and completion as one prompt; only the completion is asked for.
@@ -150,7 +150,7 @@ def _shown(text: bytes) -> str:
 
 
 def _token_logprobs(sequences: Sequence[Sequence[int]], answer: Any) -> list[Float[np.ndarray, " _"]]:
-    """log π of each token of each sequence, 0 for the first; Retry if one is missing or none."""
+    """log π of each token of each sequence, 0 for the first; Retry if one is missing or invalid."""
     try:
         of = {choice["index"]: choice["prompt_logprobs"] for choice in answer["choices"]}
         rows = [

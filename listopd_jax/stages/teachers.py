@@ -1,9 +1,9 @@
-"""Several teachers, each of the records that a field says are its, and prompts that teachers alone read.
+"""Several teachers, each for the records that a field assigns to it, and prompts that only teachers read.
 
-The teacher of section `teacher` comes first, as 0; the others, `experts`, are checkpoints as they are. All of them read
-every row of a training batch, and the loss takes each row's own: batches, buckets and programs are as with one teacher.
-So m teachers cost m scoring passes, which are the smaller part of a step; calibration and forecast read each record
-with its own teacher alone.
+The teacher of section `teacher` comes first, as 0; the others, `experts`, are checkpoints, never trained here. All of
+them read every row of a training batch, and the loss takes each row's own: batches, buckets and programs are as with
+one teacher. So m teachers cost m scoring passes, which are the smaller part of a step; calibration and forecast read
+each record with its own teacher alone.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -40,12 +40,12 @@ def teacher_roles(roles: Iterable[str]) -> list[str]:
 
 
 def experts_of(by_role: Mapping[str, Any]) -> tuple[Any, ...]:
-    """What `by_role` has of each expert."""
+    """The entries of the experts in `by_role`."""
     return tuple(x for role, x in by_role.items() if role.startswith(EXPERT))
 
 
 def own_teachers(task: Task, records: Sequence[Any], teachers: Any) -> Int32[np.ndarray, " N"] | None:
-    """Whose each record is: 0 the teacher's, i the i-th expert's; None where there is one teacher.
+    """The teacher of each record: 0 the teacher, i the i-th expert; None where there is one teacher.
 
     UserError for a record that lacks `teachers.field`, or whose value `teachers.route` does not name.
     """
@@ -57,7 +57,7 @@ def own_teachers(task: Task, records: Sequence[Any], teachers: Any) -> Int32[np.
 
 
 def _value(task: Task, record: Any, field: str, routes: Mapping[str, str]) -> str:
-    """What a record has in `field`, which is one of `routes`."""
+    """A record's value of `field`, which is one of `routes`."""
     fields = task.fields(record)
     if field not in fields:
         near = did_you_mean(field, fields)

@@ -1,4 +1,4 @@
-"""From positions to thresholds, in NumPy alone: a notebook can ask again with another clip or τ.
+"""From positions to thresholds, in NumPy alone: a notebook can recompute them with another clip or τ.
 
 EC's clip-safe thresholds (EC Prop. 4.3) and our mode-flip ones. Greedy decoding from the target leaves the teacher's
 answer at the first position whose λ_flip lies below λ, so the share of lists with a flip anywhere is exactly the share
@@ -99,7 +99,7 @@ def strip_of(positions: Positions, codec: Codec) -> tuple[StripToken, ...]:
 
 
 def _prompt_means(kept: Positions) -> Float[np.ndarray, "n 5"]:
-    """Within-prompt means of p, 1−p, b, 1−b and log π_T/π_B; the complements are not taken from rounded ones."""
+    """Within-prompt means of p, 1−p, b, 1−b and log π_T/π_B; the complements are not 1 minus a rounded mean."""
     prompts, rows = np.unique(kept.prompt, return_inverse=True)
     columns = (kept.p, probability(-kept.logit_p), kept.b, probability(-kept.logit_b), kept.log_ratio)
     sums = [np.bincount(rows, column, len(prompts)) for column in columns]
@@ -196,7 +196,7 @@ def _spread(p: Float[np.ndarray, " N"], logit_p: Float[np.ndarray, " N"]) -> dic
 
 
 def _class_rows(positions: Positions, clip: float, tau: float) -> tuple[ClassRow, ...]:
-    """One row a token class that occurs, in the order of TOKEN_CLASSES."""
+    """One row per token class that occurs, in the order of TOKEN_CLASSES."""
     return tuple(
         _class_row(TOKEN_CLASSES[i], positions.where(positions.token_class == i), clip, tau)
         for i in np.unique(positions.token_class)

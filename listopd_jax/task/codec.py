@@ -24,7 +24,7 @@ class Codec:
     """A tokenizer with what decoding needs: `vocab`, the text of each token, and the ids `eos`, `ends` and `pad`.
 
     Any of `ends` closes a completion; `eos`, one of them, closes the answers of SFT. `also_end` are those of the
-    models, besides the tokenizer's. `classify` is the task's `token_classes`.
+    models, in addition to the tokenizer's. `classify` is the task's `token_classes`.
     """
 
     def __init__(

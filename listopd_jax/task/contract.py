@@ -16,7 +16,7 @@ Decisions where JSON readers differ:
   - A repeated key in one object is `no_json`: readers disagree on which value counts (RFC 7493 forbids it).
   - NaN and Infinity are not JSON, but the fault is a number's: anywhere in the list they make it `bad_score`.
   - A string is a number iff its whole text is a JSON number: "7", "7.5e0", but not " 7 ", "+7", "07",
-    "1_000", "0x10" or "٣". Booleans are no numbers.
+    "1_000", "0x10" or "٣". Booleans are not numbers.
   - Numbers are float64: 1e400 and integers of 400 digits are infinite (`bad_score`), 1e-400 is 0.
   - Ids are compared as exact strings after JSON escapes: "\\u00721" is r1; "R1", " r1" and 1 are not.
   - Other fields and scores outside 0..10 are allowed; so is prose around `[…]` if it has no brackets.
@@ -74,7 +74,7 @@ def strict_parse(text: str, ids: Sequence[str], field: str = "review_id") -> Par
 
 
 def repair_permutation(text: str, ids: Sequence[str], field: str = "review_id") -> Parsed:
-    """`strict_parse` after EC's permutation repair: a baseline beside the strict figures.
+    """`strict_parse` after EC's permutation repair: a baseline next to the strict figures.
 
     If exactly one id is missing and exactly one is named twice, the later of the two gets the missing id.
     Any other answer is judged as it is.
@@ -117,7 +117,7 @@ def token_classes(
 
 
 def plain_classes(pieces: Sequence[str]) -> list[int]:
-    """`token_classes` of an answer about whose form nothing is known: all but the end is 'other'."""
+    """`token_classes` of an answer of unknown form: all but the end is 'other'."""
     return [_OTHER if piece else _EOS for piece in pieces]
 
 

@@ -1,4 +1,4 @@
-"""Errors that a teacher may be given: a right JSON answer with one fault, chosen by a seeded generator."""
+"""Deliberate errors for a teacher: a right JSON answer with one fault, chosen by a seeded generator."""
 
 import random
 import re
@@ -24,7 +24,7 @@ def json_corruptions(answer: Callable[[Any], str]) -> dict[str, Corruption]:
 
     wrong_field renames a key, wrong_digit changes a number, missing_field drops the last field of an object,
     unclosed_string leaves out the quote that closes a string. An answer without such a place stays right; one that is
-    no JSON is a UserError.
+    not JSON is a UserError.
     """
     changes = (wrong_field, wrong_digit, missing_field, unclosed_string)
     return {change.__name__: _of_records(change, answer) for change in changes}
@@ -60,7 +60,7 @@ def wrong_field(text: str, rng: random.Random) -> str:
 
 
 def wrong_digit(text: str, rng: random.Random) -> str:
-    """One number is larger by 1 to 9; one of 2^53 and beyond, where float64 need not show that, has the other sign."""
+    """One number is larger by 1 to 9; one of 2^53 and beyond, where float64 may not show that, changes sign."""
     box = [loads(text)]  # so that a bare number has a place too
     if places := [(c, key) for c in _containers(box) for key, inner in _items(c) if _is_number(inner)]:
         container, key = rng.choice(places)

@@ -15,8 +15,8 @@ from jaxtyping import Bool, Int
 from listopd_jax.errors import UserError
 from listopd_jax.task.prompt import review_ids
 
-DEAD, START = 0, 1  # states: what has left the automaton, for good; nothing written yet
-MOST_REVIEWS = 10  # the ids that are used belong to the state, so there are 2^K times as many as places
+DEAD, START = 0, 1  # states: after a token that does not fit, for good; nothing written yet
+MOST_REVIEWS = 10  # the used ids are part of the state, so there are 2^K times as many states as places
 SCORES = tuple(map(str, range(11)))
 _SPACE = " \t\n\r"
 
@@ -24,7 +24,7 @@ _SPACE = " \t\n\r"
 _PARTS = ("[", "{", '"review_id"', ":", "ID", ",", '"score"', ":", "SCORE", "}", "NEXT", "END", "DONE")
 _OBJECT, _ID, _SCORE, _NEXT, _END, _DONE = map(_PARTS.index, ("{", "ID", "SCORE", "NEXT", "END", "DONE"))
 
-_Place = tuple[frozenset[str], int, str]  # the ids that are used, the part under way, what is written of it
+_Place = tuple[frozenset[str], int, str]  # the ids that are used, the current part, what is written of it
 
 
 class Automaton(NamedTuple):
@@ -32,7 +32,7 @@ class Automaton(NamedTuple):
 
     step: Int[np.ndarray, "S C"]  # the next state
     column: Int[np.ndarray, " V"]  # of each token
-    content: Bool[np.ndarray, "S C"]  # whether the token does no more there than choose a score
+    content: Bool[np.ndarray, "S C"]  # whether the token only chooses a score there
 
 
 def contract_automaton(pieces: Sequence[str], ends: Collection[int], k: int) -> Automaton:

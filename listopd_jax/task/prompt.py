@@ -34,13 +34,13 @@ def review_ids(k: int) -> tuple[str, ...]:
 
 
 def render_prompt(title: str, reviews: Sequence[str]) -> str:
-    """The user's message: title, one line a review, and the form of the answer. Ends in a newline."""
+    """The user's message: title, one line per review, and the form of the answer. Ends in a newline."""
     head = f"Product: {one_line(title)}. Below are {len(reviews)} reviews. Score each 0-10 for helpfulness."
     return render_list(head, "review", reviews)
 
 
 def render_list(head: str, noun: str, texts: Sequence[str], example: int = 7) -> str:
-    """A message that asks for scores: `head`, one line a text (a `noun`), the form of the answer with score `example`.
+    """A request for scores: `head`, one line per text (a `noun`), the form of the answer with score `example`.
 
     Each text is put on one line, so that only real ones start a line with `[Review n]`. Special tokens spelt out in a
     text (`<|im_end|>`) are the tokenizer's business, not handled here.

@@ -27,18 +27,18 @@ class Splits:
 
 
 class Task(abc.ABC):
-    """One task. Made once a run from the sections `data` and `task` of its config.
+    """One task. Made once per run from the sections `data` and `task` of its config.
 
-    `splits` is called first, and may still settle the attributes, as by what the records have; no other method changes
+    `splits` is called first, and may still set the attributes, e.g. by what the records have; no other method changes
     anything.
 
     Attributes:
-      name: how records and messages call it.
-      failures: the classes of `parse` that every record of a policy counts, 'ok' first; others may occur besides.
+      name: its name in records and messages.
+      failures: the classes of `parse` that every record of a policy counts, 'ok' first; others may occur too.
       metrics: what `score` may give, in the order of the record; 'parse' is added to it.
-      useful: in words, what the metric 'useful' is: by it the best policy is chosen.
-      corruptions: name → an answer, made of a record's right one, with an error that SFT may be given.
-      settings: what each record of a policy says besides of how it was scored.
+      useful: in words, what the metric 'useful' is, by which the best policy is chosen.
+      corruptions: name → a record's right answer with an error, for noise in SFT.
+      settings: further fields of each record of a policy that say how it was scored.
     """
 
     name: ClassVar[str] = "task"
@@ -76,7 +76,7 @@ class Task(abc.ABC):
         return None
 
     def repair(self, text: str, record: Any) -> Parsed | None:
-        """`parse` after the task's own repair of an answer, reported beside the strict verdict; None: it has none."""
+        """`parse` after the task's own repair of an answer, reported next to the strict verdict; None: it has none."""
         return None
 
     def teacher_prompt(self, record: Any) -> Prompt | None:
@@ -106,5 +106,5 @@ class Task(abc.ABC):
         return next((text for r in records if (text := self.answer(r)) is not None), "")
 
     def shown(self, parsed: Parsed, record: Any) -> dict[str, Any]:
-        """What an example of a record shows of the truth and of the answer, in JSON values."""
+        """What an example shows of the record's truth and of the answer, in JSON values."""
         return {} if (right := self.answer(record)) is None else {"extra": {"right": right}}

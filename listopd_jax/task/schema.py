@@ -1,4 +1,4 @@
-"""JSON Schema as a contract: a schema that can be trusted, and the class of what breaks it.
+"""JSON Schema as a contract: a schema that can be trusted, and the class of each failure.
 
 Schemas and the values that they judge are hostile: a reference is never fetched, and a pattern gets MATCH_SECONDS.
 """
@@ -27,12 +27,11 @@ _REFERENCES = ("$ref", "$dynamicRef", "$recursiveRef")
 
 
 class Contract:
-    """One JSON Schema, checked once: `failure(value)` is 'ok' or the class of what breaks it.
+    """One JSON Schema, checked once: `failure(value)` is 'ok' or the class of the failure.
 
-    `where` begins the UserError for a schema that is none, has a reference that leads out of it or nowhere, or a
+    `where` begins the UserError for a schema that is invalid, has a reference that leads out of it or nowhere, or a
     pattern that takes exponential time. With `by_path` a class is the path in the schema that failed, as in
-    `price/minimum`; without, for schemas that differ from record to record, only the keyword.
-    `schema` is the schema.
+    `price/minimum`; without, for schemas that differ from record to record, only the keyword. `schema` is the schema.
     """
 
     def __init__(self, schema: Any, where: str, by_path: bool = True):
@@ -152,7 +151,7 @@ def _keys(value: Any) -> list[str]:
 def _parts(kind: type, schema: dict[str, Any], where: str) -> Iterator[dict[str, Any]]:
     """Every schema in a schema, and in what its references lead to, which may lie under any key; each of them once.
 
-    UserError for a reference that leads nowhere, or to what is no schema of the version `kind`.
+    UserError for a reference that leads nowhere, or to anything but a schema of the version `kind`.
     """
     _check_schema(kind, schema, where)
     known = [keyword for keyword in _REFERENCES if keyword in kind.VALIDATORS]  # its version ignores others
@@ -186,7 +185,7 @@ def _inside(
 
 
 def _resolve(resolver: Any, name: str, where: str, keyword: str) -> tuple[Any, Any, str]:
-    """What a reference names, what resolves the references in it, and how messages call it."""
+    """What a reference names, what resolves the references in it, and its name in messages."""
     called = f"{where}: {keyword}={name[:80]!r}"
     try:
         found = resolver.lookup(name)
@@ -198,7 +197,7 @@ def _resolve(resolver: Any, name: str, where: str, keyword: str) -> tuple[Any, A
 
 
 def _check_pattern(pattern: str, where: str) -> None:
-    """UserError for a pattern that is none, or that takes exponential time on a text of one repeated character."""
+    """UserError for an invalid pattern, or one that takes exponential time on a text of one repeated character."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -218,7 +217,7 @@ def _check_pattern(pattern: str, where: str) -> None:
 
 
 def _check_plain(pattern: str, where: str) -> None:
-    """UserError for a pattern that Python's re does not know: jsonschema asks that one what is evaluated."""
+    """UserError for a pattern that Python's re does not know: jsonschema uses re to find what is evaluated."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -267,7 +266,7 @@ def _additional_properties(
 
 
 def _bounded(kind: type) -> type:
-    """The validators of a version, with patterns that are given a time."""
+    """The validators of a version, with a time limit for patterns."""
     own = {
         "pattern": _pattern,
         "patternProperties": _pattern_properties,
@@ -296,5 +295,5 @@ def _descend(follow: Callable) -> Callable:
 
 
 def _evolve(validator: Any, **changes: Any) -> Any:
-    """jsonschema's own follows a `$schema` inside the schema, to validators that give no time; this one stays here."""
+    """jsonschema's own follows a `$schema` inside the schema, to validators without time limit; this one stays here."""
     return type(validator)(**({"schema": validator.schema, "_resolver": validator._resolver} | changes))

@@ -90,7 +90,7 @@ class Bfcl(FileTask):
         return Parsed(OK, call["arguments"]) if failure == OK else Parsed(FAILURES.get(failure, failure))
 
     def schema(self, record: Question) -> dict[str, Any]:
-        """That of a call of the function."""
+        """The schema of a call of the function."""
         return record.contract.schema
 
     def score(self, parsed: Parsed, record: Question) -> dict[str, float]:
@@ -190,13 +190,13 @@ def _check_accepted(accepted: Any, where: str) -> None:
 
 
 def _first(accepted: Accepted, required: Sequence[str]) -> dict[str, Any]:
-    """The first accepted value of each argument; one that may be left out, and whose first value is "", is."""
+    """The first accepted value of each argument; an optional one whose first value is "" is left out."""
     kept = {n: [v for v in values if v != "" or n in required] for n, values in accepted.items()}
     return {n: _value(kept[n][0]) for n, values in accepted.items() if kept[n] and values[0] == kept[n][0]}
 
 
 def _value(accepted: Any) -> Any:
-    """A value that an accepted one stands for; an object has a list of values for each field, of which "" is none."""
+    """A value that an accepted one stands for; an object has a list of values for each field, where "" is not one."""
     if isinstance(accepted, dict):
         kept = {name: [value for value in values if value != ""] for name, values in accepted.items()}
         return {name: _value(values[0]) for name, values in kept.items() if values}

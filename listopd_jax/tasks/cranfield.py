@@ -1,8 +1,8 @@
 """Rank K abstracts by relevance to a query: the Cranfield collection as it is published.
 
 `data.path` is cran.all.1400, `data.meta_path` cran.qry, `data.labels` cranqrel. An abstract (`.W`) begins with its
-title. A query in cranqrel is a position in cran.qry, not the number printed there. Grades are 1 (a complete answer)
-to 4 (of minimum interest) and become labels 4 to 1; what is judged −1 or not at all has label 0.
+title. A query in cranqrel is a position in cran.qry, not the number printed there. Grades are 1 (a complete answer) to
+4 (of minimum interest) and become labels 4 to 1; those judged −1 or not at all have label 0.
 
 225 queries are too few to learn from what a query has to do with a text. `data.synthetic_queries` adds that many lists
 to the training ones, whose queries are made of words of the abstracts (tasks/synthetic_queries.py).
@@ -68,7 +68,7 @@ class Cranfield(Listwise, FileTask):
         return record.product_id
 
     def prompt(self, record: ListExample) -> str:
-        """The query, one line an abstract, and the form of the answer."""
+        """The query, one line per abstract, and the form of the answer."""
         head = f"Query: {record.title} Below are {len(record.reviews)} passages. Score each 0-{BEST} for relevance."
         return render_list(head, self.noun, record.reviews, example=BEST)
 

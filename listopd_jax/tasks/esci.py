@@ -74,7 +74,7 @@ class Esci(Listwise, FileTask):
         return record.product_id
 
     def prompt(self, record: ListExample) -> str:
-        """The query, one line a product, and the form of the answer."""
+        """The query, one line per product, and the form of the answer."""
         head = f"Query: {record.title} Below are {len(record.reviews)} products. Score each: 3 exact, 2 substitute, "
         return render_list(f"{head}1 complement, 0 irrelevant.", self.noun, record.reviews, example=3)
 

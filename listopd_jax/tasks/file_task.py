@@ -1,4 +1,4 @@
-"""A task whose records are read from a file: what a task of your own begins with."""
+"""A task whose records are read from a file: the base for a task of your own."""
 
 import abc
 import json
@@ -26,7 +26,7 @@ class FileTask(Task):
 
     @abc.abstractmethod
     def read(self, path: pathlib.Path) -> Iterable[Any]:
-        """The records of the file; each has a `key` of its own, by which messages call it."""
+        """The records of the file; each has a `key` of its own, its name in messages."""
 
     def side(self, record: Any) -> str | None:
         """'train' or 'validation', or None for all records."""
@@ -35,7 +35,7 @@ class FileTask(Task):
     def group(self, record: Any) -> str:
         """Records of one group stay on one side; by default those of one prompt.
 
-        One is a text and its one user turn, whatever else a message says, and whatever blanks are around its text.
+        A text and its one user turn are one prompt, whatever else a message has, and whatever blanks surround its text.
         """
         prompt = self.prompt(record)
         turns = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
@@ -83,7 +83,7 @@ class FileTask(Task):
             require(_is_hashable(group), f"{who}: group is {group!r}; return a text")
 
     def _check(self, records: Sequence[Any]) -> None:
-        """UserError if a record has no key or that of another, or a prompt is none."""
+        """UserError if a record has no key or that of another, or an invalid prompt."""
         keys = set()
         for record in records:
             check_key(record, self.name)

@@ -1,8 +1,8 @@
 """JSON answers under a JSON Schema: any extraction, call or form, as JSON lines and without a line of Python.
 
 A line is {"prompt": text or "messages": […], "answer": value, "schema": {…}}; answer and schema are optional, and
-`task.schema` is the schema of the lines that have none. "teacher_prompt", a text or messages, is read by teachers alone
-(`teachers.max_prompt`), and any field that is not ours may say whose the line is (`teachers.field`).
+`task.schema` is the schema of the lines that have none. "teacher_prompt", a text or messages, is read only by teachers
+(`teachers.max_prompt`), and any field that is not ours may name the line's teacher (`teachers.field`).
 
 An answer holds the contract iff the whole text is strict JSON (task/strict_json.py) that the schema accepts. It is
 'no_json', or fails by the part of the schema that it breaks: by its path in `task.schema`, by the keyword alone where
@@ -40,7 +40,7 @@ class JsonRecord:
     contract: Contract
     side: str | None = None
     teacher_prompt: Prompt | None = None
-    others: Mapping[str, Any] = dataclasses.field(default_factory=dict)  # the fields that are not ours
+    others: Mapping[str, Any] = dataclasses.field(default_factory=dict)  # all further fields
 
 
 class JsonTask(FileTask):
@@ -80,11 +80,11 @@ class JsonTask(FileTask):
         return record.prompt
 
     def teacher_prompt(self, record: JsonRecord) -> Prompt | None:
-        """That of the line."""
+        """The line's own."""
         return record.teacher_prompt
 
     def fields(self, record: JsonRecord) -> Mapping[str, Any]:
-        """Those of the line that are not ours."""
+        """The line's further fields."""
         return record.others
 
     def answer(self, record: JsonRecord) -> str | None:
@@ -101,7 +101,7 @@ class JsonTask(FileTask):
         return Parsed(OK, value) if failure == OK else Parsed(failure)
 
     def schema(self, record: JsonRecord) -> dict[str, Any]:
-        """That of the line or of `task.schema`."""
+        """The line's own, or `task.schema`."""
         return record.contract.schema
 
     def score(self, parsed: Parsed, record: JsonRecord) -> dict[str, float]:
@@ -126,7 +126,7 @@ class JsonTask(FileTask):
     def _score_fields(self, answers: Sequence[Any]) -> None:
         """Score the declared fields and those of the right answers: of more than MOST_FIELDS the most frequent.
 
-        Only those whose names can be those of metrics: one printable line of at most LONGEST_NAME characters.
+        Only those whose names can name metrics: one printable line of at most LONGEST_NAME characters.
         """
         counts = Counter(name for answer in answers if isinstance(answer, dict) for name in answer)
         often = sorted(counts, key=lambda name: (-counts[name], name))
@@ -180,7 +180,7 @@ class Prompts(JsonTask):
 
 
 def share_right(value: Any, right: Any) -> float:
-    """The share of the fields of either answer that are equal in both; of answers that are no objects, 0 or 1."""
+    """The share of the fields of either answer that are equal in both; for answers that are not objects, 0 or 1."""
     if not (isinstance(value, dict) and isinstance(right, dict)) or not (value or right):
         return float(same(value, right))
     names = value.keys() | right.keys()
@@ -213,7 +213,7 @@ def _schema_file(path: str) -> Any:
 
 
 def _check_fields(row: Mapping[str, Any], where: str) -> None:
-    """UserError for a line without a prompt or with two, or for a field that seems to be one of ours misspelt."""
+    """UserError for a line without a prompt or with two, or for a field that seems to be a misspelt one of FIELDS."""
     for field in row.keys() - set(FIELDS):
         if meant := did_you_mean(field, [f for f in FIELDS if f not in row], cutoff=0.8):
             raise UserError(f"{where}: unknown field {field!r}; {meant}rename it")

@@ -102,7 +102,7 @@ def deal_lists(
     k: int,
     seed: int,
 ) -> Iterator[ListExample]:
-    """Lists of `k` texts of the query called `name`: its relevant ones dealt out, at most k/2 a list, and others.
+    """Lists of `k` texts of the query called `name`: its relevant ones dealt out, at most k/2 per list, and others.
 
     `judged` has the labels of the relevant ones, `others` at least k − 1 that have label 0; places are random.
     """

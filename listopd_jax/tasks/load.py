@@ -45,13 +45,13 @@ def load_task(config: Any) -> Task:
 
 @contextlib.contextmanager
 def in_task_file(path: str) -> Iterator[None]:
-    """While inside, what fails in the lines of the task file `path` is a UserError; "" for none."""
+    """While inside, what fails in the lines of the task file `path` is a UserError; "" for no file."""
     try:
         yield
     except UserError:
         raise
     except (Exception, SystemExit) as e:
-        if not _lines(pathlib.Path(path), e):  # it is none of the file's
+        if not _lines(pathlib.Path(path), e):  # no line of the file is to blame
             raise
         raise _mistake(pathlib.Path(path), e) from e
 
@@ -85,7 +85,7 @@ def _executed(path: pathlib.Path) -> types.ModuleType:
     module = sys.modules[name] = importlib.util.module_from_spec(spec)  # dataclasses look themselves up
     try:
         spec.loader.exec_module(module)
-    except (Exception, SystemExit) as e:  # it is the user's program: it can raise anything, and leave
+    except (Exception, SystemExit) as e:  # the user's program can raise anything, and exit
         raise _mistake(path, e) from e
     return module
 

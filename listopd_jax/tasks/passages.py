@@ -2,7 +2,7 @@
 
 `data.path` is read by the columns of its first line, which tabs part:
 
-| columns | file | besides |
+| columns | file | also needed |
 |---|---|---|
 | 2: id, passage | collection.tsv | queries as `data.meta_path`, qrels as `data.labels` |
 | 3: query, relevant passage, other passage | triples.train.small.tsv | nothing |
@@ -30,7 +30,7 @@ RELEVANT = 1  # the grade of a relevant passage of a triple, as in MS MARCO's qr
 
 
 class Pool(NamedTuple):
-    """What lists are made of; ids are those of the files, and of triples the texts themselves."""
+    """What lists are made of; ids are those of the files, for triples the texts themselves."""
 
     queries: dict[str, str]
     passages: dict[str, str]
@@ -76,7 +76,7 @@ class Passages(Listwise, FileTask):
         return record.product_id
 
     def prompt(self, record: ListExample) -> str:
-        """The query, one line a passage, and the form of the answer."""
+        """The query, one line per passage, and the form of the answer."""
         head = f"Query: {record.title} Below are {len(record.reviews)} passages. Score each 0-{BEST} for relevance."
         return render_list(head, self.noun, record.reviews, example=BEST)
 
@@ -159,7 +159,7 @@ class Passages(Listwise, FileTask):
 
 
 def read_qrels(path: str | pathlib.Path) -> Iterator[Judgement]:
-    """The judgements of a file of qrels; UserError for a line that is none, or that judges a passage again."""
+    """The judgements of a file of qrels; UserError for a malformed line, or one that judges a passage again."""
     seen = set()
     for where, line in read_text_lines(path):
         fields = line.split()
@@ -201,7 +201,7 @@ def _rows(path: str | pathlib.Path, columns: int = 0) -> Iterator[tuple[str, lis
 
 
 def _text(field: str, where: str, name: str) -> str:
-    """A text as it is shown; UserError if nothing is left of it."""
+    """A text as it is shown; UserError if it is empty."""
     if text := clean_text(field):
         return text
     raise UserError(f"{where}: the {name} is empty; take the line out")

@@ -20,5 +20,5 @@ class Reviews(Listwise):
         return Splits(read_split(folder, "train"), read_split(folder, "validation"), report)
 
     def prompt(self, record: ListExample) -> str:
-        """Title, one line a review, and the form of the answer."""
+        """Title, one line per review, and the form of the answer."""
         return render_prompt(record.title, record.reviews)

@@ -36,8 +36,8 @@ def _runs(words: Sequence[str], size: int) -> Iterator[Sequence[str]]:
 def synthetic_lists(texts: Sequence[str], count: int, k: int, best: int, seed: int) -> Iterator[ListExample]:
     """`count` lists of `k` of the `texts`, which are all different; the same for the same arguments.
 
-    One to half of the texts of a list are relevant, with labels of GRADES of `best`; each gives as many of its words to
-    the query as its label is.
+    One to half of the texts of a list are relevant, with labels of GRADES of `best`; each gives the query as many of
+    its words as its label says.
 
     UserError if fewer than `k` texts have words enough.
     """
@@ -58,8 +58,8 @@ def _one_list(
 ) -> ListExample:
     """Words of the relevant texts and common ones are the query, all in a random order."""
     chosen = rng.sample(list(own), k)
-    # How many are relevant differs: of a constant number, the labels written so far would give away the rest, and a
-    # model learns to count them instead of reading the texts.
+    # The number of relevant texts varies: with a constant one, the labels written so far would give away the rest, and
+    # a model learns to count them instead of reading the texts.
     labels = {text: int(best * rng.choice(GRADES)) for text in chosen[: rng.randint(1, k // 2)]}
     query = [word for text, label in labels.items() for word in rng.sample(own[text], label)]
     query += rng.sample(common, min(FILLERS, len(common)))

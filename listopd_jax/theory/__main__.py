@@ -4,7 +4,7 @@
 
 --json prints one object: lambda_clip, lambda_clip_base_neutral, lambda_flip, fixed_point, q_c. A value is
 null where it is undefined, and "reason" then says why; lambda_flip is null without a reason where no λ flips
-the token. The fixed point is taken at --lam, 1.2 unless told. Exit code 2 and one line on standard error for
+the token. The fixed point is taken at --lam, default 1.2. Exit code 2 and one line on standard error for
 values outside their range.
 """
 

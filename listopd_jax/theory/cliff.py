@@ -206,7 +206,7 @@ def locate(
 
 
 def level_name(level: float) -> str:
-    """A level as the key of its onset: "0.80", and with as many digits as it takes, "0.801"."""
+    """A level as the key of its onset: "0.80", with more digits where needed, "0.801"."""
     return max(f"{level:.2f}", str(float(level)), key=len)
 
 

@@ -1,4 +1,4 @@
-"""A five-parameter curve through EC's own parse rates (ours), and what it says of the rows that it has not seen.
+"""A five-parameter curve through EC's own parse rates (ours), and what it predicts for held-out rows.
 
     python -m listopd_jax.theory.ec_fit [--json]        # docs/results/ec_fit.json is the output of --json
 
@@ -25,7 +25,7 @@ from listopd_jax.theory.checks import Array, scalar
 from listopd_jax.theory.cliff import MIDPOINT
 from listopd_jax.theory.ec_figures import CLIP_SWEEP, ROWS, Row
 
-SFT_LOSS = 0.722  # a·.278 is parse at λ = 0. Fixed: no row lies near enough to 0 to tell it from ξ
+SFT_LOSS = 0.722  # a·.278 is parse at λ = 0. Fixed: no row lies near enough to 0 to separate it from ξ
 TRAINING = ("sweep", "five_seeds", "long", "long_three_seeds")  # c = 5; small_clip is held out
 SHARES = {
     "exponential": lambda steps, tau: 1 - np.exp(-steps / tau),
@@ -99,14 +99,14 @@ def summary(
 
 
 def beside(params: Params, row: Row) -> list[dict[str, float]]:
-    """What EC printed and what the fit says, at each λ of the row."""
+    """EC's printed value and the fit's, at each λ of the row."""
     predicted = predict(params, row.lambdas, row.steps).tolist()
     columns = zip(row.lambdas, row.parse, predicted, strict=True)
     return [{"lambda": lam, "observed": observed, "fit": fitted} for lam, observed, fitted in columns]
 
 
 def report() -> dict:
-    """The fit, its variations, and every row beside it, as JSON values of four decimals."""
+    """The fit, its variations, and every row next to it, as JSON values of four decimals."""
     fits = {
         "fit": summary(),
         "hyperbolic": summary(law="hyperbolic"),

@@ -6,10 +6,10 @@ the target of another λ does, so its parse is read as that of an *effective* λ
 
     parse(λ) = E C(a + s·(λ − 1) + σ z),   z ~ N(0, 1)
 
-The *reach* (a, s) is the effective λ of N steps at λ = 1, and what they make of one unit more; σ is what seeds differ
-by. All three come from anchor runs, at few λ and of seeds that the sweep does not use: each lies where C has the
-run's parse. A run whose parse is nearly 1 or nearly 0 says almost nothing of its place, so anchors outside of
-INFORMATIVE are left out. Of several curves C, the one from which the anchors stray least in λ is used.
+The *reach* (a, s) is the effective λ of N steps at λ = 1, and its slope in λ; σ is the spread of seeds. All three come
+from anchor runs, at few λ and of seeds that the sweep does not use: each lies where C has the run's parse. A run whose
+parse is nearly 1 or nearly 0 says almost nothing of its place, so anchors outside of INFORMATIVE are left out. Of
+several curves C, the one from which the anchors stray least in λ is used.
 """
 
 from collections.abc import Mapping
@@ -28,7 +28,7 @@ _WEIGHTS = _NODE_WEIGHTS / _NODE_WEIGHTS.sum()
 
 
 class Undetermined(ValueError):
-    """The anchors do not say how far runs come."""
+    """The anchors do not show how far runs get."""
 
 
 class Shape(NamedTuple):
@@ -52,7 +52,7 @@ class Shape(NamedTuple):
 
 
 class Reach(NamedTuple):
-    """What anchor runs say: (a, s), their covariance with `freedom` degrees, and σ."""
+    """What anchor runs give: (a, s), their covariance with `freedom` degrees of freedom, and σ."""
 
     line: Float[np.ndarray, " 2"]
     covariance: Float[np.ndarray, "2 2"]
@@ -78,7 +78,7 @@ def reach(shape: Shape, lambdas: Float[np.ndarray, " A"], parse: Float[np.ndarra
     """a, s and σ from anchors at `lambdas` that had `parse`, by least squares in the effective λ.
 
     Undetermined if fewer than three anchors are informative, or all of these have one λ, or one of them has a parse
-    that the curve does not come to: it would lie at the curve's end, wherever that is.
+    that the curve does not reach: it would lie at the curve's end, wherever that is.
     """
     low, high = INFORMATIVE
     told = (parse >= low) & (parse <= high)
@@ -125,7 +125,7 @@ def predicted(
 ) -> Predicted:
     """The mean parse of `seeds` runs at each λ, `lists` judged lists each, with a band of `level` by simulation.
 
-    The band holds what is not known of a and s (Student's t), the seeds' spread and the lists' own noise.
+    The band covers the uncertainty of a and s (Student's t), the seeds' spread and the lists' own noise.
     """
     design, rng = _design(lambdas), np.random.default_rng(0)
     # Gauss-Hermite quadrature of the mean over z ~ N(0, 1).

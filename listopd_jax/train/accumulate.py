@@ -18,10 +18,10 @@ def accumulated_grad(loss_of: Callable, params: Any, batch: Any, microbatch: int
     gradient is float32, whatever `params` are.
     """
     rows = jax.tree.leaves(batch)[0].shape[0]
-    if microbatch == 0 or microbatch >= rows:  # a loop of one turn would still copy what it carries
+    if microbatch == 0 or microbatch >= rows:  # a loop of one iteration would still copy its carry
         (loss, aux), grads = jax.value_and_grad(loss_of, has_aux=True)(params, batch)
         return loss, constrain_state(to_float32(grads)), aux
-    # `to_chunks` takes so many rows of every device, `microbatch` is of all devices.
+    # `to_chunks` counts rows per device, `microbatch` over all devices.
     parts = jax.tree.map(lambda x: to_chunks(x, microbatch // row_multiple()), batch)
     grad = jax.value_and_grad(loss_of, has_aux=True)
 

@@ -1,12 +1,12 @@
 """Checkpoints of one training run that survive: written while training continues, proven when they are read.
 
 A run's folder is `workdir/checkpoints/<run>`. A checkpoint has the items `params`, `opt_state`, `average` where one of
-the weights is kept (each an item of its own, so that a finished run loads what it is for alone) and `record`, JSON: the
-step, the identity of the run (seed, λ and its warm-up, digest of the config), its progress (data iterator) and
-checksums of the arrays. Random numbers need no more: the key of every step is folded from seed and step.
+the weights is kept (separate items, so that a finished run loads only its result) and `record`, JSON: the step, the
+identity of the run (seed, λ and its warm-up, digest of the config), its progress (data iterator) and checksums of the
+arrays. Random numbers need no state: the key of every step is folded from seed and step.
 
-Orbax writes to a temporary folder and renames it: a killed save leaves no checkpoint at all. What a disk damages later
-the checksums tell, on whatever mesh; such a checkpoint is skipped for the one before it.
+Orbax writes to a temporary folder and renames it: a killed save leaves no checkpoint at all. Later damage on disk shows
+in the checksums, on any mesh; such a checkpoint is skipped for the one before it.
 """
 
 import contextlib
@@ -33,7 +33,7 @@ from listopd_jax.train.optimizer import TrainState
 
 
 class Saved(NamedTuple):
-    """What a checkpoint gives back; what was not asked for of `state` is None."""
+    """What a checkpoint gives back; parts of `state` that were not asked for are None."""
 
     step: int
     state: TrainState
@@ -48,10 +48,10 @@ class Checkpoints:
     """The checkpoints of one run; use as a context manager so that the last save is on disk at the end.
 
     Args:
-      folder: of this run alone; made if absent.
+      folder: only this run's; made if absent.
       keep: how many of the newest are kept.
       identity: JSON; what a checkpoint must have been saved with to be resumed.
-      best: step of a checkpoint to keep besides, if there is one.
+      best: step of a further checkpoint to keep, if there is one.
 
     Saves return as soon as the state may be changed and continue in the background; a failed one is a UserError of the
     next save, of `wait` or of the end. Every host calls every method.
@@ -119,9 +119,9 @@ class Checkpoints:
     def restore(self, like: TrainState, final: int | None = None) -> Saved | None:
         """The newest undamaged checkpoint, with the shapes, dtypes and shardings of `like` (see `abstract`).
 
-        Damaged ones are skipped with a warning and deleted once an older one is good. If none is, their folder is
-        put aside and the result is None. Of a checkpoint at step `final` only the result is read. Raises UserError for
-        a checkpoint of another run or model.
+        Damaged ones are skipped with a warning and deleted once an older one is good. If none is, their folder is put
+        aside and the result is None. At step `final` only the result is read. Raises UserError for a checkpoint of
+        another run or model.
         """
         steps = self.steps[::-1]
         for i, step in enumerate(steps):
@@ -179,7 +179,7 @@ class Checkpoints:
         problem, found = None, {}
         try:
             found = dict(self._manager.restore(step, args=ocp.args.Composite(**items)).items())
-        except (jax.errors.JaxRuntimeError, MemoryError):  # no fault of the files
+        except (jax.errors.JaxRuntimeError, MemoryError):  # not the files' fault
             raise
         except Exception as e:  # orbax and tensorstore raise bare Exceptions for damaged files
             reason = f" ({e.strerror})" if isinstance(e, OSError) and e.strerror else ""
@@ -243,7 +243,7 @@ def _warn(message: str) -> None:
 
 @functools.cache
 def _quiet_orbax() -> None:
-    """Silence the tracebacks of its threads: what fails is raised, and reported in one line, in the main thread.
+    """Silence the tracebacks of its threads: failures are raised, and reported in one line, in the main thread.
 
     For good, because a thread whose write failed may live longer than the manager, and tensorstore's longer than that.
     """

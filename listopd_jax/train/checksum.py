@@ -1,7 +1,7 @@
 """A checksum of a tree of arrays that does not depend on how it is split over devices.
 
 Every word is mixed with its place and all are added modulo 2^32: devices sum their own shards and exchange one number.
-A single changed word always shows; other damage escapes with probability 2^-32.
+A single changed word is always detected; other damage escapes with probability 2^-32.
 """
 
 import functools

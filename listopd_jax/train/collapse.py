@@ -1,4 +1,4 @@
-"""The watch over a run that may collapse: what its samples tell at each step, and what is done about it.
+"""The watch over a run that may collapse: what its samples show at each step, and what is done about it.
 
 Every step samples completions anyway; how many of them hold the contract, how long they are and at how many structural
 tokens the target flips is a free look at the policy. Means over a window of steps are compared with those of the window
@@ -13,7 +13,7 @@ from listopd_jax.files import on_process_0
 
 
 class Thresholds(NamedTuple):
-    """What a collapse is; fields as in the config section `opd.collapse`."""
+    """The criteria of a collapse; fields as in the config section `opd.collapse`."""
 
     window: int
     parse_drop: float
@@ -22,7 +22,7 @@ class Thresholds(NamedTuple):
 
 
 class Seen(NamedTuple):
-    """What the samples of a step say, or the mean of some: shares of 1, and tokens."""
+    """Statistics of the samples of a step, or a mean over steps: shares of 1, and tokens."""
 
     parse: float
     length: float
@@ -30,7 +30,7 @@ class Seen(NamedTuple):
 
 
 def collapse(now: Seen, best: Seen, at: Thresholds) -> str:
-    """Why `now` is a collapse after `best`, in a few words; "" if it is none."""
+    """Why `now` is a collapse after `best`, in a few words; "" if it is not one."""
     if best.parse - now.parse > at.parse_drop:
         return f"parse fell from {best.parse:.2f} to {now.parse:.2f}"
     if abs(now.length - best.length) > at.length_change * best.length:
@@ -41,7 +41,7 @@ def collapse(now: Seen, best: Seen, at: Thresholds) -> str:
 
 
 def mean(seen: list[Seen]) -> Seen:
-    """Of each number."""
+    """The mean of each number."""
     return Seen(*(sum(column) / len(column) for column in zip(*seen, strict=True)))
 
 
@@ -72,7 +72,7 @@ class Watch:
         return 1 + self._scale * (lam - 1) if self._scale < 1 else lam
 
     def observe(self, step: int, metrics: Mapping[str, float]) -> dict[str, float]:
-        """Look at `step`, the number of updates so far; returns what is logged besides its metrics."""
+        """Look at `step`, the number of updates so far; returns extra metrics to log."""
         log = {"lambda_scale": self._scale} if self._action == "lower_lambda" else {}
         seen = Seen(metrics["parse"], metrics["completion_length"], metrics["flip_structural"])
         self._recent = [*self._recent, seen][-self._at.window :]
@@ -87,7 +87,7 @@ class Watch:
         return log | {"collapsed": float(bool(why))}
 
     def _act(self, step: int, why: str) -> None:
-        """What comes next is compared with itself: the window starts over."""
+        """Act on a collapse. Later steps are compared with each other only: the window starts over."""
         self.collapses.append(step)
         self._recent, self._best = [], None
         if self._action == "lower_lambda":

@@ -1,9 +1,9 @@
 """OPD without rollouts: the texts are those of the student before training; each step draws new tokens.
 
-What is slow of OPD, writing completions token by token, happens once. At each step every position of the texts has
-another token, drawn from the student's distribution there as it is by then; what follows stays as it was. So teacher
-and base, whose states do not change, are read once. Objective, optimiser, schedules and the number of tokens of a step
-are those of the run that this stands for.
+The slow part of OPD, writing completions token by token, happens once. At each step every position of the texts gets a
+new token, drawn from the student's current distribution there; the text after it stays. So teacher and base, whose
+states do not change, are read once. Objective, optimiser, schedules and tokens per step are those of the run that this
+stands for.
 """
 
 import functools
@@ -37,7 +37,7 @@ class Texts(NamedTuple):
 
 
 class Schedule(NamedTuple):
-    """Of each of N steps: which of the L prompts it takes, its key, the scalars of the objective, the learning rate."""
+    """Per step, of N: which of the L prompts it takes, its key, the scalars of the objective, the learning rate."""
 
     lists: Int[Array, "N B"]
     keys: Array
@@ -58,7 +58,7 @@ def make_fixed_text(
     """A jitted trained(params, base, heads: Models, texts: Texts, schedule: Schedule) → params after N steps.
 
     Args:
-      student: its static half. `params` are what trains: all of it, or an adapter beside the parameters `base`.
+      student: its static half. `params` are what trains: all of it, or an adapter on top of the parameters `base`.
       temperature: of the draws. For the others see `opd_loss`. `heads` are those of the frozen models.
     """
     loss_function = functools.partial(opd_loss, variant=variant, vocab=vocab, chunk=chunk, grammar=grammar)
@@ -79,7 +79,7 @@ def make_fixed_text(
 
     def trained(params, base, heads: Models, texts: Texts, schedule: Schedule) -> Any:
         def step(state: TrainState, at: Schedule):
-            # Of texts and states alike: those of the frozen models were computed once and are only looked up.
+            # Texts and states alike: those of the frozen models were computed once and are only looked up.
             own = jax.tree.map(lambda x: x[at.lists], texts)
             grads = jax.grad(loss)(state.params, base, heads, own, at)
             return apply_gradients(state, grads, at.lr, tx), None
@@ -104,7 +104,7 @@ def _redrawn(
     def draw(rows):
         # softmax(log π/τ) is softmax(logits/τ): the normalizer is one constant, which drops out.
         logp = jax.nn.log_softmax(log_distribution(rows[0], head, vocab) / temperature)
-        # A key per position, so the draws do not depend on the chunk.
+        # One key per position, so the draws do not depend on the chunk.
         tokens = categorical(jax.vmap(jax.random.fold_in, (None, 0))(key, rows[1]), logp)
         return tokens, take_token(logp, tokens)
 

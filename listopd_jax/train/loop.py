@@ -19,7 +19,7 @@ from listopd_jax.train.optimizer import TrainState
 
 
 class BatchIterator(Protocol):
-    """An endless stream of batches that can be saved and set back (grain's iterators can)."""
+    """An endless stream of batches whose state can be saved and restored (grain's iterators can)."""
 
     def __next__(self) -> dict[str, Any]: ...
     def get_state(self) -> dict[str, Any]: ...
@@ -27,7 +27,7 @@ class BatchIterator(Protocol):
 
 
 class Run(NamedTuple):
-    """One training run: its unique name, its stage, the λ and seed it is of, and how long it is."""
+    """One training run: its unique name, its stage, its λ and seed, and its length."""
 
     name: str
     stage: str
@@ -45,11 +45,11 @@ class Run(NamedTuple):
 
 
 class Saving(NamedTuple):
-    """When a run is saved, which checkpoints stay, and in what, besides `Run.labels`, one must agree to be used."""
+    """When a run is saved, which checkpoints stay, and what must match, with `Run.labels`, for one to be used."""
 
     every: int  # steps
     keep: int  # of the newest
-    best: int | None = None  # step of one that stays besides
+    best: int | None = None  # step of a further one that stays
     identity: dict[str, Any] = {}
 
 
@@ -66,13 +66,13 @@ def train(
     watch: Watch | None = None,
     tracking: Tracking = UNTRACKED,
 ) -> Any:
-    """Bring `run` to its last step and return its result (TrainState); a run that is there already is only loaded.
+    """Bring `run` to its last step and return its result (TrainState); a finished run is only loaded.
 
     `initial()` makes the state to start from, which belongs to the run. `update(state, batch, step)` does 0-based step
     number `step`; its metrics hold the number of "tokens" it worked on, and "completions" where there are any to log. A
     checkpoint is written every `saving.every` steps and at the end; a killed run resumes from the newest one, with the
-    same batches, as if nothing had happened: all else that a step may depend on is its number and `watch`, which looks
-    at the metrics of each and may end the run before its last. SIGTERM finishes the step, saves and raises Interrupted.
+    same batches, as if nothing had happened: apart from these, a step may depend only on its number and `watch`, which
+    looks at the metrics of each and may end the run early. SIGTERM finishes the step, saves and raises Interrupted.
     """
     parts = {"batches": batches} | ({} if watch is None else {"watch": watch})
     with open_checkpoints(workdir, run, saving) as checkpoints:
@@ -92,13 +92,13 @@ def _resume(
     checkpoints: Checkpoints, initial: Callable[[], TrainState], parts: Mapping[str, Any], final: int
 ) -> tuple[TrainState, int]:
     """The newest saved state and its step, with `parts` set back to it; `initial()` and 0 if there is none."""
-    # Made even where a checkpoint follows: it says which shapes, dtypes and shardings to read that one with.
+    # Made even if there is a checkpoint: it gives the shapes, dtypes and shardings to read it with.
     state = initial()
     if not checkpoints.steps:
         return state, 0
     like = abstract(state)
     for leaf in jax.tree.leaves(state):
-        leaf.delete()  # there need not be memory for two states
+        leaf.delete()  # memory may not hold two states
     saved = checkpoints.restore(like, final)
     if saved is None:
         return initial(), 0
@@ -154,7 +154,7 @@ def _train_on(
 def _timed(
     update: Update, state: TrainState, batch: dict[str, Any], step: int
 ) -> tuple[TrainState, dict[str, float], list[dict[str, Any]]]:
-    """One update, its metrics as floats, tokens turned into tokens per second of wall time; and any completions."""
+    """One update, its metrics as floats, tokens as tokens per second of wall time; and any completions."""
     began = time.perf_counter()
     state, metrics = update(state, batch, step)
     completions = metrics.pop("completions", [])
@@ -165,7 +165,7 @@ def _timed(
 
 
 def open_checkpoints(workdir: pathlib.Path, run: Run, saving: Saving) -> Checkpoints:
-    """The checkpoints of a run, which must have been saved by one that `saving` and the labels of `run` name."""
+    """The checkpoints of a run, which must have been saved by one that matches `saving` and the labels of `run`."""
     folder = checkpoint_folder(workdir, run.name)
     return Checkpoints(folder, saving.keep, run.labels | saving.identity, saving.best)
 

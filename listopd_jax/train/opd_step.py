@@ -28,10 +28,10 @@ from listopd_jax.train.optimizer import TrainState, apply_gradients
 
 
 class OpdBatch(NamedTuple):
-    """Prompts, their n sampled completions, and a reward of each, to be added to the advantage of its tokens.
+    """Prompts, their n sampled completions, and a reward for each, added to the advantage of its tokens.
 
     With experts, `own_teacher` says whose row it is: 0 the teacher's, i the i-th expert's. Teachers read prompts of
-    their own where there are some. `teacher_logprobs` are those of a teacher that is not a model here.
+    their own if there are any. `teacher_logprobs` are those of a teacher that is not a model here.
     """
 
     prompts: Int[Array, "B P"]
@@ -42,7 +42,7 @@ class OpdBatch(NamedTuple):
     teacher_prompts: Int[Array, "B Q"] | None = None
     teacher_prompt_lengths: Int[Array, " B"] | None = None
     teacher_logprobs: Float[Array, "B n T"] | None = None
-    width: RowWidth | None = None  # of a prompt with its completion, where they are read as one row
+    width: RowWidth | None = None  # of a prompt with its completion, where they share a row
 
 
 def make_opd_step(
@@ -58,8 +58,8 @@ def make_opd_step(
 ) -> Callable:
     """A jitted step(state, frozen, batch: OpdBatch, hyper: Hyper, lr) → (state, metrics, per_token).
 
-    `graphs` are the static halves of the models, `frozen` the parameters of teachers and base. A student with an
-    adapter (of `lora`) has in its state the adapter alone; the rest of it are the arrays of the base. `pallas`,
+    `graphs` are the static halves of the models, `frozen` the parameters of teachers and base. The state of a student
+    with an adapter (of `lora`) is the adapter alone; its other arrays are the base's. `pallas`,
     `grammar`: see `opd_loss`.
 
     metrics: scalars over completion tokens (loss, advantage_mean, log_ratio_variance, guarded_fraction, ratio_max,
@@ -78,7 +78,7 @@ def make_opd_step(
         def loss_of(params, rows):
             part, weights = rows
             loss, per_token = _loss(graphs, params, frozen, part, weights, loss_function, hyper)
-            # After the end there are numbers of padding tokens, maybe not finite.
+            # After the end there are numbers of padding tokens, possibly not finite.
             return loss, {k: jnp.where(weights > 0, v, 0.0) for k, v in per_token.items()}
 
         dtype = nnx.merge(graphs.student, with_adapter(frozen.base, state.params)).dtype
@@ -115,7 +115,7 @@ def loss_at_states(
     own_teacher: Int[Array, " B"] | None = None,
     teacher: Float[Array, "B n T"] | None = None,
 ) -> tuple[Float[Array, ""], dict[str, Float[Array, "B n T"]]]:
-    """`loss_function`, which is `opd_loss`, of completions whose hidden states [B, n, T, D] are known."""
+    """`loss_function`, i.e. `opd_loss`, of completions with hidden states [B, n, T, D]."""
     tokens = rollout.tokens
     # [B, n, T, …] → [N, …]
     hiddens, states, *rows = jax.tree.map(
@@ -138,7 +138,7 @@ def grammar_states(grammar: Grammar | None, tokens: Int[Array, "B n T"]) -> Int[
 
 
 def states_and_heads(graphs: Models, student, frozen: Frozen, batch: OpdBatch) -> tuple[Models, Models]:
-    """Of each model, given by static halves and parameters: the states that predict the completions, and its head."""
+    """The states of each model that predict the completions, and its head; models are static halves and parameters."""
     decoders = _decoders(graphs, student, frozen)
     heads = Models(
         student=_head(decoders.student),

@@ -28,7 +28,7 @@ class TrainState(NamedTuple):
 
     @property
     def result(self) -> str:
-        """The name of the part that training is for: what is evaluated and exported."""
+        """The name of the part that is evaluated and exported."""
         return "params" if self.average is None else "average"
 
 
@@ -46,7 +46,7 @@ def adamw(
 
 
 def _in_bfloat16(adam: optax.GradientTransformation) -> optax.GradientTransformation:
-    """`adam` with moments kept in bfloat16, half the memory, rounded at random so that the mean is right.
+    """`adam` with moments kept in bfloat16, half the memory, rounded stochastically so that the mean is right.
 
     Rounded to nearest, the second moment would not move: at b2 = .999 a step changes it by less than bfloat16 tells.
     """
@@ -63,12 +63,12 @@ def _in_bfloat16(adam: optax.GradientTransformation) -> optax.GradientTransforma
 
 
 def to_float32(tree: Any) -> Any:
-    """The same arrays in float32; no copy of those that are."""
+    """The same arrays in float32, without copying those that are."""
     return jax.tree.map(lambda x: x.astype(jnp.float32), tree)
 
 
 def _stored(state: optax.ScaleByAdamState) -> optax.ScaleByAdamState:
-    """The state with its moments in bfloat16; the random numbers are those of its count."""
+    """The state with its moments in bfloat16; the random numbers are derived from its count."""
     leaves, tree = jax.tree.flatten((state.mu, state.nu))
     keys = jax.random.split(jax.random.fold_in(jax.random.key(0), state.count), len(leaves))
     mu, nu = tree.unflatten(map(rounded_at_random, keys, leaves))
@@ -76,7 +76,7 @@ def _stored(state: optax.ScaleByAdamState) -> optax.ScaleByAdamState:
 
 
 def rounded_at_random(key: Array, x: Float[Array, "*s"]) -> BFloat16[Array, "*s"]:
-    """float32 to one of the two bfloat16 around it, to the nearer with the larger probability: x on the average."""
+    """float32 to one of the two bfloat16 around it, to the nearer with the larger probability: x on average."""
     random = jax.random.bits(key, x.shape, jnp.uint16).astype(jnp.uint32)
     # `random` is uniform on [0, 2^16): the sum carries with the probability of the part that is cut off.
     words = (
@@ -87,7 +87,7 @@ def rounded_at_random(key: Array, x: Float[Array, "*s"]) -> BFloat16[Array, "*s"
 
 
 def init_state(params: Any, tx: optax.GradientTransformation, average: bool = False) -> TrainState:
-    """A fresh state that takes `params` over: steps donate their state. `average`: of the weights is kept too."""
+    """A fresh state that takes over `params`: steps donate their state. `average`: one of the weights is kept too."""
     # A copy: both are donated, and one buffer cannot be donated twice.
     kept = jax.tree.map(jnp.copy, params) if average else None
     return place_state(TrainState(params, tx.init(params), kept))
@@ -118,7 +118,7 @@ def linear_lr(step: int, steps: int, peak: float) -> float:
 
 
 def average_rate(step: int, decay: float) -> float:
-    """What the weights after 0-based `step` count in their exponential moving average: 1 at the first.
+    """The rate of the weights after 0-based `step` in their exponential moving average: 1 at the first.
 
     The average has the weights decay^(t−i) of the steps i ≤ t, divided by their sum (Kingma & Ba 2015, §3): where a run
     starts from does not count.

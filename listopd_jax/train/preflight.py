@@ -16,8 +16,8 @@ from listopd_jax.parallel.hosts import gather
 from listopd_jax.rollout.decode import completion_mask
 from listopd_jax.rollout.scoring import completion_logprobs
 
-UNIFORM = 1e-3  # nats: log-probabilities of −log V to this closeness everywhere are no model's opinion
-SAME = 1e-6  # nats: two models that agree to this everywhere are one model
+UNIFORM = 1e-3  # nats: log-probabilities this close to −log V everywhere come from blank weights
+SAME = 1e-6  # nats: two models that agree this closely everywhere are one model
 
 
 def answer_logprobs(

@@ -26,7 +26,7 @@ NONE = nnx.State({})
 def cross_entropy(
     logits: Float[Array, "c V"], rows: tuple[Int[Array, " c"], Float[Array, " c"]], _: None
 ) -> tuple[Float[Array, ""], dict[str, Float[Array, " c"]]]:
-    """Σ −w log π(token) over rows (token, w); of each, times w, the entropy and whether its token is the likeliest."""
+    """Σ −w log π(token) over rows (token, w); per row, times w, the entropy and whether its token is the likeliest."""
     tokens, weights = rows
     logp = jax.nn.log_softmax(logits)
     own = take_token(logp, tokens)
@@ -39,7 +39,7 @@ def make_sft_step(
 ) -> Callable:
     """A jitted step(state, batch, lr, frozen) → (state, metrics); `batch` as in listopd_jax.data.batches, or packed.
 
-    `frozen` are the parameters beside which an adapter trains; none where the whole model trains.
+    `frozen` are the parameters that an adapter trains on top of; none where the whole model trains.
     Metrics are scalars: loss (nats per token), entropy, accuracy (share of answer tokens that were the likeliest),
     grad_norm, tokens (answer tokens in the batch).
     """

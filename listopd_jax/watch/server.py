@@ -19,7 +19,7 @@ from listopd_jax.watch.workdirs import REPORT, own_file, workdirs
 
 HOST = "127.0.0.1"
 NAMES = {"localhost", HOST, "[::1]"}
-"""How a browser may call this machine: a name of somebody else's that leads here (DNS rebinding) is refused."""
+"""Names by which a browser may reach this machine: a foreign name that resolves here (DNS rebinding) is refused."""
 FILES = {
     "/": ("page.html", "text/html; charset=utf-8"),
     "/watch.css": ("watch.css", "text/css; charset=utf-8"),

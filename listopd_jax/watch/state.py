@@ -37,7 +37,7 @@ CURVES = {
         "grad_norm": "Gradient norm",
     },
 }
-"""Metrics and their names, by the stage that begins as the key does."""
+"""Metrics and their names, by the start of a stage's name."""
 DISTILLED = ("anchor", "opd")
 """The stages that come after calibration and forecast, and have runs of several seeds."""
 POINTS = 120  # of a curve; longer ones are means of neighbouring steps
@@ -98,7 +98,7 @@ def _runs(workdir: Workdir) -> list[dict[str, Any]]:
     """The trainings that are planned, each with its state: done, current (the first that is not) or waiting."""
     last = {row["run"]: row["step"] for row in workdir.metrics}
     results = {r.identity: r for r in workdir.results}
-    # A run that is evaluated on its way is planned once per budget; the last of these is the whole run.
+    # A run that is evaluated on its way is planned once per budget; the last of these is the full run.
     longest = {run.run: run for run in sorted(workdir.planned, key=lambda run: run.steps or 0)}
     order = dict.fromkeys(run.run for run in workdir.planned)
     runs, current = [], "current"
@@ -146,7 +146,7 @@ def _seconds_left(
 
 
 def _with_points(root: pathlib.Path, overview: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """`overview` with what a launch says of its points: those that failed, and those that wait for their workdir."""
+    """`overview` with the points of a launch: those that failed, and those that wait for their workdir."""
     try:
         states = list(grid_states(root))
     except UserError as e:
@@ -192,7 +192,7 @@ def _of(name: str, read: Mapping[str, Any]) -> list[str]:
 
 
 def _curves(shown: Sequence[Workdir]) -> list[dict[str, Any]]:
-    """The figures of each stage: title, metric and one curve a training run, by λ and seed; only what was logged."""
+    """The figures of each stage: title, metric and one curve per training run, by λ and seed; only what was logged."""
     groups: dict[str, list[Mapping[str, Any]]] = defaultdict(list)
     for workdir in shown:
         known = set(groups)  # a point's log begins with that of the common stages
@@ -238,7 +238,7 @@ def _completions(shown: Sequence[Workdir]) -> list[dict[str, Any]]:
 
 
 def _label(row: Mapping[str, Any]) -> str:
-    """A run as people call it, from a row of its logs: OPD, λ = 1.2, seed 0."""
+    """A run's readable name, from a row of its logs: OPD, λ = 1.2, seed 0."""
     stage, lam, seed = str(row.get("stage")), row.get("lambda"), row.get("seed")
     guard, sweep = str(row.get("guard") or ""), str(row.get("sweep") or "")
     name = policy_name(stage, lam if is_number(lam) else None, None, guard, sweep)

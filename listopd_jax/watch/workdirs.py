@@ -25,7 +25,7 @@ INSIDE = {
 }
 """Folders of a workdir or a grid that hold no workdirs."""
 DEEPEST, MOST = 4, 400  # levels below the root, workdirs shown
-FRESH_S = 120.0  # a workdir that was written to so lately counts as at work where locks cannot be seen
+FRESH_S = 120.0  # a workdir written to this recently counts as at work where locks cannot be seen
 
 
 class Workdir(NamedTuple):
@@ -130,7 +130,7 @@ _read_before: dict[pathlib.Path, tuple[Any, list[dict[str, Any]]]] = {}  # log -
 
 
 class PointState(NamedTuple):
-    """What a launch says of one of its points: the name of its workdir, λ, seed, how it ended and why."""
+    """A launch's record of one of its points: the name of its workdir, λ, seed, how it ended and why."""
 
     name: str
     lam: float

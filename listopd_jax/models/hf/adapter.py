@@ -27,7 +27,7 @@ FOREIGN = (
     "use_dora modules_to_save rank_pattern alpha_pattern fan_in_fan_out lora_bias layer_replication "
     "trainable_token_indices target_parameters use_qalora alora_invocation_tokens"
 ).split()
-"""Fields of peft that make an adapter something else than W + scale · A B when they are set."""
+"""Fields of peft that make an adapter something other than W + scale · A B when they are set."""
 _NAME = re.compile(
     rf"(?:base_model\.model\.)?model\.layers\.(\d+)\.(?:self_attn|mlp)\.({'|'.join(PROJECTIONS)})_proj"
     r"\.lora_([AB])(?:\.default)?\.weight"
@@ -37,7 +37,7 @@ _NAME = re.compile(
 def save_adapter(
     folder: str | os.PathLike, lora: Lora, params: nnx.State, base: str, tokenizer: Any = None, card: str = ""
 ) -> None:
-    """Write an adapter that `peft.PeftModel.from_pretrained` loads beside the model `base`, a folder or hub id.
+    """Write an adapter that `peft.PeftModel.from_pretrained` loads on top of the model `base`, a folder or hub id.
 
     `folder` must be new (UserError); it appears whole or not at all. Every host calls it; the first writes.
     """

@@ -15,7 +15,7 @@ CLASSES = {"qwen3": "Qwen3", "qwen2": "Qwen2", "llama": "Llama", "mistral": "Mis
 """What transformers calls the models of each model_type that Decoder computes."""
 
 
-MOST_LAYERS = 1000  # that a file may make us list
+MOST_LAYERS = 1000  # a file that claims more is refused
 
 
 def resolve(source: str | os.PathLike, revision: str | None = None) -> pathlib.Path:
@@ -86,7 +86,7 @@ def read_object(path: pathlib.Path) -> dict[str, Any]:
 
 
 def _refuse_adapter(folder: pathlib.Path) -> None:
-    """UserError for the folder of an adapter, even beside whole weights: without it they are another model."""
+    """UserError for the folder of an adapter, even next to whole weights: without it they are another model."""
     if found := min(folder.glob("adapter_*"), default=None):
         raise UserError(
             f"{folder}: holds {found.name}, a LoRA or other adapter and not a whole model; give it as student.adapter "

@@ -124,7 +124,7 @@ def _open(path: pathlib.Path) -> Gguf:
 
 @contextlib.contextmanager
 def _well_formed(gguf: Gguf) -> Iterator[None]:
-    """A UserError for metadata of a wrong type or length: what is made of it, in Rust too, raises anything."""
+    """A UserError for metadata of a wrong type or length: code that reads it, in Rust too, raises anything."""
     try:
         yield
     except UserError:

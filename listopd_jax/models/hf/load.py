@@ -20,7 +20,7 @@ from listopd_jax.models.hf.tensors import BIASES, hf_names
 from listopd_jax.parallel.rules import context_mesh, param_sharding
 
 LAST_IN_BLOCK = ("o", "down")
-"""All zeros, these make a block the identity: so models are made deeper before they are trained further."""
+"""All zeros, these make a block the identity, as in models that were deepened before further training."""
 
 
 def load_hf(
@@ -30,12 +30,12 @@ def load_hf(
 ) -> tuple[ModelConfig, nnx.State]:
     """Read a checkpoint: (its config, the parameters as `nnx.split(Decoder(config, …))[1]` in `dtype`).
 
-    `source` is a folder with config.json and safetensors (one file, or shards and their index), or a hub id.
-    Tensors are read one by one into the stacked arrays: the peak is the model plus its largest stacked array. Under
-    a mesh each process reads of each tensor only the slices that its devices hold: its peak in host memory is its
-    part of the largest stacked array. `each` changes a parameter, given its path, as soon as it is read.
-    UserError, naming file and tensor, for whatever is missing, unexpected, doubled, misshapen, blank or not
-    finite. Blocks that are the identity are said.
+    `source` is a folder with config.json and safetensors (one file, or shards and their index), or a hub id. Tensors
+    are read one by one into the stacked arrays: the peak is the model plus its largest stacked array. Under a mesh each
+    process reads of each tensor only the slices that its devices hold: its peak in host memory is its part of the
+    largest stacked array. `each` changes a parameter, given its path, as soon as it is read. UserError, naming file and
+    tensor, for whatever is missing, unexpected, doubled, misshapen, blank or not finite. Blocks that are the identity
+    are logged.
     """
     folder = resolve(source)
     config = read_config(folder)
@@ -136,7 +136,7 @@ def _row_checks(rows: jax.Array) -> tuple[jax.Array, jax.Array]:
 def _check_values(
     path: tuple, param: nnx.Variable, rows: list[Stored], finite: Sequence[bool], blank: Sequence[bool]
 ) -> None:
-    """UserError for a tensor that is not finite or all zeros; of some blocks' last projections, zeros are only said."""
+    """UserError for a tensor that is not finite or all zeros; zeros in a block's last projections are only logged."""
     for stored, is_finite in zip(rows, finite, strict=True):
         if not is_finite:
             raise UserError(

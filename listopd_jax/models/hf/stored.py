@@ -37,7 +37,7 @@ class Stored(NamedTuple):
         return self.file.get_tensor(self.name)
 
     def slices(self) -> Any:
-        """What gives its shape, type and parts without reading it."""
+        """A handle to its shape, type and slices that does not read it."""
         return self.file.get_slice(self.name)
 
 
@@ -135,7 +135,7 @@ def _open_safetensors(path: pathlib.Path, stack: contextlib.ExitStack):
         # then read by way of the whole tensor.
         backend = "pread" if context_mesh() is None else "mmap"
         return stack.enter_context(safe_open(path, framework="np", backend=backend))
-    except FileNotFoundError as e:  # safetensors says so of a file that it may not read, too
+    except FileNotFoundError as e:  # safetensors raises this for an unreadable file, too
         if path.exists():
             raise UserError(denied(path)) from e
         raise UserError(f"{path}: no such file, though {INDEX} names it; download it again") from e
