@@ -1,1 +1,1 @@
-"""Measurements, never tests: times and memory beside the floor that arithmetic gives (benchmarks/RESULTS.md)."""
+"""Measurements, never tests: times and memory against the floor that arithmetic gives (benchmarks/RESULTS.md)."""

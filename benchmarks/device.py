@@ -28,7 +28,7 @@ class Peak(NamedTuple):
 
 
 def peak_of(device: Any, dtype: str) -> Peak:
-    """Of an H100 or H200 the data sheet's bfloat16 peak; of others what a product and a copy reach here and now."""
+    """The data sheet's bfloat16 peak of an H100 or H200; for others what a product and a copy reach here and now."""
     if dtype == "bfloat16" and (kind := re.search("H[12]00", device.device_kind)):
         return Peak(DATA_SHEET[kind[0]], "data sheet")
     flops, bandwidth = matmul_flops(dtype, device.platform), copy_bandwidth(device.platform)

@@ -1,4 +1,4 @@
-"""How much noise the options against it take away, on the embedded task: of a gradient, and between seeds.
+"""How much noise the options against it remove, on the embedded task: in a gradient, and between seeds.
 
     python -m benchmarks.noise gradient --workdir=runs/noise [--lam=1.2] [--batches=24]
     python -m benchmarks.noise seeds --small --workdir=runs/noise_small [--lam=1.2] [--seeds=4] [--ema=0.9]
@@ -8,7 +8,7 @@ it is of one layer, 32 wide, and ranks two reviews. `gradient`:
 total variance of a batch's gradient over fresh batches of prompts and completions, of each objective with each control
 variate, as a share of the one without; all see the same batches. `seeds`: mean and standard deviation over seeds of
 what greedy answers are worth, with and without the average of the weights and the decay of the learning rate. The
-average is read beside the weights that it is of, so that these two share their runs.
+average is evaluated next to the weights that it averages, so that these two share their runs.
 """
 
 import argparse
@@ -99,7 +99,7 @@ def config_of(small: bool, models: pathlib.Path | None = None, **opd: Any) -> An
 
 
 def shrink(config: ml_collections.ConfigDict) -> None:
-    """A task of seconds: two reviews a list, a teacher that truncates 30 % of its lists, a base that repeats no id."""
+    """A task that takes seconds: two reviews per list, a teacher that truncates 30 % of them, a base without noise."""
     config.task.update(k=2, max_prompt=96, max_review_words=8)
     config.tokenizer.vocab_size = 400
     for role, steps, truncated in (("teacher", 90, "truncate:0.3"), ("student", 60, "")):
@@ -138,7 +138,7 @@ def gradients(job: Job, frozen: Frozen, params: Any, opd: Any, lam: float, batch
 
 
 def noise_of_gradient(workdir: pathlib.Path, small: bool, lam: float, batches: int) -> None:
-    """Say total variances of the gradient, at the SFT student and at one that was trained at λ with the defaults."""
+    """Print total variances of the gradient, at the SFT student and at one trained at λ with the defaults."""
     config = config_of(small, workdir / "pair")
     with job_on_mesh(config, workdir / "gradient") as job:
         frozen = frozen_models(job)
@@ -164,7 +164,7 @@ def objective(opd: Any, ratio: str, control: str) -> ml_collections.ConfigDict:
 
 
 def noise_of_seeds(workdir: pathlib.Path, small: bool, lam: float, seeds: int, ema: float) -> None:
-    """Train each seed with a constant and a decaying learning rate; say what weights and their average are worth."""
+    """Train each seed with a constant and a decaying learning rate; print scores of weights and their average."""
     for decay in ("none", "linear"):
         config = config_of(small, workdir / "pair", ema=ema, lr_decay=decay)
         worth: dict[str, list[dict[str, float]]] = {"params": [], "average": []}
@@ -189,7 +189,7 @@ def noise_of_seeds(workdir: pathlib.Path, small: bool, lam: float, seeds: int, e
 
 
 def _mean_and_sd(values: Sequence[float | None]) -> list[float]:
-    """Over the seeds that have a value; NaN where that are too few."""
+    """Over the seeds that have a value; NaN where these are too few."""
     there = [value for value in values if value is not None]
     return [float(np.mean(there)), float(np.std(there, ddof=1))] if len(there) > 1 else [np.nan, np.nan]
 

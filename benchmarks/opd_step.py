@@ -1,4 +1,4 @@
-"""Where the time of one on-policy distillation step goes, beside the floor that arithmetic gives.
+"""Where the time of one on-policy distillation step goes, against the floor that arithmetic gives.
 
     python -m benchmarks.opd_step --preset=cpu [--completions=8]    the shape of benchmarks.peers
     python -m benchmarks.opd_step --preset=paper                    EC's step: Qwen3-1.7B and 4B, for one H100
@@ -172,7 +172,7 @@ def write_trace(step: Any, folder: str) -> None:
 
 
 def versions() -> dict[str, str]:
-    """Of Python and of the libraries that make the programs."""
+    """Versions of Python and of the libraries that make the programs."""
     import platform
     from importlib.metadata import version
 

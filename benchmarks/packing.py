@@ -5,7 +5,7 @@
 
 Lists of the clothing reviews in FILE, a tokenizer trained on them, a random model of 4 layers x 256, float32. Both
 steps see the same lists, in one process, in turn. The command refuses to compare if they disagree on the loss. The
-padding of unpacked lists in batches of one bucket each (--buckets) is counted beside it.
+padding of unpacked lists in batches of one bucket each (--buckets) is counted too.
 """
 
 import argparse
@@ -111,7 +111,7 @@ def cells(batch: dict[str, np.ndarray]) -> int:
 
 
 def padding(batches: Sequence[dict[str, np.ndarray]], tokens: int) -> float:
-    """The share of what is read that is no token of a list."""
+    """The share of what is read that is not a token of a list."""
     return 1 - tokens / sum(map(cells, batches))
 
 

@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM
 from benchmarks.shape import Prompts, Shape
 
 ROWS = 8
-"""Sequences a gradient pass: of 8, 16, 32 and all 64 none was faster on two (busy) cores, and 8 is the smallest."""
+"""Sequences per gradient pass: of 8, 16, 32 and all 64 none was faster on two (busy) cores, and 8 is the smallest."""
 
 
 class Sequences(NamedTuple):

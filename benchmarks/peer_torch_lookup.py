@@ -9,7 +9,7 @@ DRAFTED = 10
 
 
 class Peer(peer_torch.Peer):
-    """peer_torch, but for the rollout."""
+    """peer_torch, except for the rollout."""
 
     def rollout(self) -> peer_torch.Sequences:
         """Completions row by row, each drafted from its prompt and what it has written itself."""

@@ -87,7 +87,7 @@ class Peer:
         return np.concatenate([self.prompts, np.stack([np.asarray(row) for row in out.tokens])], 1)
 
     def update(self, sequences: np.ndarray) -> tuple[None, dict[str, float]]:
-        """The trainer's step; no loss, for the trainer logs that of a step during the next."""
+        """The trainer's step; no loss, since the trainer logs that of a step during the next."""
         mask = np.ones(sequences.shape, bool)
         self.trainer.train([distillation_trainer.TrainingInput(input_tokens=sequences, input_mask=mask)])
         jax.block_until_ready(nnx.state(self.student))

@@ -11,7 +11,7 @@ most useful distilled policy. Answers end where they end, and the table says how
 Every peer runs in a process of its own (its memory is its own), on the same weights and prompts, two cores and two
 threads, and the processes take turns step by step. An idle process waits on its standard input. The first turns
 (compilation) are not counted. `update` is scoring, loss, gradient and optimizer; `score` and `gradient` are its parts
-where a peer has them apart. Ratios are of a turn: × ours = the peer's seconds / ours, median and middle half.
+where a peer times them apart. Ratios are of a turn: × ours = the peer's seconds / ours, median and middle half.
 
 Memory is a process's largest resident set: `peak` of the measured turns, `start-up peak` of everything before them
 (loading, compiling). Both include the interpreter, libraries, weights of three models and optimizer state.
@@ -193,7 +193,7 @@ def summary(
 
 
 def ratio(own: Sequence[Mapping], ours: Sequence[Mapping], stage: str) -> dict[str, float]:
-    """The peer's seconds over ours within a turn; nothing for a stage that ours does not have apart."""
+    """The peer's seconds over ours within a turn; nothing for a stage that ours does not time apart."""
     if stage not in ours[0]:
         return {}
     low, middle, high = spread([turn[stage] / we[stage] for turn, we in zip(own, ours, strict=True)])

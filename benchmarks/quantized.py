@@ -61,7 +61,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
 
 
 def configuration(args: argparse.Namespace, dtype: str) -> ml_collections.FrozenConfigDict:
-    """That of the job, which starts from what its SFT left and has no guard."""
+    """The job's config, starting from the models of its SFT and without a guard."""
     from listopd_jax.config import defaults, read_saved, validate
     from listopd_jax.config.saved import from_json
 

@@ -33,7 +33,7 @@ TITLES = {
     "I": "poster of something",
 }
 """What the titles of each label say."""
-JUDGED = 24  # texts a query
+JUDGED = 24  # texts per query
 
 
 def write_passages(folder: pathlib.Path, queries: int, rng: random.Random) -> None:

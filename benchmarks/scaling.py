@@ -4,8 +4,8 @@
                                  [--out=benchmarks/results/scaling_cpu.json] [--figure=docs/figures/scaling.png]
 
 One axis is varied, the others are those of benchmarks.peers. As there, peers take turns in processes of their own and
-the first turns are not counted. `exponent` is the slope of log seconds against log size: 0 is a cost that does not
-grow, 1 one in proportion. `marginal` is the slope of seconds against size, in ms per unit.
+the first turns are not counted. `exponent` is the slope of log seconds against log size: 0 is a constant cost, 1 a
+proportional one. `marginal` is the slope of seconds against size, in ms per unit.
 """
 
 import argparse

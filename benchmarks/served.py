@@ -1,9 +1,9 @@
-"""Does an engine that nobody here wrote say what our decoder says? Greedy answers over HTTP, text for text.
+"""Does an independent engine write what our decoder writes? Greedy answers over HTTP, text for text.
 
     python -m listopd_jax.export --workdir=runs/smollm2 --policy=sft_teacher --out=FOLDER
     python -m benchmarks.served --weights=FOLDER --start="transformers serve" --out=docs/results/served.json
 
-The engine reads FOLDER by itself: weights, config, tokenizer, chat template. It must speak OpenAI's chat completions;
+The engine reads FOLDER on its own: weights, config, tokenizer, chat template. It must speak OpenAI's chat completions;
 --start begins it here on a free port, --url asks one that runs (vLLM, llama.cpp). The prompts are synthetic lists.
 """
 

@@ -16,7 +16,7 @@ PROMPTS = "prompts.npz"
 class Shape:
     """One on-policy distillation step. With random weights lengths are forced, and the base is a copy of the student.
 
-    Of a trained run (benchmarks/trained.py) the sizes of the models are those of their folders, and the last fields
+    For a trained run (benchmarks/trained.py) the sizes of the models are those of their folders, and the last fields
     are the run's.
     """
 

@@ -60,7 +60,7 @@ def _pair(flag: str, text: str, wanted: str) -> tuple[int, int]:
 
 
 def configurations(shape: Shape) -> dict[str, ml_collections.ConfigDict]:
-    """One prompt a gradient pass with its n completions, and n prompts a pass with one each."""
+    """One prompt per gradient pass with its n completions, and n prompts per pass with one each."""
     from benchmarks.presets import cpu
     from listopd_jax.config import validate
 

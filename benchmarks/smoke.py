@@ -1,7 +1,7 @@
 """Have the compiled programs grown? Instructions, FLOPs, bytes and temporaries against the last recorded ones.
 
     make bench-smoke                           # compare; exit code 1 if one grew by more than 15 %
-    python -m benchmarks.smoke --record        # after a change that is meant
+    python -m benchmarks.smoke --record        # after an intended change
 
 Nothing runs and no time is measured, so a busy machine changes nothing. Counts are of one compiler: with another jax
 than the recorded one the ratios are printed and decide nothing.
@@ -46,7 +46,7 @@ def programs(completions: int) -> Iterator[tuple[str, Program]]:
 
 
 def figures(program: Program) -> dict[str, float]:
-    """What may not grow; loops whose length is not known count once."""
+    """Figures that may not grow; loops of unknown length count once."""
     found = list(kernels(program.text))
     return {
         "instructions": sum(map(len, parse(program.text).values())),

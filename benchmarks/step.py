@@ -25,7 +25,7 @@ from listopd_jax.train.optimizer import adamw, init_state
 
 
 def random_prompts(config: Any, tokens: int) -> Int[np.ndarray, "B P"]:
-    """Prompts of `tokens` random ids each (0 and 1, PAD and EOS, are none), right-padded to a bucket's width."""
+    """Prompts of `tokens` random ids each (not 0 and 1, PAD and EOS), right-padded to a bucket's width."""
     width = min(config.task.max_prompt, round_up(tokens, WIDTH_MULTIPLE))
     rng = np.random.default_rng(0)
     ids = rng.integers(2, vocabulary(config), (config.opd.batch_size, tokens), dtype=np.int32)
@@ -33,7 +33,7 @@ def random_prompts(config: Any, tokens: int) -> Int[np.ndarray, "B P"]:
 
 
 class Step:
-    """Weights, optimizer state and prompts [B, P] of `prompt` tokens each, and what a step does with them.
+    """Weights, optimizer state and prompts [B, P] of `prompt` tokens each, and the two programs of a step.
 
     Completions end at one of `ends`; without any each has `response` tokens, by its budget. The weights are random, or
     those of `folder`/student, /teacher and /base. `hint`: what drafts are copied from.
@@ -74,7 +74,7 @@ class Step:
         self.program = make_step(config.opd, tx, self.graphs, vocab=self.vocab, attention=backend)
         self.count, self.tokens_per_step = 0, 1.0
         self.drafts = max(0, config.rollout.draft_tokens)
-        # As long as an answer, where there is none.
+        # As long as an answer, if there is no hint.
         self.hint = (self.prompts[:1, :response] if hint is None else hint) if self.drafts else None
 
     def rollout(self, response: int | None = None) -> Rollout:

@@ -21,7 +21,7 @@ PHASES = {
 
 
 def spread(values: Sequence[float]) -> tuple[float, float, float]:
-    """Lower quartile, median and upper quartile; of a single value that value thrice."""
+    """Lower quartile, median and upper quartile; of a single value that value three times."""
     if len(values) == 1:
         return values[0], values[0], values[0]
     return tuple(statistics.quantiles(values, n=4, method="inclusive"))

@@ -1,4 +1,4 @@
-"""A finished run as work for benchmarks: its models on disk, its held-out prompts, what its task says of answers."""
+"""A finished run as work for benchmarks: its models on disk, its held-out prompts, its task's verdicts on answers."""
 
 import pathlib
 from collections.abc import Sequence
@@ -68,7 +68,7 @@ def _shape(job: Job, asked: Prompts) -> Shape:
 
 
 def answered(job: Job, shape: Shape, tokens: Int[np.ndarray, "B n T"]) -> dict[str, float]:
-    """Of completions of the first B held-out prompts: `tokens`, their mean length, and `parsed`, the share that is."""
+    """For completions of the first B held-out prompts: `tokens`, the mean length, and `parsed`, the share that parses."""
     lengths, judge = shape.lengths(tokens), job.judge("validation")
     rows = np.repeat(np.arange(len(tokens)), tokens.shape[1]).tolist()
     held = [judge(text, row).ok for text, row in zip(job.codec.texts(tokens, lengths), rows, strict=True)]

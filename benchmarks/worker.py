@@ -28,7 +28,7 @@ from benchmarks.shape import Shape
 
 def main(peer: str, shape: str, folder: str) -> None:
     """Answer until stdin ends."""
-    answers, sys.stdout = sys.stdout, sys.stderr  # what libraries print is no answer
+    answers, sys.stdout = sys.stdout, sys.stderr  # what libraries print is not an answer
     fields = {k: tuple(v) if isinstance(v, list) else v for k, v in json.loads(shape).items()}
     system = importlib.import_module(f"benchmarks.peer_{peer}").Peer(Shape(**fields), pathlib.Path(folder))
     for line in sys.stdin:
@@ -49,7 +49,7 @@ def answer(system: Any, ask: str, file: str = "") -> dict[str, float]:
 
 
 def timed_step(system: Any, file: str) -> dict[str, float]:
-    """Seconds of each stage of one step, and its loss; the tokens that it learned from are kept, which takes none."""
+    """Seconds of each stage of one step, and its loss; the tokens that it learned from are kept, off the clock."""
     began = time.perf_counter()
     rollout = system.rollout()
     written = time.perf_counter()

@@ -18,7 +18,7 @@ from configs.fashion import tiny
 from listopd_jax.errors import unknown_name
 
 RUNS = "runs/cliff"
-THREE = (7, 13, 21)  # seeds of the ablations whose answer is plain
+THREE = (7, 13, 21)  # seeds of the ablations with a clear answer
 
 ABLATIONS = {
     # the pair with p < b at the comma before the last object; at λ = 1 `no_base` and `guard` are `plain`

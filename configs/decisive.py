@@ -1,4 +1,4 @@
-"""Experiments that tell accounts of the cliff apart (docs/results.md, "Decisive experiments").
+"""Experiments that decide between explanations of the cliff (docs/results.md, "Decisive experiments").
 
     for ablation in no_base_none no_base_teacher_student natural decay variance_plain variance_clean_teacher; do
         python -m listopd_jax.main --config=configs/decisive.py:$ablation --workdir=runs/decisive/$ablation
@@ -6,9 +6,9 @@
 
 `no_base_*`: λ log π_T without a base at λ = 2, with ratio `none` and with that of EC. Is it the advantage that ruins
 the scores, or where this ratio ends (docs/theory.md)? `natural`: one SFT run at 100 and 200 steps and no planted noise.
-Does a list break by itself? `decay`: plain distillation, λ = 1, of a teacher that breaks 45 % of its lists. Does parse
+Does a list break on its own? `decay`: plain distillation, λ = 1, of a teacher that breaks 45 % of its lists. Does parse
 fall to the teacher's with the steps? `variance_*`: the variance of log π_T/π_B, which RIDE (2609.36484) blames for
-collapse, on two pairs of configs/forecast.py, to set beside their parse curves.
+collapse, on two pairs of configs/forecast.py, to compare with their parse curves.
 """
 
 import ml_collections

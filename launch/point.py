@@ -1,7 +1,7 @@
 """python -m launch.point --name=lambda1.2_seed7 --root=ROOT --config=configs/fashion.py:paper [--config.field=value]
 
-What every engine runs, on every host of a point: the common stages (--name=common) or one point, brought to its end
-or on from where it stopped. Prints what the run prints and keeps it in ROOT/logs.
+What every engine runs, on every host of a point: the common stages (--name=common) or one point, from the start or from
+where it stopped, to its end. Prints what the run prints and keeps it in ROOT/logs.
 
 Exit code 0: done; 75: stopped and saved, run it again; otherwise that of listopd_jax.main (2: a mistake to fix).
 """
@@ -66,7 +66,7 @@ def run(grid: Grid, name: str, program: Sequence[str] = ("-m", "listopd_jax.main
 def begin(grid: Grid, name: str) -> None:
     """Make the workdir of a point, once, from that of the common stages; UserError if these are not done.
 
-    Everything is copied but what is large and only read, or safe to share: checkpoints and compiled programs are
+    Everything is copied except what is large and only read, or safe to share: checkpoints and compiled programs are
     linked. Several hosts may do this at one time: the first to finish wins.
     """
     common, workdir = grid.workdir(COMMON), grid.workdir(name)
@@ -166,7 +166,7 @@ def terminating() -> Iterator[Children]:
 
 
 def outcome(grid: Grid, name: str, code: int, lines: Sequence[str]) -> tuple[State, int]:
-    """How a run that ended with `code` went, and the exit code to give on; the first host says whether it is done."""
+    """How a run that ended with `code` went, and the exit code to return; the first host decides whether it is done."""
     said = next((line for line in reversed(lines) if line.startswith("error: ")), lines[-1] if lines else "")
     if code == 0 and (host_index() or grid.done(name)):
         return State("done"), 0

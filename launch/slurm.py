@@ -120,7 +120,7 @@ def _submit(grid: Grid, names: Sequence[str], parameters: dict[str, Any], requeu
     except ImportError as e:
         raise UserError("submitit is not installed: pip install -e '.[slurm]'") from e
     on_node = dataclasses.replace(grid, root=grid.root.absolute())
-    # one process a node has all its GPUs: jax under SLURM would give it the first alone
+    # one process per node has all its GPUs: under SLURM, jax would give it only the first
     gpus = gpus_of_node(parameters)
     environment = {"JAX_LOCAL_DEVICE_IDS": ",".join(map(str, range(gpus)))} if gpus else {}
     tasks = [Task(on_node.point_command(name, sys.executable), environment) for name in names]

@@ -16,7 +16,7 @@ class Generation(NamedTuple):
 
     gke: str  # label cloud.google.com/gke-tpu-accelerator
     prefix: str  # of the accelerator type of Cloud TPU
-    cores: int  # TensorCores a chip, which v4 and v5p are counted in
+    cores: int  # TensorCores per chip, which v4 and v5p are counted in
     dimensions: int  # of its torus
     runtime: str  # TPU VM software version
 
@@ -53,7 +53,7 @@ class Slice(NamedTuple):
 
 
 def parse_topology(text: str) -> Slice:
-    """The slice that e.g. v5e:16x16 names; UserError if there is no such."""
+    """The slice that e.g. v5e:16x16 names; UserError if there is no such slice."""
     name, _, shape = text.partition(":")
     if name not in GENERATIONS:
         raise unknown_name("--topology", name, GENERATIONS)

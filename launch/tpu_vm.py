@@ -1,9 +1,9 @@
 """python -m launch.tpu_vm --root=/mnt/grid --stage=common --topology=v5e:4x4 --zone=ZONE --setup=setup.sh --config=…
 
-Print the gcloud commands that run a grid on Cloud TPU VMs, one queued resource a point (or one for the common stages),
-and write their start-up scripts to --scripts; --run runs the commands. Every host of a slice runs --setup, your shell
-script that mounts the folder of --root and changes into a checkout of this repository with a Python that has it, then
-its part of the point. When a point ends, well or not, its resource is deleted and costs nothing more.
+Print the gcloud commands that run a grid on Cloud TPU VMs, one queued resource per point (or one for the common
+stages), and write their start-up scripts to --scripts; --run runs the commands. Every host of a slice runs --setup,
+your shell script that mounts the folder of --root and changes into a checkout of this repository with a Python that has
+it, then its part of the point. When a point ends, well or not, its resource is deleted and costs nothing more.
 
 First --stage=common; when it is done, --stage=points. With --run a resource that waits or works is left alone, and
 one that was pre-empted, or failed, is made again and resumes from the last checkpoint.
@@ -58,7 +58,7 @@ def _parser() -> Parser:
     parser.add_argument("--scripts", type=pathlib.Path, default=pathlib.Path("runs/tpu_vm"))
     parser.add_argument("--name", default="listopd", help="prefix of the names of the resources")
     parser.add_argument("--spot", action="store_true", help="machines that may be pre-empted")
-    parser.add_argument("--run", action="store_true", help="run the commands besides printing them")
+    parser.add_argument("--run", action="store_true", help="run the commands as well as printing them")
     return parser
 
 

@@ -1,1 +1,1 @@
-"""What a GPU is asked in one short loan: is it right, how fast is each stage, which kernels take the time."""
+"""Checks for one short loan of a GPU: is it right, how fast is each stage, which kernels take the time."""

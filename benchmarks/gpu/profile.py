@@ -27,7 +27,7 @@ from listopd_jax.rounding import ceil_div, round_up
 
 
 def say(**facts: Any) -> None:
-    """One JSON line, at once: a process that is killed has said what it knew."""
+    """One JSON line, at once: a process that is killed has printed what it knew."""
     print(json.dumps(facts), flush=True)
 
 

@@ -13,8 +13,8 @@ from typing import Any
 def headline(result: Mapping[str, Any], command: str) -> dict[str, Any]:
     """Seconds of each stage and the two goals.
 
-    update_mfu: FLOPs of scoring and update, without what the backward pass computes again, over time and the data
-    sheet's peak. rollout_floor_share: the floor of the plain rollout over its measured time.
+    update_mfu: FLOPs of scoring and update, without what the backward pass recomputes, over time and the data sheet's
+    peak. rollout_floor_share: the floor of the plain rollout over its measured time.
     """
     stages = {row["stage"]: row for row in result["stages"]}
     seconds = {

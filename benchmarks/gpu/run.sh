@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# One short loan of a GPU, in order of worth: EC's step with drafts, correctness beside a small job, the kernels of decoding.
+# One short loan of a GPU, in order of worth: EC's step with drafts, correctness next to a small job, the kernels of decoding.
 # Every line is a process with a limit of its own, and its result is written at once. From the repository's root:
 #   OUT=FOLDER [WHEELS=FOLDER] [PARTS="step correct"] bash benchmarks/gpu/run.sh      5 to 6 minutes for all parts
 #   OUT=FOLDER SMALL=1 bash benchmarks/gpu/run.sh                                     the same lines at a CPU's size
@@ -41,7 +41,7 @@ part() {
     line step 170 "${step[@]}"
     python3 -m benchmarks.gpu.record "$OUT/step.out" "${step[@]/python3/python}" >"$OUT/headline.json"
     ;;
-  correct) # three processes, and a small job beside them: nothing here is timed
+  correct) # three processes, and a small job next to them: nothing here is timed
     for check in attention decoder step; do both "correct_$check" 150 python3 -m benchmarks.gpu.correct $small --only=$check & done
     both job 120 python3 -m listopd_jax.main --config=configs/fashion.py:tiny "--workdir=$(mktemp -d)/job" \
       --config.sft.teacher.steps=20 --config.sft.student.steps=20 --config.opd.steps=3 --config.opd.lambdas=1.2 \

@@ -2,7 +2,7 @@
 
     python -m listopd_jax.main --config=configs/paper/budget.py:tiny --workdir=runs/paper/budget
 
-Each run is evaluated after EC's 42 steps' worth and at its end. Cost: 9 runs of 233 steps at tiny, some 15 minutes.
+Each run is evaluated after EC's 42 steps' worth and at its end. Cost: 9 runs of 233 steps at tiny, about 15 minutes.
 """
 
 from configs.paper.experiment import Experiment, mean

@@ -2,7 +2,7 @@
 
     python -m listopd_jax.main --config=configs/paper/clip.py:tiny,1.5 --workdir=runs/paper/clip/1.5
 
-Ablations 1.5, 2, 5 and inf. Cost: 12 runs at tiny, some 6 minutes.
+Ablations 1.5, 2, 5 and inf. Cost: 12 runs at tiny, about 6 minutes.
 """
 
 import math

@@ -1,4 +1,4 @@
-"""Constrained decoding of the SFT student, with and without the permutation repair, beside distillation at λ = 1.
+"""Constrained decoding of the SFT student, with and without the permutation repair, next to distillation at λ = 1.
 
     python -m listopd_jax.main --config=configs/paper/constrained.py:tiny --workdir=runs/paper/constrained
 

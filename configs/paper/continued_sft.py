@@ -3,7 +3,7 @@
     python -m listopd_jax.main --config=configs/paper/continued_sft.py:tiny,seed2 --workdir=runs/paper/continued_sft/2
 
 The student's SFT continues for the steps that OPD would have. Nothing is distilled: the SFT student is judged.
-Ablations: three seeds of its SFT. At `paper`, EC's five epochs and 42 steps more. At `tiny`: three SFT stages, some
+Ablations: three seeds of its SFT. At `paper`, EC's five epochs and 42 steps more. At `tiny`: three SFT stages, about
 5 minutes; not run yet.
 """
 

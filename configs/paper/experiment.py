@@ -1,4 +1,4 @@
-"""What the files of this folder have in common: ablations of one experiment, at two scales."""
+"""What the files of this folder share: ablations of one experiment, at two scales."""
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
@@ -22,11 +22,11 @@ Curve = Mapping[float | None, Sequence[float]]
 class Experiment:
     """What EC did and saw, and when our runs agree with it.
 
-    ablations: name -> config fields by their dotted names, besides `shared`. at: scale -> ablation -> fields of that
-    scale alone. policy: the stage whose models are judged, opd or sft_student. agrees: of ablation -> curve. The
-    matrix trains teacher and base once for all; an ablation trains those of `own` itself (from the matrix's weights
-    where it is in `trained_on` too), and its teacher is the SFT model of `teacher`. reference: ablation -> the role
-    whose SFT model is `reference.weights`. on_clothing: of real reviews, whose file the matrix has to be given.
+    ablations: name -> config fields by their dotted names, on top of `shared`. at: scale -> ablation -> fields of that
+    scale alone. policy: the stage whose models are judged, opd or sft_student. agrees: of ablation -> curve. The matrix
+    trains teacher and base once for all; an ablation trains those of `own` itself (from the matrix's weights where it
+    is in `trained_on` too), and its teacher is the SFT model of `teacher`. reference: ablation -> the role whose SFT
+    model is `reference.weights`. on_clothing: of real reviews, whose file the matrix has to be given.
     """
 
     ec: str

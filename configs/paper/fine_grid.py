@@ -2,7 +2,7 @@
 
     python -m listopd_jax.main --config=configs/paper/fine_grid.py:tiny --workdir=runs/paper/fine_grid
 
-Cost: 20 runs, some 8 minutes on two cores at tiny.
+Cost: 20 runs, about 8 minutes on two cores at tiny.
 """
 
 from configs.paper.experiment import FIVE, Experiment, mean

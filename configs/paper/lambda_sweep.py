@@ -2,7 +2,7 @@
 
     python -m listopd_jax.main --config=configs/paper/lambda_sweep.py:tiny --workdir=runs/paper/lambda_sweep
 
-Cost: 27 runs at tiny, some 10 minutes on two cores; 9 runs of 42 steps at paper.
+Cost: 27 runs at tiny, about 10 minutes on two cores; 9 runs of 42 steps at paper.
 """
 
 from configs.paper.experiment import Experiment, falls

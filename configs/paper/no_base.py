@@ -2,7 +2,7 @@
 
     python -m listopd_jax.main --config=configs/paper/no_base.py:tiny --workdir=runs/paper/no_base
 
-Cost: 12 runs at tiny, some 6 minutes.
+Cost: 12 runs at tiny, about 6 minutes.
 """
 
 from configs.paper.experiment import Experiment, mean

@@ -2,7 +2,7 @@
 
     python -m listopd_jax.main --config=configs/paper/ratio.py:tiny,aspo --workdir=runs/paper/ratio/aspo
 
-Ablations teacher_student, trainer_rollout, aspo and none. Cost: 24 runs at tiny, some 10 minutes.
+Ablations teacher_student, trainer_rollout, aspo and none. Cost: 24 runs at tiny, about 10 minutes.
 """
 
 from configs.paper.experiment import Experiment, falls

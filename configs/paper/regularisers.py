@@ -1,4 +1,4 @@
-"""Three regularisers at λ = 1.15 (EC, 42 steps), beside none.
+"""Three regularisers at λ = 1.15 (EC, 42 steps), next to none.
 
     python -m listopd_jax.main --config=configs/paper/regularisers.py:tiny,kl_to_base --workdir=runs/paper/kl
 

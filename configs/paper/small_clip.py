@@ -2,7 +2,7 @@
 
     python -m listopd_jax.main --config=configs/paper/small_clip.py:tiny --workdir=runs/paper/small_clip
 
-Cost: 12 runs of 233 steps at tiny, some 20 minutes.
+Cost: 12 runs of 233 steps at tiny, about 20 minutes.
 """
 
 from configs.paper.experiment import Experiment, mean

@@ -2,7 +2,7 @@
 
     python -m listopd_jax.main --config=configs/paper/temperature.py:tiny,0.5 --workdir=runs/paper/temperature/0.5
 
-Ablations 0.5 and 1. (EC also has 0, which is no sampling: opd.temperature must be above 0.)
+Ablations 0.5 and 1. (EC also has 0, which is not sampling: opd.temperature must be above 0.)
 Cost: 6 runs at tiny, 3 minutes.
 """
 

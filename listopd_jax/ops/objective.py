@@ -16,8 +16,8 @@ is then log target − log π_S, which vanishes at the target, and the limit is 
 `jsd` < 1 takes the exact divergence of GKD (arXiv:2306.13649) in place of the reverse KL, see `divergence`.
 
 `control_variate` subtracts from ρA a number per position that does not depend on the sampled token, so that the
-expected gradient is the same. `kl`: the mean of ρA under the student; where the ratio is 1, −KL(π_S‖target), up to log
-Z (vOPD, arXiv:2605.07865). `optimal` (ours): the mean in which token v counts π_S(v)·‖e_v − π_S‖², its share of the
+expected gradient is the same. `kl`: the mean of ρA under the student; where the ratio is 1, −KL(π_S‖target), up to
+log Z (vOPD, arXiv:2605.07865). `optimal` (ours): the mean in which token v counts π_S(v)·‖e_v − π_S‖², its share of the
 squared gradient in the logits; no other number leaves less variance there, and none is left between two tokens.
 
 Everything a sweep varies is a traced number in `Hyper`; what changes the program is static in `Variant`. In a guarded
