@@ -68,7 +68,7 @@ def _shape(job: Job, asked: Prompts) -> Shape:
 
 
 def answered(job: Job, shape: Shape, tokens: Int[np.ndarray, "B n T"]) -> dict[str, float]:
-    """For completions of the first B held-out prompts: `tokens`, the mean length, and `parsed`, the share that parses."""
+    """For completions of the first B held-out prompts: `tokens`, the mean length, and `parsed`, the parse rate."""
     lengths, judge = shape.lengths(tokens), job.judge("validation")
     rows = np.repeat(np.arange(len(tokens)), tokens.shape[1]).tolist()
     held = [judge(text, row).ok for text, row in zip(job.codec.texts(tokens, lengths), rows, strict=True)]

@@ -1,7 +1,7 @@
 """Which λ to use: one rule, for forecasts before training and for trained policies after it (docs/forecast.md).
 
 The contract comes first, then usefulness, and a larger λ has to earn its risk: of the λ that hold the contract, the
-smallest that is about as useful as the most useful one. Before training, λ = 1 holds by itself, as plain distillation,
+smallest that is about as useful as the most useful one. Before training, λ = 1 always holds, as plain distillation,
 and a larger λ holds if it and all below it are forecast to parse nearly as often and few answers flip a structural
 token below it, neither along the teacher's answers nor along the forecast's own.
 """
@@ -63,7 +63,7 @@ def recommend(
 ) -> Recommendation | None:
     """The λ to train at, the largest that holds, and why in three lines; None without a forecast at λ = 1.
 
-    Where no record has a right answer, nothing is known of usefulness, and it is the largest λ that holds.
+    Where no record has a right answer, nothing is known about usefulness, and it is the largest λ that holds.
     """
     grid = sorted((r for r in forecasts if r.lam is not None and r.lam >= 1), key=lambda r: r.lam)
     if not grid or grid[0].lam != 1 or grid[0].parse is None:
@@ -132,7 +132,7 @@ def _why(chosen: Result, held: Sequence[Result], broken: str) -> str:
         )
     edge = f"the forecast holds the contract up to λ = {held[-1].lam:g}{broken or ', the largest'}"
     if all(record.useful is None for record in held):
-        return f"why: {edge}; without right answers nothing is known of usefulness"
+        return f"why: {edge}; without right answers nothing is known about usefulness"
     if chosen.lam == held[-1].lam == 1:
         return f"why: {edge}"
     return f"why: {edge}; of these λ it is the smallest about as useful as the most useful"

@@ -97,7 +97,7 @@ def test_a_mistake_has_its_line_where_the_config_names_the_file_from_here(folder
 
 def test_mistakes_in_its_data_are_one_line(folder):
     (folder / "sums.txt").write_text("1+1\n1+x\n")
-    with pytest.raises(UserError, match=r"sums.txt:2: '1\+x' is no sum"):
+    with pytest.raises(UserError, match=r"sums.txt:2: '1\+x' is not a sum"):
         task_of(folder).splits(folder / "data")
     with pytest.raises(UserError, match="data.path=.*: is a folder"):
         task_of(folder, **{"data.path": str(folder)}).splits(folder / "data")
