@@ -50,7 +50,7 @@ def copy_bandwidth(platform: str) -> float:
 
 
 def _best_seconds(f: Callable, x: Array) -> float:
-    """Of x ← f(x), the first run (compilation) left out."""
+    """The fastest x ← f(x), without the first run (compilation)."""
     times = []
     for _ in range(8):
         began = time.perf_counter()

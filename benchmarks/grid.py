@@ -199,7 +199,7 @@ def compare(job: Job, shared: Distillation, count: int, steps: int) -> dict[str,
 
 
 def _ratios(apart: Sequence[float], together: Sequence[float]) -> dict[str, float]:
-    """Of (CPU seconds, wall seconds)."""
+    """Ratios of (CPU seconds, wall seconds)."""
     return {
         "cpu_ratio": together[0] / apart[0], "wall_ratio": together[1] / apart[1],
         "one_by_one_cpu_s": apart[0], "at_once_cpu_s": together[0],

@@ -179,7 +179,7 @@ def summary(
     completions: int,
     judge: Callable[[np.ndarray], dict[str, float]] | None = None,
 ) -> list[dict[str, Any]]:
-    """One row for each peer and stage: seconds, ratio to ours, memory, and means of what `judge` says of a turn."""
+    """One row for each peer and stage: seconds, ratio to ours, memory, and means of what `judge` says about a turn."""
     turns, rows = measured["turns"], []
     for peer, own in turns.items():
         judged = [judge(turn["completions"]) for turn in own] if judge else [{}]

@@ -29,12 +29,12 @@ ROWS, ROW = 4, 256
 
 
 def lambdas(text: str) -> tuple[float, ...]:
-    """Of "1,1.05". Raises ValueError, which argparse reports."""
+    """The λ of "1,1.05". Raises ValueError, which argparse reports."""
     return tuple(map(float, text.split(",")))
 
 
 def dtypes(text: str) -> tuple[str, ...]:
-    """Of "int8,int4", each of ROUNDED."""
+    """The dtypes of "int8,int4", each of ROUNDED."""
     names = tuple(text.split(","))
     if unknown := set(names) - set(ROUNDED):
         raise argparse.ArgumentTypeError(f"{', '.join(sorted(unknown))} is not of {', '.join(ROUNDED)}")

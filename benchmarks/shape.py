@@ -40,7 +40,7 @@ class Shape:
     microbatch: int = 0
 
     def dimensions(self, role: str) -> dict[str, int]:
-        """Of the student or the teacher, in the names of listopd_jax's config."""
+        """Dimensions of the student or the teacher, named as in listopd_jax's config."""
         layers, width = getattr(self, role)
         heads = width // self.head_dim
         return {
@@ -76,7 +76,7 @@ class Prompts(NamedTuple):
 
     @classmethod
     def read(cls, folder: pathlib.Path) -> "Prompts":
-        """Those that `write` kept."""
+        """The prompts that `write` kept."""
         with np.load(folder / PROMPTS) as kept:
             return cls(**kept)
 

@@ -135,7 +135,7 @@ def _models_arguments(root: pathlib.Path) -> list[str]:
 
 
 def _arguments(root: pathlib.Path, ablation: Ablation, experiment: Experiment, clothing: str) -> list[str]:
-    """Those of an ablation: its models are the exported ones, except those that it trains itself."""
+    """The arguments of an ablation: its models are the exported ones, except those that it trains itself."""
     given = {"data.path": clothing} if experiment.on_clothing else _exported(root, ablation, experiment)
     return [
         f"--config=configs/paper/{ablation.experiment}.py:tiny,{ablation.name}",

@@ -21,8 +21,8 @@ from listopd_jax.errors import Interrupted, UserError, end_now
 def end(code: int, others: bool = False) -> NoReturn:
     """End a command with `code` at once; everything that needs closing is closed by then.
 
-    After a save that failed, threads of orbax wait ten minutes for a signal that nobody sends any more. On a full disk
-    a thread of TensorBoard's writer survives, and exit handlers would make it print a traceback. One that compiles when
+    After a failed save, threads of orbax wait ten minutes for a signal that nobody sends any longer. On a full disk a
+    thread of TensorBoard's writer survives, and exit handlers would make it print a traceback. One that compiles when
     SIGTERM stops the job would crash in an interpreter that is gone. Only where there are `others`, the processes of
     one job, is there an exit handler to wait for: jax's shutdown.
     """

@@ -24,7 +24,7 @@ RECOMMENDATION = "recommendation.json"
 STAMP = "data.json"
 
 EVALUATE = "evaluate"
-"""The stage of a checkpoint that no run here made: of such policies, `run` is the name of the checkpoint."""
+"""The stage of a checkpoint from elsewhere: for such policies, `run` is the name of the checkpoint."""
 
 Counts = dict[str, int]  # class -> lists
 Intervals = dict[str, list[float] | None]  # name of a number -> [low, high]
@@ -146,7 +146,7 @@ class Decoding(Record):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Result(_OfPolicy):
-    """An evaluated policy, an entry of results.json: what task.metrics.summarize says of its answers.
+    """An evaluated policy, an entry of results.json: what task.metrics.summarize says about its answers.
 
     A metric is None where no list defines it.
     """

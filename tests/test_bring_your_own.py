@@ -173,7 +173,7 @@ BROKEN = [  # what is written instead, and what is said of it
     ('"distance")', '"distance")\n    settings = {"seed": 1}', "settings has 'seed'"),
     ('failures = ("ok", "no_number")', 'failures = "ok"', "failures is 'ok'; write a tuple"),
     ('"distance": float', '"distanse": float', "'distanse', which metrics lacks; did you mean 'distance'? add it"),
-    ("float(distance)}", "None}", "score of its answer has 'distance': None, which is no finite number"),
+    ("float(distance)}", "None}", "score of its answer has 'distance': None, which is not a finite number"),
     ("float(distance)}", '"x"}', "score of its answer has 'distance': 'x', which is no finite"),
     ("float(distance)}", "float('inf')}", "score of its answer has 'distance': inf, which is no finite"),
     ('return {"useful": 0.0}', "return None", "score of an empty text is None; return a dict, metric → number"),

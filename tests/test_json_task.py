@@ -214,7 +214,7 @@ def test_a_mistake_in_the_file_is_one_line_that_names_it(tmp_path, line, says):
         (
             LINES,
             {"patternProperties": {r"\p{L}": {}}, "unevaluatedProperties": False},
-            r"pattern '\\p{L}' beside unevaluatedProperties is not one that Python's re knows",
+            r"pattern '\\p{L}' next to unevaluatedProperties is not one that Python's re knows",
         ),
         (LINES, {"$schema": "https://example.com/mine"}, "is not a known version of JSON Schema"),
         (LINES, json.dumps({"a": 1}) + deep(100_000), "schema.json: not JSON"),

@@ -130,7 +130,7 @@ def test_the_recommendation_is_that_of_the_guarded_forecasts_alone(job):
 
 def test_the_report_of_the_run_shows_both(job):
     text = Page(write_report(job[0]).read_text("utf-8")).text.replace("\xa0", " ")
-    assert "Guarded beside plain" in text and "OPD, λ = 2, guarded" in text and "OPD, λ = 2 " in text
+    assert "Guarded vs. plain" in text and "OPD, λ = 2, guarded" in text and "OPD, λ = 2 " in text
 
 
 def test_without_a_guard_there_is_nothing_to_leave_out():

@@ -174,7 +174,7 @@ def test_the_guarded_run_stands_beside_the_plain_one(tmp_path, capsys):
     main([str(plain), "--beside", str(guard)])
     assert capsys.readouterr().out.strip() == str(plain / "report.html")
     text = Page((plain / "report.html").read_text("utf-8")).text
-    assert "Guarded beside plain" in text and "guard differs in opd.guard.margin." in text
+    assert "Guarded vs. plain" in text and "guard differs in opd.guard.margin." in text
     assert "this run, plain 1.4 1 0.200" in text and "guard, guard 1.25 1.4 1 0.910" in text
 
 
@@ -199,7 +199,7 @@ def test_other_differences_are_named_and_the_title_says_no_guard(tmp_path):
     (guard / "config.json").write_text(json.dumps(config))
     main([str(plain), "--beside", str(guard), f"--out={tmp_path / 'page.html'}"])
     text = Page((tmp_path / "page.html").read_text("utf-8")).text
-    assert "Beside other runs" in text and "guard differs in opd.guard.margin, opd.lr." in text
+    assert "Next to other runs" in text and "guard differs in opd.guard.margin, opd.lr." in text
 
 
 def test_equal_configs_do_not_differ_and_two_folders_of_one_name_are_refused(tmp_path):

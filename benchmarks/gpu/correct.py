@@ -84,7 +84,7 @@ def check_attention(small: bool) -> list[bool]:
 
 
 def _attention_case(name: str, run: Callable, case: tuple, begins: Sequence[int] = (0,)) -> bool:
-    """Of whole sequences, several begin in each row where `begins` has more than one place."""
+    """Several whole sequences begin in each row where `begins` has more than one place."""
     B, n, T, lengths, N, KV, H = case
     label = f"attention {name} {case}" + (f" packed {begins}" if len(begins) > 1 else "")
     starts = np.repeat(begins, np.diff([*begins, T]))

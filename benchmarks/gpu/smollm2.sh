@@ -41,7 +41,7 @@ lock() { # NAME
     JAX_PLATFORMS=cpu python3 -m listopd_jax.prereg curve "--workdir=$ROOT/runs/$1" "--out=$ROOT/locks/$1.json" \
       >"$ROOT/runs/$1.lock.log" 2>&1
 }
-keep() { # what is small of all ablations, as it is by now; tar says 1 of a log that grew meanwhile
+keep() { # the small files of all ablations so far; tar returns 1 for a log that grew meanwhile
   (cd "$ROOT" && find runs locks -type f \( -path '*/checkpoints/*' -o -path '*/export/*' -o -path '*/data/*' \
     -o -path '*/tensorboard/*' \) -prune -o -type f \( -name '*.json' -o -name '*.jsonl' -o -name '*.log' \
     -o -name report.html \) -print0 | tar --null -czf "$OUT/part" -T -)

@@ -158,7 +158,7 @@ def make_batch(
 
 
 def _for_teachers(split: EncodedSplit, rows: np.ndarray, bucket: int) -> Batch:
-    """Those of FOR_TEACHERS that the split has."""
+    """The fields of FOR_TEACHERS that the split has."""
     found = {} if split.own_teacher is None else {"own_teacher": split.own_teacher[rows]}
     if split.teacher_prompts is not None:
         prompts = [split.teacher_prompts[i] for i in rows]

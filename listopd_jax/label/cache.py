@@ -18,7 +18,7 @@ from listopd_jax.label.questions import Question
 FORMAT = 1
 """Part of the digest: raise it when the same settings and question are sent in another form."""
 START = b'{"request": "'
-"""How every line starts: an unfinished line that starts otherwise is no reply cut off by a kill."""
+"""How every line starts: an unfinished line that starts otherwise is not a reply cut off by a kill."""
 
 
 def digest(settings: Settings, question: Question) -> str:

@@ -66,7 +66,7 @@ class Judge(abc.ABC):
     """One model, asked over `client`, an httpx2.AsyncClient (label/client.py)."""
 
     variables: tuple[str, ...] = ()
-    """Of the environment: the first that is set is the key."""
+    """Environment variables: the first that is set is the key."""
 
     def __init__(self, settings: Settings, client: Any):
         self.model, self.settings, self.client = settings.judge.partition(":")[2], settings, client

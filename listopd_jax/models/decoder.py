@@ -422,7 +422,7 @@ class Decoder(nnx.Module):
         return jnp.where(turns, rope[0], 1), jnp.where(turns, rope[1], 0)
 
     def _checkpointed(self, step: Callable) -> Callable:
-        """The scanned `step` with what `remat` says of its backward pass."""
+        """The scanned `step`, rematerialised as `remat` says."""
         if self.remat == "none":
             return step
         # Inside a scan XLA cannot merge the recomputation with the forward pass, so no barrier is needed.

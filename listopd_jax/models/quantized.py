@@ -37,7 +37,7 @@ class Quantized:
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Of the weights."""
+        """The shape of the weights."""
         shape = list(self.values.shape)
         if self.pairs:
             shape[self.pairs] *= 2

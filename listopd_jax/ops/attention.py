@@ -77,7 +77,7 @@ def _forward(q: Array, parts: Sequence[Part]) -> tuple[Array, tuple]:
 
 
 def _backward(residuals: tuple, d_out: Float[Array, "B n T N H"]) -> tuple[Array, Sequence[Part]]:
-    """Of each part P = exp(S - lse), dP = dO·Vᵀ and dS = P·(dP - Σ_h dO·O); from these dQ, dK, dV."""
+    """For each part P = exp(S - lse), dP = dO·Vᵀ and dS = P·(dP - Σ_h dO·O); from these dQ, dK, dV."""
     q, parts, out, lse = residuals
     grouped, d_out, out = (_by_kv_head(x, parts) for x in (q, d_out, out))
     # Σ_h dO·O equals Σ P·dP over the keys of all parts, so no part needs to see the others (FlashAttention-2).

@@ -61,7 +61,7 @@ class Variant(NamedTuple):
     normalize: bool = False  # whether log Z is subtracted from the advantage of sampled tokens
     control_variate: str = ""  # kl or optimal: what is subtracted from their weight; empty: nothing
     jsd: float = 1.0  # β of `divergence`, for full_vocab
-    flips: bool = False  # whether `flipped` is known of each position
+    flips: bool = False  # whether `flipped` is computed for each position
 
 
 BANNED = -8.0

@@ -50,7 +50,7 @@ class Rates(NamedTuple):
 
 
 RATES = {"h100": Rates(740e12, 210e12, 2.7e12, 2.5e-6, 360e9)}
-"""Of one H100 SXM, fitted to its kernel profile and its attention timings (benchmarks/results/h100_first_light.json);
+"""One H100 SXM, fitted to its kernel profile and its attention timings (benchmarks/results/h100_first_light.json);
 link is a guess, .8 of the data sheet: several GPUs have not been measured."""
 
 _FLAT = ("1x1", "2x2", "2x4", "4x4", "4x8", "8x8", "8x16", "16x16")

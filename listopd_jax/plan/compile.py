@@ -66,7 +66,7 @@ _TOO_LARGE = (
 
 
 class Program(NamedTuple):
-    """What the compiler says of one program, in bytes on one device; `traffic` by mesh axis, see traffic.py."""
+    """What the compiler says about one program, in bytes on one device; `traffic` by mesh axis, see traffic.py."""
 
     arguments: int
     results: int  # without those that reuse an argument's memory
@@ -382,7 +382,7 @@ def _shard_bytes(tree: Any) -> int:
 
 
 def _compiled(lowered: Any, name: str, options: Options, mesh: Mesh) -> tuple[Program, Any]:
-    """What the compiler says of a program, and the shardings of its results."""
+    """What the compiler says about a program, and the shardings of its results."""
     try:
         compiled = lowered.compile(compiler_options=_options(options, mesh))
     except jax.errors.JaxRuntimeError as e:

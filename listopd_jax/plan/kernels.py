@@ -149,7 +149,7 @@ def _moved(around: Computation, i: Instruction) -> tuple[float, float]:
 
 
 def _result_bytes(i: Instruction) -> int:
-    """Of what an instruction leaves, without cuBLAS' workspace; of a copy that is started, of the copy."""
+    """Bytes of an instruction's result, without cuBLAS' workspace; for a copy that is started, of the copy."""
     sizes = array_bytes(_WORKSPACE.sub("", i.shape))
     return sizes[0] if i.opcode == "copy-start" else sum(sizes)
 

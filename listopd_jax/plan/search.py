@@ -108,7 +108,7 @@ def worst_load(config: Any) -> Load:
 
 
 def make_plan(config: Any, topology: Topology, load: Load, compile_it: bool) -> dict[str, Any]:
-    """Everything that is known of one OPD step of `config` on `topology`, as JSON values.
+    """Everything that is known about one OPD step of `config` on `topology`, as JSON values.
 
     load: mean tokens, for FLOPs and times; memory is of the widest prompts and completions. Memory is the compiler's if
     `compile_it` and there is a compiler for the topology, else an estimate, which says how to get the compiler.
@@ -156,7 +156,7 @@ def model(config: Any, topology: Topology, load: Load, top: int) -> dict[str, An
     from listopd_jax.plan.modelled import modelled_step
 
     if topology.kind not in RATES:
-        raise UserError(f"--kernels: no rates are known of {topology.kind}; known: {', '.join(RATES)}")
+        raise UserError(f"--kernels: no rates are known for {topology.kind}; known: {', '.join(RATES)}")
     if load.response <= 1:
         raise UserError(
             "--tokens: with --kernels, give completions of at least 2 tokens: the first is not decoded"

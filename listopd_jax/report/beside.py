@@ -30,14 +30,14 @@ def beside_section(inputs: Inputs) -> Section | None:
     differs = differences(inputs, inputs.beside)
     points = [f"{name} differs in {', '.join(fields)}." for name, fields in differs.items() if fields]
     only_guard = all(f.startswith("opd.guard.") for fields in differs.values() for f in fields) and differs
-    other = "The points of the sweep" if inputs.point else "Beside other runs"
-    title = "Guarded beside plain" if only_guard else other
+    other = "The points of the sweep" if inputs.point else "Next to other runs"
+    title = "Guarded vs. plain" if only_guard else other
     shown = [_plot(runs, metric) for metric in ("parse", "useful")]
     return Section("beside", title, lead, points=points, plots=shown, tables=[_table(runs)])
 
 
 def differences(inputs: Inputs, others: Mapping[str, Inputs]) -> dict[str, list[str]]:
-    """The dotted fields of the config in which each of `others` differs from `inputs`, but for the grid's own."""
+    """The dotted fields of the config in which each of `others` differs from `inputs`, except for the grid's own."""
     own = _flat(inputs.config.get("config", {}))
     # What the figures show anyway; `parallel` and `track` change nothing that is trained.
     grid = ("opd.lambdas", "opd.seeds", "opd.sweep", "forecast.", "parallel.", "track.")

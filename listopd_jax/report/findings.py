@@ -41,7 +41,7 @@ FAILURES = {
 class Policy:
     """One evaluated policy: a stage and, for distillation, a λ and any guard. Its records differ in the seed.
 
-    `checkpoint` is the name of one that no run here made.
+    `checkpoint` is the name of one from elsewhere.
     """
 
     stage: str
@@ -117,7 +117,7 @@ class Findings:
     best: Policy | None
     cliff: Cliff
     forecast: tuple[Policy, ...] = ()  # greedy from the untrained target, ascending λ
-    checkpoints: tuple[Policy, ...] = ()  # that no run here made, by name
+    checkpoints: tuple[Policy, ...] = ()  # from elsewhere, by name
     guarded: tuple[Policy, ...] = ()
     guarded_forecast: tuple[Policy, ...] = ()
 

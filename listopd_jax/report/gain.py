@@ -103,7 +103,7 @@ def _trained(path: pathlib.Path) -> dict[tuple[int, int], Result]:
 
 
 def summary(folder: pathlib.Path) -> Json:
-    """What gain.json says of the ablations in `folder`."""
+    """What gain.json says about the ablations in `folder`."""
     ablations = policies(folder)
     teachers = [r for r in read_results(folder / "same" / RESULTS) if r.stage == "sft_teacher"]
     if not teachers:

@@ -30,7 +30,7 @@ def guarded_section(inputs: Inputs) -> Section | None:
         f"({found.guarded[0].guard}). Expected MAE: the error of the mean scores, over all answers, parsed or not."
     )
     tables = [Table("", head, [_row(inputs, policy) for policy in shown])]
-    return Section("guarded", "Guarded beside plain", lead, points=gain(inputs), tables=tables)
+    return Section("guarded", "Guarded vs. plain", lead, points=gain(inputs), tables=tables)
 
 
 def gain(inputs: Inputs) -> list[str]:

@@ -80,7 +80,7 @@ def _metrics(example: Example) -> Float[np.ndarray, " M"]:
 
 
 def figures(name: str, policy: Policy) -> Json:
-    """What size_axis.json says of a policy: means and standard deviations over the seeds, None where there is none."""
+    """What size_axis.json says about a policy: means and standard deviations over the seeds, None if there is none."""
     row: Json = {"policy": name, "seeds": sorted(policy.records)}
     for metric in METRICS:
         values = [value for r in policy.records.values() if (value := r.metric(metric)) is not None]

@@ -62,7 +62,7 @@ _FLIP_HEAD = ("first answer", "1 %", "5 %", "25 %", "half of the answers", "neve
 
 
 def threshold_section(inputs: Inputs) -> Section | None:
-    """What teacher and base said of λ before any update; None without a calibration."""
+    """What teacher and base said about λ before any update; None without a calibration."""
     found = inputs.calibration
     if found is None:
         return None

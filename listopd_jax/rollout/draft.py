@@ -39,7 +39,7 @@ def draft(
 
 
 def _matches(text: Int[Array, "B n L"], lengths: Int[Array, "B n"], end: Int[Array, "B n 1"]) -> Array:
-    """Of the WINDOW tokens before each place, how many equal those before `end`; float32 [B, n, L]."""
+    """How many of the WINDOW tokens before each place equal those before `end`; float32 [B, n, L]."""
     found = jnp.zeros(text.shape)
     for back in range(1, WINDOW + 1):
         last = jnp.take_along_axis(text, jnp.maximum(end - back, 0), axis=-1)

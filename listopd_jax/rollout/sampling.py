@@ -34,7 +34,7 @@ def mixed_logprobs(
     Logits stand in for log π_i: they differ by a constant per row, which the softmax drops. With a guard the models are
     teacher and base, λ and 1 − λ their weights; `state` is of its grammar. What is not `allowed` has no probability,
     and the rest is renormalised. Over devices that share the vocabulary the result has all `head_rows`, of which those
-    from `vocab` on are no tokens and have no probability either.
+    from `vocab` on are not tokens and have no probability either.
     """
     logits = [logits_of(h, d.head_weight()) for h, d in zip(hiddens, decoders, strict=True)]
     # Devices share a head's rows evenly; cut to the tokens, logits would be moved, and gathered for the draw. A guard

@@ -355,7 +355,7 @@ def models_of(config: Any) -> dict[str, Any]:
 
 
 def writers_of(models: Mapping[str, Any]) -> dict[str, Any]:
-    """Those of `models`, by role, that write answers: all but a reference."""
+    """The models of `models`, by role, that write answers: all but a reference."""
     return {role: model for role, model in models.items() if role != REFERENCE}
 
 

@@ -162,7 +162,7 @@ def _token_logprobs(sequences: Sequence[Sequence[int]], answer: Any) -> list[Flo
         raise Retry("an answer without prompt_logprobs of every token") from e
     # Not <= 0: rounding may leave a sure token a little above it.
     if not all(np.isfinite(row).all() and row.max() <= SAME for row in found):
-        raise Retry("log-probabilities that are none")
+        raise Retry("invalid log-probabilities")
     return found
 
 

@@ -35,7 +35,7 @@ def _in_order(teachers: Any) -> list[str]:
 
 
 def teacher_roles(roles: Iterable[str]) -> list[str]:
-    """Those of `roles` that are teachers."""
+    """The teachers among `roles`."""
     return [role for role in roles if role == TEACHER or role.startswith(EXPERT)]
 
 

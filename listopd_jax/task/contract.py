@@ -129,7 +129,7 @@ def _records(text: str, field: str) -> list[_Record] | None:
         items = json.loads(
             text[start:end] if start >= 0 else "",
             parse_int=float,  # int() refuses numbers of more than 4,300 digits
-            # append returns None, so the value is no number, and the list remembers that there was one.
+            # append returns None, so the value is not a number, and the list remembers that there was one.
             parse_constant=non_finite.append,
             object_pairs_hook=unique_keys,
         )

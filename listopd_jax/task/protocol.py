@@ -19,7 +19,7 @@ Corruption = Callable[[Any, random.Random], str]
 
 @dataclass(frozen=True)
 class Splits:
-    """The records of a task and what data/report.json says of them: `fingerprint` and `notes` among the rest."""
+    """The records of a task and what data/report.json says about them: `fingerprint` and `notes` among the rest."""
 
     train: Sequence[Any]
     validation: Sequence[Any]

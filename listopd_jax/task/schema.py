@@ -224,7 +224,7 @@ def _check_plain(pattern: str, where: str) -> None:
             re.compile(pattern)
     except (re.error, RecursionError, OverflowError) as e:
         raise UserError(
-            f"{where}: pattern {pattern[:60]!r} beside unevaluatedProperties is not one that Python's re knows ({e}); "
+            f"{where}: pattern {pattern[:60]!r} next to unevaluatedProperties is not one that Python's re knows ({e}); "
             "use additionalProperties, or another pattern"
         ) from e
 

@@ -137,7 +137,7 @@ def read_titles(path: str | pathlib.Path, wanted: Collection[str]) -> dict[str, 
 def _check_titles(
     asked: Mapping[int, Query], titles: Collection[str], path: pathlib.Path, products: str
 ) -> None:
-    """UserError for the first product of the examples that is none of the products."""
+    """UserError for the first product of the examples that is not among the products."""
     for query in asked.values():
         for product, row in query.rows.items():
             if product not in titles:

@@ -84,7 +84,7 @@ def midpoint(params: Params, steps: int, law: str = "exponential") -> float:
 def summary(
     rows: Sequence[str] = TRAINING, weights: Mapping[int, float] = WEIGHTS, law: str = "exponential"
 ) -> dict:
-    """One fit: its parameters, the RMSE of every row, and what it says of N → ∞."""
+    """One fit: its parameters, the RMSE of every row, and what it says about N → ∞."""
     params = fit([ROWS[name] for name in rows], weights, law)
     return {
         "law": law,

@@ -229,7 +229,7 @@ def _sealed(record: dict[str, Any]) -> dict[str, Any]:
 
 
 def _unsealed(sealed: Any) -> dict[str, Any]:
-    """The record that was sealed; _Damaged if it is not one any more."""
+    """The record that was sealed; _Damaged if it is no longer one."""
     record = {k: v for k, v in sealed.items() if k != "sha256"} if isinstance(sealed, dict) else None
     if record is None or sealed.get("sha256") != files.json_sha256(record):
         raise _Damaged("its record is not what was saved")

@@ -194,7 +194,7 @@ function chosen() {
   try {
     return decodeURIComponent(location.hash.slice(1));
   } catch {
-    return ""; // a hash that is no name
+    return ""; // a hash that is not a name
   }
 }
 

@@ -90,7 +90,7 @@ def _refuse_adapter(folder: pathlib.Path) -> None:
     if found := min(folder.glob("adapter_*"), default=None):
         raise UserError(
             f"{folder}: holds {found.name}, a LoRA or other adapter and not a whole model; give it as student.adapter "
-            "beside its base model as student.weights, or merge it: "
+            "with its base model as student.weights, or merge it: "
             "peft.AutoPeftModelForCausalLM.from_pretrained(FOLDER).merge_and_unload().save_pretrained(NEW_FOLDER)"
         )
 
