@@ -108,7 +108,8 @@ def _check_score(score: Any, metrics: Sequence[str], where: str) -> None:
         except OverflowError:
             finite, shown = False, "beyond float64"  # Python may refuse to write so many digits
         require(
-            finite, f"{where} has {name!r}: {shown}, which is not a finite number; leave out what is undefined"
+            finite,
+            f"{where} has {name!r}: {shown}, which is not a finite number; leave out what is undefined",
         )
 
 

@@ -36,7 +36,7 @@ function table(head, rows) {
   return make("div", { class: "scroll", tabindex: "0" }, make("table", {}, top, make("tbody", {}, ...rows)));
 }
 
-// --- what goes on
+// --- what is running
 
 function headline(state) {
   const entry = state.workdirs.find((one) => one.name === state.chosen);
