@@ -28,13 +28,13 @@ def confirmed(probability: float | None) -> Iterator[None]:
         yield
         return
 
-    def standing(rows: Rows, tokens: Int[Array, "B n S"], drafted: Array, eos: tuple[int, ...]) -> Array:
+    def num_kept(rows: Rows, tokens: Int[Array, "B n S"], drafted: Array, eos: tuple[int, ...]) -> Array:
         # The sampled ids of random weights are as good as random numbers.
-        goes_on = tokens[..., :-1] * PRIME % RESOLUTION < round(probability * RESOLUTION)
-        count = 1 + jnp.cumprod(goes_on, axis=-1).sum(-1)
+        confirmed = tokens[..., :-1] * PRIME % RESOLUTION < round(probability * RESOLUTION)
+        count = 1 + jnp.cumprod(confirmed, axis=-1).sum(-1)
         return jnp.where(rows.done, 0, jnp.minimum(count, rows.budgets - rows.rollout.lengths))
 
     jax.clear_caches()
-    with mock.patch.object(decode, "_standing", standing):
+    with mock.patch.object(decode, "_num_kept", num_kept):
         yield
     jax.clear_caches()

@@ -45,7 +45,7 @@ from listopd_jax.stages.opd import (
     sample,
     train_opd,
 )
-from listopd_jax.stages.pipeline import frozen_models, student_again
+from listopd_jax.stages.pipeline import frozen_models, student_source
 from listopd_jax.stages.prepare import job_on_mesh
 from listopd_jax.stages.results import greedy, metrics_of
 from listopd_jax.train.checkpoints import abstract
@@ -114,7 +114,7 @@ def shared_of(job: Job, frozen: Frozen) -> Distillation:
     opd, optimizer = job.config.opd, job.config.optimizer
     tx = adamw(optimizer, opd.b2, opd.moments)
     step = make_step(opd, tx, job.graphs, vocab=job.codec.vocab, attention=job.attention)
-    return Distillation(student_again(job, frozen.base), frozen, tx, {"": step})
+    return Distillation(student_source(job, frozen.base), frozen, tx, {"": step})
 
 
 # --- the gradient ---

@@ -68,11 +68,11 @@ def main(argv: Sequence[str]) -> int:
 def select(only: str = "") -> dict[str, Experiment]:
     """The experiments of configs/paper by name, or those of `only`."""
     names = [m.name for m in pkgutil.iter_modules(configs.paper.__path__) if m.name != "experiment"]
-    asked = [name for name in only.split(",") if name] or names
-    for name in asked:
+    selected = [name for name in only.split(",") if name] or names
+    for name in selected:
         if name not in names:
             raise unknown_name("experiment", name, names)
-    return {name: importlib.import_module(f"configs.paper.{name}").EXPERIMENT for name in asked}
+    return {name: importlib.import_module(f"configs.paper.{name}").EXPERIMENT for name in selected}
 
 
 def _check_clothing(clothing: str, asked: Mapping[str, Experiment]) -> None:

@@ -100,7 +100,7 @@ def interruptible() -> Iterator[None]:
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
         raise Interrupted("stopped; the same command resumes from there")
 
-    with _heard_by(stop):
+    with _sigterm_handler(stop):
         yield
 
 
@@ -114,14 +114,14 @@ def sigterm_flag() -> Iterator[threading.Event]:
     if threading.current_thread() is not threading.main_thread():
         yield flag
         return
-    with _heard_by(lambda *_: flag.set()) as before:
+    with _sigterm_handler(lambda *_: flag.set()) as before:
         yield flag
     if flag.is_set() and callable(before):
         before(signal.SIGTERM, None)
 
 
 @contextlib.contextmanager
-def _heard_by(handler: Callable) -> Iterator[Any]:
+def _sigterm_handler(handler: Callable) -> Iterator[Any]:
     """While inside, `handler` handles SIGTERM. Yields the previous one, which is restored at the end.
 
     After Interrupted, SIGTERM is ignored for good: another must not interrupt the shutdown.

@@ -189,20 +189,20 @@ def run(config: Any, workdir: pathlib.Path) -> pathlib.Path:
         return workdir
     report = write_report(workdir)
     print(compiler.compile_time(), file=sys.stderr)
-    tell_results(tracking(config), workdir, report)
+    log_results(tracking(config), workdir, report)
     return report
 
 
-def tell_results(tracking: trackers.Tracking, workdir: pathlib.Path, report: pathlib.Path) -> None:
+def log_results(tracking: trackers.Tracking, workdir: pathlib.Path, report: pathlib.Path) -> None:
     """Send every policy's results and the report to the trackers."""
     names = ("run", "lam", "seed", "steps", "parse", "useful", "ndcg_1", "tau", "mae")
     rows = [
         {json_name(name): getattr(record, name) for name in names}
         for record in read_results(workdir / RESULTS)
     ]
-    with trackers.Trackers(tracking, workdir, "report", resumed=True) as told:
-        told.table(None, "results", rows)
-        told.page("report", report)
+    with trackers.Trackers(tracking, workdir, "report", resumed=True) as log:
+        log.table(None, "results", rows)
+        log.page("report", report)
 
 
 def set_up(config: Any, workdir: pathlib.Path) -> None:

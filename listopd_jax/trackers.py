@@ -60,17 +60,21 @@ class Trackers:
 
     def _opened(self, name: str) -> tuple[Any, Any]:
         require([name])
-        told, made = self._tracking, _made(self._workdir)
-        about = {"project": told.project, "group": f"{self._workdir.absolute().name}-{made}"}
-        about |= {"config": dict(told.config), "resume": "allow" if self._resumed else "never"}
-        with _said_on_stderr(name):
+        unique = _unique_id(self._workdir)
+        options = {
+            "project": self._tracking.project,
+            "group": f"{self._workdir.absolute().name}-{unique}",
+            "config": dict(self._tracking.config),
+            "resume": "allow" if self._resumed else "never",
+        }
+        with _output_to_stderr(name):
             library = importlib.import_module(name)
             if name == "wandb":
-                own = {"id": f"{made}-{self._run}", "dir": str(self._workdir)}
+                own = {"id": f"{unique}-{self._run}", "dir": str(self._workdir)}
                 # A unique id says which run to resume; "never" would refuse a run that starts over.
                 own["resume"] = "allow" if self._resumed else None
-                return library, library.init(name=self._run, **about | own)
-            return library, library.init(name=f"{self._run}-{made}", **about)
+                return library, library.init(name=self._run, **options | own)
+            return library, library.init(name=f"{self._run}-{unique}", **options)
 
     def log(self, step: int, values: Mapping[str, Any]) -> None:
         """Log one row of scalars."""
@@ -90,12 +94,12 @@ class Trackers:
 
     def __exit__(self, *_: object) -> None:
         for library, _ in self._runs:
-            with _said_on_stderr(library.__name__):
+            with _output_to_stderr(library.__name__):
                 library.finish()
 
 
 @contextlib.contextmanager
-def _said_on_stderr(name: str) -> Iterator[None]:
+def _output_to_stderr(name: str) -> Iterator[None]:
     """What a tracker prints goes to stderr; stdout is the job's. Its exceptions become one line."""
     try:
         with contextlib.redirect_stdout(sys.stderr):
@@ -107,7 +111,7 @@ def _said_on_stderr(name: str) -> Iterator[None]:
         raise UserError(f"track.to={name}: {first_line(e)}{how}") from e
 
 
-def _made(workdir: pathlib.Path) -> str:
+def _unique_id(workdir: pathlib.Path) -> str:
     """The unique id of `workdir`, made at the first call: a resumed run keeps it."""
     path = workdir / STAMP
     if not path.exists():

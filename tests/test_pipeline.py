@@ -17,7 +17,7 @@ def job(frozen: str, weights: str = ""):
 def test_a_float32_base_is_copied():
     """A step donates what it starts from, and the base must stay."""
     base = {"w": jnp.arange(3.0)}
-    start = pipeline.student_again(job("float32"), base)
+    start = pipeline.student_source(job("float32"), base)
     first, second = start(0), start(1)
     first["w"].delete()
     assert second["w"].tolist() == base["w"].tolist() == [0, 1, 2]
@@ -29,7 +29,7 @@ def test_else_the_student_is_read_again_for_every_run(monkeypatch, runs, base):
     """Where the base is not the student in float32."""
     read = []
     monkeypatch.setattr(pipeline, "train_sft", lambda job, role: read.append(role))
-    start = pipeline.student_again(job(*base), base=None)
+    start = pipeline.student_source(job(*base), base=None)
     for seed in range(runs):
         start(seed)
     assert read == ["student"] * runs

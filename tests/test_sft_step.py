@@ -18,7 +18,7 @@ from listopd_jax.train.optimizer import (
     apply_gradients,
     cosine_lr,
     init_state,
-    rounded_at_random,
+    stochastic_round,
 )
 from listopd_jax.train.sft_step import make_sft_step
 
@@ -210,7 +210,7 @@ def test_rounding_at_random_is_right_on_the_average():
     """One of the two neighbours, with the probability that makes the mean right; what bfloat16 has stays."""
     x = jnp.float32([1.0, 1 + 2**-9, -3.7, 1e-30, 0.0])
     keys = jax.random.split(jax.random.key(0), 20_000)
-    drawn = np.asarray(jax.vmap(rounded_at_random, (0, None))(keys, x).astype(jnp.float32))
+    drawn = np.asarray(jax.vmap(stochastic_round, (0, None))(keys, x).astype(jnp.float32))
     gap = np.float32([2**-7, 2**-7, 2**-6, 2**-106, 0])
     assert (np.abs(drawn - np.asarray(x)) < gap + 1e-38).all()
     np.testing.assert_allclose(drawn.mean(0), x, atol=0.02 * gap.max(), rtol=2e-4)

@@ -347,12 +347,12 @@ def _validate_options(config: ml_collections.ConfigDict) -> None:
 
 
 def _validate_constraints(config: ml_collections.ConfigDict) -> None:
-    opd, asked = config.opd, constraints(config)
+    opd, names_by_field = config.opd, constraints(config)
     for field in ("evaluation.constrained", "opd.constrained_rollouts"):
-        for name in asked[field]:
+        for name in names_by_field[field]:
             if name not in CONSTRAINTS:
                 raise unknown_name(field, str(name), CONSTRAINTS)
-    named = [field for field, names in asked.items() if "contract" in names]
+    named = [field for field, names in names_by_field.items() if "contract" in names]
     require(
         not named or ranks_reviews(config),
         f"{', '.join(named)}: 'contract' is of task.name='reviews', not of {task_name(config)!r}; use 'schema'",

@@ -69,10 +69,10 @@ def read_tokenizer(path: str | os.PathLike) -> transformers.PreTrainedTokenizerB
         )
     with _one_line(path):
         tokenizer, file = _load(transformers.AutoTokenizer, path), _file(path)
-        if file is not None and not _obeys(tokenizer, file):
+        if file is not None and not _matches_file(tokenizer, file):
             logging.warning("%s: %s gives other ids; used as it is", file, type(tokenizer).__name__)
             tokenizer = _load(transformers.PreTrainedTokenizerFast, path)
-            if not _obeys(tokenizer, file):
+            if not _matches_file(tokenizer, file):
                 raise UserError(
                     f"{file}: transformers gives other ids than this file; fetch tokenizer.json and "
                     "tokenizer_config.json again, both of one model"
@@ -151,7 +151,7 @@ def _file(path: str | os.PathLike, name: str = "tokenizer.json") -> pathlib.Path
     return pathlib.Path(cached) if isinstance(cached, str) else None
 
 
-def _obeys(tokenizer: transformers.PreTrainedTokenizerBase, file: pathlib.Path) -> bool:
+def _matches_file(tokenizer: transformers.PreTrainedTokenizerBase, file: pathlib.Path) -> bool:
     """Whether its tokens have the ids of its tokenizer.json, and text is split as that says."""
     stored = tokenizers.Tokenizer.from_file(str(file))
     # tokenizer.json may have kept the truncation and padding of whoever saved it.

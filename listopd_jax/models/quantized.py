@@ -49,8 +49,8 @@ class Quantized:
 
     def astype(self, dtype: Any) -> Float[Array, "..."]:
         """The weights in `dtype`, multiplied in float32."""
-        values = _apart(self.values, self.pairs) if self.pairs else self.values
-        return (values.astype(jnp.float32) * _of_each(self.scale, self.shape)).astype(dtype)
+        values = _unpack_int4(self.values, self.pairs) if self.pairs else self.values
+        return (values.astype(jnp.float32) * _broadcast_scale(self.scale, self.shape)).astype(dtype)
 
 
 def divides(size: int, dtype: str) -> bool:
@@ -76,9 +76,9 @@ def _rounded(weight: Float[Array, "L *s"] | Quantized, name: str, dtype: str) ->
     scale = _largest(jnp.abs(weight), axis, dtype) / LARGEST[dtype]
     # Never 0, so zeros stay zero instead of NaN.
     scale = jnp.maximum(scale, jnp.finfo(jnp.float32).tiny)
-    values = jnp.round(weight / _of_each(scale, weight.shape)).astype(jnp.int8)
+    values = jnp.round(weight / _broadcast_scale(scale, weight.shape)).astype(jnp.int8)
     pairs = axis - weight.ndim if dtype == "int4" else 0
-    rounded = Quantized(_in_pairs(values, pairs) if pairs else values, scale, pairs)
+    rounded = Quantized(_pack_int4(values, pairs) if pairs else values, scale, pairs)
     return jax.tree.map(lambda x: constrain(x, "layers", *PARAMS[name]), rounded)
 
 
@@ -90,22 +90,22 @@ def _largest(sizes: Float[Array, "L *s"], axis: int, dtype: str) -> Float[Array,
     return sizes.reshape(*sizes.shape[:axis], -1, group, *sizes.shape[axis + 1 :]).max(axis + 1)
 
 
-def _of_each(scale: Float[Array, "*g"], shape: tuple[int, ...]) -> Float[Array, "*s"]:
+def _broadcast_scale(scale: Float[Array, "*g"], shape: tuple[int, ...]) -> Float[Array, "*s"]:
     """The scale of each weight of `shape`, or what is broadcast to that."""
     for axis, (groups, size) in enumerate(zip(scale.shape, shape, strict=True)):
         scale = jnp.repeat(scale, size // groups, axis) if groups > 1 else scale
     return scale
 
 
-def _in_pairs(values: Int8[Array, "..."], axis: int) -> Int8[Array, "..."]:
+def _pack_int4(values: Int8[Array, "..."], axis: int) -> Int8[Array, "..."]:
     """Numbers of 4 bits, two neighbours along `axis` in a byte: a device's part of that is of its own weights."""
     axis %= values.ndim
     low, high = (jax.lax.slice_in_dim(values, i, None, 2, axis) for i in range(2))
     return low & 15 | high << 4
 
 
-def _apart(pairs: Int8[Array, "..."], axis: int) -> Int8[Array, "..."]:
-    """What `_in_pairs` packed; shifted to the right, a signed number keeps its sign."""
+def _unpack_int4(pairs: Int8[Array, "..."], axis: int) -> Int8[Array, "..."]:
+    """What `_pack_int4` packed; shifted to the right, a signed number keeps its sign."""
     axis %= pairs.ndim
     both = jnp.stack([pairs << 4 >> 4, pairs >> 4], axis + 1)
     return both.reshape(*pairs.shape[:axis], -1, *pairs.shape[axis + 1 :])

@@ -59,13 +59,13 @@ def causal(
     B, n, T, N, H = q.shape
     queries = round_up_to_blocks(n * T)
     # The kernel does not scale scores, so the queries are scaled here, in float32.
-    rows = _in_a_row((q.astype(jnp.float32) * H**-0.5).astype(q.dtype), queries)
-    keys, values = _in_a_row(k, queries), _in_a_row(v, queries)
+    rows = _one_row((q.astype(jnp.float32) * H**-0.5).astype(q.dtype), queries)
+    keys, values = _one_row(k, queries), _one_row(v, queries)
     slots, segments = 0, None
     if prompt is not None:
         slots = round_up_to_blocks(prompt.v.shape[2])
-        keys = jnp.concatenate([_lengthened(prompt.k.swapaxes(2, 3), slots), keys], 2)
-        values = jnp.concatenate([_lengthened(prompt.v, slots), values], 2)
+        keys = jnp.concatenate([_pad_to(prompt.k.swapaxes(2, 3), slots), keys], 2)
+        values = jnp.concatenate([_pad_to(prompt.v, slots), values], 2)
         segments = _segments(prompt.lengths, slots, queries)
     if starts is not None:  # no two sequences of a row begin at one place
         ids = jnp.pad(starts, ((0, 0), (0, queries - T)))
@@ -101,11 +101,11 @@ def _segments(lengths: Int[Array, " B"], slots: int, queries: int) -> splash.Seg
     return splash.SegmentIds(own, jnp.concatenate([padding, own], 1))
 
 
-def _in_a_row(x: Float[Array, "B n T X H"], length: int) -> Float[Array, "B X L H"]:
+def _one_row(x: Float[Array, "B n T X H"], length: int) -> Float[Array, "B X L H"]:
     """The tokens of all completions in one row for each head, with zeros up to `length`."""
     x = x.transpose(0, 3, 1, 2, 4)
-    return _lengthened(x.reshape(*x.shape[:2], -1, x.shape[-1]), length)
+    return _pad_to(x.reshape(*x.shape[:2], -1, x.shape[-1]), length)
 
 
-def _lengthened(x: Float[Array, "B X S H"], length: int) -> Float[Array, "B X L H"]:
+def _pad_to(x: Float[Array, "B X S H"], length: int) -> Float[Array, "B X L H"]:
     return jnp.pad(x, ((0, 0), (0, 0), (0, length - x.shape[2]), (0, 0)))

@@ -221,24 +221,24 @@ def from_main(compute: Callable[[], Any]) -> Any:
         return compute()
     text = np.frombuffer(json.dumps(compute()).encode() if is_main() else b"", np.uint8)
     # The length first: an all-gather needs the same shape on every process.
-    size = int(_everyone(np.int32(len(text)))[0])
+    size = int(_all_gather(np.int32(len(text)))[0])
     text = np.pad(text, (0, size - len(text))) if len(text) <= size else text[:size]
-    return json.loads(_everyone(text)[0].tobytes())
+    return json.loads(_all_gather(text)[0].tobytes())
 
 
 def anywhere(flag: bool) -> bool:
     """Whether `flag` is set on any host; every host calls it at the same point."""
-    return flag if alone() else bool(_everyone(np.array(flag)).any())
+    return flag if alone() else bool(_all_gather(np.array(flag)).any())
 
 
 @contextlib.contextmanager
 def main_first() -> Iterator[None]:
     """Process 0 goes through the block before the others enter it: they find what it made."""
     if not is_main():
-        _everyone(np.int32(0))
+        _all_gather(np.int32(0))
     yield
     if is_main() and _count > 1:
-        _everyone(np.int32(0))
+        _all_gather(np.int32(0))
 
 
 def gather(x: Any) -> np.ndarray:
@@ -250,7 +250,7 @@ def gather(x: Any) -> np.ndarray:
     return np.asarray(multihost_utils.process_allgather(x, tiled=True))
 
 
-def _everyone(x: np.ndarray) -> np.ndarray:
+def _all_gather(x: np.ndarray) -> np.ndarray:
     """The `x` of every process, stacked."""
     from jax.experimental import multihost_utils
 

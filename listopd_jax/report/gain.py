@@ -151,7 +151,7 @@ def parser_of(module: str, doc: str, workdirs: str) -> Parser:
     return parser
 
 
-def hand_over(found: Json, out: str | None) -> None:
+def write_or_print(found: Json, out: str | None) -> None:
     """Write a summary to the file `out`, or print it where there is none."""
     if out:
         files.write_json(out, found)
@@ -163,7 +163,7 @@ def main(argv: Sequence[str]) -> None:
     """Print the table and write the file; UserError where an ablation is missing."""
     args = parser_of("gain", __doc__, "ablations' workdirs").parse_args(argv)
     print(table(args.folder))
-    hand_over(summary(args.folder), args.out)
+    write_or_print(summary(args.folder), args.out)
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ from jaxtyping import Float
 
 from listopd_jax.errors import UserError, exit_code
 from listopd_jax.records import EXAMPLES, RESULTS, Example, Result, read_examples, read_results
-from listopd_jax.report.gain import difference, hand_over, parser_of
+from listopd_jax.report.gain import difference, parser_of, write_or_print
 from listopd_jax.report.wording import decimal, interval, markdown
 from listopd_jax.task.contract import Parsed
 from listopd_jax.task.metrics import bootstrap_intervals, list_metrics
@@ -174,7 +174,7 @@ def main(argv: Sequence[str]) -> None:
     args = parser_of("size_axis", __doc__, "workdirs PRESET/SEED").parse_args(argv)
     found = summary(policies(args.folder))
     print(tables(found))
-    hand_over(found, args.out)
+    write_or_print(found, args.out)
 
 
 if __name__ == "__main__":

@@ -178,7 +178,7 @@ def sample_tokens(
     keys = None if greedy else row_keys(sampler.key, place, rows.number[..., None])
     drawn = jnp.argmax(logp, -1) if greedy else categorical(keys, logp, head_rows(sampler.decoders))
     tokens = drawn.astype(jnp.int32)
-    count = _standing(rows, tokens, drafted, settings.eos)
+    count = _num_kept(rows, tokens, drafted, settings.eos)
     if state is not None:
         after = state_after(sampler.grammar, state, tokens, count)
         rows = rows._replace(state=jnp.where(count > 0, after, rows.state))
@@ -201,7 +201,7 @@ def _allowed(
     return None if rows.allowed is None else unpacked(rows.allowed, sampler.settings.vocab)[:, :, None]
 
 
-def _standing(
+def _num_kept(
     rows: Rows, tokens: Int[Array, "B n S"], drafted: Int[Array, "B n S-1"], eos: tuple[int, ...]
 ) -> Int[Array, "B n"]:
     """How many of `tokens` are kept: up to the first that was not drafted, an EOS, or the budget."""

@@ -107,7 +107,7 @@ def distillation(
 
     # One program with the guard and one without; they are the same entry where the run has none.
     steps = {guard_text(opd.guard): step(opd) for opd in (unguarded(config.opd), config.opd)}
-    return Distillation(student_again(job, frozen.base), frozen, tx, steps, server)
+    return Distillation(student_source(job, frozen.base), frozen, tx, steps, server)
 
 
 def grid(job: Job, found: Recommendation | None) -> list[tuple[float, int, bool]]:
@@ -149,7 +149,7 @@ def sft_stage(job: Job, role: str) -> Any:
     return params
 
 
-def student_again(job: Job, base: Any) -> Callable[[int], Any]:
+def student_source(job: Job, base: Any) -> Callable[[int], Any]:
     """A function that gives every OPD run what it trains, in float32: a new adapter of its seed, or the SFT student.
 
     That is a copy of the base if the base is float32, else it is read again: through OPD there is no room on a device

@@ -115,7 +115,7 @@ def along(
     prompts = [
         (jnp.asarray(b["prompt"]), jnp.asarray(b["prompt_length"])) for b in (as_teachers_read(batch), batch)
     ]
-    seen = _look(graphdefs, params, prompts, jnp.asarray(answers), vocab=codec.vocab, chunk=chunk)
+    seen = _measure_batch(graphdefs, params, prompts, jnp.asarray(answers), vocab=codec.vocab, chunk=chunk)
     *numbers, modes = map(gather, seen)
     inside = (np.arange(answers.shape[-1]) < lengths[..., None]) & (batch["weight"] > 0)[:, None, None]
     index = np.broadcast_to(np.asarray(batch["index"])[:, None], lengths.shape)
@@ -155,7 +155,7 @@ def _classes(
 
 
 @functools.partial(BackendJit, options=OTHER, static_argnames=("graphdefs", "vocab", "chunk"))
-def _look(
+def _measure_batch(
     graphdefs: tuple[nnx.GraphDef, nnx.GraphDef],
     params: tuple[Any, Any],
     prompts: list[tuple[Int[Array, "B _"], Int[Array, " B"]]],

@@ -67,7 +67,7 @@ class Passages(Listwise, FileTask):
             others = pool.others.get(query, [])
             if len(others) < k - 1:
                 # More than are needed: those that are judged, or there already, drop out.
-                others = others + _strangers(everyone, judged, others, f"{self.data.seed} {query}", 4 * k)
+                others = others + _random_others(everyone, judged, others, f"{self.data.seed} {query}", 4 * k)
             if len(others) >= k - 1:
                 yield from deal_lists(query, pool.queries[query], judged, others, texts, k, self.data.seed)
 
@@ -207,7 +207,7 @@ def _text(field: str, where: str, name: str) -> str:
     raise UserError(f"{where}: the {name} is empty; take the line out")
 
 
-def _strangers(
+def _random_others(
     everyone: Sequence[str], judged: Mapping[str, int], others: Sequence[str], seed: str, count: int
 ) -> list[str]:
     """Up to `count` passages of other queries, drawn at random: for a query that has too few of its own."""

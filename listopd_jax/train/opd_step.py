@@ -167,18 +167,20 @@ def _head(decoder: Decoder | None) -> Float[Array, "V D"] | None:
 
 def _hiddens(decoders: Models, batch: OpdBatch) -> Models:
     """The states [B, n, T, D] that predict the completions; teachers read them after prompts of their own, if any."""
-    tokens, asked = batch.rollout.tokens, (batch.prompts, batch.prompt_lengths)
-    own = batch.teacher_prompts is not None
-    told = (batch.teacher_prompts, batch.teacher_prompt_lengths) if own else asked
-    # That width is of the student's prompts.
-    width_told = None if own else batch.width
+    tokens, prompts, width = batch.rollout.tokens, (batch.prompts, batch.prompt_lengths), batch.width
+    teacher_prompts, teacher_width = prompts, width
+    if batch.teacher_prompts is not None:
+        # `width` is of the student's prompts.
+        teacher_prompts, teacher_width = (batch.teacher_prompts, batch.teacher_prompt_lengths), None
+
+    def by_teacher(decoder):
+        return completion_hidden(decoder, *teacher_prompts, tokens, teacher_width)
+
     return Models(
-        student=completion_hidden(decoders.student, *asked, tokens, batch.width),
-        teacher=None
-        if decoders.teacher is None
-        else completion_hidden(decoders.teacher, *told, tokens, width_told),
-        base=completion_hidden(decoders.base, *asked, tokens, batch.width),
-        experts=tuple(completion_hidden(expert, *told, tokens, width_told) for expert in decoders.experts),
+        student=completion_hidden(decoders.student, *prompts, tokens, width),
+        teacher=None if decoders.teacher is None else by_teacher(decoders.teacher),
+        base=completion_hidden(decoders.base, *prompts, tokens, width),
+        experts=tuple(map(by_teacher, decoders.experts)),
     )
 
 

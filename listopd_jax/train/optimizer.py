@@ -71,11 +71,11 @@ def _stored(state: optax.ScaleByAdamState) -> optax.ScaleByAdamState:
     """The state with its moments in bfloat16; the random numbers are derived from its count."""
     leaves, tree = jax.tree.flatten((state.mu, state.nu))
     keys = jax.random.split(jax.random.fold_in(jax.random.key(0), state.count), len(leaves))
-    mu, nu = tree.unflatten(map(rounded_at_random, keys, leaves))
+    mu, nu = tree.unflatten(map(stochastic_round, keys, leaves))
     return state._replace(mu=mu, nu=nu)
 
 
-def rounded_at_random(key: Array, x: Float[Array, "*s"]) -> BFloat16[Array, "*s"]:
+def stochastic_round(key: Array, x: Float[Array, "*s"]) -> BFloat16[Array, "*s"]:
     """float32 to one of the two bfloat16 around it, to the nearer with the larger probability: x on average."""
     random = jax.random.bits(key, x.shape, jnp.uint16).astype(jnp.uint32)
     # `random` is uniform on [0, 2^16): the sum carries with the probability of the part that is cut off.

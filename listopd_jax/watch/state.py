@@ -52,7 +52,7 @@ def page_state(root: pathlib.Path, chosen: str = "") -> dict[str, Any]:
     read = {name: _read(root, path) for name, path in found.items()}
     overview = [_overview(name, found[name], workdir) for name, workdir in read.items()]
     overview = _with_points(root, overview)
-    name = chosen if chosen in read else _liveliest(overview)
+    name = chosen if chosen in read else _default_choice(overview)
     shown = [read[n] for n in _of(name, read) if isinstance(read[n], Workdir)]
     return {
         "root": visible(str(root)),
@@ -155,7 +155,7 @@ def _with_points(root: pathlib.Path, overview: list[dict[str, Any]]) -> list[dic
     known = {entry["name"]: entry for entry in overview}
     for point in states:
         if point.name not in known:
-            overview.append(_unborn(point))
+            overview.append(_without_workdir(point))
         elif point.word == "failed" and known[point.name]["state"] == "stopped":
             entry = known[point.name]
             runs = [run | {"state": "failed"} if run["state"] == "stopped" else run for run in entry["runs"]]
@@ -163,7 +163,7 @@ def _with_points(root: pathlib.Path, overview: list[dict[str, Any]]) -> list[dic
     return overview
 
 
-def _unborn(point: PointState) -> dict[str, Any]:
+def _without_workdir(point: PointState) -> dict[str, Any]:
     """The overview of a point without a workdir."""
     state = "failed" if point.word == "failed" else "waiting"
     plan = Planned(run=point.name, stage="opd", lam=point.lam, seed=point.seed)
@@ -179,7 +179,7 @@ def _named(name: str) -> dict[str, str]:
     return {"name": name, "label": visible(name)}
 
 
-def _liveliest(overview: Sequence[Mapping[str, Any]]) -> str:
+def _default_choice(overview: Sequence[Mapping[str, Any]]) -> str:
     """The workdir to show when none was chosen: one at work, else the first that has something to show."""
     order = {"running": 0, "broken": 2}
     return min(overview, key=lambda entry: order.get(entry["state"], 1), default={"name": ""})["name"]
