@@ -1,4 +1,4 @@
-"""What the device at hand can do, and how much of its memory was in use at most."""
+"""Peak rates of the device at hand, and the peak of its memory use."""
 
 import re
 import time

@@ -110,7 +110,7 @@ def shrink(config: ml_collections.ConfigDict) -> None:
 
 
 def shared_of(job: Job, frozen: Frozen) -> Distillation:
-    """What the runs of a job share."""
+    """The parts that the runs of a job share."""
     opd, optimizer = job.config.opd, job.config.optimizer
     tx = adamw(optimizer, opd.b2, opd.moments)
     step = make_step(opd, tx, job.graphs, vocab=job.codec.vocab, attention=job.attention)

@@ -55,7 +55,7 @@ class Peer:
         )
 
     def generate(self, prompts: torch.Tensor, real: torch.Tensor, **options) -> torch.Tensor:
-        """What transformers samples after prompts [B, P]: completions [B · num_return_sequences, T], padded."""
+        """transformers' samples after prompts [B, P]: completions [B · num_return_sequences, T], padded."""
         shape = self.shape
         with torch.inference_mode():
             sequences = self.student.generate(

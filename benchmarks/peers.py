@@ -285,7 +285,7 @@ def main(argv: Sequence[str]) -> None:
 def prepared(
     workdir: pathlib.Path | None, policy: str, folder: pathlib.Path
 ) -> tuple[Shape, Callable[[np.ndarray], dict[str, float]] | None, str]:
-    """What peers read, in `folder`: the shape of the work, what judges completions where any can parse, and a name."""
+    """The peers' input in `folder`: the shape of the work, a judge of completions where any can parse, and a name."""
     # Both import jax, which reads the environment once.
     if workdir is None:
         from benchmarks.models import write_models

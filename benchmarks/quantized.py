@@ -81,7 +81,7 @@ def configuration(args: argparse.Namespace, dtype: str) -> ml_collections.Frozen
 
 
 def pair_in(args: argparse.Namespace, dtype: str) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
-    """What teacher and base say in `dtype`, and log π of right answers by role."""
+    """Calibration and forecast in `dtype`, and log π of right answers by role."""
     from listopd_jax.models.build import initial_params
     from listopd_jax.ops.opd_loss import Frozen
     from listopd_jax.records import CALIBRATION, RESULTS, read_calibration, read_results

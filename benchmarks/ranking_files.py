@@ -25,14 +25,14 @@ PASSAGES = (
     "is explained in part",
     "is explained in full",
 )
-"""What the passages of grades 0 to 3 say."""
+"""The wording of passages of grades 0 to 3."""
 TITLES = {
     "E": "just as asked for",
     "S": "of another make",
     "C": "spare part to fit",
     "I": "poster of something",
 }
-"""What the titles of each label say."""
+"""The wording of titles of each label."""
 JUDGED = 24  # texts per query
 
 

@@ -36,7 +36,7 @@ def main(peer: str, shape: str, folder: str) -> None:
 
 
 def answer(system: Any, ask: str, file: str = "") -> dict[str, float]:
-    """What `system` answers to one line."""
+    """The answer of `system` to one line."""
     if ask == "step":
         return timed_step(system, file)
     if ask == "sample":

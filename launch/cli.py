@@ -1,4 +1,4 @@
-"""What the commands of a launch share: their arguments, and the list of points that they print."""
+"""Shared by the commands of a launch: their arguments, and the list of points that they print."""
 
 import argparse
 import pathlib

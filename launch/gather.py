@@ -34,7 +34,7 @@ from listopd_jax.report.write import write_report
 
 
 class Gathered(NamedTuple):
-    """What is there, the common stages first, and why the rest is not, by name."""
+    """The finished parts, the common stages first, and why the rest is missing, by name."""
 
     inputs: list[Inputs]
     missing: dict[str, str]

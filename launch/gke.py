@@ -83,7 +83,7 @@ def remote_grid(root: pathlib.Path, arguments: Sequence[str], part: Slice) -> Gr
 
 
 def stage_names(grid: Grid, stage: str) -> list[str]:
-    """What to start for a stage; UserError if all of it is done."""
+    """The names to start for a stage; UserError if all of it is done."""
     names = [name for name in ([COMMON] if stage == COMMON else grid.names) if not grid.done(name)]
     if not names:
         raise UserError(f"--stage={stage}: nothing is left to do")

@@ -91,7 +91,7 @@ class Grid:
         return [*given, *mine, f"--workdir={self.workdir(name)}"]
 
     def point_command(self, name: str, python: str = "python") -> list[str]:
-        """What each host runs to bring a stage to its end."""
+        """The command that each host runs to bring a stage to its end."""
         return [python, "-m", "launch.point", f"--root={self.root}", f"--name={name}", *self.arguments]
 
     def done(self, name: str) -> bool:

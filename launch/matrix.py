@@ -162,7 +162,7 @@ def _exported(root: pathlib.Path, ablation: Ablation, experiment: Experiment) ->
 
 
 def curves(root: pathlib.Path, chosen: Mapping[str, Experiment]) -> Seen:
-    """What the runs of each ablation came to."""
+    """The parse curves of each ablation."""
     return {
         name: {ablation: curve(root / name / ablation, e.policy) for ablation in e.ablations}
         for name, e in chosen.items()

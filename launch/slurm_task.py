@@ -1,4 +1,4 @@
-"""What submitit runs on a node: one command, asked to save before its job is requeued."""
+"""The task that submitit runs on a node: one command, asked to save before its job is requeued."""
 
 import contextlib
 import os

@@ -1,4 +1,4 @@
-"""What TPU slices are called: the topologies of the planner (v5e:16x16) as GKE and Cloud TPU name them.
+"""Names of TPU slices: the topologies of the planner (v5e:16x16) as GKE and Cloud TPU name them.
 
 Sources: Google's "Plan TPUs in GKE", "TPU configurations" and "TPU software versions". Slices of whole hosts of 4 chips
 (or one host of 1 chip) are meant, which is what their multi-host machine types are.

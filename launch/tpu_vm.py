@@ -88,7 +88,7 @@ def _delete_command(resource: str, args: argparse.Namespace) -> list[str]:
 
 
 def startup_script(grid: Grid, name: str, resource: str, setup: str, args: argparse.Namespace) -> str:
-    """What each host of a slice runs when it starts."""
+    """The script that each host of a slice runs when it starts."""
     delete = shlex.join([*_delete_command(resource, args), "--async"])
     return f"""#!/bin/bash
 # The first host deletes the slice when its part has ended, however it ended.

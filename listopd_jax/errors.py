@@ -121,7 +121,7 @@ def print_error(text: str) -> None:
 
 
 def exit_code(main: Callable[[Sequence[str]], int | None], argv: Sequence[str]) -> int:
-    """What `main(argv)` returns (None: 0); 2 for a UserError, whose line goes to stderr, and 130 for Ctrl-C."""
+    """The result of `main(argv)` (None: 0); 2 for a UserError, whose line goes to stderr, and 130 for Ctrl-C."""
     try:
         return main(argv) or 0
     except (UserError, PermissionError) as e:

@@ -136,7 +136,7 @@ def record_config(
 
 
 def refuse_changes(path: pathlib.Path, config: Any, among: tuple[str, ...] = ("",)) -> dict[str, Any]:
-    """What a run's config.json records; UserError if `config` differs in a field that starts with one of `among`.
+    """The record in a run's config.json; UserError if `config` differs in a field that starts with one of `among`.
 
     Fields that may change between calls are exempt.
     """

@@ -34,7 +34,7 @@ class Option(NamedTuple):
 
 
 class Setting(NamedTuple):
-    """What the forecasts are of: whether under a guard, and whether the task is lists of reviews."""
+    """The setting of the forecasts: whether under a guard, and whether the task is lists of reviews."""
 
     guarded: bool = False
     reviews: bool = False
@@ -139,7 +139,7 @@ def _why(chosen: Result, held: Sequence[Result], broken: str) -> str:
 
 
 def _break(broken: Result, first: Result, limit: float) -> str:
-    """What ends the stretch of λ that hold at `broken`."""
+    """Why the stretch of λ that hold ends at `broken`."""
     if not _parses(broken, first):
         return f"; at {broken.lam:g} it parses {broken.parse:.3f}"
     if broken.lam >= limit:

@@ -1,4 +1,4 @@
-"""What a run leaves for others to read, field by field: runs.json, results.json, examples.json, errors.json,
+"""The files that a run leaves for others to read, field by field: runs.json, results.json, examples.json, errors.json,
 calibration.json, recommendation.json and predictions.json.
 
 Whoever writes these files makes these records, and whoever reads them gets them back. A field that a file lacks (an
@@ -57,7 +57,7 @@ def _extra() -> Any:
 
 
 class Identity(NamedTuple):
-    """What identifies the evaluation of a policy."""
+    """The fields that identify the evaluation of a policy."""
 
     stage: str
     lam: float | None
@@ -70,7 +70,7 @@ class Identity(NamedTuple):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class _OfPolicy(Record):
-    """What a record of a policy begins with."""
+    """The first fields of a record of a policy."""
 
     run: str = ""
     stage: str
@@ -208,7 +208,7 @@ class Example(_OfPolicy):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Errors(_OfPolicy):
-    """What `expected_mae` is the mean of, list by list: an entry of errors.json, for differences paired by list."""
+    """The errors behind `expected_mae`, list by list: an entry of errors.json, for differences paired by list."""
 
     errors: list[float]
     extra: dict[str, Any] = _extra()
@@ -354,7 +354,7 @@ class Prediction(Record):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Recommendation(Record):
-    """What the forecasts recommend before any training, recommendation.json (recommend.py)."""
+    """The recommendation of the forecasts before any training, recommendation.json (recommend.py)."""
 
     lam: float
     parse: float  # forecast at λ
@@ -488,7 +488,7 @@ _TYPES: Mapping[Any, tuple[Callable[[Any], bool], str]] = {
     Counts: (_maps_to(lambda x: is_number(x) and x >= 0), "map names to counts"),
     Intervals: (_maps_to(lambda x: x is None or _is_pair(x)), "map names to [low, high] or null"),
 }
-"""What a field of each type must be."""
+"""The rule for a field of each type."""
 
 
 _OF_RANKINGS = ("gain", "ndcg@1", "ndcg@3", "ndcg@5", "ndcg@10", "tau", "mae")

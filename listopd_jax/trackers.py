@@ -100,7 +100,7 @@ class Trackers:
 
 @contextlib.contextmanager
 def _output_to_stderr(name: str) -> Iterator[None]:
-    """What a tracker prints goes to stderr; stdout is the job's. Its exceptions become one line."""
+    """A tracker's output goes to stderr; stdout is the job's. Its exceptions become one line."""
     try:
         with contextlib.redirect_stdout(sys.stderr):
             yield

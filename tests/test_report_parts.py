@@ -157,7 +157,7 @@ def test_runs_evaluated_at_their_end_alone_have_none(tmp_path):
     assert "First passages" not in write_report(full(tmp_path / "run")).read_text("utf-8")
 
 
-# ---- beside other runs
+# ---- next to other runs
 
 
 def guarded(tmp_path):

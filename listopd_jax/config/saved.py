@@ -111,7 +111,7 @@ def as_first_saved(now: dict[str, Any], first: dict[str, Any]) -> dict[str, Any]
 
 
 def read_saved(path: pathlib.Path) -> dict[str, Any]:
-    """What a run's config.json records, with the config as JSON values under `config`; UserError if it is not one."""
+    """The record in a run's config.json, with the config as JSON values under `config`; UserError if it is not one."""
     saved = files.read_json(path)
     fits = isinstance(saved, dict) and isinstance(saved.get("config"), dict)
     require(

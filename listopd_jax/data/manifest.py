@@ -1,4 +1,4 @@
-"""What the code may load from outside, as `third_party/manifest.toml` lists it, and checks against it."""
+"""The artefacts that the code may load from outside, listed in `third_party/manifest.toml`, and checks against it."""
 
 import functools
 import os

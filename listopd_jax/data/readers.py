@@ -31,7 +31,7 @@ _PAGE = re.compile(
     r"|\b(?:document|window)\.\w+[.(]",
     re.IGNORECASE,
 )
-"""What only a title scraped from a page's code has, as some of 2018 do."""
+"""Code that only titles scraped from a page contain, as some of 2018 do."""
 
 _COUNT = re.compile(r"(?:[0-9]+|[0-9]{1,3}(?:,[0-9]{3})+)(?:\.0*)?")
 

@@ -1,4 +1,4 @@
-"""What judging costs: the estimate before it, and the sum so far."""
+"""The cost of judging: the estimate before it, and the sum so far."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -11,7 +11,7 @@ MILLION = 1_000_000
 
 
 def cost(tokens_in: int, tokens_out: int, price_in: float | None, price_out: float | None) -> float | None:
-    """What tokens cost at prices of a million each; None where a price is not known."""
+    """The cost of tokens at prices per million; None where a price is not known."""
     if price_in is None or price_out is None:
         return None
     return (tokens_in * price_in + tokens_out * price_out) / MILLION

@@ -32,7 +32,7 @@ _NO_USE = {401: "the API key is not accepted", 403: "not allowed for this API ke
 
 @dataclasses.dataclass(frozen=True)
 class Reply:
-    """What was paid for: the text of the answer, None for a refusal, and its tokens."""
+    """A paid reply: the text of the answer, None for a refusal, and its tokens."""
 
     text: str | None
     tokens_in: int

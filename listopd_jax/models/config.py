@@ -46,7 +46,7 @@ class Lora:
 
     @property
     def scale(self) -> float:
-        """What the product of the two factors is multiplied by."""
+        """The multiplier of the product of the two factors."""
         return self.alpha / self.rank
 
 

@@ -368,7 +368,7 @@ class Decoder(nnx.Module):
     def _to_last_layer(
         self, tokens: Int[Array, "B T"], keep: Callable, starts: Int[Array, "B T"] | None = None
     ) -> tuple[Array, Any, Any, Layer]:
-        """What the last layer reads of whole sequences (x [B,1,T,D] and its rotary angles), `keep` of the keys and
+        """The last layer's inputs for whole sequences (x [B,1,T,D] and its rotary angles), `keep` of the keys and
         values of each layer before it, and that layer."""
         graphdef, weights = nnx.split(self.layers)
         x, positions = self._embed(tokens[:, None]), jnp.arange(tokens.shape[1])[None, None]

@@ -105,7 +105,7 @@ def _pack_int4(values: Int8[Array, "..."], axis: int) -> Int8[Array, "..."]:
 
 
 def _unpack_int4(pairs: Int8[Array, "..."], axis: int) -> Int8[Array, "..."]:
-    """What `_pack_int4` packed; shifted to the right, a signed number keeps its sign."""
+    """The inverse of `_pack_int4`; shifted to the right, a signed number keeps its sign."""
     axis %= pairs.ndim
     both = jnp.stack([pairs << 4 >> 4, pairs >> 4], axis + 1)
     return both.reshape(*pairs.shape[:axis], -1, *pairs.shape[axis + 1 :])

@@ -37,7 +37,7 @@ class Prompt(NamedTuple):
     lengths: Int[Array, " B"]
 
     def part(self) -> Part:
-        """What every query sees of it: all but the padding."""
+        """The part that every query sees: all but the padding."""
         valid = jnp.arange(self.k.shape[-1]) < self.lengths[:, None]
         return Part(self.k, self.v, valid[:, None, None])
 

@@ -109,7 +109,7 @@ def compilations() -> collections.Counter:
 
 
 def compile_time() -> str:
-    """What `compilations` counted, on one line."""
+    """The counts of `compilations`, on one line."""
     counts = compilations()
     return f"{counts['programs']} programs, {counts['seconds']:.0f} s to compile; {counts['read']} read from the cache"
 

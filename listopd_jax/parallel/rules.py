@@ -169,7 +169,7 @@ def round_up_rows(n: int) -> int:
 
 
 def row_multiple() -> int:
-    """What a number of rows must be a multiple of to be split evenly."""
+    """The number of rows must be a multiple of this to be split evenly."""
     mesh = jax.sharding.get_abstract_mesh()
     return 1 if mesh.empty else _devices("batch", mesh)
 

@@ -100,7 +100,7 @@ def _tokens(config: Any) -> tuple[float, float]:
 
 
 def set_environment(topology: Topology) -> None:
-    """What must be set before jax starts: no TPU is looked for or taken, and cpu:N has N devices."""
+    """Set what jax must find when it starts: no TPU is looked for or taken, and cpu:N has N devices."""
     if topology.kind == "h100":
         os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")  # XLA's messages about memory are in the plan
         # The GPU that is here compiles; without one XLA's GPU compiler runs on the CPU (gpu.py).

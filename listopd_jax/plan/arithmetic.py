@@ -1,4 +1,4 @@
-"""What an OPD step costs by arithmetic from the configuration: FLOPs, memory, traffic, and the time it cannot beat.
+"""The cost of an OPD step by arithmetic from the configuration: FLOPs, memory, traffic, and the time it cannot beat.
 
 FLOPs are counted here because XLA's cost analysis counts the body of a scan once. A multiply-add is two FLOPs; norms,
 rotary positions and softmax are left out. Attention is counted with causality, as a kernel can have it. Bytes between
@@ -148,7 +148,7 @@ def forward_flops(c: ModelConfig, load: Load) -> float:
 
 
 def recomputed_flops(c: ModelConfig, load: Load, remat: str) -> float:
-    """What the backward pass recomputes: of the layers what `remat` says, nothing of the fused head.
+    """FLOPs that the backward pass recomputes: in the layers by `remat`, none in the fused head.
 
     Attention's scores are always recomputed, its mixture only by 'full' (and by splash attention with 'dots' too, about
     0.2 % of a step that is not counted).

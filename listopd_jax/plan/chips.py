@@ -1,4 +1,4 @@
-"""What a plan must know of the hardware: one table of public facts, and the slices that can be asked for.
+"""The hardware facts of a plan: one table of public facts, and the slices that can be asked for.
 
 Sources (read November 2026). TPU: "System architecture" tables of cloud.google.com/tpu/docs/v5e, /v5p and /v6e. They
 give the inter-chip bandwidth of a chip in both directions (400, 1200, 800 GB/s); the half of it that arrives is divided
@@ -40,7 +40,7 @@ CHIPS = {
 
 
 class Rates(NamedTuple):
-    """What kernels reach, not what a data sheet says: FLOP/s, bytes/s, seconds."""
+    """Rates that kernels reach, not those of a data sheet: FLOP/s, bytes/s, seconds."""
 
     product: float  # FLOP/s of large matrix products
     attention: float  # FLOP/s of fused attention
@@ -82,7 +82,7 @@ class Topology(NamedTuple):
 
     @property
     def platform(self) -> str:
-        """What jax calls such devices."""
+        """jax's name of such devices."""
         return "tpu" if self.is_tpu else "gpu" if self.kind == "h100" else "cpu"
 
     def arriving(self, size: int, stride: int) -> float:

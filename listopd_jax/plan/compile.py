@@ -66,7 +66,7 @@ _TOO_LARGE = (
 
 
 class Program(NamedTuple):
-    """What the compiler says about one program, in bytes on one device; `traffic` by mesh axis, see traffic.py."""
+    """One compiled program, in bytes on one device; `traffic` by mesh axis, see traffic.py."""
 
     arguments: int
     results: int  # without those that reuse an argument's memory
@@ -124,7 +124,7 @@ def state_memory(
 def compile_rollout(
     config: Any, shapes: Mapping[str, ModelConfig], vocab: int, mesh: Mesh, of_base: bool = False
 ) -> Program:
-    """What `generate` runs in the OPD stage, at the widest prompts; TooLarge if the compiler refuses.
+    """The programs of `generate` in the OPD stage, at the widest prompts; TooLarge if the compiler refuses.
 
     `of_base`: the base writes, as it is kept, not the student. Memory is that of its hungrier program, of the first
     token or of the last segment; traffic that of both.
@@ -140,7 +140,7 @@ def compile_rollout(
 
 
 def compile_evaluation(config: Any, shapes: Mapping[str, ModelConfig], vocab: int, mesh: Mesh) -> Program:
-    """What evaluates the teacher: the same programs, of its own batch, in the compute dtype or as it is kept."""
+    """The programs that evaluate the teacher: the same, for its own batch, in the compute dtype or as it is kept."""
     alone = ml_collections.ConfigDict(copy.deepcopy(config.to_dict()))
     # The teacher writes here in place of the student, and has no adapter.
     alone.student.lora.rank = 0
@@ -294,7 +294,7 @@ def _is_described(mesh: Mesh) -> bool:
 
 
 def _options(options: Options, mesh: Mesh) -> dict[str, Any]:
-    """What a job tells the compiler of the mesh's devices, and what must be added where they are not there."""
+    """A job's compiler options for the mesh's devices, and the extra ones where these are not there."""
     platform = platform_of(mesh)
     added = gpu.OPTIONS if platform == "gpu" and _is_described(mesh) else {}
     return (backend_options(options, platform) or {}) | added
@@ -311,7 +311,7 @@ def _graph(config: Any, shape: ModelConfig, mesh: Mesh, lora: Lora | None = None
 
 
 def _trained(shape: ModelConfig, lora: Lora | None) -> nnx.State:
-    """What a model trains: an adapter, or all of itself."""
+    """The parameters that train: an adapter, or all of the model."""
     return abstract_adapter(shape, lora) if lora else abstract(shape, param_dtype=jnp.dtype(PARAM_DTYPE))[1]
 
 
@@ -382,7 +382,7 @@ def _shard_bytes(tree: Any) -> int:
 
 
 def _compiled(lowered: Any, name: str, options: Options, mesh: Mesh) -> tuple[Program, Any]:
-    """What the compiler says about a program, and the shardings of its results."""
+    """The compiled program's figures, and the shardings of its results."""
     try:
         compiled = lowered.compile(compiler_options=_options(options, mesh))
     except jax.errors.JaxRuntimeError as e:

@@ -1,4 +1,4 @@
-"""What a step takes on a GPU by a model of its compiled kernels, at the mean widths of the load."""
+"""The time of a step on a GPU by a model of its compiled kernels, at the mean widths of the load."""
 
 import copy
 import itertools

@@ -281,7 +281,7 @@ def evaluated_teacher(config: Any, shape: ModelConfig, frozen: float) -> float:
 
 
 def _builds(config: Any) -> dict[str, Callable[..., Any]]:
-    """What compiles the programs of each phase; the SFT of a role only where it is trained; it is evaluated anyway."""
+    """Functions that compile the programs of each phase; the SFT of a role only where it is trained."""
     from listopd_jax.plan import compile as aot
 
     sft = {f"sft {role}": functools.partial(aot.compile_sft, role=role) for role in _trained_roles(config)}
@@ -377,5 +377,5 @@ def _rank(plan: Mapping[str, Any]) -> tuple:
 
 
 def summary(plan: Mapping[str, Any]) -> dict[str, Any]:
-    """What tells plans apart."""
+    """The fields in which plans differ."""
     return {k: plan[k] for k in ("mesh", "microbatch", "remat", "fits", "peak_gib", "step_s_floor")}

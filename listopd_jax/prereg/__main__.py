@@ -44,7 +44,7 @@ from listopd_jax.records import RESULTS, read_results
 from listopd_jax.theory import cliff
 
 VERDICTS = {"pass": ("PASSED", 0), "fail": ("REFUTED", 1), "inconclusive": ("INCONCLUSIVE", 3)}
-"""What is printed, and the exit code."""
+"""The printed text, and the exit code."""
 
 
 def _numbers(text: str) -> list[float]:
@@ -240,7 +240,7 @@ def _predictors_in_words(result: Json) -> Iterator[str]:
 
 
 def run(argv: Sequence[str]) -> tuple[str, int]:
-    """What the command prints and its exit code; UserError for a user's mistake."""
+    """The command's output and exit code; UserError for a user's mistake."""
     args, rest = _parser().parse_known_args(argv)
     strange = [x for x in rest if not (args.command == "lock" and x.startswith("--config."))]
     if strange:

@@ -146,7 +146,7 @@ def _place_check(
 
 
 def _onsets(reading: str, lambdas: np.ndarray, parse: np.ndarray, level: float) -> np.ndarray:
-    """What a reading takes its place from: the onset of each seed, or the one of the mean curve."""
+    """The onsets behind a reading: that of each seed, or the one of the mean curve."""
     if reading == "grid":
         return cliff.grid_onsets(lambdas, parse, level)
     mean = parse.mean(0)

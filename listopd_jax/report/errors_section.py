@@ -50,7 +50,7 @@ def _name(failure: str) -> str:
 
 
 def _kind(policy: Policy) -> tuple[str, ...]:
-    """What tells policies of one λ apart: a guard, the point of a sweep."""
+    """The difference between policies of one λ: a guard, the point of a sweep."""
     return tuple(filter(None, ("guarded" if policy.guard else "", policy.sweep)))
 
 

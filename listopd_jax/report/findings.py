@@ -347,7 +347,7 @@ def _main_failure(policy: Policy) -> str:
 
 
 def _collapsed(found: Findings) -> str:
-    """What `opd.on_collapse` did to the policies: their points are not those of the λ that they are drawn at."""
+    """The effect of `opd.on_collapse` on the policies: their points are not those of the λ that they are drawn at."""
     parts = []
     for field, what in (
         ("checkpoint", "was stopped when it collapsed, and its most useful checkpoint stands for it"),

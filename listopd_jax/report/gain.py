@@ -103,7 +103,7 @@ def _trained(path: pathlib.Path) -> dict[tuple[int, int], Result]:
 
 
 def summary(folder: pathlib.Path) -> Json:
-    """What gain.json says about the ablations in `folder`."""
+    """The content of gain.json for the ablations in `folder`."""
     ablations = policies(folder)
     teachers = [r for r in read_results(folder / "same" / RESULTS) if r.stage == "sft_teacher"]
     if not teachers:

@@ -34,7 +34,7 @@ def guarded_section(inputs: Inputs) -> Section | None:
 
 
 def gain(inputs: Inputs) -> list[str]:
-    """What the largest guarded λ gains on plain λ = 1, in a sentence, and what that leaves open; [] without such."""
+    """The gain of the largest guarded λ over plain λ = 1, in a sentence, and what that leaves open; [] without such."""
     first, guarded = _first(inputs), inputs.found.guarded
     if first is None or not guarded or guarded[-1].lam <= 1:
         return []

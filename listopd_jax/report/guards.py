@@ -107,7 +107,7 @@ def _trained(path: pathlib.Path) -> dict[int, Result]:
 
 
 def summary(folder: pathlib.Path) -> list[Json]:
-    """What guards.json says."""
+    """The content of guards.json."""
     return [{"pair": pair, **row} for pair, ablations in pairs(folder).items() for row in compared(ablations)]
 
 

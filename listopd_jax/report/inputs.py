@@ -1,4 +1,4 @@
-"""What a workdir holds for the report, read and checked: any part may be absent, none may be broken."""
+"""The files of a workdir for the report, read and checked: any part may be absent, none may be broken."""
 
 import copy
 import functools
@@ -50,7 +50,7 @@ METRICS = {
 }
 """The metrics that the report has names for."""
 USEFUL = "parse · NDCG@1"
-"""What useful is where the data report does not say: that of reviews."""
+"""The meaning of useful where the data report does not say: that of reviews."""
 
 UNSWEPT = "no sweep"
 _Json = Mapping[str, Any]
@@ -76,7 +76,7 @@ class Inputs:
 
     @cached_property
     def found(self) -> findings.Findings:
-        """What the results say."""
+        """The findings from the results."""
         return findings.find(self.results)
 
     @cached_property
@@ -140,7 +140,7 @@ class Inputs:
 
     @property
     def useful(self) -> str:
-        """What useful is."""
+        """The meaning of useful."""
         return str(self.data.get("useful", USEFUL))
 
     @cached_property
@@ -181,7 +181,7 @@ def _section(tree: dict[str, Any], name: str) -> dict[str, Any]:
 
 
 def _option(text: str) -> float | bool | str:
-    """What config.json has for an option that a label spells: infinity is text there."""
+    """The value in config.json of an option that a label spells: infinity is text there."""
     if text in ("True", "False"):
         return text == "True"
     try:

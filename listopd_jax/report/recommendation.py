@@ -51,7 +51,7 @@ def _use(chosen: Policy, found: Findings) -> str:
 
 
 def _next(inputs: Inputs, chosen: Policy) -> list[Advice]:
-    """What the grid leaves open."""
+    """Next steps that the grid leaves open."""
     cliff, said = inputs.found.cliff, []
     if cliff.first_broken is not None and not _guarded(inputs):
         past, reviews = at(cliff.last_held.lam), _config(inputs, "task", "name") == "reviews"

@@ -34,7 +34,7 @@ NAMES = {
     ("large", "sft_student"): "large, the student's recipe",
     ("large", "sft_teacher"): "large, all lists",
 }
-"""What is trained in the two SFT stages of each preset."""
+"""The models trained in the two SFT stages of each preset."""
 RESAMPLES = 2000
 
 
@@ -80,7 +80,7 @@ def _metrics(example: Example) -> Float[np.ndarray, " M"]:
 
 
 def figures(name: str, policy: Policy) -> Json:
-    """What size_axis.json says about a policy: means and standard deviations over the seeds, None if there is none."""
+    """The row of size_axis.json for a policy: means and standard deviations over the seeds, None if there is none."""
     row: Json = {"policy": name, "seeds": sorted(policy.records)}
     for metric in METRICS:
         values = [value for r in policy.records.values() if (value := r.metric(metric)) is not None]
@@ -138,7 +138,7 @@ def _by_seed(student: Policy, large: Policy, metric: str) -> list[float] | None:
 
 
 def summary(found: Mapping[str, Policy]) -> Json:
-    """What size_axis.json says: each policy, and each student and control less each large model.
+    """The content of size_axis.json: each policy, and each student and control less each large model.
 
     UserError where one of the two kinds is missing: there is nothing to compare.
     """

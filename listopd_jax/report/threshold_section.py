@@ -197,7 +197,7 @@ def _mark(lam: float, name: str, colour: str, marker: str) -> plots.Series:
 
 
 def _first_flip(curve: Sequence[CurvePoint]) -> str:
-    """What the structural curve says in a phrase."""
+    """The structural curve in a phrase."""
     points = sorted((point.lam, point.structural) for point in curve)
     for lam, share in points:
         if share > 0:

@@ -61,5 +61,5 @@ def render(inputs: Inputs) -> str:
 
 
 def _show(value: Any) -> Any:
-    """What the template writes for `value`: text with nothing hidden in it, escaped after that."""
+    """The text that the template writes for `value`: with nothing hidden in it, escaped after that."""
     return visible(value) if isinstance(value, str) and not isinstance(value, Markup) else value

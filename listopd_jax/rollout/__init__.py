@@ -1,1 +1,1 @@
-"""What a student writes and how it is scored: prefill, decoding in segments, forced scoring."""
+"""Sampling and scoring of completions: prefill, decoding in segments, forced scoring."""

@@ -384,7 +384,7 @@ def generate(
     masks: Masks | None = None,
     **settings: Any,
 ) -> Rollout:
-    """What `decode` writes, by few compiled programs in turn, shared by every λ, seed and evaluation.
+    """The result of `decode`, by few compiled programs in turn, shared by every λ, seed and evaluation.
 
     After a segment the cache grows if it is full, and the batch is halved, in prompts or in completions per prompt, as
     often as the unfinished rows fit: a row that is done costs its share of each step until then and nothing after.

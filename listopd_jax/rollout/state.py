@@ -29,7 +29,7 @@ def trim(rollout: Rollout, budget: int) -> Rollout:
 
 
 class Rows(NamedTuple):
-    """What belongs to one completion and moves with it."""
+    """The state of each completion, which moves with it."""
 
     number: Int[Array, "B n"]  # its place b·n + j in the result, which also seeds its random numbers
     weights: Float[Array, "B n m"]
@@ -42,7 +42,7 @@ class Rows(NamedTuple):
 
 
 class Prompts(NamedTuple):
-    """What the completions of a prompt share."""
+    """The state that the completions of a prompt share."""
 
     lengths: Int[Array, " B"]
     hint: Int[Array, "B H"]  # what drafts are copied from

@@ -53,7 +53,7 @@ class Recipe(NamedTuple):
 
 
 class Curves(NamedTuple):
-    """What a grid gives, each [λ, c, seed, budget] and the last with a class axis."""
+    """The results of a grid, each [λ, c, seed, budget] and the last with a class axis."""
 
     greedy: np.ndarray  # share of prompts whose greedy list parses
     sampled: np.ndarray  # probability that a sampled list parses

@@ -29,7 +29,7 @@ def before_training(job: Job, frozen: Frozen) -> Recommendation | None:
 
 
 def recommended(job: Job) -> Recommendation | None:
-    """What was recommended in this workdir before."""
+    """The recommendation made in this workdir before."""
     return _shared(lambda: read_recommendation(job.workdir / RECOMMENDATION))
 
 
@@ -51,6 +51,6 @@ def _read_and_recommend(job: Job) -> Recommendation | None:
 
 
 def _shared(find: Callable[[], Recommendation | None]) -> Recommendation | None:
-    """What `find` finds on the first host, on every host."""
+    """The result of `find` on the first host, on every host."""
     found = from_main(lambda: (x := find()) and x.to_json())
     return None if found is None else Recommendation.from_json(found, RECOMMENDATION)

@@ -35,7 +35,7 @@ def best_checkpoint(job: Job, shared: Distillation, run: Run) -> tuple[int, Any]
 
 
 def collapse_fields(watch: Watch | None, run: Run) -> dict[str, Any]:
-    """What the record of a run says about its collapses; {} if it had none."""
+    """The fields of a run's record about its collapses; {} if it had none."""
     if watch is None or not watch.collapses:
         return {}
     lowered = {} if watch.lam(run.lam) == run.lam else {"lambda_end": watch.lam(run.lam)}

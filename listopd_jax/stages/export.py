@@ -43,7 +43,7 @@ TRAINED = {"sft_teacher": "teacher", "sft_student": "student", "opd": "student"}
 
 
 class Model(NamedTuple):
-    """What `save_hf` writes of a policy; `params` in float32, `ends` the ids that end a completion."""
+    """The arguments of `save_hf` for a policy; `params` in float32, `ends` the ids that end a completion."""
 
     shape: ModelConfig
     params: nnx.State
@@ -52,7 +52,7 @@ class Model(NamedTuple):
 
 
 class Adapter(NamedTuple):
-    """What `save_adapter` writes of a policy; `base` is the folder of the model that it belongs to."""
+    """The arguments of `save_adapter` for a policy; `base` is the folder of the model that it belongs to."""
 
     lora: Lora
     params: nnx.State
@@ -145,7 +145,7 @@ def _tokenizer(config: Any, workdir: pathlib.Path) -> PreTrainedTokenizerBase:
 
 
 def policy_adapter(config: ml_collections.FrozenConfigDict, workdir: pathlib.Path, record: Result) -> Adapter:
-    """What the policy of `record` adds to its model's published weights, as one adapter; see `policy_model`.
+    """The adapter from its model's published weights to the policy of `record`, as one; see `policy_model`.
 
     UserError if it did not train one, or its model has no published weights.
     """
@@ -185,7 +185,7 @@ def _adapters(
 
 
 def _trained(config: Any, workdir: pathlib.Path, record: Result, shape: ModelConfig) -> nnx.State:
-    """What the checkpoint of a policy of `shape` has: all its parameters, or its adapter."""
+    """The parameters in the checkpoint of a policy of `shape`: all of them, or its adapter."""
     run = Run(record.run, record.stage, record.lam, record.seed, record.steps, record.guard, record.sweep)
     saved = (opd_saving if record.stage == "opd" else saving)(config, workdir)
     folder = checkpoint_folder(workdir, record.run)

@@ -1,4 +1,4 @@
-"""What every stage of a run shares: config, workdir, task, tokenizer, encoded records, and the shapes of the models."""
+"""Shared by every stage of a run: config, workdir, task, tokenizer, encoded records, and the shapes of the models."""
 
 import dataclasses
 import functools

@@ -44,7 +44,7 @@ from listopd_jax.train.preflight import answer_logprobs, check_models
 
 
 class Distillation(NamedTuple):
-    """What the runs of every λ and seed share: where they start, what is frozen, and how they are updated."""
+    """Shared by the runs of every λ and seed: where they start, what is frozen, and how they are updated."""
 
     start: Callable[[int], Any]  # gives the run of a seed its own copy of what trains, in float32
     frozen: Frozen

@@ -69,7 +69,7 @@ def _models_to_policies(job: Job) -> None:
 
 
 def _before(job: Job, frozen: Frozen, server: TeacherServer | None) -> Recommendation | None:
-    """What calibration and forecast recommend, printed on stderr; None where a server gives no distributions.
+    """The recommendation of calibration and forecast, printed on stderr; None where a server gives no distributions.
 
     In a sweep that is for its first point; the others are only forecast.
     """
@@ -86,7 +86,7 @@ def _before(job: Job, frozen: Frozen, server: TeacherServer | None) -> Recommend
 def distillation(
     job: Job, frozen: Frozen, server: TeacherServer | None, programs: dict[tuple, Callable] | None = None
 ) -> Distillation:
-    """What the runs of all λ and seeds share.
+    """The `Distillation` that the runs of all λ and seeds share.
 
     `programs`: the updates made so far by their `program_options`; what is made here is added.
     """

@@ -90,7 +90,7 @@ def predict(job: Job, shared: Distillation) -> None:
 
 
 def _predictions(job: Job, shared: Distillation, anchors: Sequence[Run]) -> list[Prediction]:
-    """What each predictor says about the sweep, and which is chosen."""
+    """Each predictor's prediction of the sweep, one of them chosen."""
     lambdas, began = sorted(map(float, job.config.opd.lambdas)), time.monotonic()
     shapes = {name: shape(job, shared.frozen, guard) for name, guard in _decoded_with(job).items()}
     seconds = round(time.monotonic() - began, 1)

@@ -53,7 +53,7 @@ INPUTS = {
     REFERENCE: "the files of reference.weights",
     "teachers": "the files of teachers.route",
 }
-"""What STAMP has the digests of, in addition to the noise in the answers of each SFT."""
+"""Inputs whose digests are in STAMP, in addition to the noise in the answers of each SFT."""
 
 
 def _say_dropped_noise(task: Task, config: Any) -> None:
@@ -187,7 +187,7 @@ def refuse_other_inputs(workdir: pathlib.Path, **digests: str | None) -> None:
 
 
 def _digests(config: ml_collections.FrozenConfigDict, models: Mapping[str, Any]) -> dict[str, str | None]:
-    """What decides a run in addition to config and data: the bytes of the folders that the config names."""
+    """Digests of what decides a run beyond config and data: the bytes of the folders that the config names."""
     weights = {role: weights_digest(models[role]) for role in (*ROLES, REFERENCE) if role in models}
     experts = {role: weights_digest(models[role]) for role in models if role in expert_sections(config)}
     return {

@@ -79,7 +79,7 @@ class TeacherServer:
         return [row[len(prompt) :] for row, (prompt, _) in zip(rows, pairs, strict=True)]
 
     def ask(self, path: str, read: Callable[[Any], Any], body: Mapping[str, Any] | None = None) -> Any:
-        """What `read` makes of the JSON that `path` answers; `read` and every failure on the way may ask for a Retry.
+        """`read` of the JSON that `path` answers; `read` and every failure on the way may ask for a Retry.
 
         Waits twice as long after each attempt. UserError after the last, or at once for what is refused for good.
         """

@@ -71,7 +71,7 @@ def calibrate(
 
 
 def forecast_row(lam: float, positions: Positions) -> ForecastFlips:
-    """What `positions` along the forecast at λ say, list by list."""
+    """The flips of `positions` along the forecast at λ, list by list."""
     prompts, rows = np.unique(positions.prompt, return_inverse=True)
     agrees = np.full(len(prompts), True)
     # .at, because rows repeat: plain indexing would keep one position of each list.

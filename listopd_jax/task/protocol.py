@@ -57,7 +57,7 @@ class Task(abc.ABC):
 
     @abc.abstractmethod
     def prompt(self, record: Any) -> Prompt:
-        """What the model is asked."""
+        """The prompt for the model."""
 
     @abc.abstractmethod
     def answer(self, record: Any) -> str | None:
@@ -80,14 +80,14 @@ class Task(abc.ABC):
         return None
 
     def teacher_prompt(self, record: Any) -> Prompt | None:
-        """What teachers are asked in place of `prompt` (a hint, examples, the answer); None: the same.
+        """The prompt for teachers in place of `prompt` (a hint, examples, the answer); None: the same.
 
         Read only where `teachers.max_prompt` says how long it may be.
         """
         return None
 
     def fields(self, record: Any) -> Mapping[str, Any]:
-        """What `teachers.field` may name; by default the record's attributes."""
+        """The fields that `teachers.field` may name; by default the record's attributes."""
         return getattr(record, "__dict__", {})
 
     def token_classes(self, pieces: Sequence[str]) -> list[int]:

@@ -52,7 +52,7 @@ class Contract:
         return OK if error is None else self._name(error)
 
     def explain(self, value: Any) -> str | None:
-        """What is wrong with `value`, where in it and why, in one short line; None if nothing is."""
+        """The failure of `value`, where in it and why, in one short line; None if there is none."""
         try:
             error = self._error(value)
         except RecursionError:

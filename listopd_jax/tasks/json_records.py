@@ -72,7 +72,7 @@ class JsonTask(FileTask):
             yield self._record(row, f"{path.name}:{number}", f"{path}:{number}", contracts)
 
     def side(self, record: JsonRecord) -> str | None:
-        """What `data.split_field` of the line says."""
+        """The line's value of `data.split_field`."""
         return record.side
 
     def prompt(self, record: JsonRecord) -> Prompt:

@@ -1,4 +1,4 @@
-"""What tasks that score lists of texts have in common: the contract of EC (arXiv:2605.08737) and ranking metrics."""
+"""The common part of tasks that score lists of texts: the contract of EC (arXiv:2605.08737) and ranking metrics."""
 
 import dataclasses
 import functools

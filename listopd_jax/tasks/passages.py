@@ -30,7 +30,7 @@ RELEVANT = 1  # the grade of a relevant passage of a triple, as in MS MARCO's qr
 
 
 class Pool(NamedTuple):
-    """What lists are made of; ids are those of the files, for triples the texts themselves."""
+    """The material of lists; ids are those of the files, for triples the texts themselves."""
 
     queries: dict[str, str]
     passages: dict[str, str]
@@ -81,7 +81,7 @@ class Passages(Listwise, FileTask):
         return render_list(head, self.noun, record.reviews, example=BEST)
 
     def _pool(self, path: pathlib.Path) -> Pool:
-        """What the file has, by the columns of its first line."""
+        """The content of the file, by the columns of its first line."""
         columns = next((len(fields) for _, fields in _rows(path)), 0)
         readers = {2: self._of_collection, 3: self._of_triples, 4: self._of_candidates}
         if columns not in readers:

@@ -40,7 +40,7 @@ def _arguments(argv: Sequence[str]) -> argparse.Namespace:
 
 
 def run(argv: Sequence[str]) -> str:
-    """What the command prints. UserError for a user's mistake."""
+    """The command's output. UserError for a user's mistake."""
     args = _arguments(argv)
     try:
         explanation = explain(args.p, args.b, args.c, args.lam)

@@ -1,4 +1,4 @@
-"""What each estimator of ops/objective.py does on average: drift, limit and flip threshold of one Bernoulli position.
+"""The mean behaviour of each estimator of ops/objective.py: drift, limit and flip threshold of one Bernoulli position.
 
 With q the student's probability of the token and A the advantage (EC Eq. 2) of token (1) and rival (0), the
 expected update of the student's log-odds θ is

@@ -52,7 +52,7 @@ class Shape(NamedTuple):
 
 
 class Reach(NamedTuple):
-    """What anchor runs give: (a, s), their covariance with `freedom` degrees of freedom, and σ."""
+    """The fit to anchor runs: (a, s), their covariance with `freedom` degrees of freedom, and σ."""
 
     line: Float[np.ndarray, " 2"]
     covariance: Float[np.ndarray, "2 2"]

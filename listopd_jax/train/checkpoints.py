@@ -33,7 +33,7 @@ from listopd_jax.train.optimizer import TrainState
 
 
 class Saved(NamedTuple):
-    """What a checkpoint gives back; parts of `state` that were not asked for are None."""
+    """A restored checkpoint; parts of `state` that were not asked for are None."""
 
     step: int
     state: TrainState

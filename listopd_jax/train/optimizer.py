@@ -15,7 +15,7 @@ from listopd_jax.parallel.rules import constrain_state, place_state
 
 
 class TrainState(NamedTuple):
-    """What one optimisation step changes: parameters of the student, Adam's moments, and the average if one is kept."""
+    """The state of training: parameters of the student, Adam's moments, and the average if one is kept."""
 
     params: Any
     opt_state: Any

@@ -1,4 +1,4 @@
-"""What must hold before the first update, each a failure that other systems train through in silence."""
+"""Checks before the first update, each for a failure that other systems train through in silence."""
 
 import functools
 from collections.abc import Mapping

@@ -119,7 +119,7 @@ def _run(plan: Planned, step: int, state: str, result: Result | None) -> dict[st
 
 
 def _stage(workdir: Workdir, current: Mapping[str, Any] | None) -> str:
-    """What a job at this point does, in words."""
+    """The current work of a job, in words."""
     if not workdir.planned:
         return "preparing data and models"
     if current is None:

@@ -29,7 +29,7 @@ FRESH_S = 120.0  # a workdir written to this recently counts as at work where lo
 
 
 class Workdir(NamedTuple):
-    """What the files of one workdir say."""
+    """The content of one workdir's files."""
 
     planned: list[Planned]
     results: list[Result]

@@ -12,7 +12,7 @@ from listopd_jax.errors import UserError, first_line
 from listopd_jax.models.config import ModelConfig, RopeScaling
 
 CLASSES = {"qwen3": "Qwen3", "qwen2": "Qwen2", "llama": "Llama", "mistral": "Mistral", "smollm3": "SmolLM3"}
-"""What transformers calls the models of each model_type that Decoder computes."""
+"""transformers' class names by model_type, for the models that Decoder computes."""
 
 
 MOST_LAYERS = 1000  # a file that claims more is refused
