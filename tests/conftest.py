@@ -41,7 +41,7 @@ SHARED = pathlib.Path(__file__).resolve().parents[2] / "shared"
 
 @pytest.fixture(scope="session")
 def shared() -> pathlib.Path:
-    """The folder of real test data beside the repository; tests that need it are skipped where it is absent."""
+    """The folder of real test data next to the repository; tests that need it are skipped where it is absent."""
     if not SHARED.is_dir():
         pytest.skip("needs the real test data in ../shared, absent here")
     return SHARED

@@ -111,7 +111,7 @@ def edited_json(rng: random.Random, text: bytes) -> bytes:
 
 
 def spelled(value: Any) -> bytes:
-    """JSON, and what Python's writer lets through besides: NaN, infinities, half of a surrogate pair as an escape."""
+    """JSON, and what else Python's writer lets through: NaN, infinities, half of a surrogate pair as an escape."""
     return json.dumps(value).encode()
 
 

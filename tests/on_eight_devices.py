@@ -397,7 +397,7 @@ def test_each_device_streams_its_part_of_a_frozen_head(sizes, monkeypatch):
 
 
 def adapted(mesh):
-    """Three steps of distillation and of SFT of an adapter beside the frozen base, and the compiled programs."""
+    """Three steps of distillation and of SFT of an adapter on top of the frozen base, and the compiled programs."""
     graph = abstract(STUDENT_CONFIG, lora=LORA)[0]
     trained = jax.tree.map(lambda x: np.full(x.shape, 0.1, x.dtype), abstract_adapter(STUDENT_CONFIG, LORA))
     frozen, batch = put(FROZEN, state_shardings, mesh), put(opd_batch(3), batch_shardings, mesh)

@@ -164,7 +164,7 @@ def test_without_errors_by_design_there_is_no_such_section(sft):
 
 
 def test_policies_of_one_lambda_have_a_column_and_a_line_each():
-    """Under a guard beside without it, and at two points of a sweep."""
+    """Under a guard and without it, and at two points of a sweep."""
     wide, tight = {"sweep": "clip=5.0"}, {"sweep": "clip=1.5"}
     results = [record("sft_teacher", no_json=50)] + [
         record("opd", 1.0, no_json=n, **at)

@@ -447,7 +447,7 @@ def test_a_download_is_used_and_verified(tmp_path, shared, monkeypatch):
 
 
 def test_what_is_installed_holds_the_manifest_and_the_pages(tmp_path):
-    """What `pip install .` copies: the code looks for these beside itself, with a checkout or without."""
+    """What `pip install .` copies: the code looks for these next to itself, with a checkout or without."""
     pytest.importorskip("setuptools")
     copied = subprocess.run(
         [sys.executable, "setup.py", "-q", "build_py", "--build-lib", tmp_path], cwd=ROOT, capture_output=True

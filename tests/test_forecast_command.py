@@ -49,7 +49,7 @@ def made(tmp_path_factory):
 
 
 def arguments(folder, **other):
-    """The command's flags; `other` in place of or besides them."""
+    """The command's flags; `other` replaces or extends them."""
     flags = {
         "teacher": folder / "teacher", "base": folder / "base", "prompts": folder / "prompts.jsonl",
         "lambdas": "3,1.5", "max_tokens": 12, "batch_size": 3,

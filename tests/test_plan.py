@@ -332,7 +332,7 @@ def test_the_search_learns_from_a_compiler_that_needs_more(monkeypatch):
 
 @pytest.mark.parametrize(("teacher_gib", "chosen"), [(10, (16, 4)), (60, (16, 1))])
 def test_the_microbatch_of_each_sft_is_the_largest_that_fits(monkeypatch, teacher_gib, chosen):
-    """A compiler for which a list takes 4 GiB in the teacher's SFT and 10 in the student's, beside the teacher."""
+    """A compiler for which a list takes 4 GiB in the teacher's SFT and 10 in the student's, on top of the teacher."""
     taken = {"teacher": 4, "student": 10}
 
     def compile_sft(config, shapes, vocab, mesh, role):

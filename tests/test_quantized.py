@@ -198,7 +198,7 @@ def test_the_measurement_is_of_tokens_and_needs_something_to_read():
 
 @pytest.mark.slow
 def test_a_run_distils_from_rounded_models(tmp_path):
-    """The whole student, and an adapter beside its rounded base; samples are scored as they were written."""
+    """The whole student, and an adapter on top of its rounded base; samples are scored as they were written."""
     for rank, dtype in ((0, "int4"), (2, "int8"), (2, "int4")):
         fields = {"dtype.frozen": dtype, "student.lora.rank": rank, "opd.steps": 2, "opd.lambdas": (1.2,)}
         workdir = tmp_path / f"{dtype}_{rank}"

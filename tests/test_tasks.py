@@ -1,4 +1,4 @@
-"""The tasks that are shipped besides reviews and json: what they make of the published files, and of broken ones."""
+"""The shipped tasks other than reviews and json: what they make of the published files, and of broken ones."""
 
 import gzip
 import json

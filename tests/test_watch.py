@@ -206,7 +206,7 @@ def ask(server, path, method="GET", host="127.0.0.1", body=None, port=True):
 
 @pytest.fixture
 def secret(tmp_path):
-    """A root with one finished run, and beside it what nobody may read."""
+    """A root with one finished run, and next to it files that nobody may read."""
     (tmp_path / "secret.txt").write_text("SECRET")
     (tmp_path / "outside").mkdir()
     (tmp_path / "outside" / "report.html").write_text("SECRET")
