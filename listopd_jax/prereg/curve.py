@@ -60,7 +60,7 @@ def make_curve_lock(workdir: pathlib.Path, config: Json) -> Json:
 
 
 def predictor_sha256() -> str:
-    """The revision of the code that predicts."""
+    """SHA-256 of the code that predicts."""
     package = pathlib.Path(__file__).resolve().parents[1]
     return files.json_sha256([(package / name).read_text("utf-8") for name in PREDICTORS])
 
