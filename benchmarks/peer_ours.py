@@ -1,5 +1,6 @@
 """listopd_jax: the prompt shared in rollout, scoring and update; scoring and update are one program."""
 
+import dataclasses
 import pathlib
 
 import jax.numpy as jnp
@@ -9,14 +10,21 @@ from benchmarks.presets import cpu
 from benchmarks.shape import Prompts, Shape
 from benchmarks.step import Step
 from listopd_jax.config import validate
+from listopd_jax.parallel.compiler import compilations
 from listopd_jax.rollout.decode import Rollout
+
+ROWS = 16
+"""Completions per gradient pass where the run does not say: of 16, 32 and all 64 it was the fastest and the smallest
+(1.40, 1.46 and 1.63 CPU-seconds of an update of the trained run of benchmarks/RESULTS.md)."""
 
 
 class Peer:
     """One step in the stages rollout and update."""
 
     def __init__(self, shape: Shape, folder: pathlib.Path):
-        self.shape, asked = shape, Prompts.read(folder)
+        compilations()  # as main does: it releases the memory of the compiler
+        asked = Prompts.read(folder)
+        self.shape = shape = in_microbatches(shape)
         self.work = Step(
             validate(cpu(shape)), asked.ids, asked.lengths, shape.new_tokens, folder, shape.eos, shape.pad, asked.hint
         )  # fmt: skip
@@ -36,3 +44,11 @@ class Peer:
     def of_tokens(self, tokens: np.ndarray) -> Rollout:
         """A rollout of these tokens (its log-probabilities are only read for a metric)."""
         return Rollout(jnp.asarray(tokens), jnp.zeros(tokens.shape), jnp.asarray(self.shape.lengths(tokens)))
+
+
+def in_microbatches(shape: Shape) -> Shape:
+    """`shape` with a microbatch of ROWS completions, where it has none and that divides its prompts."""
+    prompts = max(1, ROWS // shape.completions)
+    if shape.microbatch or prompts >= shape.prompts or shape.prompts % prompts:
+        return shape
+    return dataclasses.replace(shape, microbatch=prompts)

@@ -117,7 +117,11 @@ def draw(rows: Sequence[Mapping[str, Any]], path: pathlib.Path) -> None:
         for peer in dict.fromkeys(row["peer"] for row in rows):
             own = [row for row in rows if (row["axis"], row["peer"]) == (axis, peer)]
             panel.loglog([r["size"] for r in own], [r["seconds"] for r in own], "o-", label=peer)
+        sizes = sorted({row["size"] for row in rows if row["axis"] == axis})
+        panel.set_xticks(sizes, sizes)
+        panel.set_xticks([], minor=True)  # their labels overlap
         panel.set_xlabel(axis)
+    panels[0].yaxis.set_major_formatter("{x:g}")
     panels[0].set_ylabel("seconds per step")
     panels[0].legend()
     path.parent.mkdir(parents=True, exist_ok=True)

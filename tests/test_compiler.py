@@ -1,6 +1,8 @@
 """What the compiler is told: options of the backend at hand, at the first use; what the user set stays."""
 
+import ctypes
 import os
+import pathlib
 import re
 import subprocess
 import sys
@@ -113,3 +115,21 @@ def test_a_full_device_is_a_mistake_with_a_fix():
         raise jax.errors.JaxRuntimeError(said)
     with pytest.raises(jax.errors.JaxRuntimeError, match="INTERNAL"), compiler.naming_full_memory():
         raise jax.errors.JaxRuntimeError("INTERNAL: something else")
+
+
+@pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "malloc_trim"), reason="only glibc keeps freed memory so")
+@pytest.mark.parametrize(("seconds", "released"), [(0.1, False), (60.0, True)])
+def test_memory_that_a_long_compilation_freed_is_released(seconds, released):
+    compiler.compilations()
+    blocks = [b"x" * 100_000 for _ in range(1000)]  # below the size from which glibc maps each block alone
+    last = blocks.pop()  # on top of the heap: without it glibc would shrink the heap at once
+    blocks.clear()
+    before = resident()
+    jax.monitoring.record_event_duration_secs("/jax/core/compile/backend_compile_duration", seconds)
+    assert (before - resident() > 50e6) == released
+    del last
+
+
+def resident():
+    """Bytes of memory that this process occupies."""
+    return int(pathlib.Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGESIZE")

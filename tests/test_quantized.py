@@ -21,11 +21,14 @@ from listopd_jax.models.decoder import Decoder
 from listopd_jax.models.hf import load_hf, save_hf
 from listopd_jax.models.lora import merge_adapter
 from listopd_jax.models.quantized import Quantized, quantize
+from listopd_jax.ops.opd_loss import Frozen
 from listopd_jax.plan.arithmetic import frozen_bytes
+from listopd_jax.records import RESULTS, read_results
 from listopd_jax.rollout.decode import generate
 from listopd_jax.rollout.scoring import completion_logprobs
-from listopd_jax.stages.opd import first_batch
-from listopd_jax.stages.pipeline import run_stages
+from listopd_jax.stages.job import base_of
+from listopd_jax.stages.opd import first_batch, opd_runs, train_opd
+from listopd_jax.stages.pipeline import distillation, run_stages
 from listopd_jax.stages.prepare import job_on_mesh
 from listopd_jax.stages.sft import train_sft
 from listopd_jax.train.preflight import answer_logprobs, check_rounding
@@ -197,13 +200,25 @@ def test_the_measurement_is_of_tokens_and_needs_something_to_read():
 
 
 @pytest.mark.slow
-def test_a_run_distils_from_rounded_models(tmp_path):
+def test_a_run_distils_from_rounded_models(finished_job, tmp_path):
     """The whole student, and an adapter on top of its rounded base; samples are scored as they were written."""
     for rank, dtype in ((0, "int4"), (2, "int8"), (2, "int4")):
         fields = {"dtype.frozen": dtype, "student.lora.rank": rank, "opd.steps": 2, "opd.lambdas": (1.2,)}
         workdir = tmp_path / f"{dtype}_{rank}"
-        run_stages(small_config(**fields), workdir)
+        with job_on_mesh(small_config(**start_from(finished_job) | fields), workdir) as job:
+            models = {role: cast(train_sft(job, role), dtype) for role in job.models}
+            shared = distillation(job, Frozen(models["teacher"], base_of(models)), None)
+            train_opd(job, shared, opd_runs(job, 1.2, seed=0)[-1])
         rows = [row for row in read_metrics(workdir) if row["stage"] == "opd"]
         assert len(rows) == 2 and all(np.isfinite(row["loss"]) for row in rows)
         assert all(row["sampler_trainer_gap"] < 1e-3 for row in rows)
         assert rows[0]["log_ratio_variance"] > 0
+
+
+@pytest.mark.slow
+def test_a_run_on_rounded_models_ends_with_every_record(finished_job, tmp_path):
+    """Evaluated, calibrated, forecast and distilled in four bits, from models that another job trained."""
+    fields = {"dtype.frozen": "int4", "student.lora.rank": 2, "opd.steps": 2, "opd.lambdas": (1.2,)}
+    run_stages(small_config(**start_from(finished_job) | fields), tmp_path)
+    stages = [record.stage for record in read_results(tmp_path / RESULTS)]
+    assert stages.count("forecast") == 2 and {"sft_teacher", "sft_student", "opd"} < set(stages)
