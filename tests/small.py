@@ -12,7 +12,10 @@ def small_config(**fields):
     """What the flags NO_LAMBDA make of `fashion.py:tiny`; `fields` by their dotted names."""
     given = (flag.removeprefix("--config.").split("=") for flag in NO_LAMBDA)
     config = fashion.tiny()
-    config.update_from_flattened_dict({name: ast.literal_eval(value) for name, value in given} | fields)
+    rarely_saved = {"train.checkpoint_every": 100}  # nobody kills these
+    config.update_from_flattened_dict(
+        {name: ast.literal_eval(value) for name, value in given} | rarely_saved | fields
+    )
     return validate(config)
 
 

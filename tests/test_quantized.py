@@ -199,26 +199,36 @@ def test_the_measurement_is_of_tokens_and_needs_something_to_read():
         measured.parse(["--weights=FOLDER"])
 
 
-@pytest.mark.slow
-def test_a_run_distils_from_rounded_models(finished_job, tmp_path):
-    """The whole student, and an adapter on top of its rounded base; samples are scored as they were written."""
-    for rank, dtype in ((0, "int4"), (2, "int8"), (2, "int4")):
-        fields = {"dtype.frozen": dtype, "student.lora.rank": rank, "opd.steps": 2, "opd.lambdas": (1.2,)}
-        workdir = tmp_path / f"{dtype}_{rank}"
-        with job_on_mesh(small_config(**start_from(finished_job) | fields), workdir) as job:
-            models = {role: cast(train_sft(job, role), dtype) for role in job.models}
-            shared = distillation(job, Frozen(models["teacher"], base_of(models)), None)
-            train_opd(job, shared, opd_runs(job, 1.2, seed=0)[-1])
-        rows = [row for row in read_metrics(workdir) if row["stage"] == "opd"]
-        assert len(rows) == 2 and all(np.isfinite(row["loss"]) for row in rows)
-        assert all(row["sampler_trainer_gap"] < 1e-3 for row in rows)
-        assert rows[0]["log_ratio_variance"] > 0
+def rounded_run(job, **fields):
+    """The config of a short run on rounded models that `job` trained."""
+    fields = {"opd.steps": 2, "opd.lambdas": (1.2,)} | fields
+    return small_config(**start_from(job) | fields)
+
+
+def check_steps(workdir):
+    """Both steps learnt something, and samples are scored as they were written."""
+    rows = [row for row in read_metrics(workdir) if row["stage"] == "opd"]
+    assert len(rows) == 2 and all(np.isfinite(row["loss"]) for row in rows)
+    assert all(row["sampler_trainer_gap"] < 1e-3 for row in rows)
+    assert rows[0]["log_ratio_variance"] > 0
 
 
 @pytest.mark.slow
-def test_a_run_on_rounded_models_ends_with_every_record(finished_job, tmp_path):
-    """Evaluated, calibrated, forecast and distilled in four bits, from models that another job trained."""
-    fields = {"dtype.frozen": "int4", "student.lora.rank": 2, "opd.steps": 2, "opd.lambdas": (1.2,)}
-    run_stages(small_config(**start_from(finished_job) | fields), tmp_path)
+@pytest.mark.parametrize(("rank", "dtype"), [(0, "int4"), (2, "int8")])
+def test_a_student_distils_from_rounded_models(rank, dtype, finished_job, tmp_path):
+    """The whole student, and an adapter on top of its rounded base."""
+    config = rounded_run(finished_job, **{"dtype.frozen": dtype, "student.lora.rank": rank})
+    with job_on_mesh(config, tmp_path) as job:
+        models = {role: cast(train_sft(job, role), dtype) for role in job.models}
+        shared = distillation(job, Frozen(models["teacher"], base_of(models)), None)
+        train_opd(job, shared, opd_runs(job, 1.2, seed=0)[-1])
+    check_steps(tmp_path)
+
+
+@pytest.mark.slow
+def test_a_whole_run_on_rounded_models_has_every_record(finished_job, tmp_path):
+    """Evaluated, calibrated, forecast and, by an adapter, distilled."""
+    run_stages(rounded_run(finished_job, **{"dtype.frozen": "int4", "student.lora.rank": 2}), tmp_path)
+    check_steps(tmp_path)
     stages = [record.stage for record in read_results(tmp_path / RESULTS)]
     assert stages.count("forecast") == 2 and {"sft_teacher", "sft_student", "opd"} < set(stages)
