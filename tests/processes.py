@@ -116,10 +116,10 @@ def _main(arguments, said, environment):
     sys.exit(importlib.import_module(arguments[0]).main(arguments))
 
 
-def share_programs():
-    """What SHARE asks for, where jax is imported already."""
+def share_programs(**other):
+    """What SHARE asks for, but for `other` values, where jax is imported already."""
     import jax
 
-    for variable, value in SHARE.items():
+    for variable, value in (SHARE | other).items():
         name = variable.lower()
         jax.config.update(name, float(value) if name.endswith("secs") else value)
