@@ -33,7 +33,9 @@ from processes import SMALL, run_main, share_programs
 # Every call in the tests is checked against the shapes that the function is annotated with.
 jaxtyping.install_import_hook(["listopd_jax", "benchmarks"], "typechecked.typechecked")
 
-share_programs(JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS="0.1")  # smaller ones compile as fast as they are read
+share_programs(
+    JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS="0.1"
+)  # smaller ones compile as fast as they are read
 
 hypothesis.settings.register_profile("any machine", deadline=None)  # a busy machine is no counterexample
 hypothesis.settings.load_profile("any machine")
