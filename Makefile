@@ -7,8 +7,8 @@ PYTHON ?= python3
 VENV ?= .venv
 WORKDIR ?= runs/demo
 BIN := $(VENV)/bin
-# Tests run on a few workers, each pinned to a core (tests/conftest.py), in the order of the collection.
-WORKERS := -n auto --dist loadgroup --no-loadscope-reorder
+# Tests run on a few workers, each pinned to a core (tests/conftest.py), file by file in the order of the collection.
+WORKERS := -n auto --dist loadfile --no-loadscope-reorder
 
 # Bytecode is kept even where the environment says no: every process of the tests would compile all sources anew.
 export PYTHONDONTWRITEBYTECODE :=

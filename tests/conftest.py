@@ -1,5 +1,6 @@
 """Fixtures shared by the tests, and the settings that must stand before jax is imported."""
 
+import fcntl
 import gc
 import multiprocessing.forkserver
 import os
@@ -75,14 +76,12 @@ def pytest_xdist_auto_num_workers() -> int:
     return min(cores, 4) if cores > 1 else 0
 
 
-@pytest.hookimpl(tryfirst=True)  # before xdist reads the groups
 def pytest_collection_modifyitems(items):
-    """Mark the tests of SLOW_FILES slow; keep on one worker those of a file, and those of the finished job."""
+    """Mark the tests of SLOW_FILES slow, and begin with the longest."""
     for item in items:
         name, of_job = item.path.stem.removeprefix("test_"), "finished_job" in item.fixturenames
         if name in SLOW_FILES:
             item.add_marker(pytest.mark.slow)
-        item.add_marker(pytest.mark.xdist_group("finished_job" if of_job else name))
         item.rank = 0 if of_job else 1 if name in LONG_FILES else 2
     items.sort(key=lambda item: item.rank)
 
@@ -120,8 +119,14 @@ def few_programs():
 @pytest.fixture(scope="session")
 def finished_job(tmp_path_factory) -> pathlib.Path:
     """The workdir of a whole run of SMALL, never interrupted; tests that change anything copy it."""
-    workdir = tmp_path_factory.mktemp("job") / "whole"
-    result = run_main(workdir, *SMALL)
-    assert result.returncode == 0, result.stderr[-3000:]
-    assert result.stdout.strip() == f"report: {workdir}/report.html"
+    folder = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        folder = folder.parent  # which all workers share
+    workdir = folder / "finished_job" / "whole"
+    with open(folder / "finished_job.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # the first worker runs it, the others wait
+        if not (workdir / "report.html").exists():
+            result = run_main(workdir, *SMALL)
+            assert result.returncode == 0, result.stderr[-3000:]
+            assert result.stdout.strip() == f"report: {workdir}/report.html"
     return workdir
