@@ -172,21 +172,15 @@ def smollm2() -> ml_collections.ConfigDict:
 
 
 def smollm2_cpu() -> ml_collections.ConfigDict:
-    """`smollm2` at what two cores can do: lists of 4 reviews of 16 words, in float32, OPD with exact losses."""
+    """`smollm2` at what two cores can do: lists of 4 reviews of 16 words, in float32, three lambdas."""
     config = smollm2()
     config.dtype.update(compute="float32", frozen="float32")
     config.task.update(k=4, max_prompt=384, max_response=64, max_review_words=16)
-    config.sft.continued = True  # the teacher is the student's SFT after 15 steps more
-    recipe = {"steps": 15, "batch_size": 8, "microbatch": 4}
-    config.sft.teacher.update(recipe)
-    config.sft.student.update(recipe)
-    # Twenty steps of sampled tokens hardly move a pretrained student; exact losses, warmed up, do (docs/results.md).
-    config.opd.update(
-        estimator="full_vocab", ratio="none", steps=20, batch_size=8, rollouts=2, microbatch=4,
-        lr=1e-4, lr_decay="linear", warmup_steps=3, plain_lambdas=(1.0, 1.3, 2.0, 3.0), lambdas=(1.3, 3.0),
-    )  # fmt: skip
-    config.opd.guard.margin = 1.25
-    config.forecast.update(plain_lambdas=(1.5, 2.5, 3.5, 4.0), lambdas=(2.0, 4.0), batch_size=32)
+    recipe = {"batch_size": 8, "microbatch": 4}
+    config.sft.teacher.update(steps=30, **recipe)
+    config.sft.student.update(steps=15, **recipe)
+    config.opd.update(lambdas=(1.0, 1.3, 2.0), steps=20, batch_size=8, rollouts=4, microbatch=4)
+    config.forecast.update(lambdas=(1.5, 1.75, 2.25, 2.5, 3.0), batch_size=32)
     config.evaluation.update(batch_size=32, max_lists=64)
     config.train.checkpoint_every = 5
     return config

@@ -7,7 +7,7 @@
 
 The teacher continues the base's own SFT run, and only from there on a share of its answers is truncated: its errors are
 the base's, smaller, and extrapolation runs into a cliff. `same` trains the pair and distils it at λ = 1, for N steps
-and for 2N, the control for λ > 1 being only a larger step. `plain` and `guarded` extrapolate it, without a guard and
+and for 2N: is λ > 1 only a larger step? `plain` and `guarded` extrapolate it, without a guard and
 with one of structure alone. `independent` and `independent_guarded` do the same with a teacher of its own
 initialisation, order and depth, for which there should be nothing to gain. Run `same` and `independent` first: the
 others load their models. Endpoint: the error of the expected scores over all 1,000 held-out lists, by seed.

@@ -1,8 +1,8 @@
 """Which λ to use: one rule, for forecasts before training and for trained policies after it (docs/forecast.md).
 
 The contract comes first, then usefulness, and a larger λ has to earn its risk: of the λ that hold the contract, the
-smallest that is about as useful as the most useful one. Before training, λ = 1 always holds, as plain distillation,
-and a larger λ holds if it and all below it are forecast to parse nearly as often and few answers flip a structural
+smallest that is about as useful as the most useful one. Before training, λ = 1 is always allowed: plain distillation.
+A larger λ holds if it and all below it are forecast to parse nearly as often and few answers flip a structural
 token below it, neither along the teacher's answers nor along the forecast's own.
 """
 

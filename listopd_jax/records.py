@@ -113,7 +113,7 @@ OPTIONAL = (
     "structural_margin",
     "weights",
 )
-"""Further fields of a `Result`, where they were asked for; they are in its `extra`."""
+"""Further fields that some `Result`s have, in their `extra`."""
 
 FREE, REPAIRED = "free", "_repaired"
 """The decoding of a policy as it is; the ending of a decoding's name where its task repaired the answers."""

@@ -237,6 +237,21 @@ def test_torch_and_we_find_the_same_loss_of_the_same_sampled_tokens(models):
     assert parts.keys() == {"score", "gradient"}
 
 
+@pytest.mark.parametrize(
+    ("n", "given", "used"), [(1, 0, 0), (2, 0, 0), (4, 0, 4), (8, 0, 2), (64, 0, 1), (8, 4, 4)]
+)
+def test_our_peer_takes_sixteen_completions_per_pass_unless_the_run_says(n, given, used):
+    from benchmarks.peer_ours import in_microbatches
+
+    assert in_microbatches(Shape(completions=n, microbatch=given)) == Shape(completions=n, microbatch=used)
+
+
+def test_our_peer_takes_no_microbatch_that_does_not_divide_the_prompts():
+    from benchmarks.peer_ours import in_microbatches
+
+    assert in_microbatches(Shape(prompts=7, completions=8)).microbatch == 0
+
+
 @pytest.mark.slow
 @needs_torch
 def test_peers_in_processes_agree_and_give_a_row_for_every_stage(models):

@@ -81,6 +81,14 @@ def test_the_ablations_on_a_pretrained_pair_forecast_the_same_grid(ablation):
     assert set(forecast) >= set(config.opd.plain_lambdas if guarded else config.opd.lambdas)
 
 
+def test_on_one_core_every_guarded_point_has_its_plain_one_and_both_their_pair():
+    config = natural.get_config("cpu")
+    config.data.path = "reviews.csv"
+    opd = config_module.validate(config).opd
+    assert config.sft.continued and opd.guard.margin > 0 and set(opd.lambdas) < set(opd.plain_lambdas)
+    assert config.dtype.compute == config.dtype.frozen == "float32"
+
+
 def test_paper_is_the_recipe_of_the_paper():
     config = fashion.get_config("paper")
     assert (config.student.weights, config.teacher.weights) == ("Qwen/Qwen3-1.7B", "Qwen/Qwen3-4B")

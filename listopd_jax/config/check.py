@@ -413,7 +413,7 @@ def _validate_data(config: ml_collections.ConfigDict) -> None:
     data, k = config.data, config.task.k
     cap = data.max_reviews_per_product
     who = f"data.source={data.source!r}" if ranks_reviews(config) else f"task {task_name(config)!r}"
-    # The user's own task says itself what it reads (FileTask: data.path).
+    # A task of the user's own says what it reads (FileTask: data.path).
     own = bool(config.task.file)
     require(
         bool(data.path) or own or (ranks_reviews(config) and data.source in ("synthetic", "amazon2023")),

@@ -20,7 +20,7 @@ def auto_preset() -> str:
 
 
 def find_config_file(argv: Sequence[str]) -> list[str]:
-    """`argv` with a config file that the working directory lacks taken from next to this package.
+    """`argv`; a config file that the working directory lacks is taken from the package's parent folder.
 
     That is the checkout's own folder, or where `pip install .` put configs/. UserError if it is in neither place.
     """
@@ -40,7 +40,7 @@ def find_config_file(argv: Sequence[str]) -> list[str]:
 
 
 def unknown_field(argv: Sequence[str], e: Exception) -> str:
-    """One line for an unknown field, with its new name or a close one; ml_collections names the last part."""
+    """One line for an unknown field, with its new name or a close one; ml_collections names only its last part."""
     message = str(e)
     names = [a.split("=")[0] for a in argv if a.startswith("--config.")]
     wrong = (re.search(r'(?:Key "|\b)(\w+)', message) or [""])[1]

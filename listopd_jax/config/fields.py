@@ -143,8 +143,8 @@ def _teacher() -> ml_collections.ConfigDict:
 
 def _teachers() -> ml_collections.ConfigDict:
     return _section(
-        field="",  # of a record: its value names the teacher; empty: section `teacher` for all
-        # "VALUE=WEIGHTS,VALUE=WEIGHTS": checkpoints, never trained here; `teacher` is that section's
+        field="",  # of a record: `route` gives its value's teacher; empty: section `teacher` for all
+        # "VALUE=WEIGHTS,VALUE=WEIGHTS": as teacher.weights, never trained; `teacher`: that section's
         route="",
         max_prompt=0,  # tokens of the prompts that only teachers read; 0: they read the student's
     )
@@ -170,7 +170,14 @@ def _sft() -> ml_collections.ConfigDict:
 
 def _opd() -> ml_collections.ConfigDict:
     return _section(
-        lambdas=(1.0, 1.05, 1.1, 1.15, 1.2, 1.25),  # (): only forecast, as launch/ does once per grid
+        lambdas=(
+            1.0,
+            1.05,
+            1.1,
+            1.15,
+            1.2,
+            1.25,
+        ),  # (): stop after the forecast, as launch/ does once per grid
         plain_lambdas=(),  # trained without the guard too: the same run shows what `guard` keeps and what it costs
         recommend=False,  # forecast them, and train at the one λ that the forecasts recommend (docs/forecast.md)
         seeds=(0,),
@@ -268,9 +275,9 @@ def _rollout() -> ml_collections.ConfigDict:
 
 
 def _forecast() -> ml_collections.ConfigDict:
-    return _section(  # more lambdas than opd's, decoded without training
+    return _section(  # lambdas to decode without training, in addition to opd's
         lambdas=(),
-        plain_lambdas=(),  # likewise, more than opd.plain_lambdas
+        plain_lambdas=(),  # likewise, in addition to opd.plain_lambdas
         batch_size=8,
     )
 

@@ -57,7 +57,7 @@ def _axis(entry: str) -> list[str]:
 def at_point(
     config: ml_collections.ConfigDict | ml_collections.FrozenConfigDict, label: str
 ) -> ml_collections.FrozenConfigDict:
-    """The config of the runs at a point of its sweep, with that point's options and no sweep; for "" itself."""
+    """The config of the runs at a point of its sweep, with that point's options and no sweep; "": as it is."""
     if not label:
         return config
     pairs = (pair.partition("=") for pair in label.split())

@@ -148,7 +148,7 @@ def prompt_ids(
     chat_template: bool,
     chat_date: str = DATE,
 ) -> Int32[np.ndarray, " prompt"]:
-    """Ids of a prompt: a text is one user turn, and starts with the tokenizer's BOS, if any, without a template.
+    """Ids of a prompt: a text is one user turn; without a template all start with the tokenizer's BOS, if any.
 
     Nothing in it becomes a control token: text that spells one is broken up. Without a chat template a text stays as it
     is, and messages are lines of roles.

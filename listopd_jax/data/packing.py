@@ -27,7 +27,7 @@ class RowShape(NamedTuple):
     devices: int = 1  # that split rows
 
     def rows(self, needed: int) -> int:
-        """`needed` rounded up, by at most 1/8, to one of a few numbers that the cuts divide: few compilations."""
+        """`needed` rounded up to what the cuts divide, and by up to 1/8 to few numbers: few compilations."""
         in_parts = 0 < self.microbatch < needed
         # A sixteenth of the next power of two: at most 1/8 of `needed`.
         multiple, step = self.microbatch if in_parts else self.devices, 2 ** (needed - 1).bit_length() // 16

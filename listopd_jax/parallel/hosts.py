@@ -73,7 +73,7 @@ def alone() -> bool:
 
 
 def leave(code: int, text: str) -> int:
-    """The exit code of a process that stops early; it tells any others why, and exits at once.
+    """The exit code of a process that stops early; if there are others, tell them why and exit at once.
 
     With code 0, a requested stop that most likely reaches all of them, it waits for the others to save.
     """

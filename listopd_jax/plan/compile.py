@@ -157,7 +157,7 @@ def rollout_programs(
     sizes: Sequence[int],
     of_base: bool = False,
 ) -> tuple[Program, list[Program]]:
-    """The program of the first token, and of each segment, whose cache has room for one of `sizes` tokens."""
+    """The program of the first token, and for each of `sizes` that of a segment with room for so many tokens."""
     sampler = _sampler(config, shapes, vocab, mesh, of_base)
     prompts, lengths, rollout = _batch(config, mesh)
     hint = jax.ShapeDtypeStruct((*lengths.shape, HINT), jnp.int32)
@@ -294,7 +294,7 @@ def _is_described(mesh: Mesh) -> bool:
 
 
 def _options(options: Options, mesh: Mesh) -> dict[str, Any]:
-    """A job's compiler options for the mesh's devices, and the extra ones where these are not there."""
+    """A job's compiler options for the mesh's devices, and extra ones where the devices are absent."""
     platform = platform_of(mesh)
     added = gpu.OPTIONS if platform == "gpu" and _is_described(mesh) else {}
     return (backend_options(options, platform) or {}) | added

@@ -273,7 +273,7 @@ def _trained_roles(config: Any) -> list[str]:
 
 
 def evaluated_teacher(config: Any, shape: ModelConfig, frozen: float) -> float:
-    """Bytes of the teacher without the copy that decodes, of `frozen` as it is kept: in float32 from its SFT."""
+    """Bytes of the teacher in addition to the copy that decodes, of `frozen` as it is kept: in float32 from its SFT."""
     dtype = config.dtype
     if as_given(config):
         return 0 if dtype.frozen == dtype.compute or dtype.frozen in GROUPS else frozen
@@ -281,7 +281,7 @@ def evaluated_teacher(config: Any, shape: ModelConfig, frozen: float) -> float:
 
 
 def _builds(config: Any) -> dict[str, Callable[..., Any]]:
-    """Functions that compile the programs of each phase; the SFT of a role only where it is trained."""
+    """Functions that compile each phase's programs: a role's SFT if it is trained, evaluation always."""
     from listopd_jax.plan import compile as aot
 
     sft = {f"sft {role}": functools.partial(aot.compile_sft, role=role) for role in _trained_roles(config)}

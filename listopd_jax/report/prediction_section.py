@@ -42,7 +42,7 @@ def _points(p: Prediction) -> list[plots.Point]:
 
 
 def _row(inputs: Inputs, p: Prediction) -> tuple[Cell, ...]:
-    """A predictor's cost, error and making; one that found no curve says why."""
+    """A predictor's cost, error and method; one that found no curve says why."""
     return (
         Cell(p.predictor + (", chosen" if p.chosen else "")),
         Cell(fact(p.anchors), "" if p.seconds is None else f"and {p.seconds:.0f} s"),

@@ -23,7 +23,7 @@ class Rollout(NamedTuple):
 
 
 def trim(rollout: Rollout, budget: int) -> Rollout:
-    """Cut behind the longest completion, in quarters of `budget`: few shapes, so few compilations of the update."""
+    """Cut after the longest completion, to quarters of `budget`: few shapes, so few compilations of the update."""
     size = min(budget, round_up(int(rollout.lengths.max()), ceil_div(budget, 4)))
     return rollout._replace(tokens=rollout.tokens[..., :size], logprobs=rollout.logprobs[..., :size])
 

@@ -145,7 +145,7 @@ def _tokenizer(config: Any, workdir: pathlib.Path) -> PreTrainedTokenizerBase:
 
 
 def policy_adapter(config: ml_collections.FrozenConfigDict, workdir: pathlib.Path, record: Result) -> Adapter:
-    """The adapter from its model's published weights to the policy of `record`, as one; see `policy_model`.
+    """The policy of `record` less its model's published weights, as one adapter; see `policy_model`.
 
     UserError if it did not train one, or its model has no published weights.
     """

@@ -313,7 +313,7 @@ class Job:
         return self._evaluation_batches(self.validation, batch_size)
 
     def by_teacher(self, batch_size: int = 0) -> Iterator[tuple[str, Iterator[dict[str, Any]]]]:
-        """`evaluation_batches` of each teacher's own lists, as it reads them, with its role; none without lists."""
+        """`evaluation_batches` of each teacher's own lists, as it reads them, with its role, if it has any."""
         split = self.for_teachers["validation"]
         if split.own_teacher is None:
             yield "teacher", self._evaluation_batches(split, batch_size)

@@ -64,7 +64,7 @@ def anchor_runs(job: Job) -> list[Run]:
 
 
 def predict(job: Job, shared: Distillation) -> None:
-    """Write predictions.json for the λ of the sweep, once the anchors are evaluated; keeps those already there.
+    """Write predictions.json for the λ of the sweep, once the anchors are evaluated; one made alike is kept.
 
     Other λ, seeds or anchors are another prediction, but there is none once the sweep has begun.
     """

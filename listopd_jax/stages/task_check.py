@@ -42,7 +42,7 @@ def check_task(task: Task, splits: Splits, config: Any) -> None:
 
 
 def _check_names(task: Task, who: str) -> None:
-    """UserError unless metrics and failures are names that records have room for, and the mappings are mappings."""
+    """UserError unless metrics and failures are distinct names, free in records, and the mappings are dicts."""
     for field, example in (("corruptions", "{'one_more': self.one_more}"), ("settings", "{'digits': 2}")):
         named = getattr(task, field)
         fits = isinstance(named, Mapping) and all(isinstance(name, str) for name in named)
@@ -67,7 +67,7 @@ def _check_names(task: Task, who: str) -> None:
 
 
 def _check_verdicts(task: Task, record: Any, who: str) -> None:
-    """UserError unless the right answer, an empty one and a failure get verdict and score, and tokens classes."""
+    """UserError unless a right, an empty and a failed answer get a verdict and a score, and tokens a class."""
     right = task.answer(record)
     _check_classes(task, [*("1" if right is None else right), ""], who)
     texts = {"an empty text": ""} | ({} if right is None else {"its answer": right})

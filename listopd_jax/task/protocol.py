@@ -37,7 +37,7 @@ class Task(abc.ABC):
       failures: the classes of `parse` that every record of a policy counts, 'ok' first; others may occur too.
       metrics: what `score` may give, in the order of the record; 'parse' is added to it.
       useful: in words, what the metric 'useful' is, by which the best policy is chosen.
-      corruptions: name → a record's right answer with an error, for noise in SFT.
+      corruptions: name → f(record, rng), its right answer with an error, for noise in SFT.
       settings: further fields of each record of a policy that say how it was scored.
     """
 

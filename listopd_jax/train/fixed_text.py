@@ -79,7 +79,7 @@ def make_fixed_text(
 
     def trained(params, base, heads: Models, texts: Texts, schedule: Schedule) -> Any:
         def step(state: TrainState, at: Schedule):
-            # Texts and states alike: those of the frozen models were computed once and are only looked up.
+            # Texts and hidden states: those of the frozen models were computed once and are only looked up.
             own = jax.tree.map(lambda x: x[at.lists], texts)
             grads = jax.grad(loss)(state.params, base, heads, own, at)
             return apply_gradients(state, grads, at.lr, tx), None

@@ -87,7 +87,7 @@ def stochastic_round(key: Array, x: Float[Array, "*s"]) -> BFloat16[Array, "*s"]
 
 
 def init_state(params: Any, tx: optax.GradientTransformation, average: bool = False) -> TrainState:
-    """A fresh state that takes over `params`: steps donate their state. `average`: one of the weights is kept too."""
+    """A fresh state that takes over `params`: steps donate their state. `average`: that of the weights is kept too."""
     # A copy: both are donated, and one buffer cannot be donated twice.
     kept = jax.tree.map(jnp.copy, params) if average else None
     return place_state(TrainState(params, tx.init(params), kept))

@@ -136,7 +136,7 @@ def _row_checks(rows: jax.Array) -> tuple[jax.Array, jax.Array]:
 def _check_values(
     path: tuple, param: nnx.Variable, rows: list[Stored], finite: Sequence[bool], blank: Sequence[bool]
 ) -> None:
-    """UserError for a tensor that is not finite or all zeros; zeros in a block's last projections are only logged."""
+    """UserError for a tensor that is not finite or all zeros; zeros in some blocks' last projections are logged."""
     for stored, is_finite in zip(rows, finite, strict=True):
         if not is_finite:
             raise UserError(
