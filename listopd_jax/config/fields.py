@@ -211,25 +211,33 @@ def _opd() -> ml_collections.ConfigDict:
         entropy_bonus=0.0,
         lambda_warmup_steps=0,
         ppo_clip=0.0,  # 0: off
-        guard=_section(  # keep the teacher's mode: λ_t = λ where λ·margin ≤ λ_flip, else `fallback`'s
-            margin=0.0,  # 0: off
-            fallback="teacher",  # teacher: 1; base: 0 where base and teacher have one mode, else 1
-            scope="all",  # structure: a flip to another score does not count, for the margin and for the floor
-            mask=False,  # teacher and base over what the contract allows next
-            floor=0.0,  # log-odds that the mode keeps against each rival, if the base has them; 0: off
-            structure=-1.0,  # λ of the positions that choose no score; -1: the run's
-        ),
+        guard=_guard(),
         on_collapse="none",  # warn, lower_lambda or stop, when samples start to break the contract
-        collapse=_section(  # the criteria, on means over `window` steps against the window with the best parse
-            window=5,
-            parse_drop=0.2,  # the sampled parse rate is lower by more than this,
-            length_change=0.5,  # or completions are longer or shorter by more than this share,
-            flips=1.0,  # or more than this share of structural tokens has a target that flips; 1: never
-            lower=0.5,  # lower_lambda: λ becomes 1 + lower·(λ − 1)
-        ),
+        collapse=_collapse(),
         eval_steps=(),  # steps before the last at which each run is evaluated too
         eval_every=0,  # the same at its multiples; 0: none. The most useful checkpoint is kept
         head_chunk=1024,  # completion positions whose logits exist at one time
+    )
+
+
+def _guard() -> ml_collections.ConfigDict:
+    return _section(  # keep the teacher's mode: λ_t = λ where λ·margin ≤ λ_flip, else `fallback`'s
+        margin=0.0,  # 0: off
+        fallback="teacher",  # teacher: 1; base: 0 where base and teacher have one mode, else 1
+        scope="all",  # structure: a flip to another score does not count, for the margin and for the floor
+        mask=False,  # teacher and base over what the contract allows next
+        floor=0.0,  # log-odds that the mode keeps against each rival, if the base has them; 0: off
+        structure=-1.0,  # λ of the positions that choose no score; -1: the run's
+    )
+
+
+def _collapse() -> ml_collections.ConfigDict:
+    return _section(  # the criteria, on means over `window` steps against the window with the best parse
+        window=5,
+        parse_drop=0.2,  # the sampled parse rate is lower by more than this,
+        length_change=0.5,  # or completions are longer or shorter by more than this share,
+        flips=1.0,  # or more than this share of structural tokens has a target that flips; 1: never
+        lower=0.5,  # lower_lambda: λ becomes 1 + lower·(λ − 1)
     )
 
 
