@@ -6,7 +6,8 @@
 `independent` is a teacher of another seed, which is only forecast. `forward`, `guarded`, `warm` and `sampled` are
 other ways to distil `early`; `warm` lets the learning rate rise first, without which the first step broke the lists
 (docs/results.md). `more` has other λ. Each alone trains the pair again; the script takes its checkpoints. `cpu` is
-for one core: shorter lists, fewer steps, λ plain and guarded.
+for one core: shorter lists, fewer steps, λ plain and guarded. `cpu_independent` has a teacher of another seed, and
+`cpu_reference` measures the teacher against SmolLM2 as it came, not against the student's SFT.
 
 At the commas where the target flips the base gives its second choice about e^-10, and the pull of the reverse KL is in
 proportion to that. Sampled tokens would not meet it once in a run, so most ablations use the exact loss. The learning
@@ -20,7 +21,8 @@ from configs.fashion import smollm2, smollm2_cpu
 from listopd_jax.errors import unknown_name
 
 ABLATIONS = ("early", "late", "independent", "forward", "guarded", "warm", "sampled", "more")  # on a GPU
-PRESETS = (*ABLATIONS, "cpu")
+CPU = ("cpu", "cpu_independent", "cpu_reference")  # on one core
+PRESETS = (*ABLATIONS, *CPU)
 FORECASTS = (1.5, 2.0, 2.5, 3.0, 3.5, 4.0, 5.0, 6.0, 8.0)  # nine, as of a prediction: the same programs
 
 
@@ -28,12 +30,12 @@ def get_config(name: str = "early") -> ml_collections.ConfigDict:
     """The configuration of `name`, one of PRESETS."""
     if name not in PRESETS:
         raise unknown_name("preset", name, PRESETS)
-    config = _cpu() if name == "cpu" else _gpu(name)
+    config = _cpu(name) if name in CPU else _gpu(name)
     config.preset = name
     return config
 
 
-def _cpu() -> ml_collections.ConfigDict:
+def _cpu(name: str) -> ml_collections.ConfigDict:
     """`smollm2_cpu` with exact losses and a warm-up, at four λ plain and two guarded; about 2 hours of one core."""
     config = smollm2_cpu()
     config.sft.continued = True  # the teacher is the student's SFT, continued for 15 steps
@@ -44,7 +46,25 @@ def _cpu() -> ml_collections.ConfigDict:
     )  # fmt: skip
     config.opd.guard.margin = 1.25
     config.forecast.update(plain_lambdas=(1.5, 2.5, 3.5, 4.0), lambdas=(2.0, 4.0))
+    {"cpu": lambda _: None, "cpu_independent": _other_teacher, "cpu_reference": _as_it_came}[name](config)
     return config
+
+
+def _other_teacher(config: ml_collections.ConfigDict) -> None:
+    config.sft.continued = False
+    config.sft.teacher.update(steps=30, seed=2)
+    _plain(config)
+
+
+def _as_it_came(config: ml_collections.ConfigDict) -> None:
+    config.reference.weights = config.student.weights
+    _plain(config)
+
+
+def _plain(config: ml_collections.ConfigDict) -> None:
+    config.opd.update(lambdas=(1.3, 2.0, 3.0), plain_lambdas=())
+    config.opd.guard.margin = 0.0
+    config.forecast.update(lambdas=(1.5, 2.5, 3.5, 4.0), plain_lambdas=())
 
 
 def _gpu(name: str) -> ml_collections.ConfigDict:

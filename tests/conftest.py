@@ -54,7 +54,7 @@ def shared() -> pathlib.Path:
 
 SLOW_FILES = (
     "attention average benchmarks benchmarks_gpu benchmarks_served benchmarks_smoke benchmarks_trained bring_your_own "
-    "calibrate chat checkpoints collapse constrained control_variate data_input data_prepare evaluate "
+    "calibrate chat checkpoints collapse constrained control_variate data_input data_prepare decode_kernel evaluate "
     "expected export fixed_text forecast forecast_command fuzz gain gather_kernel gguf grammar guard guard_targets "
     "hf_folders job json_task label launch loop lora main models_check models_decoder models_hf "
     "off_policy opd_step parallel parallel_hosts plain_lambdas plan_compile plan_gpu predict_pipeline "

@@ -26,7 +26,7 @@ from listopd_jax.models.hf import load
 from listopd_jax.models.lora import abstract_adapter
 from listopd_jax.ops import attention_splash
 from listopd_jax.ops.attention import Prompt, causal
-from listopd_jax.ops.attention_backends import BACKENDS, causal_attention
+from listopd_jax.ops.attention_backends import BACKENDS, causal_attention, decode_attention
 from listopd_jax.ops.fused import fused_loss
 from listopd_jax.ops.gather_kernel import gather_logprobs
 from listopd_jax.ops.grammar import Grammar
@@ -103,6 +103,27 @@ def test_fused_attention_is_that_of_one_device(sizes, monkeypatch):
     with use_mesh(mesh_of(*sizes)):
         split = jax.jit(functools.partial(causal_attention, "splash"))(*rows, starts=starts)
     np.testing.assert_allclose(split, causal(*rows, starts=starts), rtol=0, atol=2e-6)
+
+
+@pytest.mark.parametrize("sizes", [(2, 2, 2), (1, 2, 4)])
+def test_the_decode_kernel_is_that_of_one_device(sizes, monkeypatch):
+    """On each device for its rows and heads, taken out of the stacks of all layers: here by interpreter."""
+    monkeypatch.setattr(pl, "pallas_call", functools.partial(pl.pallas_call, interpret=True))
+    rng = np.random.default_rng(0)
+    shapes = (
+        (4, 2, 3, 8, 8), (4, 2, 3, 4, 8), (4, 2, 3, 4, 8), (2, 4, 4, 8, 5), (2, 4, 4, 5, 8), (2, 4, 2, 4, 8, 9),
+        (2, 4, 2, 4, 9, 8),
+    )  # fmt: skip
+    q, k, v, *stacks = (rng.normal(size=shape).astype(np.float32) for shape in shapes)
+    lengths, cached = np.array([5, 1, 3, 2], np.int32), rng.integers(0, 6, (4, 2)).astype(np.int32)
+
+    def attended(backend):
+        per_layer, attend = decode_attention(backend, stacks[:2], lengths, stacks[2:], cached)
+        return jax.lax.scan(lambda _, x: (_, attend(q, k, v, x)), None, per_layer)[1]
+
+    with use_mesh(mesh_of(*sizes)):
+        split = jax.jit(lambda: attended("splash"))()
+    np.testing.assert_allclose(split, attended("xla"), rtol=0, atol=2e-6)
 
 
 def sft_batch(batch):

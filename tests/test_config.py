@@ -89,6 +89,19 @@ def test_on_one_core_every_guarded_point_has_its_plain_one_and_both_their_pair()
     assert config.dtype.compute == config.dtype.frozen == "float32"
 
 
+@pytest.mark.parametrize(
+    "preset, differs", [("cpu_independent", "sft.teacher.seed"), ("cpu_reference", "reference.weights")]
+)
+def test_the_other_pairs_of_one_core_have_its_student_and_its_steps(preset, differs):
+    own, other = (dict(flat(natural.get_config(name))) for name in ("cpu", preset))
+    changed = {name for name in own if own[name] != other[name]}
+    assert differs in changed
+    assert not any(name.startswith(("student.", "sft.student.", "task.", "evaluation.")) for name in changed)
+    assert {name for name in changed if name.startswith("opd.")} == {
+        "opd.lambdas", "opd.plain_lambdas", "opd.guard.margin",
+    }  # fmt: skip
+
+
 def test_paper_is_the_recipe_of_the_paper():
     config = fashion.get_config("paper")
     assert (config.student.weights, config.teacher.weights) == ("Qwen/Qwen3-1.7B", "Qwen/Qwen3-4B")

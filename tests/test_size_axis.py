@@ -132,7 +132,7 @@ def test_every_preset_and_seed_is_a_config(preset):
         size_axis.get_config(f"{preset},9")
 
 
-@pytest.mark.parametrize("scale", ["", "smollm2_"])
+@pytest.mark.parametrize("scale", ["", "smollm2_", "smollm2_cpu_"])
 def test_large_and_small_read_the_same_lists_and_as_many(scale):
     small, large, control = (size_axis.get_config(scale + name) for name in ("small", "large", "small_sft"))
     for section in ("data", "task", "tokenizer", "evaluation"):

@@ -13,8 +13,8 @@ from jaxtyping import Array, Float, Int, Shaped
 
 from listopd_jax.errors import UserError
 from listopd_jax.models.config import Lora, ModelConfig
-from listopd_jax.ops.attention import SAVED, Part, Prompt, attention, stored
-from listopd_jax.ops.attention_backends import BACKENDS, causal_attention
+from listopd_jax.ops.attention import SAVED, Prompt, stored
+from listopd_jax.ops.attention_backends import BACKENDS, causal_attention, decode_attention
 from listopd_jax.parallel.rules import (
     CACHE,
     PARAMS,
@@ -221,8 +221,7 @@ class Decoder(nnx.Module):
         'dots' (also the results of matrix products with weights) or 'none' (no remat: all but attention's scores).
         Splash attention leaves nothing that can be stored.
     lora: the adapter added to the weights, with parameters of type nnx.LoRAParam; B starts at zero.
-    attention: the backend of passes over many tokens, of listopd_jax.ops.attention_backends.BACKENDS; a decode step,
-        which is bound by the bytes that it reads, always uses the reference's.
+    attention: the backend, of listopd_jax.ops.attention_backends.BACKENDS; only "splash" has a decode step of its own.
     """
 
     def __init__(
@@ -320,22 +319,16 @@ class Decoder(nnx.Module):
         `cached` is the number of tokens that the cache holds already: one number for all completions, or [B,n], one
         each. The cache must have room for S more; what it holds after `cached` is never read.
         """
-        S, at = tokens.shape[-1], jnp.atleast_2d(cached)[..., None]
-        # After `cached` there may be keys of drafts that were not confirmed.
-        written = jnp.arange(cache.capacity) < at[..., None]
-        # A single new token sees itself and needs no mask.
-        causal = None if S == 1 else (jnp.arange(S) <= jnp.arange(S)[:, None])[None, None]
+        at = jnp.atleast_2d(cached)
+        per_layer, attend = decode_attention(self.attention, prompt, prompt_lengths, cache, at)
 
-        def body(layer, x, rope, kvs):
-            kv, own = kvs
-            # Three parts of one softmax: the prompt, the cache, and the new tokens, which are not in the cache yet.
-            read = [Prompt(*kv, prompt_lengths).part(), Part(*own, written)]
-            x, new = layer(x, rope, lambda q, k, v: attention(q, [*read, Part(*stored(k, v), causal)]))
+        def body(layer, x, rope, of_layer):
+            x, new = layer(x, rope, lambda q, k, v: attend(q, k, v, of_layer))
             return x, KVCache(*stored(*new))
 
-        positions = prompt_lengths[:, None, None] + at + jnp.arange(S)
+        positions = (prompt_lengths[:, None] + at)[..., None] + jnp.arange(tokens.shape[-1])
         # The layers only read the cache; it is written once, in place, after them.
-        hidden, new = self._run(tokens, positions, body, (prompt, cache))
+        hidden, new = self._run(tokens, positions, body, per_layer)
         return self._final(hidden), KVCache(
             put_tokens(cache.k, new.k, cached, -1), put_tokens(cache.v, new.v, cached, -2)
         )
