@@ -36,7 +36,7 @@ def get_config(name: str = "early") -> ml_collections.ConfigDict:
 
 
 def _cpu(name: str) -> ml_collections.ConfigDict:
-    """`smollm2_cpu` with exact losses and a warm-up, at four λ plain and two guarded; about 2 hours of one core."""
+    """`smollm2_cpu` with exact losses and a warm-up. `cpu`: four λ plain, two guarded; 2 hours of one core."""
     config = smollm2_cpu()
     config.sft.continued = True  # the teacher is the student's SFT, continued for 15 steps
     config.sft.teacher.steps = 15

@@ -56,7 +56,7 @@ def defaults() -> ml_collections.ConfigDict:
         teachers=_teachers(),
         dtype=_dtype(),
         remat="none",
-        attention="auto",  # splash (and the Pallas kernel for frozen scores) on TPUs, cudnn on GPUs in 16 bit, else xla
+        attention="auto",  # splash (and our Pallas kernels) on TPUs, cudnn on GPUs in 16 bit, else xla
         sft=_sft_of_both(),
         optimizer=_optimizer(),
         opd=_opd(),

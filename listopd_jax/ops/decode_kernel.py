@@ -18,20 +18,25 @@ from jaxtyping import Array, Float, Int
 
 from listopd_jax.rounding import round_up
 
-BLOCK_BYTES = (
-    4 * 2**20
-)  # of keys and values in fast memory at one time, twice; a block's overhead is about 0.35 µs
-FAST_BYTES = 48 * 2**20  # of fast memory that the kernel may fill, of the 96 to 128 MiB of a v5 or v6 core
+# Of keys and values in fast memory at one time, twice. A block has an overhead of about 0.35 µs.
+BLOCK_BYTES = 4 * 2**20
+# That the kernel may fill: a v5p has 64 MiB per core, v5e and v6e 128. A v4 has 16, which is too little.
+FAST_BYTES = 48 * 2**20
 SUBLANES, LANES = 8, 128  # of a tile
 MASKED = -1e30  # as in ops/attention.py
 
 
 def fits(q: Float[Array, "B n S N H"], prompt_v: Array, cache_v: Array) -> bool:
-    """Whether what the completions of a prompt read of one head, and their scores, fit in fast memory."""
+    """Whether what a block holds fits in fast memory, with a quarter to spare for what the compiler adds."""
     _, n, S, N, H = q.shape
     tokens = _tokens(prompt_v, cache_v)
-    scores = 2 * 4 * n * S * (N // prompt_v.shape[2]) * tokens  # and their exponentials, float32
-    return 2 * _bytes(tokens, H, q.dtype) + scores <= FAST_BYTES
+    rows = round_up(n * S * (N // prompt_v.shape[2]), SUBLANES)
+    kept = 2 * max(BLOCK_BYTES, _bytes(tokens, H, q.dtype))
+    scores = (
+        rows * tokens * (4 + 4 + q.dtype.itemsize)
+    )  # with their exponentials, and these in the values' dtype
+    mixed = rows * round_up(H, LANES) * 4 * (n + 2)  # one product per part
+    return kept + scores + mixed <= FAST_BYTES * 3 // 4
 
 
 def decode_attention(
@@ -90,12 +95,12 @@ def decode_attention(
 
 
 def _tokens(prompt_v: Array, cache_v: Array) -> int:
-    """That the completions of a prompt read: the prompt's, once, and the room for their own."""
+    """How many tokens the completions of a prompt read: the prompt's, once, and the room for their own."""
     return prompt_v.shape[3] + math.prod(cache_v.shape[2:5:2])
 
 
 def _bytes(tokens: int, head_dim: int, dtype: jnp.dtype) -> int:
-    """Of a head's keys and values; fast memory has rows of 128."""
+    """Bytes of a head's keys and values in fast memory, which has rows of 128."""
     return 2 * tokens * round_up(head_dim, LANES) * jnp.dtype(dtype).itemsize
 
 
