@@ -112,7 +112,8 @@ def _most(size: int, room: int) -> int:
 def _as_laid(x: Float[Array, "*r X Y"]) -> tuple[Array, bool]:
     """x with its last two axes in the order in which a TPU keeps them, so that nothing is copied, and if they moved.
 
-    Memory has tiles of 8 x 128; the compiler takes the order that needs fewer of them, by default the one written.
+    Memory has tiles of 8 x 128. The compiler takes the order that needs fewer of them, by default the one written.
+    Where no axis is a multiple of 8, as in a cache of an odd budget, it may take a third one, and copies.
     """
 
     def padded(rows, lanes):
