@@ -2,8 +2,10 @@
 
 In int8 an output channel has one scale, in int4 one for every 32 inputs (llama.cpp's Q4_0 without its 16th value).
 Weight-only: a layer's `astype` dequantizes its weight at use, so a decoder reads such parameters like any others, and
-activations keep their dtype. A library would replace the layers; ours are one stack under a scan. Norms, embedding and
-head stay in bfloat16.
+activations keep their dtype. Norms, embedding and head stay in bfloat16.
+
+Not through qwix (0.1.8): it sets quantized weights on the modules while it traces them, which flax refuses inside our
+scan over layers ("Cannot mutate 'Layer' from different trace level").
 """
 
 import dataclasses
