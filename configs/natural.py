@@ -53,18 +53,20 @@ def _cpu(name: str) -> ml_collections.ConfigDict:
 def _other_teacher(config: ml_collections.ConfigDict) -> None:
     config.sft.continued = False
     config.sft.teacher.update(steps=30, seed=2)
-    _plain(config)
+    _plain(config, (1.3, 2.0, 3.0), (1.5, 2.5, 3.5, 4.0))
 
 
 def _as_it_came(config: ml_collections.ConfigDict) -> None:
     config.reference.weights = config.student.weights
-    _plain(config)
+    _plain(config, (2.5,), (1.3, 1.5, 2.0, 3.0, 3.5, 4.0))
 
 
-def _plain(config: ml_collections.ConfigDict) -> None:
-    config.opd.update(lambdas=(1.3, 2.0, 3.0), plain_lambdas=())
+def _plain(
+    config: ml_collections.ConfigDict, trained: tuple[float, ...], forecast: tuple[float, ...]
+) -> None:
+    config.opd.update(lambdas=trained, plain_lambdas=())
     config.opd.guard.margin = 0.0
-    config.forecast.update(lambdas=(1.5, 2.5, 3.5, 4.0), plain_lambdas=())
+    config.forecast.update(lambdas=forecast, plain_lambdas=())
 
 
 def _gpu(name: str) -> ml_collections.ConfigDict:

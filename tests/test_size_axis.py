@@ -161,11 +161,12 @@ def test_the_large_model_is_about_five_times_larger():
     assert 4 < (large + large_rows) / (small + small_rows) < 5 < large / small < 6.1
 
 
-def test_the_committed_file_has_what_the_committed_records_give():
+@pytest.mark.parametrize(("name", "differences"), [("size_axis", 10), ("size_axis_smollm2", 4)])
+def test_the_committed_file_has_what_the_committed_records_give(name, differences):
     results = pathlib.Path(__file__).resolve().parents[1] / "docs" / "results"
-    committed = json.loads((results / "size_axis.json").read_text())
-    found = [figures(name, policy) for name, policy in policies(results / "size_axis").items()]
-    assert found == committed["policies"] and len(committed["differences"]) == 10
+    committed = json.loads((results / f"{name}.json").read_text())
+    found = [figures(policy, found) for policy, found in policies(results / name).items()]
+    assert found == committed["policies"] and len(committed["differences"]) == differences
     means = {row["policy"]: row for row in found}
     for gap in committed["differences"]:
         for metric in ("parse", "useful"):
