@@ -8,9 +8,11 @@ The compiler estimates none for a Pallas kernel. It counts as the bytes that it 
 of the data sheet.
 """
 
+import collections
 import json
 import re
 import sys
+from typing import Any
 
 import numpy as np
 
@@ -60,14 +62,15 @@ def of_kernels(programs, turns, rates) -> dict[str, float]:
     }
 
 
-def of_cycles(programs, turns, topology: Topology) -> dict[str, float]:
-    """Milliseconds and cycles of a mean token on a TPU, and the bytes that it brings to a chip."""
+def of_cycles(programs, turns, topology: Topology) -> dict[str, Any]:
+    """Milliseconds and cycles of a mean token on a TPU, the bytes sent to a chip, and `parts` of the first program."""
     each = [per_token(p.text, size, topology.devices) for p, (size, _) in zip(programs, turns, strict=True)]
     cycles, read, sent = np.average(each, axis=0, weights=[count for _, count in turns]).tolist()
     clock = topology.chip.flops / (2 * MXUS * MXU)
     in_kernels = clock * read / topology.chip.bandwidth
     cycles += in_kernels
-    return {"compiled_ms": 1e3 * cycles / clock, "cycles": cycles, "in_kernels": in_kernels, "sent": sent}
+    found = {"compiled_ms": 1e3 * cycles / clock, "cycles": cycles, "in_kernels": in_kernels, "sent": sent}
+    return found | {"parts": parts(programs[0].text, turns[0][0])}
 
 
 def per_token(text: str, size: int, devices: int) -> tuple[float, float, float]:
@@ -78,11 +81,42 @@ def per_token(text: str, size: int, devices: int) -> tuple[float, float, float]:
     module, cycles, read, sent = parse(text), 0.0, 0.0, 0.0
     for name, runs in runs_of(module).items():
         for i in module[name].values() if runs >= size else ():
-            estimate = re.search(r'"estimated_cycles":"(\d+)"', i.rest)
-            cycles += runs / size * int(estimate[1]) if estimate else 0
+            cycles += runs / size * estimated(i)
             read += runs / size * taken(module[name], i) if "tpu_custom_call" in i.rest else 0
             sent += runs / size * arriving(i, len(group_of(i.rest, devices))) if collective(i) else 0
     return cycles, read, sent
+
+
+def parts(text: str, size: int) -> dict[str, float]:
+    """Cycles of one turn by what it computes, without kernels; `once` is outside the loop over the layers."""
+    from listopd_jax.plan.hlo import parse
+    from listopd_jax.plan.traffic import runs_of
+
+    module, found = parse(text), collections.Counter()
+    for name, runs in runs_of(module).items():
+        for i in module[name].values() if runs >= size else ():
+            found[part_of(i, runs / size)] += runs / size * estimated(i)
+    return dict(found)
+
+
+def part_of(i, runs: float) -> str:
+    """Which part of a token an instruction belongs to, by the name that jax gave its operation."""
+    named = re.search(r'op_name="([^"]*)"', i.rest)
+    name = named[1] if named else ""
+    if runs < 2:
+        return (
+            "once: new keys turned" if i.opcode == "copy" and estimated(i) > 10**5 else "once: head, sampler"
+        )
+    if re.search("bk?n?k?t?g[hs],", name):
+        return "attention's products"
+    weights = name.endswith(("checkpoint/dot_general", "jit(dynamic_index_in_dim)/dynamic_slice"))
+    return "products with weights" if weights else "merging, norms, rotations"
+
+
+def estimated(i) -> int:
+    """The compiler's estimate of an instruction's cycles, 0 if it gives none."""
+    found = re.search(r'"estimated_cycles":"(\d+)"', i.rest)
+    return int(found[1]) if found else 0
 
 
 def taken(around, kernel) -> float:

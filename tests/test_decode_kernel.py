@@ -3,20 +3,16 @@
 import functools
 import importlib.util
 import math
-import os
-from unittest import mock
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.experimental import pallas as pl
+from jax.experimental import topologies
 
 from listopd_jax.ops import decode_kernel
 from listopd_jax.ops.attention_backends import decode_attention
-from listopd_jax.plan.__main__ import set_environment
-from listopd_jax.plan.chips import parse_topology
-from listopd_jax.plan.compile import devices_of
 
 LAYERS, LAYER = 3, 1
 # B, n, S, KV, G, H, P, C: completions, new tokens, heads, places of prompt and cache.
@@ -130,15 +126,15 @@ def test_what_does_not_fit_in_fast_memory_is_computed_without_the_kernel(monkeyp
         (8, 1, 9, 3, 3, 64, 1024, 128),
         (4, 1, 3, 2, 2, 128, 704, 232),
         (2, 1, 7, 4, 2, 96, 130, 64),
-        (8, 8, 9, 1, 8, 128, 704, 448),
+        (8, 8, 9, 1, 8, 128, 704, 208),
     ],
     ids=["one token", "drafts", "SmolLM2", "a short cache", "odd heads", "as much as fits"],
 )
-def test_the_tpu_compiler_takes_it_and_copies_no_stack(sizes):
-    topology = parse_topology("v5e:2x4")
-    with mock.patch.dict(os.environ):
-        set_environment(topology)
-        one = jax.sharding.SingleDeviceSharding(devices_of(topology)[0])
+@pytest.mark.parametrize("slice_", ["v4:2x2x1", "v5e:2x2"])
+def test_the_tpu_compiler_takes_it_and_copies_no_stack(sizes, slice_, monkeypatch):
+    """A v4 has the least fast memory."""
+    monkeypatch.setenv("TPU_SKIP_MDS_QUERY", "1")
+    one = jax.sharding.SingleDeviceSharding(topologies.get_topology_desc(slice_, "tpu").devices[0])
     arrays, lengths, cached = shapes(*sizes, layers=28)
     arguments = [jax.ShapeDtypeStruct(shape, jnp.bfloat16, sharding=one) for shape in arrays]
     arguments += [jax.ShapeDtypeStruct(shape, jnp.int32, sharding=one) for shape in (lengths, cached, ())]

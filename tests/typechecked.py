@@ -1,7 +1,7 @@
 """What the import hook of conftest.py checks annotations with: beartype, for those that give the shape of an array.
 
 A NumPy array may stand for one of JAX's, as it may for any jitted function. A call is checked once for each set of
-shapes: checking all of them took a sixth of the suite's time. A result whose shape depends on values is checked once.
+shapes: checking all of them took a sixth of some files' time. A result whose shape depends on values is checked once.
 """
 
 import functools

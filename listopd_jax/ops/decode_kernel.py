@@ -1,7 +1,7 @@
 """Attention of a decode step on a TPU: a Pallas kernel that reads each key and value once, for all queries of its head.
 
 XLA's form (`ops.attention.attention`) makes three parts of the keys, for prompt, cache and new tokens, and of each
-part two products of a few query rows per head, at 34 to 42 % of the bandwidth of a v5p, with some twenty small
+part two products of a few query rows per head, at 34 to 42 % of the bandwidth of a v5p, with many small
 programs between them (docs/planner.md). Here the stacks of all layers stay where they are: the kernel takes the rows
 of its layer itself. There is no gradient.
 """
@@ -20,23 +20,22 @@ from listopd_jax.rounding import round_up
 
 # Of keys and values in fast memory at one time, twice. A block has an overhead of about 0.35 µs.
 BLOCK_BYTES = 4 * 2**20
-# That the kernel may fill: a v5p has 64 MiB per core, v5e and v6e 128. A v4 has 16, which is too little.
-FAST_BYTES = 48 * 2**20
+# What `fits` may count; the compiler needs about two thirds of it. Per core a v4 has 16 MiB, a v5p 64, v5e and v6e 128.
+FAST_BYTES = 24 * 2**20
 SUBLANES, LANES = 8, 128  # of a tile
 MASKED = -1e30  # as in ops/attention.py
 
 
 def fits(q: Float[Array, "B n S N H"], prompt_v: Array, cache_v: Array) -> bool:
-    """Whether what a block holds fits in fast memory, with a quarter to spare for what the compiler adds."""
+    """Whether a block's keys and values, its scores and what comes of them fit in fast memory."""
     _, n, S, N, H = q.shape
     tokens = _tokens(prompt_v, cache_v)
     rows = round_up(n * S * (N // prompt_v.shape[2]), SUBLANES)
     kept = 2 * max(BLOCK_BYTES, _bytes(tokens, H, q.dtype))
-    scores = (
-        rows * tokens * (4 + 4 + q.dtype.itemsize)
-    )  # with their exponentials, and these in the values' dtype
-    mixed = rows * round_up(H, LANES) * 4 * (n + 2)  # one product per part
-    return kept + scores + mixed <= FAST_BYTES * 3 // 4
+    # Scores and exponentials in float32, and these in the values' dtype; one product with values per part.
+    scores = rows * tokens * (4 + 4 + q.dtype.itemsize)
+    mixed = rows * round_up(H, LANES) * 4 * (n + 2)
+    return kept + scores + mixed <= FAST_BYTES
 
 
 def decode_attention(
